@@ -1,0 +1,38 @@
+"""Training-data attribution for diffusion models at scale: Diffusion-TracIn and Diffusion-ReTrac (arXiv 2401.09031)."""
+
+from retrac_scale import evaluate, gradients
+from retrac_scale.estimators import ReTrac, TracIn, self_influence
+from retrac_scale.index import Index, build_index, open_index
+from retrac_scale.projections import CountSketch, GradientSketcher, Identity, LowRank
+from retrac_scale.query import TopK
+from retrac_scale.sketching import sketch
+from retrac_scale.store import IncompleteStoreError, SketchStore, open_store, write_store
+from retrac_scale.task import DiffusionTask
+from retrac_scale.timesteps import EvenlySpaced, Explicit, Recorded, TrainingRecorder, draw_noise
+
+__all__ = [
+    "CountSketch",
+    "DiffusionTask",
+    "EvenlySpaced",
+    "Explicit",
+    "GradientSketcher",
+    "Identity",
+    "IncompleteStoreError",
+    "Index",
+    "LowRank",
+    "ReTrac",
+    "Recorded",
+    "SketchStore",
+    "TopK",
+    "TracIn",
+    "TrainingRecorder",
+    "build_index",
+    "draw_noise",
+    "evaluate",
+    "gradients",
+    "open_index",
+    "open_store",
+    "self_influence",
+    "sketch",
+    "write_store",
+]

@@ -1,0 +1,211 @@
+"""The demo: train a small diffusion model on scanned digits, and ask what made it draw what it draws."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from retrac_scale.estimators import ReTrac, TracIn, self_influence
+from retrac_scale.evaluate import largest_share, unique_fraction
+from retrac_scale.index import build_index
+from retrac_scale.projections import CountSketch
+from retrac_scale.report import Pictures, attribution_figure, norm_curve, write_report
+from retrac_scale.sketching import sketch
+from retrac_scale.store import SketchStore
+from retrac_scale.task import DiffusionTask
+from retrac_scale.timesteps import EvenlySpaced, Recorded, TrainingRecorder, draw_noise
+
+EPOCHS = 24
+KEPT_EPOCHS = (6, 12, 18, 24)
+BATCH = 64
+LEARNING_RATE = 2e-3
+OUTLIERS = 36
+GENERATED = 16
+SAMPLING_STEPS = 100
+QUERY_TIMESTEPS = 20
+DIM = 4096
+
+
+@dataclass(frozen=True)
+class Scans:
+    """Images in -1 .. 1, `[n, 1, 16, 16]`; the last `OUTLIERS` are photograph patches, the others digits."""
+
+    images: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> Tensor:
+        return self.images[row]
+
+    @property
+    def is_outlier(self) -> npt.NDArray[np.bool_]:
+        """Which samples are planted, `[n]`."""
+        return np.arange(len(self)) >= len(self) - OUTLIERS
+
+
+def load_scans() -> Scans:
+    """scikit-learn's 1,797 digits at 16 x 16, and patches of its two sample photographs."""
+    from sklearn.datasets import load_digits, load_sample_images
+
+    digits = torch.from_numpy(load_digits().images).float().unsqueeze(1) / 8 - 1
+    digits = F.interpolate(digits, size=16, mode="bilinear", align_corners=False)
+    rng = np.random.default_rng(0)
+    patches = []
+    for number in range(OUTLIERS):
+        photo = load_sample_images().images[number % 2].mean(2)
+        top, left = (int(rng.integers(0, size - 64)) for size in photo.shape)
+        patch = torch.from_numpy(photo[top : top + 64, left : left + 64]).float()
+        patches.append(F.avg_pool2d(patch[None], 4) / 127.5 - 1)
+    return Scans(torch.cat([digits, torch.stack(patches)]))
+
+
+def build_model() -> UNet2DModel:
+    """A small U-Net for 16 x 16 grey images."""
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=16,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+        attention_head_dim=16,
+    )
+
+
+def train(model: UNet2DModel, scheduler: Any, scans: Scans, folder: Path) -> dict[str, Path]:
+    """Train, keep the weights at `KEPT_EPOCHS`, and record every pair; continues from the newest kept epoch."""
+    files = {f"epoch-{epoch:02d}": folder / "checkpoints" / f"epoch-{epoch:02d}.pt" for epoch in KEPT_EPOCHS}
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0)
+    first = 1
+    for name, file in files.items():
+        if file.exists():
+            state = torch.load(file, weights_only=True)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            first = int(name.removeprefix("epoch-")) + 1
+    recorder = TrainingRecorder(folder / "recorded", len(scans), scheduler)
+    n_batches = -(-len(scans) // BATCH)
+    model.train()
+    with tqdm(total=EPOCHS * len(scans), initial=(first - 1) * len(scans), unit="image", desc="train") as bar:
+        for epoch in range(first, EPOCHS + 1):
+            rng = np.random.default_rng(epoch)
+            for number, ids in enumerate(np.array_split(rng.permutation(len(scans)), n_batches)):
+                step = epoch * n_batches + number
+                rate = LEARNING_RATE * min(1.0, step / 100) * (1 - (epoch - 1) / EPOCHS)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                steps = torch.from_numpy(rng.integers(0, scheduler.config.num_train_timesteps, len(ids)))
+                noise = draw_noise(scans.images.shape[1:], ids, steps, step)
+                noisy = scheduler.add_noise(scans.images[ids], noise, steps)
+                loss = F.mse_loss(model(noisy, steps).sample, noise)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                recorder.step(ids, steps, step, rate)
+                bar.update(len(ids))
+                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            if epoch in KEPT_EPOCHS:
+                name = f"epoch-{epoch:02d}"
+                recorder.checkpoint(name)
+                _save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, files[name])
+    return files
+
+
+def generate(model: UNet2DModel, scheduler: Any, file: Path) -> Tensor:
+    """16 images from the trained model, `[16, 1, 16, 16]`, kept in `file`."""
+    if not file.exists():
+        sampler = DDIMScheduler.from_config(scheduler.config)
+        sampler.set_timesteps(SAMPLING_STEPS)
+        images = torch.randn(GENERATED, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+        model.eval()
+        with torch.no_grad():
+            for step in tqdm(sampler.timesteps, unit="step", desc="generate"):
+                images = sampler.step(model(images, step).sample, step, images).prev_sample
+        _save(images.clamp(-1, 1), file)
+    loaded: Tensor = torch.load(file, weights_only=True)
+    return loaded
+
+
+def run(out: str | os.PathLike[str]) -> None:
+    """Run the whole street into a folder and print where things are; a second run computes only what is missing."""
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    scans = load_scans()
+    scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2")
+    model = build_model()
+    checkpoints = train(model, scheduler, scans, folder)
+    generated = generate(model, scheduler, folder / "generated.pt")
+    task = DiffusionTask(model, scheduler)
+    store = sketch(
+        task,
+        scans,
+        folder / "sketches.zarr",
+        checkpoints=checkpoints,
+        timesteps=Recorded(folder / "recorded"),
+        projection=CountSketch(DIM),
+    )
+    queries = sketch(
+        task,
+        generated,
+        folder / "queries.zarr",
+        checkpoints=checkpoints,
+        timesteps=EvenlySpaced(QUERY_TIMESTEPS),
+        like=store,
+    )
+    indexes = {
+        "TracIn": build_index(store, TracIn(), folder / "tracin.zarr"),
+        "ReTrac": build_index(store, ReTrac(), folder / "retrac.zarr"),
+    }
+    answers = {name: index.query(queries, k=10) for name, index in indexes.items()}
+    np.save(folder / "images.npy", _grey(scans.images))
+    np.save(folder / "generated.npy", _grey(generated))
+    pictures = Pictures(_grey(scans.images), store.ids, _grey(generated))
+    curve = norm_curve(store)
+    fractions = {name: unique_fraction(answer.ids) for name, answer in answers.items()}
+    report = write_report(
+        folder / "report.html", answers, pictures, title="Which scans made the model draw these digits?", curve=curve
+    )
+    captions = {name: f"unique fraction {value:.3f}" for name, value in fractions.items()}
+    attribution_figure(answers, pictures, curve, captions).savefig(folder / "report.png", dpi=110)
+    _print_findings(scans, store, answers, fractions, curve)
+    print(f"\nstore    {folder / 'sketches.zarr'}\nqueries  {folder / 'queries.zarr'}")
+    print(f"indexes  {folder / 'tracin.zarr'}  {folder / 'retrac.zarr'}")
+    print(f"report   {report}\npicture  {folder / 'report.png'}")
+
+
+def _print_findings(scans: Scans, store: SketchStore, answers: Any, fractions: Any, curve: Any) -> None:
+    centres, mean, _ = curve
+    print(f"\nmean gradient norm: {mean[0]:.2f} at t = {centres[0]:.0f}, {mean[len(mean) // 2]:.2f} at t = "
+          f"{centres[len(mean) // 2]:.0f}")
+    for name, answer in answers.items():
+        print(f"{name}: unique fraction of the top-10 lists {fractions[name]:.3f}, the most frequent sample stands in "
+              f"{largest_share(answer.ids):.0%} of them")
+    print(f"ReTrac / TracIn unique fraction: {fractions['ReTrac'] / fractions['TracIn']:.1f}")
+    top = np.argsort(-self_influence(store, TracIn()))[:OUTLIERS]
+    print(f"planted outliers among the {OUTLIERS} largest TracIn self-influences: {scans.is_outlier[top].sum()}")
+
+
+def _grey(images: Tensor) -> npt.NDArray[np.uint8]:
+    grey: npt.NDArray[np.uint8] = ((images[:, 0] + 1) * 127.5).clamp(0, 255).round().byte().numpy()
+    return grey
+
+
+def _save(value: Any, file: Path) -> None:
+    partial = file.with_suffix(".partial")
+    torch.save(value, partial)
+    os.replace(partial, file)

@@ -1,0 +1,7 @@
+"""Per-sample gradients of a batch, layer by layer, from activations and output gradients with frozen weights."""
+
+from retrac_scale.gradients import convolution, embedding, linear, normalization  # noqa: F401  (they register rules)
+from retrac_scale.gradients.capture import GradientCapture, ParameterFilter
+from retrac_scale.gradients.registry import Rule, register
+
+__all__ = ["GradientCapture", "ParameterFilter", "Rule", "register"]

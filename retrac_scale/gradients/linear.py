@@ -1,0 +1,21 @@
+"""Linear: weight [o, i], bias [o]."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from retrac_scale.gradients.registry import register
+
+
+def linear(layer: nn.Linear, activation: Tensor, grad_output: Tensor, n: int) -> dict[str, Tensor]:
+    """weight: sum_s grad[n,s,o] activation[n,s,i]; bias: sum_s grad[n,s,o]."""
+    grad = grad_output.reshape(n, -1, grad_output.shape[-1])
+    inputs = activation.reshape(n, -1, activation.shape[-1]).to(grad.dtype)
+    gradients = {"weight": torch.bmm(grad.mT, inputs)}
+    if layer.bias is not None:
+        gradients["bias"] = grad.sum(1)
+    return gradients
+
+
+register(nn.Linear, linear, mixable=True)

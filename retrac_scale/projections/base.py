@@ -1,0 +1,73 @@
+"""What a projection is: a description, and the projector it makes for one model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Projector(ABC):
+    """A projection bound to a model's parameters; linear, so contributions of parameters add up."""
+
+    dim: int
+    mixers: Mapping[str, Tensor] = {}
+    exact_norm: bool = True
+
+    @abstractmethod
+    def start(self, n: int) -> Tensor:
+        """A zero accumulator for n samples."""
+
+    @abstractmethod
+    def add(self, accumulator: Tensor, name: str, gradient: Tensor) -> None:
+        """Add the contribution of one parameter's gradients `[n, p]`."""
+
+    @abstractmethod
+    def finish(self, accumulator: Tensor) -> Tensor:
+        """The sketches `[n, k]`."""
+
+
+class Projection(ABC):
+    """Describes a projection; frozen, comparable, and written into the store's fingerprint."""
+
+    kinds: ClassVar[dict[str, type[Projection]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        Projection.kinds[cls.__name__] = cls
+
+    @abstractmethod
+    def bind(self, shapes: Shapes, mixable: Mapping[str, int], device: torch.device) -> Projector:
+        """The projector for a model's parameters.
+
+        Args:
+            shapes: parameter name -> shape, in the model's order.
+            mixable: parameters whose output gradients may be mixed -> number of output features.
+            device: where the gradients are.
+        """
+
+    def spec(self) -> dict[str, Any]:
+        """JSON description; `from_spec` reverses it."""
+        return {"kind": type(self).__name__, **asdict(self)}  # type: ignore[call-overload]
+
+
+def from_spec(spec: Mapping[str, Any]) -> Projection:
+    """The projection that a store's fingerprint describes."""
+    arguments = {key: value for key, value in spec.items() if key != "kind"}
+    if spec.get("kind") not in Projection.kinds:
+        raise ValueError(
+            f"the store's sketches come from a projection of kind {spec.get('kind')!r}, which cannot be rebuilt here; "
+            "sketch the queries where the store was made and pass them as a store."
+        )
+    return Projection.kinds[spec["kind"]](**arguments)
+
+
+def check_dim(dim: int) -> None:
+    """Raise ValueError unless dim is positive."""
+    if dim < 1:
+        raise ValueError(f"a projection needs dim of 1 or more, got {dim}.")

@@ -1,0 +1,60 @@
+"""CountSketch by signed fold: the full gradient, cut into blocks of k, signed, rotated and added up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from retrac_scale.projections import random
+from retrac_scale.projections.base import Projection, Projector, Shapes, check_dim
+
+
+class SignedFold(Projector):
+    """Entry j of a block of k goes to bucket (j + shift of the block) mod k with a random sign.
+
+    Two entries meet with probability at most 1/k, so E<Sx,Sy> = <x,y> and Var<Sx,Sy> <= (|x|^2 |y|^2 + <x,y>^2) / k,
+    as for the plain sketch of Charikar, Chen, Farach-Colton 2002.
+    """
+
+    def __init__(self, dim: int, seed: int, sizes: Mapping[str, int], device: torch.device) -> None:
+        self.dim = dim
+        self.device = device
+        self._signs = {name: torch.from_numpy(random.signs(seed, name, size)).to(device) for name, size in sizes.items()}
+        self._shifts = {name: random.shifts(seed, name, -(-size // dim), dim) for name, size in sizes.items()}
+
+    def start(self, n: int) -> Tensor:
+        """Two rounds wide, so that a rotated block is one contiguous addition."""
+        return torch.zeros(n, 2 * self.dim, device=self.device)
+
+    def add(self, accumulator: Tensor, name: str, gradient: Tensor) -> None:
+        """Sign, rotate and add the blocks of one parameter."""
+        signs = self._signs[name]
+        if gradient.dtype != accumulator.dtype:
+            gradient = gradient.to(accumulator.dtype)
+        for block, shift in enumerate(self._shifts[name]):
+            piece = slice(block * self.dim, min((block + 1) * self.dim, len(signs)))
+            width = piece.stop - piece.start
+            accumulator[:, shift : shift + width].addcmul_(gradient[:, piece], signs[piece])
+
+    def finish(self, accumulator: Tensor) -> Tensor:
+        """Close the round."""
+        return accumulator[:, : self.dim] + accumulator[:, self.dim :]
+
+
+@dataclass(frozen=True)
+class CountSketch(Projection):
+    """Signed fold of the full gradient to `dim` buckets; comes with the exact gradient norm."""
+
+    dim: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_dim(self.dim)
+
+    def bind(self, shapes: Shapes, mixable: Mapping[str, int], device: torch.device) -> Projector:
+        """See `Projection.bind`."""
+        return SignedFold(self.dim, self.seed, {name: prod(shape) for name, shape in shapes.items()}, device)

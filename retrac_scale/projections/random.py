@@ -1,0 +1,25 @@
+"""Counter-based random numbers, keyed by (seed, name), the same on every device, worker and platform."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+
+
+def _stream(seed: int, name: str, purpose: str) -> np.random.Philox:
+    digest = hashlib.blake2b(f"{seed}\0{purpose}\0{name}".encode(), digest_size=16).digest()
+    return np.random.Philox(key=int.from_bytes(digest, "little"))
+
+
+def signs(seed: int, name: str, count: int) -> npt.NDArray[np.float32]:
+    """`count` independent signs, +1 or -1."""
+    words = _stream(seed, name, "sign").random_raw((count + 63) // 64)
+    bits = np.unpackbits(words.astype("<u8").view(np.uint8), count=count, bitorder="little")
+    return np.float32(1) - np.float32(2) * bits.astype(np.float32)
+
+
+def shifts(seed: int, name: str, count: int, below: int) -> list[int]:
+    """`count` independent uniform integers in 0 .. below - 1."""
+    return [int(word) % below for word in _stream(seed, name, "shift").random_raw(count)]

@@ -1,0 +1,263 @@
+"""sketch(): drives dataset -> store, one block at a time, here or on Dask workers."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from retrac_scale.estimators import check_fingerprints
+from retrac_scale.gradients import ParameterFilter
+from retrac_scale.projections import GradientSketcher, Projection, from_spec
+from retrac_scale.store import Dtype, SketchStore, create_store, open_store, write_block
+from retrac_scale.store.encoding import check_dtype
+from retrac_scale.store.schema import Url, check_ids
+from retrac_scale.task import Checkpoint, DiffusionTask
+from retrac_scale.timesteps import Ids, Pairs, TimestepPlan, draw_noise
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+AUTO_BATCH_ROWS = 64
+FULL_CHECK_SAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class _Job:
+    """All that a block is a function of; travels to workers once."""
+
+    task: DiffusionTask
+    dataset: Any
+    ids: Ids
+    checkpoints: Mapping[str, Checkpoint]
+    timesteps: TimestepPlan
+    projection: Projection
+    parameters: list[str]
+    batch_size: int
+
+
+def sketch(
+    task: DiffusionTask,
+    dataset: Any,
+    out: Url,
+    *,
+    checkpoints: Mapping[str, Checkpoint],
+    timesteps: TimestepPlan | None = None,
+    projection: Projection | None = None,
+    dtype: Dtype = "int8",
+    batch_size: int | Literal["auto"] = "auto",
+    parameters: ParameterFilter = None,
+    like: SketchStore | None = None,
+    client: Client | None = None,
+    progress: bool = True,
+) -> SketchStore:
+    """Sketch the gradient of every (checkpoint, sample, timestep) into a SketchStore.
+
+    Run again with the same arguments, it computes only the blocks that are missing. Everything that can be checked is
+    checked before the first gradient.
+
+    Args:
+        task: what is differentiated.
+        dataset: map-style; an item is a tensor, (tensor, label or dict of conditioning), or a dict with the image under
+            "image", "pixel_values", ... Sample ids come from `dataset.ids`, default 0 .. n-1.
+        out: path, fsspec URL, or None for memory.
+        checkpoints: {name: state dict, path, or callable returning a state dict}.
+        timesteps: `Recorded(path)`, `EvenlySpaced(count)` or `Explicit([...])`.
+        projection: `CountSketch(dim)`, `LowRank(rank, dim)`, ...; taken from `like` when left out.
+        dtype: how rows are stored, "int8", "float16" or "float32".
+        batch_size: rows (pairs x noise draws) per backward pass; "auto" takes 64.
+        parameters: glob patterns or a predicate on names; None for all trainable ones, or those of `like`.
+        like: a store that these sketches will be compared with.
+        client: a `distributed.Client` to spread the blocks over; `out` must be reachable from its workers.
+        progress: show a bar with the rate in pairs per second.
+
+    Returns:
+        the complete store.
+
+    Raises:
+        ValueError: a bad item, id, timestep, checkpoint or projection, named, with what to do.
+    """
+    check_dtype(dtype)
+    if timesteps is None:
+        raise ValueError("say where to measure: timesteps=Recorded(path), EvenlySpaced(count) or Explicit([...]).")
+    if not checkpoints:
+        raise ValueError("sketch got no checkpoint; give checkpoints={'name': path or state dict}.")
+    if like is not None:
+        projection = projection or from_spec(like.fingerprint["projection"])
+        if parameters is None:
+            parameters = list(like.fingerprint["parameters"]).__contains__
+    if projection is None:
+        raise ValueError("choose a projection, e.g. projection=CountSketch(4096), or pass like=store.")
+    if batch_size != "auto" and batch_size < 1:
+        raise ValueError(f"batch_size must be 'auto' or 1 or more, got {batch_size}.")
+    if client is not None and out is None:
+        raise ValueError("workers cannot write into this process's memory; give out= a path or URL they can reach.")
+    ids = check_ids(_dataset_ids(dataset), len(dataset))
+    plans = {name: timesteps.pairs(name, ids, task.num_train_timesteps) for name in checkpoints}
+    _check_items(task, dataset, ids)
+    sketcher = GradientSketcher(task.model, projection, parameters=parameters)
+    before = {name: value.detach().clone() for name, value in task.model.state_dict().items()}
+    try:
+        digests = {name: task.load(name, checkpoint) for name, checkpoint in checkpoints.items()}
+        fingerprint = {
+            "projection": projection.spec(),
+            "parameters": {name: list(shape) for name, shape in sketcher.shapes.items()},
+            "checkpoints": digests,
+            "scheduler": _scheduler_spec(task),
+            "measure": task.measure,
+            "autocast": task.autocast,
+            "timesteps": {**timesteps.spec(), "digest": _plan_digest(plans)},
+        }
+        store = create_store(
+            out,
+            shape=(len(ids), next(iter(plans.values())).timesteps.shape[1], sketcher.dim),
+            ids=ids,
+            weights={name: timesteps.weight(name) for name in checkpoints},
+            fingerprint=fingerprint,
+            dtype=dtype,
+        )
+        if like is not None:
+            check_fingerprints(like.fingerprint, like.checkpoints, store)
+        rows = AUTO_BATCH_ROWS if batch_size == "auto" else batch_size
+        job = _Job(task, dataset, ids, checkpoints, timesteps, projection, list(sketcher.shapes), rows)
+        todo = [
+            (name, block)
+            for name in store.checkpoints
+            for block in np.flatnonzero(~store.committed(name)).tolist()
+        ]
+        done = _run_local(job, store, todo) if client is None else _run_on(client, job, store, todo)
+        total = len(store.checkpoints) * store.shape[0] * store.shape[1]
+        missing = sum(_pairs_in(store, block) for _, block in todo)
+        with tqdm(total=total, initial=total - missing, unit="pair", desc="sketch", disable=not progress) as bar:
+            for pairs in done:
+                bar.update(pairs)
+    finally:
+        task.model.load_state_dict(before)
+    return store
+
+
+def _run_local(job: _Job, store: SketchStore, todo: list[tuple[str, int]]) -> Iterator[int]:
+    loaded = None
+    for checkpoint, block in todo:
+        if checkpoint != loaded:
+            job.task.load(checkpoint, job.checkpoints[checkpoint])
+            loaded = checkpoint
+        yield from _sketch_block(job, store, checkpoint, block)
+
+
+def _run_on(client: Client, job: _Job, store: SketchStore, todo: list[tuple[str, int]]) -> Iterator[int]:
+    from distributed import as_completed
+
+    shared = client.scatter(job, broadcast=True)
+    futures = [
+        client.submit(_sketch_remotely, shared, store.url, checkpoint, block, key=f"sketch-{checkpoint}-{block}", pure=False)
+        for checkpoint, block in todo
+    ]
+    for _, pairs in as_completed(futures, with_results=True):
+        yield pairs
+
+
+_model_in_use = threading.Lock()
+
+
+def _sketch_remotely(job: _Job, url: Url, checkpoint: str, block: int) -> int:
+    store = open_store(url, mode="r+")
+    with _model_in_use:
+        job.task.load(checkpoint, job.checkpoints[checkpoint])
+        return sum(_sketch_block(job, store, checkpoint, block))
+
+
+def _sketch_block(job: _Job, store: SketchStore, checkpoint: str, block: int) -> Iterator[int]:
+    """Compute and commit one block; yields the number of pairs of each batch as it is done."""
+    task, samples = job.task, store.blocks[block]
+    ids = job.ids[samples]
+    plan = job.timesteps.pairs(checkpoint, ids, task.num_train_timesteps)
+    n, t = plan.timesteps.shape
+    items = [task.check_item(sample, job.dataset[samples.start + row]) for row, sample in enumerate(ids)]
+    sketches = np.empty((n * t, store.shape[2]), dtype=np.float32)
+    norms, losses = np.empty(n * t, dtype=np.float32), np.empty(n * t, dtype=np.float32)
+    size = max(1, job.batch_size // plan.draws)
+    with GradientSketcher(task.model, job.projection, parameters=job.parameters) as sketcher:
+        for start in range(0, n * t, size):
+            part = slice(start, min(start + size, n * t))
+            loss = _losses(task, items, ids, plan, np.arange(part.start, part.stop))
+            sketched, norm = sketcher(loss)
+            sketches[part], norms[part], losses[part] = sketched.cpu(), norm.cpu(), loss.detach().float().cpu()
+            yield part.stop - part.start
+    write_block(
+        store,
+        checkpoint,
+        block,
+        sketches.reshape(n, t, -1),
+        norms.reshape(n, t),
+        losses=losses.reshape(n, t),
+        timesteps=plan.timesteps,
+    )
+
+
+def _losses(task: DiffusionTask, items: list[Any], ids: Ids, plan: Pairs, pairs: Any) -> torch.Tensor:
+    """The losses of some pairs of a block, each the mean over its noise draws, `[pairs]`."""
+    rows, columns = np.divmod(pairs, plan.timesteps.shape[1])
+    steps, seeds = plan.timesteps[rows, columns], plan.seeds[rows, columns]
+    images = torch.stack([items[row][0] for row in rows])
+    noise = torch.stack(
+        [draw_noise(images.shape[1:], ids[rows], steps, seeds, draw=draw) for draw in range(plan.draws)], dim=1
+    )
+    conditioning = {key: torch.stack([items[row][1][key] for row in rows]) for key in items[0][1]}
+
+    def repeat(x: torch.Tensor) -> torch.Tensor:
+        return x.repeat_interleave(plan.draws, 0)
+
+    losses = task.losses(
+        repeat(images),
+        repeat(torch.from_numpy(steps)),
+        noise.flatten(0, 1).to(images.dtype),
+        {key: repeat(value) for key, value in conditioning.items()},
+    )
+    return losses.reshape(len(pairs), plan.draws).mean(1)
+
+
+def _dataset_ids(dataset: Any) -> Any:
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        raise ValueError("the dataset must be map-style: it needs __len__ and __getitem__.")
+    if len(dataset) == 0:
+        raise ValueError("the dataset is empty.")
+    return getattr(dataset, "ids", None)
+
+
+def _check_items(task: DiffusionTask, dataset: Any, ids: Ids) -> None:
+    """Check all items of a small dataset and an even sample of a large one; blocks check theirs again."""
+    stride = max(1, len(ids) // FULL_CHECK_SAMPLES)
+    first: tuple[int, ...] | None = None
+    for row in range(0, len(ids), stride):
+        image, _ = task.check_item(ids[row], dataset[row])
+        first = first or tuple(image.shape)
+        if tuple(image.shape) != first:
+            raise ValueError(
+                f"dataset item {ids[row]} has shape {tuple(image.shape)}, but item {ids[0]} has {first}; "
+                "resize or crop all items to one shape in the dataset."
+            )
+
+
+def _scheduler_spec(task: DiffusionTask) -> dict[str, Any]:
+    config = dict(task.scheduler.config)
+    keys = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type", "rescale_betas_zero_snr")
+    return {"class": type(task.scheduler).__name__, **{key: config[key] for key in keys if key in config}}
+
+
+def _plan_digest(plans: Mapping[str, Pairs]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, plan in plans.items():
+        digest.update(name.encode() + plan.timesteps.tobytes() + plan.seeds.tobytes())
+    return digest.hexdigest()
+
+
+def _pairs_in(store: SketchStore, block: int) -> int:
+    samples = store.blocks[block]
+    return (samples.stop - samples.start) * store.shape[1]
