@@ -114,7 +114,7 @@ def train(model: UNet2DModel, scheduler: Any, scans: Scans, folder: Path) -> dic
                 noisy = scheduler.add_noise(scans.images[ids], noise, steps)
                 loss = F.mse_loss(model(noisy, steps).sample, noise)
                 optimizer.zero_grad()
-                loss.backward()
+                torch.autograd.backward(loss)
                 optimizer.step()
                 recorder.step(ids, steps, step, rate)
                 bar.update(len(ids))
@@ -146,7 +146,7 @@ def run(out: str | os.PathLike[str]) -> None:
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     scans = load_scans()
-    scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2")
+    scheduler = DDPMScheduler(num_train_timesteps=1000)
     model = build_model()
     checkpoints = train(model, scheduler, scans, folder)
     generated = generate(model, scheduler, folder / "generated.pt")
@@ -190,11 +190,15 @@ def run(out: str | os.PathLike[str]) -> None:
 
 def _print_findings(scans: Scans, store: SketchStore, answers: Any, fractions: Any, curve: Any) -> None:
     centres, mean, _ = curve
-    print(f"\nmean gradient norm: {mean[0]:.2f} at t = {centres[0]:.0f}, {mean[len(mean) // 2]:.2f} at t = "
-          f"{centres[len(mean) // 2]:.0f}")
+    print(
+        f"\nmean gradient norm: {mean[0]:.2f} at t = {centres[0]:.0f}, {mean[len(mean) // 2]:.2f} at t = "
+        f"{centres[len(mean) // 2]:.0f}"
+    )
     for name, answer in answers.items():
-        print(f"{name}: unique fraction of the top-10 lists {fractions[name]:.3f}, the most frequent sample stands in "
-              f"{largest_share(answer.ids):.0%} of them")
+        print(
+            f"{name}: unique fraction of the top-10 lists {fractions[name]:.3f}, the most frequent sample stands in "
+            f"{largest_share(answer.ids):.0%} of them"
+        )
     print(f"ReTrac / TracIn unique fraction: {fractions['ReTrac'] / fractions['TracIn']:.1f}")
     top = np.argsort(-self_influence(store, TracIn()))[:OUTLIERS]
     print(f"planted outliers among the {OUTLIERS} largest TracIn self-influences: {scans.is_outlier[top].sum()}")

@@ -119,7 +119,7 @@ def common_timesteps(store: SketchStore) -> list[int] | None:
                 "Sketch with EvenlySpaced or Explicit, or use pairing='cross'."
             )
     assert first is not None
-    return first.tolist()
+    return [int(t) for t in first]
 
 
 def self_influence(store: SketchStore, estimator: Estimator, *, queries: SketchStore | None = None) -> Float32:

@@ -20,7 +20,18 @@ from retrac_scale.estimators import (
 from retrac_scale.store import Dtype, IncompleteStoreError, SketchStore, open_store
 from retrac_scale.store.encoding import Float32, check_dtype, encode
 from retrac_scale.store.reader import open_root
-from retrac_scale.store.schema import ATTRIBUTE, CHECKSUM, FORMAT_VERSION, Url, blocks, differences, zarr_location
+from retrac_scale.store.schema import (
+    ATTRIBUTE,
+    FORMAT_VERSION,
+    Url,
+    blocks,
+    differences,
+    get_array,
+    new_array,
+    read,
+    read_ids,
+    zarr_location,
+)
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -39,7 +50,7 @@ class Index:
     def __init__(self, root: zarr.Group, url: Url) -> None:
         self.root = root
         self.url = url
-        self.meta: dict[str, Any] = dict(root.attrs[ATTRIBUTE])  # type: ignore[arg-type,call-overload]
+        self.meta: dict[str, Any] = dict(root.attrs[ATTRIBUTE])  # type: ignore[arg-type]
 
     @property
     def estimator(self) -> Estimator:
@@ -54,23 +65,23 @@ class Index:
     @property
     def ids(self) -> npt.NDArray[Any]:
         """Sample ids `[n]`."""
-        ids = self._array("id")[:]
-        return ids.astype(str) if ids.dtype.kind not in "iu" else ids
+        return read_ids(self.root)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(c, n, k)."""
-        c, n, k = self._array("row").shape
+        c, n, k = get_array(self.root, "row").shape
         return c, n, k
 
     @property
     def chunks(self) -> list[slice]:
         """Sample ranges of the chunks, the units of scanning."""
-        return blocks(self.shape[1], self._array("row").chunks[1])
+        return blocks(self.shape[1], get_array(self.root, "row").chunks[1])
 
     def chunk(self, samples: slice) -> tuple[npt.NDArray[Any], Float32]:
         """Stored rows `[c, n, k]` and scales `[c, n]` of some samples; row x scale is the weighted estimator row."""
-        return self._array("row")[:, samples], self._array("scale")[:, samples]
+        part = (slice(None), samples)
+        return read(self.root, "row", part), read(self.root, "scale", part)
 
     def query_rows(self, queries: SketchStore) -> Float32:
         """The estimator's rows of the queries, float32 `[c, q, k]`, without checkpoint weights.
@@ -81,9 +92,13 @@ class Index:
         check_fingerprints(self.meta["fingerprint"], self.checkpoints, queries)
         estimator = self.estimator
         if estimator.pairing == "matched" and common_timesteps(queries) != self.meta["timesteps"]:
-            raise ValueError("matched pairing needs the index's timesteps in the queries; sketch them with the same plan.")
+            raise ValueError(
+                "matched pairing needs the index's timesteps in the queries; sketch them with the same plan."
+            )
         if estimator.width(queries) != self.shape[2]:
-            raise ValueError(f"the queries have rows of {estimator.width(queries)} entries, the index of {self.shape[2]}.")
+            raise ValueError(
+                f"the queries have rows of {estimator.width(queries)} entries, the index of {self.shape[2]}."
+            )
         return np.stack([estimator.rows(queries, name) for name in self.checkpoints])
 
     def query(
@@ -110,11 +125,6 @@ class Index:
         from retrac_scale.query import run_query  # at call time: the street runs from index to query
 
         return run_query(self, queries, k, side=side, where=where, client=client)
-
-    def _array(self, name: str) -> zarr.Array[Any]:
-        array = self.root[name]
-        assert isinstance(array, zarr.Array)
-        return array
 
     def __repr__(self) -> str:
         c, n, k = self.shape
@@ -143,7 +153,7 @@ def build_index(
     if client is not None and (out is None or store.url is None):
         raise ValueError("workers cannot reach this process's memory; give store and index a path or URL.")
     n, _, _ = store.shape
-    meta = {
+    meta: dict[str, Any] = {
         "what": "index",
         "format": FORMAT_VERSION,
         "estimator": estimator.spec(),
@@ -169,15 +179,10 @@ def build_index(
     root = zarr.open_group(location, mode="a")
     root.attrs[ATTRIBUTE] = {"what": "index", "format": FORMAT_VERSION}
     size, width = store.meta["block_samples"], estimator.width(store)
-    shape = (len(store.checkpoints), n)
-    rows = {"shape": (*shape, width), "chunks": (1, size, width), "dimension_names": ["checkpoint", "sample", "k"]}
-    scales = {"shape": shape, "chunks": (1, size), "dimension_names": ["checkpoint", "sample"]}
-    root.create_array("row", dtype=dtype, compressors=CHECKSUM, overwrite=True, **rows)
-    root.create_array("scale", dtype="float32", compressors=CHECKSUM, overwrite=True, **scales)
-    ids = root.create_array(
-        "id", shape=(n,), chunks=(n,), dtype=store.ids.dtype, compressors=CHECKSUM, dimension_names=["sample"], overwrite=True
-    )
-    ids[:] = store.ids
+    c, dims = len(store.checkpoints), ["checkpoint", "sample", "k"]
+    new_array(root, "row", shape=(c, n, width), chunks=(1, size, width), dtype=dtype, dims=dims)
+    new_array(root, "scale", shape=(c, n), chunks=(1, size), dtype="float32", dims=dims[:2])
+    new_array(root, "id", shape=(n,), chunks=(n,), dtype=store.ids.dtype, dims=["sample"])[:] = store.ids
     source: SketchStore | Url = store if client is None else store.url
     target: zarr.Group | Url = root if client is None else out
     tasks = [
@@ -205,8 +210,8 @@ def _build_block(
     name = store.checkpoints[checkpoint]
     samples = store.blocks[block]
     rows, scale = encode(estimator.rows(store, name, samples), dtype)
-    root["row"][checkpoint, samples] = rows  # type: ignore[index]
-    root["scale"][checkpoint, samples] = scale * np.float32(store.weights[name])  # type: ignore[index]
+    get_array(root, "row")[checkpoint, samples] = rows
+    get_array(root, "scale")[checkpoint, samples] = scale * np.float32(store.weights[name])
 
 
 def open_index(url: Url) -> Index:
@@ -217,6 +222,6 @@ def open_index(url: Url) -> Index:
         ValueError: what is there is no index, one of a newer format, or one whose building was interrupted.
     """
     root = open_root(url, "index")
-    if not root.attrs[ATTRIBUTE].get("complete"):  # type: ignore[union-attr,call-overload,index]
+    if not root.attrs[ATTRIBUTE].get("complete"):  # type: ignore[union-attr]
         raise ValueError(f"the index at {url} was not finished; run its build_index(...) again.")
     return Index(root, url)

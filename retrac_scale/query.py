@@ -125,7 +125,7 @@ def _mask(where: npt.ArrayLike, ids: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
         return chosen
     unknown = ~np.isin(chosen, ids)
     if unknown.any():
-        raise ValueError(f"where= names the id {chosen[unknown].ravel()[0]!r}, which is not in the index.")
+        raise ValueError(f"where= names the id {chosen[unknown].tolist()[0]!r}, which is not in the index.")
     return np.isin(ids, chosen)
 
 

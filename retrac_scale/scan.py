@@ -39,7 +39,7 @@ def best(values: npt.NDArray[np.float64], positions: npt.NDArray[np.int64], ids:
         ids: all sample ids `[n]`.
         k: how many to keep.
     """
-    q, m = values.shape
+    q = len(values)
     kept_values, kept_positions = np.full((q, k), -np.inf), np.full((q, k), -1, dtype=np.int64)
     for row in range(q):
         candidates = np.flatnonzero(values[row] > -np.inf)

@@ -127,9 +127,7 @@ def sketch(
         rows = AUTO_BATCH_ROWS if batch_size == "auto" else batch_size
         job = _Job(task, dataset, ids, checkpoints, timesteps, projection, list(sketcher.shapes), rows)
         todo = [
-            (name, block)
-            for name in store.checkpoints
-            for block in np.flatnonzero(~store.committed(name)).tolist()
+            (name, block) for name in store.checkpoints for block in np.flatnonzero(~store.committed(name)).tolist()
         ]
         done = _run_local(job, store, todo) if client is None else _run_on(client, job, store, todo)
         total = len(store.checkpoints) * store.shape[0] * store.shape[1]
@@ -156,7 +154,9 @@ def _run_on(client: Client, job: _Job, store: SketchStore, todo: list[tuple[str,
 
     shared = client.scatter(job, broadcast=True)
     futures = [
-        client.submit(_sketch_remotely, shared, store.url, checkpoint, block, key=f"sketch-{checkpoint}-{block}", pure=False)
+        client.submit(
+            _sketch_remotely, shared, store.url, checkpoint, block, key=f"sketch-{checkpoint}-{block}", pure=False
+        )
         for checkpoint, block in todo
     ]
     for _, pairs in as_completed(futures, with_results=True):
@@ -247,7 +247,14 @@ def _check_items(task: DiffusionTask, dataset: Any, ids: Ids) -> None:
 
 def _scheduler_spec(task: DiffusionTask) -> dict[str, Any]:
     config = dict(task.scheduler.config)
-    keys = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction_type", "rescale_betas_zero_snr")
+    keys = (
+        "num_train_timesteps",
+        "beta_schedule",
+        "beta_start",
+        "beta_end",
+        "prediction_type",
+        "rescale_betas_zero_snr",
+    )
     return {"class": type(task.scheduler).__name__, **{key: config[key] for key in keys if key in config}}
 
 
@@ -260,4 +267,4 @@ def _plan_digest(plans: Mapping[str, Pairs]) -> str:
 
 def _pairs_in(store: SketchStore, block: int) -> int:
     samples = store.blocks[block]
-    return (samples.stop - samples.start) * store.shape[1]
+    return len(range(samples.start, samples.stop)) * store.shape[1]

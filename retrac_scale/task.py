@@ -76,7 +76,8 @@ class DiffusionTask:
             prediction = self.model(noisy, timesteps, **conditioning, return_dict=False)[0]
         error = (prediction.float() if self.autocast else prediction) - self._target(images, noise, timesteps)
         entries = error.square() if self.measure == "mse" else error.abs()
-        return entries.flatten(1).mean(1)
+        losses: Tensor = entries.flatten(1).mean(1)
+        return losses
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         if self.autocast is None:
@@ -152,14 +153,18 @@ class DiffusionTask:
         else:
             image = item
         if not isinstance(image, Tensor):
-            raise ValueError(f"dataset item {sample} gives a {type(image).__name__} for the image; give a torch tensor.")
+            raise ValueError(
+                f"dataset item {sample} gives a {type(image).__name__} for the image; give a torch tensor."
+            )
         if extra is not None and not isinstance(extra, Mapping):
             extra = {"class_labels": extra} if self._takes_labels() else None
         return image, {name: torch.as_tensor(value) for name, value in (extra or {}).items()}
 
     def _takes_labels(self) -> bool:
         config = self._config()
-        return any(config.get(key) is not None for key in ("num_class_embeds", "class_embed_type", "num_embeds_ada_norm"))
+        return any(
+            config.get(key) is not None for key in ("num_class_embeds", "class_embed_type", "num_embeds_ada_norm")
+        )
 
     def _image_shape(self) -> tuple[int, ...] | None:
         config = self._config()
@@ -191,9 +196,11 @@ def read_checkpoint(name: str, checkpoint: Checkpoint) -> StateDict:
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
-        return load_file(path)
+        tensors: StateDict = load_file(path)
+        return tensors
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    return state.get("model", state)
+    weights: StateDict = state.get("model", state)
+    return weights
 
 
 def _digest(state: StateDict) -> str:

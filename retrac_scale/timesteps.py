@@ -57,7 +57,7 @@ def _id_bits(sample: Any) -> np.uint64:
 
 @dataclass(frozen=True)
 class Pairs:
-    """The pairs of some samples at one checkpoint: `timesteps` and noise `seeds`, both `[n, t]`; `draws` noises each."""
+    """The pairs of some samples at a checkpoint: `timesteps` and noise `seeds`, both `[n, t]`, `draws` noises each."""
 
     timesteps: Int64
     seeds: Int64
@@ -89,7 +89,9 @@ class Explicit:
         if not steps:
             raise ValueError("Explicit got no timesteps; give at least one, e.g. Explicit([10, 500]).")
         if len(set(steps)) != len(steps):
-            raise ValueError(f"Explicit got a timestep twice in {list(steps)}; give each once and raise draws= instead.")
+            raise ValueError(
+                f"Explicit got a timestep twice in {list(steps)}; give each once and raise draws= instead."
+            )
         _check_draws(self.draws)
         object.__setattr__(self, "timesteps", steps)
 

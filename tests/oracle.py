@@ -18,7 +18,9 @@ def gradient(model: nn.Module, loss: Tensor) -> Tensor:
     """The full gradient of one loss, every trainable parameter flattened in the model's order."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(parameters, grads, strict=True)])
+    return torch.cat(
+        [torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(parameters, grads, strict=True)]
+    )
 
 
 def pair_gradient(
@@ -33,7 +35,7 @@ def pair_gradient(
     draws: int = 1,
     measure: str = "mse",
     conditioning: Mapping[str, Tensor] | None = None,
-) -> np.ndarray[Any, Any]:
+) -> Any:
     """Gradient of the diffusion loss of one sample at one timestep, the mean over its noise draws; float64 `[P]`."""
     reference = copy.deepcopy(model).double().eval()
     reference.load_state_dict(state)

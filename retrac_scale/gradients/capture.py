@@ -110,7 +110,7 @@ class GradientCapture:
             )
         self._backward = _Backward(len(losses), sink, mixers or {}, self._shared)
         try:
-            losses.sum().backward()
+            torch.autograd.backward(losses.sum())
             self._recording = False
             with torch.no_grad():
                 for layer in self._layers:
@@ -134,7 +134,7 @@ class GradientCapture:
             for place, tensor in enumerate(_tensors(output)):
                 if not tensor.requires_grad:
                     tensor.requires_grad_()
-                tensor.register_hook(self._on_gradient(layer, call, place))
+                tensor.register_hook(self._on_gradient(layer, call, place))  # type: ignore[no-untyped-call]
 
         return hook
 
@@ -197,7 +197,7 @@ def _mix(grad: Tensor, mixer: Tensor, *, channels_last: bool) -> Tensor:
     mixer = mixer.to(grad.dtype)
     if channels_last:
         return grad @ mixer.T
-    return torch.matmul(mixer, grad.flatten(2)).unflatten(2, grad.shape[2:])
+    return torch.matmul(mixer, grad.flatten(2)).reshape(len(grad), len(mixer), *grad.shape[2:])
 
 
 def _autograd(layer: _Layer, call: _Call, n: int) -> dict[str, Tensor]:
@@ -271,9 +271,7 @@ def _layers(model: nn.Module, names: list[str]) -> list[_Layer]:
     layers = []
     for name, module in model.named_modules():
         own = {
-            key: canonical[id(value)]
-            for key, value in module.named_parameters(recurse=False)
-            if id(value) in canonical
+            key: canonical[id(value)] for key, value in module.named_parameters(recurse=False) if id(value) in canonical
         }
         if own:
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:

@@ -23,7 +23,9 @@ class SignedFold(Projector):
     def __init__(self, dim: int, seed: int, sizes: Mapping[str, int], device: torch.device) -> None:
         self.dim = dim
         self.device = device
-        self._signs = {name: torch.from_numpy(random.signs(seed, name, size)).to(device) for name, size in sizes.items()}
+        self._signs = {
+            name: torch.from_numpy(random.signs(seed, name, size)).to(device) for name, size in sizes.items()
+        }
         self._shifts = {name: random.shifts(seed, name, -(-size // dim), dim) for name, size in sizes.items()}
 
     def start(self, n: int) -> Tensor:

@@ -30,11 +30,19 @@ def norm_curve(store: SketchStore) -> tuple[Any, Any, Any]:
     places = np.digitize(steps, edges) - 1
     used = [b for b in range(BINS) if (places == b).any()]
     centres = ((edges[:-1] + edges[1:]) / 2)[used]
-    return centres, np.array([norms[places == b].mean() for b in used]), np.array([norms[places == b].std() for b in used])
+    return (
+        centres,
+        np.array([norms[places == b].mean() for b in used]),
+        np.array([norms[places == b].std() for b in used]),
+    )
 
 
 def attribution_figure(
-    answers: Mapping[str, TopK], pictures: Pictures, curve: tuple[Any, Any, Any], captions: Mapping[str, str], rows: int = 8
+    answers: Mapping[str, TopK],
+    pictures: Pictures,
+    curve: tuple[Any, Any, Any],
+    captions: Mapping[str, str],
+    rows: int = 8,
 ) -> Figure:
     """Queries down the side, top proponents under each estimator, the norm curve below.
 
@@ -48,7 +56,8 @@ def attribution_figure(
     shown = min(rows, len(next(iter(answers.values())).ids))
     columns = min(8, min(answer.ids.shape[1] for answer in answers.values()))
     figure = Figure(figsize=(2 + len(answers) * columns * 0.62, shown * 0.66 + 3.4), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[shown * 0.66 + 0.6, 2.8])
+    subfigures: Any = figure.subfigures(2, 1, height_ratios=[shown * 0.66 + 0.6, 2.8])
+    top, bottom = subfigures
     parts = top.subfigures(1, 1 + len(answers), width_ratios=[1.2] + [columns] * len(answers))
     axes = parts[0].subplots(shown, 1, squeeze=False)
     parts[0].suptitle("generated", fontsize=10)

@@ -48,13 +48,16 @@ def write_report(
     """
     counts = {len(answer.ids) for answer in answers.values()}
     if counts != {len(pictures.queries)}:
-        raise ValueError(f"the answers are for {sorted(counts)} queries, but {len(pictures.queries)} pictures are given.")
+        raise ValueError(
+            f"the answers are for {sorted(counts)} queries, but {len(pictures.queries)} pictures are given."
+        )
     parts = [_summary(answers)]
     if curve is not None:
         parts.append(
-            "<h2>Gradient norm against timestep</h2><p>Mean and standard deviation over samples and checkpoints. Where "
-            "the norm is large, a sample trained at that timestep scores high for every query under TracIn; ReTrac "
-            f'divides the norm out.</p><img class="curve" alt="Gradient norm against timestep" src="{curve_uri(curve)}">'
+            "<h2>Gradient norm against timestep</h2><p>Mean and standard deviation over samples and checkpoints. Where the "
+            "norm is large, a sample trained at that timestep scores high for every query under TracIn; ReTrac divides "
+            "the norm out.</p>"
+            f'<img class="curve" alt="Gradient norm against timestep" src="{curve_uri(curve)}">'
         )
     parts.append("<h2>Queries</h2>")
     parts += [_query(place, answers, pictures) for place in range(len(pictures.queries))]

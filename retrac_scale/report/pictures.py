@@ -39,7 +39,8 @@ def to_uint8(image: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     """0..1 floats to 0..255; uint8 as it is."""
     if image.dtype == np.uint8:
         return image
-    return (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
+    grey: npt.NDArray[np.uint8] = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
+    return grey
 
 
 def data_uri(image: npt.NDArray[np.uint8]) -> str:

@@ -10,7 +10,7 @@ import zarr
 from zarr.errors import GroupNotFoundError
 
 from retrac_scale.store.encoding import Float32, decode
-from retrac_scale.store.schema import ATTRIBUTE, FORMAT_VERSION, Url, blocks, zarr_location
+from retrac_scale.store.schema import ATTRIBUTE, FORMAT_VERSION, Url, blocks, read, read_ids, zarr_location
 
 ALL = slice(None)
 
@@ -29,7 +29,7 @@ class SketchStore:
     def __init__(self, root: zarr.Group, url: Url) -> None:
         self.root = root
         self.url = url
-        self.meta: dict[str, Any] = dict(root.attrs[ATTRIBUTE])  # type: ignore[arg-type,call-overload]
+        self.meta: dict[str, Any] = dict(root.attrs[ATTRIBUTE])  # type: ignore[arg-type]
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -49,8 +49,7 @@ class SketchStore:
     @property
     def ids(self) -> npt.NDArray[Any]:
         """Sample ids `[n]`, int64 or str."""
-        ids = self._array("id")[ALL]
-        return ids.astype(str) if ids.dtype.kind not in "iu" else ids
+        return read_ids(self.root)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -65,7 +64,7 @@ class SketchStore:
 
     def committed(self, checkpoint: str) -> npt.NDArray[np.bool_]:
         """Which blocks of a checkpoint are written, bool `[blocks]`."""
-        done: npt.NDArray[np.bool_] = self._array(f"{self._group(checkpoint)}/committed")[ALL] == 1
+        done: npt.NDArray[np.bool_] = np.equal(read(self.root, f"{self._group(checkpoint)}/committed"), 1)
         return done
 
     @property
@@ -98,12 +97,7 @@ class SketchStore:
             raise KeyError(f"the store has no checkpoint {checkpoint!r}; it has {self.checkpoints}.")
         return checkpoint
 
-    def _array(self, path: str) -> zarr.Array[Any]:
-        array = self.root[path]
-        assert isinstance(array, zarr.Array)
-        return array
-
-    def _read(self, checkpoint: str, quantity: str, samples: slice) -> Any:
+    def _read(self, checkpoint: str, quantity: str, samples: slice) -> npt.NDArray[Any]:
         group = self._group(checkpoint)
         if f"{group}/{quantity}" not in self.root:
             raise ValueError(f"the store was written without {quantity}; give it to write_store.")
@@ -113,10 +107,10 @@ class SketchStore:
         for block in range(start // size, -(-stop // size)):
             if not done[block]:
                 raise IncompleteStoreError(
-                    f"checkpoint {checkpoint!r}, samples {block * size} .. {min((block + 1) * size, self.shape[0]) - 1} "
+                    f"checkpoint {checkpoint!r}, samples {block * size} .. {self.blocks[block].stop - 1} "
                     "are not written yet; run the same sketch(...) again, it computes only what is missing."
                 )
-        return self._array(f"{group}/{quantity}")[start:stop:step]
+        return read(self.root, f"{group}/{quantity}", slice(start, stop, step))
 
     def __repr__(self) -> str:
         n, t, k = self.shape

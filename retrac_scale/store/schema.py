@@ -27,6 +27,34 @@ def zarr_location(url: Url) -> Any:
     return zarr.storage.MemoryStore() if url is None else os.fspath(url)
 
 
+def new_array(
+    group: zarr.Group, name: str, *, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: Any, dims: Sequence[str]
+) -> zarr.Array[Any]:
+    """An uncompressed array with a checksum on every chunk and named dimensions; replaces one of the same name."""
+    return group.create_array(
+        name, shape=shape, chunks=chunks, dtype=dtype, compressors=CHECKSUM, dimension_names=dims, overwrite=True
+    )
+
+
+def get_array(group: zarr.Group, path: str) -> zarr.Array[Any]:
+    """The array at a path below a group."""
+    array = group[path]
+    if not isinstance(array, zarr.Array):
+        raise ValueError(f"{path} in {group.store_path} is no array; the store is damaged.")
+    return array
+
+
+def read(group: zarr.Group, path: str, selection: Any = slice(None)) -> npt.NDArray[Any]:
+    """A part of an array as NumPy."""
+    return np.asarray(get_array(group, path)[selection])
+
+
+def read_ids(group: zarr.Group) -> npt.NDArray[Any]:
+    """The sample ids `[n]` of a store or an index, int64 or str."""
+    ids = read(group, "id")
+    return ids if ids.dtype.kind in "iu" else ids.astype(str)
+
+
 def block_samples(n_samples: int, row_bytes: int) -> int:
     """Samples per block: up to 16 MiB, fewer when that would leave a small store in less than 8 blocks."""
     by_bytes = max(1, min(BLOCK_SAMPLES, BLOCK_BYTES // max(1, row_bytes)))
@@ -51,9 +79,9 @@ def check_ids(ids: Sequence[Any] | npt.NDArray[Any] | None, n_samples: int) -> n
         raise ValueError(f"got ids of shape {array.shape} for {n_samples} samples; give one id per sample.")
     if array.dtype.kind not in "iuU":
         raise ValueError(f"sample ids must be integers or strings, got dtype {array.dtype}.")
-    values, first, counts = np.unique(array, return_index=True, return_counts=True)
+    values, counts = np.unique(array, return_counts=True)
     if (counts > 1).any():
-        twice = values[np.argmax(counts > 1)]
+        twice = values[np.argmax(counts > 1)].item()
         places = np.flatnonzero(array == twice)[:2].tolist()
         raise ValueError(f"id {twice!r} is given twice, at positions {places}; give every sample an id of its own.")
     return array.astype(np.int64) if array.dtype.kind in "iu" else array

@@ -13,13 +13,14 @@ from retrac_scale.store.encoding import Dtype, Float32, check_dtype, encode
 from retrac_scale.store.reader import SketchStore
 from retrac_scale.store.schema import (
     ATTRIBUTE,
-    CHECKSUM,
     FORMAT_VERSION,
     Url,
     block_samples,
     blocks,
     check_ids,
     differences,
+    get_array,
+    new_array,
     zarr_location,
 )
 
@@ -41,7 +42,7 @@ def create_store(
     """
     n, t, k = shape
     check_dtype(dtype)
-    meta = {
+    meta: dict[str, Any] = {
         "what": "sketch store",
         "format": FORMAT_VERSION,
         "shape": list(shape),
@@ -75,37 +76,18 @@ def create_store(
     return SketchStore(root, out)
 
 
-def _create_arrays(
-    root: zarr.Group, meta: Mapping[str, Any], ids: npt.NDArray[Any], quantities: Sequence[str]
-) -> None:
+def _create_arrays(root: zarr.Group, meta: Mapping[str, Any], ids: npt.NDArray[Any], quantities: Sequence[str]) -> None:
     n, t, k = meta["shape"]
     size = meta["block_samples"]
-    id_array = root.create_array(
-        "id", shape=(n,), chunks=(n,), dtype=ids.dtype, compressors=CHECKSUM, dimension_names=["sample"], overwrite=True
-    )
-    id_array[:] = ids
-    plane = {"shape": (n, t), "chunks": (size, t), "dimension_names": ["sample", "timestep"]}
+    new_array(root, "id", shape=(n,), chunks=(n,), dtype=ids.dtype, dims=["sample"])[:] = ids
     for checkpoint in meta["checkpoints"]:
         group = root.create_group(checkpoint, overwrite=True)
-        group.create_array(
-            "sketch",
-            shape=(n, t, k),
-            chunks=(size, t, k),
-            dtype=meta["dtype"],
-            compressors=CHECKSUM,
-            dimension_names=["sample", "timestep", "k"],
-        )
+        plane, cube = ["sample", "timestep"], ["sample", "timestep", "k"]
+        new_array(group, "sketch", shape=(n, t, k), chunks=(size, t, k), dtype=meta["dtype"], dims=cube)
         for quantity in ("scale", "norm", *quantities):
             dtype = "int64" if quantity == "timestep" else "float32"
-            group.create_array(quantity, dtype=dtype, compressors=CHECKSUM, **plane)
-        group.create_array(
-            "committed",
-            shape=(len(blocks(n, size)),),
-            chunks=(1,),
-            dtype="uint8",
-            compressors=CHECKSUM,
-            dimension_names=["block"],
-        )
+            new_array(group, quantity, shape=(n, t), chunks=(size, t), dtype=dtype, dims=plane)
+        new_array(group, "committed", shape=(len(blocks(n, size)),), chunks=(1,), dtype="uint8", dims=["block"])
 
 
 def write_block(
@@ -136,13 +118,17 @@ def write_block(
         if values is not None:
             _check_finite(values, what, checkpoint, store.ids[samples], steps)
     rows, scale = encode(sketches, store.meta["dtype"])
-    quantities = {"sketch": rows, "scale": scale, "norm": norms, "loss": losses, "timestep": timesteps}
-    group = store.root[checkpoint]
-    assert isinstance(group, zarr.Group)
+    quantities: dict[str, npt.NDArray[Any] | None] = {
+        "sketch": rows,
+        "scale": scale,
+        "norm": norms,
+        "loss": losses,
+        "timestep": timesteps,
+    }
     for name, values in quantities.items():
         if values is not None:
-            group[name][samples] = values  # type: ignore[index]
-    group["committed"][block] = 1  # type: ignore[index]
+            get_array(store.root, f"{checkpoint}/{name}")[samples] = values
+    get_array(store.root, f"{checkpoint}/committed")[block] = 1
 
 
 def _check_finite(
@@ -199,7 +185,9 @@ def write_store(
     n, t, k = shape
     weight_of = dict(weights) if isinstance(weights, Mapping) else _zip_weights(arrays, weights)
     if set(weight_of) != set(arrays):
-        raise ValueError(f"weights are given for {sorted(weight_of)}, sketches for {sorted(arrays)}; give one for each.")
+        raise ValueError(
+            f"weights are given for {sorted(weight_of)}, sketches for {sorted(arrays)}; give one for each."
+        )
     planes = {
         "norms": {name: np.linalg.norm(array, axis=2) for name, array in arrays.items()} if norms is None else norms,
         "losses": losses,

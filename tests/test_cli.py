@@ -1,0 +1,94 @@
+"""The command line and the report, on a small store."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import retrac_scale as rs
+from retrac_scale.cli import main
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    store = rs.write_store(tmp_path / "s.zarr", {"c": rng.standard_normal((6, 1, 8))}, timesteps=[4])
+    rs.write_store(tmp_path / "q.zarr", {"c": rng.standard_normal((2, 1, 8))}, timesteps=[4])
+    for name, estimator in (("tracin", rs.TracIn()), ("retrac", rs.ReTrac())):
+        rs.build_index(store, estimator, tmp_path / f"{name}.zarr")
+    np.save(tmp_path / "images.npy", rng.integers(0, 255, (6, 8, 8), dtype=np.uint8))
+    np.save(tmp_path / "queries.npy", rng.random((2, 8, 8, 3)))
+    return tmp_path
+
+
+@pytest.mark.parametrize("verb", ["", "demo", "info", "query", "report"])
+def test_help_teaches_by_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*([verb] if verb else []), "--help"])
+    assert stop.value.code == 0
+    assert f"examples:\n  retrac-scale {verb or 'demo'}" in capsys.readouterr().out
+
+
+def test_query_prints_a_table_or_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = rs.open_index(folder / "retrac.zarr").query(rs.open_store(folder / "q.zarr"), 3)
+    arguments = ["query", str(folder / "retrac.zarr"), str(folder / "q.zarr"), "-k", "3"]
+    assert main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["query", "rank", "id", "score"]
+    assert [int(line.split()[2]) for line in lines[1:]] == expected.ids.ravel().tolist()
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["results"][0]["ids"] == expected.ids[0].tolist()
+
+
+def test_info_describes_stores_and_indexes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(folder / "s.zarr")]) == 0
+    assert "6 samples x 1 timesteps x 8 entries, int8" in capsys.readouterr().out
+    assert main(["info", str(folder / "retrac.zarr")]) == 0
+    assert "index of ReTrac" in capsys.readouterr().out
+
+
+def test_failures_are_one_line_and_exit_status_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(folder / "nothing")]) == 1
+    assert main(["query", str(folder / "s.zarr"), str(folder / "q.zarr")]) == 1
+    error = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in error] == ["retrac-scale"] * 2
+
+
+class Page(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.images: list[tuple[str, str]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "img":
+            given = dict(attrs)
+            self.images.append((given["alt"] or "", given["src"] or ""))
+
+
+def test_report_shows_every_result_and_needs_no_network(folder: Path) -> None:
+    out = folder / "page.html"
+    indexes = [str(folder / "tracin.zarr"), str(folder / "retrac.zarr")]
+    files = ["--images", str(folder / "images.npy"), "--query-images", str(folder / "queries.npy")]
+    assert main(["report", *indexes, "--queries", str(folder / "q.zarr"), *files, "-k", "3", "--out", str(out)]) == 0
+    text = out.read_text()
+    page = Page(text)
+    assert all(source.startswith("data:image/png;base64,") for _, source in page.images)
+    shown = [int(alt.split()[-1]) for alt, _ in page.images if alt.startswith("training sample")]
+    queries = rs.open_store(folder / "q.zarr")
+    answers = [rs.open_index(url).query(queries, 3) for url in indexes]
+    assert shown == [sample for q in range(2) for answer in answers for sample in answer.ids[q].tolist()]
+    assert not re.search(r"https?://", text)
+
+
+def test_topk_writes_its_own_report_and_names_a_missing_picture(folder: Path) -> None:
+    answer = rs.open_index(folder / "retrac.zarr").query(rs.open_store(folder / "q.zarr"), 3)
+    images, queries = np.load(folder / "images.npy"), np.load(folder / "queries.npy")
+    assert answer.report(folder / "own.html", images, queries, ids=range(6)).exists()
+    with pytest.raises(ValueError, match="no picture of sample"):
+        answer.report(folder / "own.html", images[:1], queries, ids=[99])

@@ -1,0 +1,206 @@
+"""Per-sample gradients of every layer type against autograd, one sample at a time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import retrac_scale as rs
+from tests.oracle import gradient
+
+
+def check(model: nn.Module, inputs: Tensor, *, rows: int = 1) -> None:
+    """Sketches under Identity, and norms, equal the gradients of one sample's loss at a time in float64."""
+    model = model.eval()
+    torch.manual_seed(1)
+    n = len(inputs) // rows
+
+    def losses(module: nn.Module, x: Tensor, n: int) -> Tensor:
+        values: Tensor = module(x).reshape(n, -1).sin().square().mean(1)
+        return values
+
+    with rs.GradientSketcher(model, rs.Identity()) as sketcher:
+        sketch, norm = sketcher(losses(model, inputs, n))
+    reference = copy.deepcopy(model).double()
+    for sample in range(n):
+        x = inputs[sample * rows : (sample + 1) * rows]
+        expected = gradient(reference, losses(reference, x.double() if x.is_floating_point() else x, 1).sum())
+        torch.testing.assert_close(sketch[sample].double(), expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(norm[sample].double(), expected.norm(), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (3, 4, 5), (3, 2, 4, 5)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_equals_autograd_for_any_number_of_positions(shape: tuple[int, ...], bias: bool) -> None:
+    check(nn.Sequential(nn.Linear(5, 6, bias=bias), nn.SiLU(), nn.Linear(6, 3)), torch.randn(shape))
+
+
+@given(
+    dims=st.integers(1, 3),
+    groups=st.sampled_from([1, 2]),
+    kernel=st.integers(1, 3),
+    stride=st.integers(1, 2),
+    padding=st.sampled_from([0, 1, "same"]),
+    dilation=st.integers(1, 2),
+    mode=st.sampled_from(["zeros", "circular", "reflect", "replicate"]),
+    bias=st.booleans(),
+    rows=st.integers(1, 2),
+)
+def test_convolution_equals_autograd_for_every_option(
+    dims: int, groups: int, kernel: int, stride: int, padding: Any, dilation: int, mode: str, bias: bool, rows: int
+) -> None:
+    assume(padding != "same" or stride == 1)
+    layer: Callable[..., nn.Module] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    torch.manual_seed(0)
+    model = layer(
+        4, 6, kernel, stride=stride, padding=padding, dilation=dilation, groups=groups, bias=bias, padding_mode=mode
+    )
+    check(model, torch.randn(2 * rows, 4, *(6,) * dims), rows=rows)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4)), (3, 3, 5, 5)),
+        (nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6)), (3, 5, 4)),
+        (nn.Sequential(nn.Linear(4, 6), nn.LayerNorm((5, 6), bias=False)), (3, 5, 4)),
+    ],
+)
+def test_norm_layers_equal_autograd(model: nn.Module, shape: tuple[int, ...]) -> None:
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    check(model, torch.randn(shape))
+
+
+def test_embedding_equals_autograd_with_repeated_rows_and_padding() -> None:
+    model = nn.Sequential(nn.Embedding(7, 4, padding_idx=0), nn.Linear(4, 2))
+    check(model, torch.tensor([[1, 1, 0], [2, 6, 2], [0, 0, 3]]))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_rows_of_one_sample_add_up(rows: int) -> None:
+    check(
+        nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 1)),
+        torch.randn(2 * rows, 2, 6, 6),
+        rows=rows,
+    )
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.layer(x).relu())  # type: ignore[no-any-return]
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).tanh())  # type: ignore[no-any-return]
+
+
+class Bare(nn.Module):
+    """A table of its own, used around a layer with a rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(3, 4))
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x + self.table) * self.table  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "model", [Twice(), Tied(), nn.Sequential(Bare(), Bare()), nn.Sequential(nn.PReLU(), nn.Linear(4, 2))]
+)
+def test_reuse_tying_and_parameters_without_a_rule_equal_autograd(model: nn.Module) -> None:
+    check(model, torch.randn(2, 3, 4))
+
+
+def test_an_unused_parameter_has_gradient_zero() -> None:
+    model = Twice()
+    model.unused = nn.Linear(2, 2)
+    check(model, torch.randn(3, 4))
+
+
+def test_parameters_selects_by_pattern_and_refuses_a_pattern_that_matches_nothing() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    sketcher = rs.GradientSketcher(model, rs.Identity(), parameters=["1.*"])
+    assert list(sketcher.shapes) == ["1.weight", "1.bias"]
+    with pytest.raises(ValueError, match=r"'2\.\*' matches none"):
+        rs.GradientSketcher(model, rs.Identity(), parameters=["2.*"])
+
+
+def test_weights_are_trainable_again_after_the_context() -> None:
+    model = nn.Linear(3, 2)
+    model.bias.requires_grad_(False)
+    with rs.GradientSketcher(model, rs.Identity()) as sketcher:
+        sketcher(model(torch.randn(2, 3)).sum(1))
+        assert not model.weight.requires_grad
+    assert model.weight.requires_grad
+    assert not model.bias.requires_grad
+    assert model.weight.grad is None
+
+
+def test_a_layer_that_does_not_see_the_batch_is_refused_by_name() -> None:
+    class Broadcast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.position = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.position(torch.ones(1, 3))  # type: ignore[no-any-return]
+
+    model = Broadcast()
+    with (
+        rs.GradientSketcher(model, rs.Identity()) as sketcher,
+        pytest.raises(ValueError, match="layer 'position' ran on 1 rows for 2 losses"),
+    ):
+        sketcher(model(torch.randn(2, 3)).sum(1))
+
+
+def test_a_registered_rule_is_used_for_its_layer_type() -> None:
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.gain
+
+    calls = []
+
+    def rule(layer: Scale, activation: Tensor, grad_output: Tensor, n: int) -> dict[str, Tensor]:
+        calls.append(n)
+        return {"gain": (activation * grad_output).reshape(n, -1, 4).sum(1)}
+
+    rs.gradients.register(Scale, rule)
+    check(nn.Sequential(nn.Linear(4, 4), Scale()), torch.randn(2, 3, 4))
+    assert calls == [2]
+
+
+def test_batch_norm_in_training_mode_is_refused() -> None:
+    with pytest.raises(ValueError, match="batch norm in training mode"):
+        rs.GradientSketcher(nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)).train(), rs.Identity())
+
+
+def test_losses_made_outside_the_context_are_refused() -> None:
+    model = nn.Linear(3, 2)
+    losses = F.relu(model(torch.randn(2, 3))).sum(1).detach()
+    with rs.GradientSketcher(model, rs.Identity()) as sketcher, pytest.raises(ValueError, match="inside the context"):
+        sketcher(losses)

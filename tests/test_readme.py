@@ -1,0 +1,38 @@
+"""The README's program runs as printed, on a folder of PNG files and a model in diffusers layout."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from PIL import Image
+
+
+def test_the_program_for_ones_own_images_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    program = next(block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "def load" in block)
+    rng = np.random.default_rng(0)
+    for folder, count in (("training-images", 12), ("generated-images", 2)):
+        (tmp_path / folder).mkdir()
+        for number in range(count):
+            Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(tmp_path / folder / f"{number}.png")
+    torch.manual_seed(0)
+    model = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+    )
+    model.save_pretrained(tmp_path / "model" / "unet")
+    DDPMScheduler().save_pretrained(tmp_path / "model" / "scheduler")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(program, names)
+    assert names["answer"].ids.shape == (2, 10)  # type: ignore[attr-defined]
+    assert (tmp_path / "report.html").exists()

@@ -1,0 +1,272 @@
+"""sketch(): agreement with the oracle, independence of batches, resuming, and errors that name the culprit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from hypothesis import given
+from hypothesis import strategies as st
+
+import retrac_scale as rs
+from tests import oracle
+from tests.conftest import MODELS, Labelled, random_images, tiny_dit, tiny_unet
+
+SCHEDULER = DDPMScheduler(num_train_timesteps=100, beta_schedule="squaredcos_cap_v2")
+
+
+def run(model: Any, dataset: Any, timesteps: Any, projection: Any = None, **options: Any) -> rs.SketchStore:
+    checkpoints = options.pop("checkpoints", {"last": {k: v.clone() for k, v in model.state_dict().items()}})
+    task = rs.DiffusionTask(model, SCHEDULER, measure=options.pop("measure", "mse"))
+    arguments = {"dtype": "float32", "progress": False, **options}
+    return rs.sketch(
+        task,
+        dataset,
+        arguments.pop("out", None),
+        checkpoints=checkpoints,
+        timesteps=timesteps,
+        projection=projection or rs.Identity(),
+        **arguments,
+    )
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("measure", ["mse", "l1"])
+def test_gradients_and_norms_equal_the_oracle(kind: str, seed: int, measure: str) -> None:
+    model = MODELS[kind](seed)
+    dataset = Labelled(random_images(3, seed))
+    store = run(model, dataset, rs.Explicit([3, 70]), measure=measure, batch_size=4)
+    for sample in range(3):
+        for column, timestep in enumerate([3, 70]):
+            labels = {"class_labels": torch.tensor(sample)} if kind == "dit" else {}
+            expected = oracle.pair_gradient(
+                model,
+                model.state_dict(),
+                SCHEDULER,
+                dataset.images[sample],
+                sample,
+                timestep,
+                measure=measure,
+                conditioning=labels,
+            )
+            scale = np.linalg.norm(expected)
+            assert np.linalg.norm(store.sketches("last")[sample, column] - expected) < 1e-4 * scale
+            assert abs(store.norms("last")[sample, column] - scale) < 1e-4 * scale
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_several_draws_give_the_mean_gradient_and_its_norm(seed: int) -> None:
+    model = tiny_unet(seed)
+    images = random_images(2, seed)
+    store = run(model, images, rs.Explicit([50], draws=3))
+    for sample in range(2):
+        expected = oracle.pair_gradient(model, model.state_dict(), SCHEDULER, images[sample], sample, 50, draws=3)
+        np.testing.assert_allclose(
+            store.sketches("last")[sample, 0], expected, atol=1e-5 * float(np.linalg.norm(expected))
+        )
+        np.testing.assert_allclose(store.norms("last")[sample, 0], np.linalg.norm(expected), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["unet", "dit"])
+def test_countsketch_inner_products_stay_within_the_variance_bound_over_200_seeds(kind: str) -> None:
+    model = MODELS[kind](0)
+    images, steps = random_images(2), torch.tensor([40, 40])
+    labels = {"class_labels": torch.tensor([0, 1])} if kind == "dit" else {}
+    x, y = (
+        oracle.pair_gradient(
+            model, model.state_dict(), SCHEDULER, images[i], i, 40, conditioning={k: v[i] for k, v in labels.items()}
+        )
+        for i in range(2)
+    )
+    task = rs.DiffusionTask(model, SCHEDULER)
+    noise = rs.draw_noise((1, 8, 8), [0, 1], steps, 0)
+    errors = []
+    for seed in range(200):
+        with rs.GradientSketcher(model, rs.CountSketch(256, seed)) as sketcher:
+            a, b = sketcher(task.losses(images, steps, noise, labels))[0].double()
+        errors.append(float(a @ b) - x @ y)
+    bound = ((x @ x) * (y @ y) + (x @ y) ** 2) / 256
+    assert abs(np.mean(errors)) < 4 * np.sqrt(bound / 200)
+    # 200 draws put the sample variance within 4 sqrt(2/200) = 40 % of the true one
+    assert np.mean(np.square(errors)) < 1.4 * bound
+
+
+@given(order=st.permutations(range(6)), batch_size=st.integers(1, 9), draws=st.integers(1, 2))
+def test_a_sketch_does_not_depend_on_batch_place_or_order(order: list[int], batch_size: int, draws: int) -> None:
+    model = tiny_unet()
+    images = random_images(6)
+    plan = rs.EvenlySpaced(2, draws=draws)
+    alone = run(model, Labelled(images, ids=list(range(6))), plan, rs.CountSketch(128), batch_size=1)
+    mixed = run(model, Labelled(images[order], ids=order), plan, rs.CountSketch(128), batch_size=batch_size)
+    expected = alone.sketches("last")[order]
+    np.testing.assert_allclose(mixed.sketches("last"), expected, atol=2e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(mixed.norms("last"), alone.norms("last")[order], rtol=1e-4)
+
+
+def test_recorded_pairs_replay_the_timestep_and_noise_of_training(tmp_path: Path) -> None:
+    model = tiny_unet()
+    images = random_images(3)
+    recorder = rs.TrainingRecorder(tmp_path / "recorded", 3, SCHEDULER)
+    recorder.step([0, 1, 2], [1, 2, 3], 10, lr=0.5)
+    recorder.step(torch.tensor([2, 0]), torch.tensor([90, 80]), 11, lr=0.25)
+    recorder.checkpoint("last")
+    store = run(model, images, rs.Recorded(tmp_path / "recorded"))
+    assert store.timesteps("last").tolist() == [[80], [2], [90]]
+    assert store.weights["last"] == pytest.approx(0.5 * 3 / 3 + 0.25 * 2 / 3)
+    for sample, (timestep, seed) in enumerate([(80, 11), (2, 10), (90, 11)]):
+        expected = oracle.pair_gradient(
+            model, model.state_dict(), SCHEDULER, images[sample], sample, timestep, seed=seed
+        )
+        np.testing.assert_allclose(
+            store.sketches("last")[sample, 0], expected, atol=1e-5 * float(np.linalg.norm(expected))
+        )
+
+
+def test_a_training_step_that_used_draw_noise_is_replayed_exactly(tmp_path: Path) -> None:
+    model = tiny_unet()
+    images = random_images(4)
+    ids, steps = [3, 1], torch.tensor([60, 5])
+    noise = rs.draw_noise((1, 8, 8), ids, steps, 7)
+    loss = (model(SCHEDULER.add_noise(images[ids], noise, steps), steps).sample - noise).square().mean()
+    expected = oracle.gradient(model, loss).numpy()
+    recorder = rs.TrainingRecorder(tmp_path, 4, SCHEDULER)
+    recorder.step([0, 2], [1, 1], 6, lr=1.0)
+    recorder.step(ids, steps, 7, lr=1.0)
+    recorder.checkpoint("last")
+    sketches = run(model, images, rs.Recorded(tmp_path)).sketches("last")[ids, 0]
+    np.testing.assert_allclose(sketches.mean(0), expected, atol=1e-5 * float(np.linalg.norm(expected)))
+
+
+def test_an_interrupted_run_computes_only_what_is_missing(tmp_path: Path) -> None:
+    model = tiny_unet()
+    images = random_images(70)
+
+    class Failing(Labelled):
+        broken = True
+        read: list[int] = []  # noqa: RUF012
+
+        def __getitem__(self, row: int) -> Any:
+            self.read.append(row)
+            if self.broken and row == 65 and self.read.count(65) > 2:
+                raise OSError("disk gone")
+            return self.images[row]
+
+    dataset = Failing(images)
+    states = {name: {k: v.clone() for k, v in tiny_unet(seed).state_dict().items()} for seed, name in enumerate("ab")}
+    arguments = {"checkpoints": states, "dtype": "int8"}
+    with pytest.raises(OSError, match="disk gone"):
+        run(model, dataset, rs.Explicit([5]), rs.CountSketch(64), out=tmp_path / "s", **arguments)
+    partial = rs.open_store(tmp_path / "s")
+    assert partial.committed("a").all()
+    assert partial.committed("b").tolist() == [True, False]
+    with pytest.raises(rs.IncompleteStoreError, match=r"checkpoint 'b', samples 64 \.\. 69"):
+        partial.sketches("b")
+    assert partial.sketches("b", slice(0, 64)).shape == (64, 1, 64)
+    dataset.broken = False
+    dataset.read.clear()
+    resumed = run(model, dataset, rs.Explicit([5]), rs.CountSketch(64), out=tmp_path / "s", **arguments)
+    assert sorted(dataset.read) == sorted([*range(70), *range(64, 70)])  # the check of items, and the missing block
+    whole = run(model, images, rs.Explicit([5]), rs.CountSketch(64), **arguments)
+    for name in "ab":
+        np.testing.assert_array_equal(resumed.sketches(name), whole.sketches(name))
+
+
+def test_a_different_run_is_refused_with_the_field_that_differs(tmp_path: Path) -> None:
+    model, images = tiny_unet(), random_images(2)
+    run(model, images, rs.Explicit([5]), rs.CountSketch(64), out=tmp_path / "s")
+    with pytest.raises(ValueError, match=r"fingerprint\.projection\.seed is 0 there and 1 here"):
+        run(model, images, rs.Explicit([5]), rs.CountSketch(64, seed=1), out=tmp_path / "s")
+
+
+def test_the_model_keeps_its_own_weights() -> None:
+    model = tiny_unet(0)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    run(model, random_images(1), rs.Explicit([5]), checkpoints={"other": tiny_unet(1).state_dict()})
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("suffix", ["pt", "folder", "callable"])
+def test_checkpoints_are_read_from_files_folders_and_callables(tmp_path: Path, suffix: str) -> None:
+    other = tiny_unet(1)
+    given: Any = tmp_path / "weights.pt"
+    if suffix == "pt":
+        torch.save(other.state_dict(), given)
+    elif suffix == "folder":
+        given = tmp_path / "unet"
+        other.save_pretrained(given)  # type: ignore[operator]
+    else:
+        given = other.state_dict
+    images = random_images(1)
+    store = run(tiny_unet(0), images, rs.Explicit([5]), checkpoints={"c": given})
+    expected = run(other, images, rs.Explicit([5]))
+    np.testing.assert_array_equal(store.sketches("c"), expected.sketches("last"))
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "shape": (
+        {"dataset": [*random_images(2), torch.zeros(1, 9, 9)]},
+        r"dataset item 2 has shape \(1, 9, 9\), but the model takes \(1, 8, 8\)",
+    ),
+    "nan": ({"dataset": [torch.full((1, 8, 8), torch.nan)]}, "dataset item 0 has NaN"),
+    "id": (
+        {"dataset": Labelled(random_images(3), ids=["x", "y", "x"])},
+        r"id .*'x'.* is given twice, at positions \[0, 2\]",
+    ),
+    "timestep": ({"timesteps": rs.Explicit([5, 100])}, "timestep 100 is outside the scheduler's range 0 .. 99"),
+    "count": ({"timesteps": rs.EvenlySpaced(100)}, "lower the count"),
+    "checkpoint": (
+        {"checkpoints": {"dit": tiny_dit().state_dict()}},
+        "checkpoint 'dit' does not fit the model: it lacks conv_in.weight",
+    ),
+    "missing file": ({"checkpoints": {"a": "nowhere.pt"}}, "checkpoint 'a': there is no file nowhere.pt"),
+    "empty": ({"dataset": []}, "the dataset is empty"),
+    "record": ({"timesteps": rs.Recorded("nowhere")}, "no training record for checkpoint 'last' in nowhere"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named_before_any_work(case: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    changes, message = BAD[case]
+    arguments = {"dataset": random_images(2), "timesteps": rs.Explicit([5]), **changes}
+    model = tiny_unet()
+    started = []
+    model.register_forward_hook(lambda *_: started.append(1))
+    with pytest.raises(ValueError, match=message):
+        run(model, arguments.pop("dataset"), arguments.pop("timesteps"), out=tmp_path / "s", **arguments)
+    assert not started
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_gradient_that_is_not_finite_is_named_and_nothing_is_written(tmp_path: Path) -> None:
+    model = tiny_unet()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    state["conv_out.bias"][:] = torch.inf
+    with pytest.raises(ValueError, match="NaN or infinite at checkpoint 'bad', sample 0, timestep 5"):
+        run(model, random_images(2), rs.Explicit([5]), checkpoints={"bad": state}, out=tmp_path / "s")
+    assert not rs.open_store(tmp_path / "s").committed("bad").any()
+
+
+def test_dask_workers_write_the_same_store(tmp_path: Path) -> None:
+    from distributed import Client, LocalCluster
+
+    model, images = tiny_unet(), random_images(130)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    arguments = {"checkpoints": {"c": state}, "dtype": "int8"}
+    local = run(model, images, rs.Explicit([5]), rs.CountSketch(64), **arguments)
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        client.run(torch.set_num_threads, 1)
+        store = run(model, images, rs.Explicit([5]), rs.CountSketch(64), out=tmp_path / "s", client=client, **arguments)
+        np.testing.assert_array_equal(store.sketches("c"), local.sketches("c"))
+        index = rs.build_index(store, rs.ReTrac(), tmp_path / "i", client=client)
+        answer = index.query(store, k=5, client=client)
+    here = rs.build_index(local, rs.ReTrac(), None).query(local, k=5)
+    np.testing.assert_array_equal(answer.ids, here.ids)

@@ -1,0 +1,114 @@
+"""The store: readable by plain zarr and xarray, whole or refused, encoded within its bound."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray
+import zarr
+from hypothesis import given
+from hypothesis import strategies as st
+
+import retrac_scale as rs
+
+
+def random_store(out: Any = None, **options: Any) -> rs.SketchStore:
+    rng = np.random.default_rng(0)
+    sketches = {name: rng.standard_normal((5, 2, 16)) for name in ("a", "b")}
+    return rs.write_store(out, sketches, timesteps=[3, 9], **options)
+
+
+def test_zarr_and_xarray_open_it_with_named_dimensions(tmp_path: Path) -> None:
+    random_store(tmp_path / "s", losses={name: np.ones((5, 2)) for name in "ab"}, ids=list("vwxyz"))
+    group = zarr.open_group(tmp_path / "s", mode="r")
+    assert sorted(group) == ["a", "b", "id"]
+    dataset = xarray.open_zarr(tmp_path / "s", group="a", consolidated=False)
+    assert dataset["sketch"].dims == ("sample", "timestep", "k")
+    for name in ("scale", "norm", "loss", "timestep"):
+        assert dataset[name].dims == ("sample", "timestep")
+    assert xarray.open_zarr(tmp_path / "s", consolidated=False)["id"].values.tolist() == list("vwxyz")
+    raw = dataset["sketch"].values * dataset["scale"].values[..., None]
+    np.testing.assert_allclose(raw, rs.open_store(tmp_path / "s").sketches("a"))
+
+
+@given(
+    seed=st.integers(0, 99),
+    dtype=st.sampled_from(["int8", "float16", "float32"]),
+    magnitude=st.sampled_from([1e-12, 1.0, 1e12]),
+)
+def test_stored_rows_are_within_the_step_of_their_type(seed: int, dtype: Any, magnitude: float) -> None:
+    rows = np.random.default_rng(seed).standard_normal((4, 2, 9)).astype(np.float32) * np.float32(magnitude)
+    rows[1] = 0
+    store = rs.write_store(None, {"c": rows}, dtype=dtype)
+    step = {"int8": 0.501 / 127, "float16": 2**-11 * 1.01, "float32": 0.0}[dtype]
+    bound = step * np.abs(rows).max(2, keepdims=True)
+    assert (np.abs(store.sketches("c") - rows) <= bound).all()
+    np.testing.assert_allclose(store.norms("c"), np.linalg.norm(rows.astype(np.float64), axis=2), rtol=1e-5)
+
+
+def test_weights_ids_and_timesteps_are_kept(tmp_path: Path) -> None:
+    random_store(tmp_path / "s", weights=[0.5, 2.0], ids=[7, 3, 5, 1, 9])
+    store = rs.open_store(str(tmp_path / "s"))
+    assert store.weights == {"a": 0.5, "b": 2.0}
+    assert store.ids.tolist() == [7, 3, 5, 1, 9]
+    assert store.timesteps("b").tolist() == [[3, 9]] * 5
+    with pytest.raises(ValueError, match="written without loss"):
+        store.losses("a")
+    with pytest.raises(KeyError, match="no checkpoint 'c'"):
+        store.sketches("c")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ids": [1, 2, 2, 3, 4]}, r"id .*2.* is given twice, at positions \[1, 2\]"),
+        ({"ids": [1, 2]}, "give one id per sample"),
+        ({"weights": [1.0]}, "got 1 weights for 2 checkpoints"),
+        ({"norms": {"a": np.ones((5, 2))}}, r"norms are given for \['a'\]"),
+        ({"norms": {"a": np.ones((5, 2)), "b": np.ones((5, 3))}}, r"norms of checkpoint 'b' have shape \(5, 3\)"),
+        ({"dtype": "int4"}, "dtype must be one of"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        random_store(**change)
+
+
+def test_a_sketch_that_is_not_finite_is_named() -> None:
+    sketches = np.ones((3, 2, 4))
+    sketches[2, 1, 0] = np.nan
+    with pytest.raises(ValueError, match="checkpoint 'c', sample 12, timestep 8"):
+        rs.write_store(None, {"c": sketches}, ids=[10, 11, 12], timesteps=[4, 8])
+
+
+def test_existing_paths_and_foreign_things_are_refused(tmp_path: Path) -> None:
+    random_store(tmp_path / "s")
+    with pytest.raises(ValueError, match="already holds a store"):
+        random_store(tmp_path / "s")
+    with pytest.raises(FileNotFoundError, match="there is no sketch store at"):
+        rs.open_store(tmp_path / "nothing")
+    zarr.create_group(tmp_path / "other")
+    with pytest.raises(ValueError, match="is a zarr group but no sketch store"):
+        rs.open_store(tmp_path / "other")
+    with pytest.raises(ValueError, match="holds something that is no sketch store"):
+        random_store(tmp_path / "other")
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    root = random_store(tmp_path / "s").root
+    root.attrs["retrac_scale"] = {**root.attrs["retrac_scale"], "format": 99}  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match="format version 99"):
+        rs.open_store(tmp_path / "s")
+
+
+def test_a_damaged_chunk_is_never_read_as_data(tmp_path: Path) -> None:
+    store = random_store(tmp_path / "s")
+    chunk = tmp_path / "s" / "a" / "sketch" / "c" / "0" / "0" / "0"
+    content = bytearray(chunk.read_bytes())
+    content[3] ^= 1
+    chunk.write_bytes(content)
+    with pytest.raises(ValueError, match="checksum"):
+        store.sketches("a")

@@ -1,0 +1,75 @@
+"""Noise, timestep plans and the training record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import retrac_scale as rs
+
+IDS = np.arange(5)
+
+
+def test_noise_depends_on_seed_id_timestep_and_draw_and_is_standard_normal() -> None:
+    def draw(sample: Any = 1, step: int = 2, seed: int = 3, number: int = 0) -> torch.Tensor:
+        return rs.draw_noise((4096,), [sample], [step], seed, draw=number)[0]
+
+    assert torch.equal(draw(), draw())
+    for other in (draw(sample=2), draw(sample="1"), draw(step=3), draw(seed=4), draw(number=1)):
+        assert abs(torch.corrcoef(torch.stack([draw(), other]))[0, 1]) < 5 / 4096**0.5
+    assert abs(draw().mean()) < 5 / 4096**0.5
+    assert abs(draw().var() - 1) < 5 * (2 / 4096) ** 0.5
+
+
+def test_evenly_spaced_covers_one_to_the_last() -> None:
+    pairs = rs.EvenlySpaced(4).pairs("c", IDS, 1000)
+    assert pairs.timesteps.tolist() == [[1, 334, 666, 999]] * 5
+
+
+@pytest.mark.parametrize("bad", [lambda: rs.EvenlySpaced(0), lambda: rs.Explicit([]), lambda: rs.Explicit([1, 1])])
+def test_plans_without_sense_are_refused(bad: Any) -> None:
+    with pytest.raises(ValueError, match=r"EvenlySpaced|Explicit"):
+        bad()
+
+
+def test_a_recorder_continues_and_keeps_what_earlier_checkpoints_saw(tmp_path: Path, scheduler: Any) -> None:
+    recorder = rs.TrainingRecorder(tmp_path, 5, scheduler)
+    recorder.step([0, 1, 2, 3, 4], [10, 11, 12, 13, 14], 0, 1.0)
+    recorder.checkpoint("a")
+    again = rs.TrainingRecorder(tmp_path, 5, scheduler)
+    again.step([1, 2], [51, 52], None, 0.5)
+    again.checkpoint("b")
+    plan = rs.Recorded(tmp_path)
+    assert plan.pairs("a", IDS, 100).timesteps.ravel().tolist() == [10, 11, 12, 13, 14]
+    assert plan.pairs("b", IDS, 100).timesteps.ravel().tolist() == [10, 51, 52, 13, 14]
+    assert plan.weight("b") == pytest.approx(0.5 * 2 / 5)
+    with pytest.raises(ValueError, match="holds the record of 5 samples, not 6"):
+        rs.TrainingRecorder(tmp_path, 6, scheduler)
+
+
+@pytest.mark.parametrize(
+    ("ids", "steps", "message"),
+    [
+        ([5], [1], r"sample id 5 is outside the recorded training set 0 \.\. 4"),
+        ([1], [100], r"timestep 100 is outside the scheduler's range 0 \.\. 99"),
+        ([1, 2], [3], "give one timestep per id"),
+        (["x"], [3], "recorded sample ids are the integers"),
+    ],
+)
+def test_bad_records_are_refused(tmp_path: Path, scheduler: Any, ids: Any, steps: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rs.TrainingRecorder(tmp_path, 5, scheduler).step(ids, steps, 0, 1.0)
+
+
+def test_a_sample_that_was_never_trained_is_named(tmp_path: Path, scheduler: Any) -> None:
+    recorder = rs.TrainingRecorder(tmp_path, 5, scheduler)
+    with pytest.raises(ValueError, match="no step before it"):
+        recorder.checkpoint("a")
+    recorder.step([0, 1, 2, 4], [1, 1, 1, 1], 0, 1.0)
+    recorder.checkpoint("a")
+    with pytest.raises(ValueError, match="sample 3 was never trained before checkpoint 'a'"):
+        rs.Recorded(tmp_path).pairs("a", IDS, 100)
