@@ -27,8 +27,9 @@ from retrac_scale.timesteps import EvenlySpaced, Recorded, TrainingRecorder, dra
 
 EPOCHS = 24
 KEPT_EPOCHS = (6, 12, 18, 24)
-BATCH = 64
-LEARNING_RATE = 2e-3
+BATCH = 16
+LEARNING_RATE = 1e-3
+WARMUP_STEPS = 100
 OUTLIERS = 36
 GENERATED = 16
 SAMPLING_STEPS = 100
@@ -105,8 +106,8 @@ def train(model: UNet2DModel, scheduler: Any, scans: Scans, folder: Path) -> dic
         for epoch in range(first, EPOCHS + 1):
             rng = np.random.default_rng(epoch)
             for number, ids in enumerate(np.array_split(rng.permutation(len(scans)), n_batches)):
-                step = epoch * n_batches + number
-                rate = LEARNING_RATE * min(1.0, step / 100) * (1 - (epoch - 1) / EPOCHS)
+                step = (epoch - 1) * n_batches + number
+                rate = LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 steps = torch.from_numpy(rng.integers(0, scheduler.config.num_train_timesteps, len(ids)))

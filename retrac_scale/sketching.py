@@ -6,6 +6,7 @@ import hashlib
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -28,7 +29,7 @@ AUTO_BATCH_ROWS = 64
 FULL_CHECK_SAMPLES = 10_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Job:
     """All that a block is a function of; travels to workers once."""
 
@@ -38,7 +39,7 @@ class _Job:
     checkpoints: Mapping[str, Checkpoint]
     timesteps: TimestepPlan
     projection: Projection
-    parameters: list[str]
+    parameters: frozenset[str]
     batch_size: int
 
 
@@ -125,11 +126,11 @@ def sketch(
         if like is not None:
             check_fingerprints(like.fingerprint, like.checkpoints, store)
         rows = AUTO_BATCH_ROWS if batch_size == "auto" else batch_size
-        job = _Job(task, dataset, ids, checkpoints, timesteps, projection, list(sketcher.shapes), rows)
+        job = _Job(task, dataset, ids, checkpoints, timesteps, projection, frozenset(sketcher.shapes), rows)
         todo = [
             (name, block) for name in store.checkpoints for block in np.flatnonzero(~store.committed(name)).tolist()
         ]
-        done = _run_local(job, store, todo) if client is None else _run_on(client, job, store, todo)
+        done = _run_local(job, sketcher, store, todo) if client is None else _run_on(client, job, store, todo)
         total = len(store.checkpoints) * store.shape[0] * store.shape[1]
         missing = sum(_pairs_in(store, block) for _, block in todo)
         with tqdm(total=total, initial=total - missing, unit="pair", desc="sketch", disable=not progress) as bar:
@@ -140,13 +141,13 @@ def sketch(
     return store
 
 
-def _run_local(job: _Job, store: SketchStore, todo: list[tuple[str, int]]) -> Iterator[int]:
+def _run_local(job: _Job, sketcher: GradientSketcher, store: SketchStore, todo: list[tuple[str, int]]) -> Iterator[int]:
     loaded = None
     for checkpoint, block in todo:
         if checkpoint != loaded:
             job.task.load(checkpoint, job.checkpoints[checkpoint])
             loaded = checkpoint
-        yield from _sketch_block(job, store, checkpoint, block)
+        yield from _sketch_block(job, sketcher, store, checkpoint, block)
 
 
 def _run_on(client: Client, job: _Job, store: SketchStore, todo: list[tuple[str, int]]) -> Iterator[int]:
@@ -166,14 +167,22 @@ def _run_on(client: Client, job: _Job, store: SketchStore, todo: list[tuple[str,
 _model_in_use = threading.Lock()
 
 
+@lru_cache(maxsize=1)
+def _sketcher(job: _Job) -> GradientSketcher:
+    """One per worker process and run: its random signs are as large as the model."""
+    return GradientSketcher(job.task.model, job.projection, parameters=job.parameters.__contains__)
+
+
 def _sketch_remotely(job: _Job, url: Url, checkpoint: str, block: int) -> int:
     store = open_store(url, mode="r+")
     with _model_in_use:
         job.task.load(checkpoint, job.checkpoints[checkpoint])
-        return sum(_sketch_block(job, store, checkpoint, block))
+        return sum(_sketch_block(job, _sketcher(job), store, checkpoint, block))
 
 
-def _sketch_block(job: _Job, store: SketchStore, checkpoint: str, block: int) -> Iterator[int]:
+def _sketch_block(
+    job: _Job, sketcher: GradientSketcher, store: SketchStore, checkpoint: str, block: int
+) -> Iterator[int]:
     """Compute and commit one block; yields the number of pairs of each batch as it is done."""
     task, samples = job.task, store.blocks[block]
     ids = job.ids[samples]
@@ -183,7 +192,7 @@ def _sketch_block(job: _Job, store: SketchStore, checkpoint: str, block: int) ->
     sketches = np.empty((n * t, store.shape[2]), dtype=np.float32)
     norms, losses = np.empty(n * t, dtype=np.float32), np.empty(n * t, dtype=np.float32)
     size = max(1, job.batch_size // plan.draws)
-    with GradientSketcher(task.model, job.projection, parameters=job.parameters) as sketcher:
+    with sketcher:
         for start in range(0, n * t, size):
             part = slice(start, min(start + size, n * t))
             loss = _losses(task, items, ids, plan, np.arange(part.start, part.stop))

@@ -174,6 +174,50 @@ def test_a_layer_that_does_not_see_the_batch_is_refused_by_name() -> None:
         sketcher(model(torch.randn(2, 3)).sum(1))
 
 
+def test_a_parameter_used_around_its_layer_is_refused_by_name() -> None:
+    model = nn.MultiheadAttention(4, 2, batch_first=True)  # multiplies with out_proj.weight, never calls out_proj
+    x = torch.randn(2, 3, 4)
+    with (
+        rs.GradientSketcher(model, rs.Identity()) as sketcher,
+        pytest.raises(ValueError, match=r"'out_proj\.(weight|bias)' is used outside its own layer's forward"),
+    ):
+        sketcher(model(x, x, x)[0].square().sum((1, 2)))
+    assert model.out_proj.weight.requires_grad
+
+
+def test_an_input_changed_in_place_is_refused_by_layer() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.first(x) * 1
+            y = self.second(hidden)
+            hidden += 1
+            return y + hidden  # type: ignore[no-any-return]
+
+    model = InPlace()
+    with (
+        rs.GradientSketcher(model, rs.Identity()) as sketcher,
+        pytest.raises(ValueError, match="input of layer 'second' was changed in place"),
+    ):
+        sketcher(model(torch.randn(2, 3)).square().sum(1))
+
+
+def test_a_rule_that_forgets_a_parameter_is_refused() -> None:
+    class Affine(nn.Linear):
+        pass
+
+    rs.gradients.register(Affine, lambda layer, activation, grad, n: {"bias": grad})
+    model = nn.Sequential(nn.Linear(3, 3), Affine(3, 2))
+    with (
+        rs.GradientSketcher(model, rs.Identity()) as sketcher,
+        pytest.raises(ValueError, match=r"the rule for Affine gives no gradient for '1\.weight'"),
+    ):
+        sketcher(model(torch.randn(2, 3)).sum(1))
+
+
 def test_a_registered_rule_is_used_for_its_layer_type() -> None:
     class Scale(nn.Module):
         def __init__(self) -> None:

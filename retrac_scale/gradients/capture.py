@@ -32,6 +32,7 @@ class _Layer:
 class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    versions: list[int]
     grads: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -75,11 +76,14 @@ class GradientCapture:
 
     def __enter__(self) -> GradientCapture:
         self._frozen = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        for parameter in self._frozen:
-            parameter.requires_grad_(False)
+        for name, parameter in self.model.named_parameters():
+            if name in self.shapes:  # frozen when its layer is called: a gradient that reaches it went around the layer
+                self._handles.append(parameter.register_hook(_refuse(name)))  # type: ignore[no-untyped-call]
+            else:
+                parameter.requires_grad_(False)
         for layer in self._layers:
-            hook = self._hook(layer)
-            self._handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
+            self._handles.append(layer.module.register_forward_pre_hook(self._freeze))
+            self._handles.append(layer.module.register_forward_hook(self._hook(layer), with_kwargs=True))
         self._recording = True
         return self
 
@@ -125,11 +129,17 @@ class GradientCapture:
         for layer in self._layers:
             layer.calls.clear()
 
+    def _freeze(self, module: nn.Module, args: Any) -> None:
+        if self._recording:
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
+
     def _hook(self, layer: _Layer) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if not self._recording or not torch.is_grad_enabled():
                 return
-            call = _Call(_detached(args), _detached(kwargs))
+            args, kwargs = _detached(args), _detached(kwargs)
+            call = _Call(args, kwargs, _versions(args, kwargs))
             layer.calls.append(call)
             for place, tensor in enumerate(_tensors(output)):
                 if not tensor.requires_grad:
@@ -167,11 +177,20 @@ class _Backward:
                 for own, gradient in self._form(layer, call).items():
                     total[own] = total[own] + gradient if own in total else gradient
         layer.calls.clear()
-        for own, gradient in total.items():
-            if own in layer.parameters:
-                self._deliver(layer.parameters[own], gradient.flatten(1))
+        for own, name in layer.parameters.items() if total else ():
+            if own not in total:
+                raise ValueError(
+                    f"the rule for {type(layer.module).__name__} gives no gradient for {name!r}; return one for every "
+                    "parameter of the layer."
+                )
+            self._deliver(name, total[own].flatten(1))
 
     def _form(self, layer: _Layer, call: _Call) -> dict[str, Tensor]:
+        if _versions(call.args, call.kwargs) != call.versions:
+            raise ValueError(
+                f"an input of layer {layer.name!r} was changed in place after the layer had used it, so its gradient "
+                "cannot be formed; use the out-of-place operation in the model's forward."
+            )
         if layer.rule is None:
             return _autograd(layer, call, self.n)
         activation, grad = call.args[0] if call.args else next(iter(call.kwargs.values())), call.grads[0]
@@ -191,6 +210,21 @@ class _Backward:
         """Deliver the parameters that several layers share."""
         for name, gradient in self.waiting.items():
             self.sink(name, gradient)
+
+
+def _refuse(name: str) -> Callable[[Tensor], None]:
+    def hook(grad: Tensor) -> None:
+        raise ValueError(
+            f"parameter {name!r} is used outside its own layer's forward, where its per-sample gradient cannot be "
+            "captured; leave it out with parameters=, or call its layer."
+        )
+
+    return hook
+
+
+def _versions(*values: Any) -> list[int]:
+    """How often each tensor among the values has been changed in place."""
+    return [tensor._version for tensor in _tensors(values)]
 
 
 def _mix(grad: Tensor, mixer: Tensor, *, channels_last: bool) -> Tensor:

@@ -54,9 +54,9 @@ def write_report(
     parts = [_summary(answers)]
     if curve is not None:
         parts.append(
-            "<h2>Gradient norm against timestep</h2><p>Mean and standard deviation over samples and checkpoints. Where the "
-            "norm is large, a sample trained at that timestep scores high for every query under TracIn; ReTrac divides "
-            "the norm out.</p>"
+            "<h2>Gradient norm against timestep</h2><p>Mean and standard deviation over samples and checkpoints. "
+            "Where the norm is large, a sample trained at that timestep scores high for every query under TracIn; "
+            "ReTrac divides the norm out.</p>"
             f'<img class="curve" alt="Gradient norm against timestep" src="{curve_uri(curve)}">'
         )
     parts.append("<h2>Queries</h2>")
@@ -92,7 +92,11 @@ def _query(place: int, answers: Mapping[str, TopK], pictures: Pictures) -> str:
     strips = "".join(
         f'<section><h3>{html.escape(title)}</h3><div class="strip">'
         + "".join(
-            _figure(data_uri(pictures.image(sample)), f"training sample {sample}", f"#{sample}<br>{score:.3g}")
+            _figure(
+                data_uri(pictures.image(sample)),
+                f"training sample {sample}",
+                f"#{html.escape(str(sample))}<br>{score:.3g}",
+            )
             for sample, score in zip(answer.ids[place], answer.scores[place], strict=True)
         )
         + "</div></section>"
