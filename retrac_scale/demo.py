@@ -25,10 +25,10 @@ from retrac_scale.store import SketchStore
 from retrac_scale.task import DiffusionTask
 from retrac_scale.timesteps import EvenlySpaced, Recorded, TrainingRecorder, draw_noise
 
-EPOCHS = 24
-KEPT_EPOCHS = (6, 12, 18, 24)
+EPOCHS = 16
+KEPT_EPOCHS = (7, 10, 13, 16)
 BATCH = 16
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 6e-4
 WARMUP_STEPS = 100
 OUTLIERS = 36
 GENERATED = 16
@@ -62,9 +62,10 @@ def load_scans() -> Scans:
     digits = torch.from_numpy(load_digits().images).float().unsqueeze(1) / 8 - 1
     digits = F.interpolate(digits, size=16, mode="bilinear", align_corners=False)
     rng = np.random.default_rng(0)
+    photos = [photo.mean(2) for photo in load_sample_images().images]
     patches = []
     for number in range(OUTLIERS):
-        photo = load_sample_images().images[number % 2].mean(2)
+        photo = photos[number % 2]
         top, left = (int(rng.integers(0, size - 64)) for size in photo.shape)
         patch = torch.from_numpy(photo[top : top + 64, left : left + 64]).float()
         patches.append(F.avg_pool2d(patch[None], 4) / 127.5 - 1)
@@ -78,7 +79,7 @@ def build_model() -> UNet2DModel:
         sample_size=16,
         in_channels=1,
         out_channels=1,
-        block_out_channels=(32, 64),
+        block_out_channels=(24, 48),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
