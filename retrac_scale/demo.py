@@ -26,9 +26,9 @@ from retrac_scale.task import DiffusionTask
 from retrac_scale.timesteps import EvenlySpaced, Recorded, TrainingRecorder, draw_noise
 
 EPOCHS = 16
-KEPT_EPOCHS = (7, 10, 13, 16)
+KEPT_EPOCHS = (10, 12, 14, 16)
 BATCH = 16
-LEARNING_RATE = 6e-4
+LEARNING_RATE = 2e-3
 WARMUP_STEPS = 100
 OUTLIERS = 36
 GENERATED = 16
@@ -108,7 +108,7 @@ def train(model: UNet2DModel, scheduler: Any, scans: Scans, folder: Path) -> dic
             rng = np.random.default_rng(epoch)
             for number, ids in enumerate(np.array_split(rng.permutation(len(scans)), n_batches)):
                 step = (epoch - 1) * n_batches + number
-                rate = LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS)
+                rate = LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * (1 - step / (EPOCHS * n_batches))
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 steps = torch.from_numpy(rng.integers(0, scheduler.config.num_train_timesteps, len(ids)))
