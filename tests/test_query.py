@@ -102,7 +102,7 @@ def test_where_takes_a_mask_or_ids() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_scores_of_a_diffusion_model_are_those_of_the_paper(seed: int) -> None:
-    """50 samples, recorded timesteps, two checkpoints, no projection: TracIn and ReTrac as METHODS define them."""
+    """50 samples, two checkpoints, no projection: TracIn and ReTrac from the full gradients of arXiv 2401.09031."""
     images, generated = random_images(50, seed), random_images(2, seed + 10)
     states = {name: tiny_unet(seed + number).state_dict() for number, name in enumerate(["early", "late"])}
     task = rs.DiffusionTask(tiny_unet(), SCHEDULER)
