@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from retrac_scale.store import SketchStore
+from retrac_scale.store.compatibility import check_compatible
 from retrac_scale.store.encoding import Float32
-from retrac_scale.store.schema import differences
 
 Pairing = Literal["cross", "matched"]
 
@@ -135,7 +135,7 @@ def self_influence(store: SketchStore, estimator: Estimator, *, queries: SketchS
     """
     other = store if queries is None else queries
     if queries is not None:
-        check_comparable(store, queries)
+        check_compatible(store.fingerprint, store.checkpoints, queries.fingerprint, queries.checkpoints)
         if not np.array_equal(store.ids, queries.ids):
             raise ValueError("self_influence needs queries with the same ids in the same order as the store.")
         if estimator.pairing == "matched" and common_timesteps(store) != common_timesteps(queries):
@@ -147,24 +147,3 @@ def self_influence(store: SketchStore, estimator: Estimator, *, queries: SketchS
             right = left if queries is None else estimator.rows(other, checkpoint, samples)
             total[samples] += weight * np.einsum("nk,nk->n", left, right, dtype=np.float64)
     return total.astype(np.float32)
-
-
-COMPARED = ("projection", "parameters", "checkpoints", "measure", "scheduler")
-
-
-def check_comparable(train: SketchStore, queries: SketchStore) -> None:
-    """Raise ValueError when two stores' sketches cannot be multiplied; says which field differs and what to do."""
-    check_fingerprints(train.fingerprint, train.checkpoints, queries)
-
-
-def check_fingerprints(stored: Mapping[str, Any], checkpoints: list[str], queries: SketchStore) -> None:
-    """As `check_comparable`, from the training side's fingerprint and checkpoint names."""
-    given = queries.fingerprint
-    found = differences({k: stored.get(k) for k in COMPARED}, {k: given.get(k) for k in COMPARED})
-    if not found and set(checkpoints) != set(queries.checkpoints):
-        found = [f"checkpoints are {checkpoints} there and {queries.checkpoints} here"]
-    if found:
-        raise ValueError(
-            f"the queries do not fit the training sketches: {'; '.join(found)}; "
-            "sketch the queries with like=store and the same checkpoints."
-        )

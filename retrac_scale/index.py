@@ -11,13 +11,12 @@ import numpy.typing as npt
 import zarr
 
 from retrac_scale.estimators import (
-    COMPARED,
     Estimator,
-    check_fingerprints,
     common_timesteps,
     estimator_from_spec,
 )
 from retrac_scale.store import Dtype, IncompleteStoreError, SketchStore, open_store
+from retrac_scale.store.compatibility import COMPARED, check_compatible
 from retrac_scale.store.encoding import Float32, check_dtype, encode
 from retrac_scale.store.reader import open_root
 from retrac_scale.store.schema import (
@@ -89,7 +88,7 @@ class Index:
         Raises:
             ValueError: the queries were sketched otherwise than the training side; says which field differs.
         """
-        check_fingerprints(self.meta["fingerprint"], self.checkpoints, queries)
+        check_compatible(self.meta["fingerprint"], self.checkpoints, queries.fingerprint, queries.checkpoints)
         estimator = self.estimator
         if estimator.pairing == "matched" and common_timesteps(queries) != self.meta["timesteps"]:
             raise ValueError(

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from retrac_scale.estimators import check_fingerprints
 from retrac_scale.gradients import ParameterFilter
 from retrac_scale.projections import GradientSketcher, Projection, from_spec
 from retrac_scale.store import Dtype, SketchStore, create_store, open_store, write_block
+from retrac_scale.store.compatibility import check_compatible
 from retrac_scale.store.encoding import check_dtype
 from retrac_scale.store.schema import Url, check_ids
 from retrac_scale.task import Checkpoint, DiffusionTask
@@ -115,6 +115,8 @@ def sketch(
             "autocast": task.autocast,
             "timesteps": {**timesteps.spec(), "digest": _plan_digest(plans)},
         }
+        if like is not None:
+            check_compatible(like.fingerprint, like.checkpoints, fingerprint, list(checkpoints))
         store = create_store(
             out,
             shape=(len(ids), next(iter(plans.values())).timesteps.shape[1], sketcher.dim),
@@ -123,8 +125,6 @@ def sketch(
             fingerprint=fingerprint,
             dtype=dtype,
         )
-        if like is not None:
-            check_fingerprints(like.fingerprint, like.checkpoints, store)
         rows = AUTO_BATCH_ROWS if batch_size == "auto" else batch_size
         job = _Job(task, dataset, ids, checkpoints, timesteps, projection, frozenset(sketcher.shapes), rows)
         todo = [
@@ -156,8 +156,8 @@ def _run_on(client: Client, job: _Job, store: SketchStore, todo: list[tuple[str,
     shared = client.scatter(job, broadcast=True)
     futures = [
         client.submit(
-            _sketch_remotely, shared, store.url, checkpoint, block, key=f"sketch-{checkpoint}-{block}", pure=False
-        )
+            _sketch_remotely, shared, store.url, checkpoint, block, pure=False
+        )  # unique keys: never a cached run
         for checkpoint, block in todo
     ]
     for _, pairs in as_completed(futures, with_results=True):

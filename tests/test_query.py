@@ -146,7 +146,7 @@ def test_a_gradient_of_norm_zero_scores_zero_under_retrac() -> None:
     assert rs.build_index(store, rs.ReTrac(), None).query(queries).scores.tolist() == [[0, 0]]
 
 
-def test_queries_of_another_projection_checkpoint_or_grid_are_refused() -> None:
+def test_queries_of_another_projection_checkpoint_or_grid_are_refused(tmp_path: Path) -> None:
     images = random_images(2)
     task = rs.DiffusionTask(tiny_unet(), SCHEDULER)
     common: dict[str, Any] = {"timesteps": rs.Explicit([5]), "progress": False}
@@ -157,7 +157,8 @@ def test_queries_of_another_projection_checkpoint_or_grid_are_refused() -> None:
     with pytest.raises(ValueError, match=r"projection\.seed is 0 there and 1 here; sketch the queries with like=store"):
         index.query(other)
     with pytest.raises(ValueError, match=r"checkpoints\.c is"):
-        rs.sketch(task, images, None, checkpoints=two, like=store, **common)
+        rs.sketch(task, images, tmp_path / "s", checkpoints=two, like=store, **common)
+    assert not (tmp_path / "s").exists()
     matched = rs.build_index(store, rs.ReTrac(pairing="matched"), None)
     shifted = rs.sketch(task, images, None, checkpoints=one, like=store, timesteps=rs.Explicit([6]), progress=False)
     with pytest.raises(ValueError, match="matched pairing needs the index's timesteps"):

@@ -1,0 +1,28 @@
+"""Whether the sketches of two stores may be multiplied."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from retrac_scale.store.schema import differences
+
+COMPARED = ("projection", "parameters", "checkpoints", "measure", "scheduler")
+
+
+def check_compatible(
+    train: Mapping[str, Any], train_checkpoints: list[str], queries: Mapping[str, Any], query_checkpoints: list[str]
+) -> None:
+    """Compare the fingerprints and checkpoint names of the training side and of the queries.
+
+    Raises:
+        ValueError: they were sketched otherwise; says which field differs and what to do.
+    """
+    found = differences({k: train.get(k) for k in COMPARED}, {k: queries.get(k) for k in COMPARED})
+    if not found and set(train_checkpoints) != set(query_checkpoints):
+        found = [f"checkpoints are {train_checkpoints} there and {query_checkpoints} here"]
+    if found:
+        raise ValueError(
+            f"the queries do not fit the training sketches: {'; '.join(found)}; "
+            "sketch the queries with like=store and the same checkpoints."
+        )
