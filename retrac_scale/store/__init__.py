@@ -1,10 +1,12 @@
 """SketchStore: raw sketches of gradients per checkpoint, sample and timestep, in Zarr."""
 
 from retrac_scale.store.encoding import Dtype
-from retrac_scale.store.reader import IncompleteStoreError, SketchStore, open_store
+from retrac_scale.store.errors import DamagedStoreError, IncompleteStoreError
+from retrac_scale.store.reader import SketchStore, open_store
 from retrac_scale.store.writer import create_store, write_block, write_store
 
 __all__ = [
+    "DamagedStoreError",
     "Dtype",
     "IncompleteStoreError",
     "SketchStore",

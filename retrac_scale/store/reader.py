@@ -10,13 +10,10 @@ import zarr
 from zarr.errors import GroupNotFoundError
 
 from retrac_scale.store.encoding import Float32, decode
+from retrac_scale.store.errors import IncompleteStoreError
 from retrac_scale.store.schema import ATTRIBUTE, FORMAT_VERSION, Url, blocks, read, read_ids, zarr_location
 
 ALL = slice(None)
-
-
-class IncompleteStoreError(RuntimeError):
-    """Some blocks that were asked for have not been committed yet."""
 
 
 class SketchStore:
