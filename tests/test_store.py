@@ -24,7 +24,7 @@ def random_store(out: Any = None, **options: Any) -> rs.SketchStore:
 def test_zarr_and_xarray_open_it_with_named_dimensions(tmp_path: Path) -> None:
     random_store(tmp_path / "s", losses={name: np.ones((5, 2)) for name in "ab"}, ids=list("vwxyz"))
     group = zarr.open_group(tmp_path / "s", mode="r")
-    assert sorted(group) == ["a", "b", "id"]
+    assert sorted(group) == ["a", "b", "deleted", "id"]
     dataset = xarray.open_zarr(tmp_path / "s", group="a", consolidated=False)
     assert dataset["sketch"].dims == ("sample", "timestep", "k")
     for name in ("scale", "norm", "loss", "timestep"):

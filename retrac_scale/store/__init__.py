@@ -3,12 +3,14 @@
 from retrac_scale.store.encoding import Dtype
 from retrac_scale.store.errors import DamagedStoreError, IncompleteStoreError
 from retrac_scale.store.reader import SketchStore, open_store
+from retrac_scale.store.schema import Layout
 from retrac_scale.store.writer import create_store, write_block, write_store
 
 __all__ = [
     "DamagedStoreError",
     "Dtype",
     "IncompleteStoreError",
+    "Layout",
     "SketchStore",
     "create_store",
     "open_store",
