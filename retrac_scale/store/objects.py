@@ -11,12 +11,15 @@ from typing import Any
 import zarr
 from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.core.sync import sync
-from zarr.storage import LocalStore
+from zarr.storage import LocalStore, StorePath
 
 PARALLEL = 16
 
+Place = zarr.Group | StorePath
+"""What objects are below: a group, or a place where a group should be."""
 
-def read_all(group: zarr.Group, keys: Iterable[str]) -> dict[str, bytes | None]:
+
+def read_all(group: Place, keys: Iterable[str]) -> dict[str, bytes | None]:
     """Contents of objects below a group, None for those that do not exist."""
     store: Any = group.store
 
@@ -27,12 +30,12 @@ def read_all(group: zarr.Group, keys: Iterable[str]) -> dict[str, bytes | None]:
     return _in_parallel(dict.fromkeys(keys, get))
 
 
-def read(group: zarr.Group, key: str) -> bytes | None:
+def read(group: Place, key: str) -> bytes | None:
     """The content of one object, None when it does not exist."""
     return read_all(group, [key])[key]
 
 
-def write_all(group: zarr.Group, objects: Mapping[str, Buffer | bytes]) -> None:
+def write_all(group: Place, objects: Mapping[str, Buffer | bytes]) -> None:
     """Write objects, each of them atomically; on a local disk they are durable when this returns."""
     store: Any = group.store
     if store.read_only:
@@ -48,7 +51,7 @@ def write_all(group: zarr.Group, objects: Mapping[str, Buffer | bytes]) -> None:
         _fsync(store.root, [store.root / _full(group, key) for key in objects])
 
 
-def delete_all(group: zarr.Group, keys: Iterable[str]) -> None:
+def delete_all(group: Place, keys: Iterable[str]) -> None:
     """Delete objects; those that do not exist are passed over."""
     store: Any = group.store
 
@@ -58,7 +61,7 @@ def delete_all(group: zarr.Group, keys: Iterable[str]) -> None:
     _in_parallel(dict.fromkeys(keys, delete))
 
 
-def names(group: zarr.Group, folder: str) -> list[str]:
+def names(group: Place, folder: str) -> list[str]:
     """Names directly below a folder of a group, sorted; empty when there is none."""
     store: Any = group.store
 
@@ -68,7 +71,7 @@ def names(group: zarr.Group, folder: str) -> list[str]:
     return sorted(sync(listed()))
 
 
-def all_keys(group: zarr.Group) -> list[str]:
+def all_keys(group: Place) -> list[str]:
     """Keys of all objects below a group, sorted."""
     store: Any = group.store
     prefix = f"{group.path}/" if group.path else ""
@@ -79,7 +82,7 @@ def all_keys(group: zarr.Group) -> list[str]:
     return sorted(key.removeprefix(prefix) for key in sync(listed()))
 
 
-def _full(group: zarr.Group, key: str) -> str:
+def _full(group: Place, key: str) -> str:
     return f"{group.path}/{key}".strip("/")
 
 

@@ -51,7 +51,7 @@ def lay_out(
     n, t, k = meta["shape"]
     size, rows = meta["block_samples"], meta["chunk_samples"]
     for name, values in {"id": ids, **columns}.items():
-        _new_list(root, name, n, str if values.dtype.kind in "UT" else values.dtype, 0)[:] = values
+        _new_list(root, name, n, meta["columns"][name], 0)[:] = values
     _new_list(root, "deleted", n, "uint8", UNKNOWN)[:] = KEPT if deleted is None else np.where(deleted, DELETED, KEPT)
     for checkpoint in meta["checkpoints"]:
         group = root.create_group(checkpoint)
@@ -154,7 +154,7 @@ class Part:
     @cached_property
     def columns(self) -> dict[str, npt.NDArray[Any]]:
         """User columns `{name: [n]}`."""
-        return {name: self._fixed_list(name) for name in self.meta["columns"]}
+        return {name: self._fixed_list(name) for name in self.meta["columns"] if name != "id"}
 
     @property
     def deleted(self) -> npt.NDArray[np.bool_]:
@@ -204,11 +204,13 @@ class Part:
             block: number of the block.
             record: its commit record, which the values must agree with.
         """
-        path = f"{checkpoint}/{quantity}"
-        array = self.array(path)
+        array = self.array(f"{checkpoint}/{quantity}")
         mapped = map_chunk(array, (block, *[0] * (array.ndim - 1)), record[quantity])
-        if mapped is not None:
-            return mapped
+        return self.read_through(checkpoint, quantity, block, record) if mapped is None else mapped
+
+    def read_through(self, checkpoint: str, quantity: str, block: int, record: Mapping[str, int]) -> npt.NDArray[Any]:
+        """As `read`, through zarr, with every checksum verified anew."""
+        path = f"{checkpoint}/{quantity}"
         values = self._zarr_read(path, self.blocks[block])
         if self.checksum(values) != record[quantity]:
             raise DamagedStoreError(
@@ -216,6 +218,11 @@ class Part:
                 "run `retrac-scale verify` on the store."
             )
         return values
+
+    def chunk_key(self, checkpoint: str, quantity: str, block: int) -> str:
+        """The object that holds a quantity of a block."""
+        tail = "/0/0" if quantity == "sketch" else "/0"
+        return f"{checkpoint}/{quantity}/c/{block}{tail}"
 
     def checksum(self, values: npt.NDArray[Any]) -> int:
         """CRC-32C of a block's values, padded with zeros to a whole block, as in an unsharded chunk file."""
@@ -273,7 +280,7 @@ def encode_chunk(array: zarr.Array[Any], chunk: tuple[int, ...], values: npt.NDA
 
 
 def _new_list(root: zarr.Group, name: str, n: int, dtype: Any, fill: int) -> zarr.Array[Any]:
-    options: dict[str, Any] = {} if dtype is str else {"fill_value": fill}
+    options: dict[str, Any] = {} if dtype == "string" else {"fill_value": fill}
     return new_array(root, name, shape=(n,), chunks=(min(n, LIST_CHUNK),), dtype=dtype, dims=["sample"], **options)
 
 

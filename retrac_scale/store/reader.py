@@ -99,7 +99,7 @@ class SketchStore:
     @cached_property
     def columns(self) -> dict[str, npt.NDArray[Any]]:
         """The user's columns, `{name: [n]}`."""
-        names = self._segments[0].meta["columns"]
+        names = self._segments[0].columns
         return {name: np.concatenate([part.columns[name] for part in self._segments]) for name in names}
 
     @property

@@ -200,3 +200,9 @@ def check_columns(columns: Mapping[str, Any] | None, n_samples: int) -> dict[str
             raise ValueError(f"column {name!r} has dtype {array.dtype}; give booleans, numbers or strings.")
         checked[name] = array
     return checked
+
+
+def column_types(ids: npt.NDArray[Any], columns: Mapping[str, npt.NDArray[Any]]) -> dict[str, str]:
+    """How zarr stores the ids and the columns: "string", or a NumPy type."""
+    every = {"id": ids, **columns}
+    return {name: "string" if values.dtype.kind in "UT" else values.dtype.name for name, values in every.items()}

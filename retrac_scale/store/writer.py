@@ -25,6 +25,7 @@ from retrac_scale.store.schema import (
     check_columns,
     check_ids,
     choose_layout,
+    column_types,
     differences,
     zarr_location,
 )
@@ -66,7 +67,7 @@ def create_store(
         ValueError: `out` holds something else; says which fields differ.
     """
     checked = check_columns(columns, shape[0])
-    meta = describe(out, shape, weights, fingerprint, dtype, quantities, list(checked), plan, layout)
+    meta = describe(out, shape, weights, fingerprint, dtype, quantities, column_types(ids, checked), plan, layout)
     location = zarr_location(out)
     try:
         root = zarr.open_group(location, mode="r+")
@@ -102,10 +103,10 @@ def mismatch(
     return found
 
 
-def begin(root: zarr.Group, laid_out: Mapping[str, Any]) -> None:
-    """Write the objects of an empty part, those that its description vouches for before the description."""
-    objects.write_all(root, {key: value for key, value in laid_out.items() if key != ROOT})
-    objects.write_all(root, {ROOT: laid_out[ROOT]})
+def begin(root: zarr.Group, laid_out: Mapping[str, Any], description: str = ROOT) -> None:
+    """Write the objects of an empty part, all that its description vouches for before the description."""
+    objects.write_all(root, {key: value for key, value in laid_out.items() if key != description})
+    objects.write_all(root, {description: laid_out[description]})
 
 
 def unfinished(meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,7 +121,7 @@ def describe(
     fingerprint: Mapping[str, Any],
     dtype: Dtype,
     quantities: Sequence[str],
-    columns: Sequence[str],
+    columns: Mapping[str, str],
     plan: Mapping[str, Any] | None,
     layout: Layout | None,
 ) -> dict[str, Any]:
@@ -142,7 +143,7 @@ def describe(
         "chunk_samples": layout.chunk_samples,
         "checkpoints": dict(weights),
         "quantities": ["sketch", "scale", "norm", *quantities],
-        "columns": list(columns),
+        "columns": dict(columns),
         "fingerprint": dict(fingerprint),
         "plan": dict(plan or {}),
         "written_by": {name: importlib.metadata.version(name) for name in ("retrac_scale", "zarr", "numpy", "torch")},
@@ -195,7 +196,7 @@ def write_block(
             )
         stored = stored.astype(array.dtype, copy=False)
         place = (block, *[0] * (array.ndim - 1))
-        chunks[f"{checkpoint}/{quantity}/{array.metadata.encode_chunk_key(place)}"] = encode_chunk(array, place, stored)
+        chunks[part.chunk_key(checkpoint, quantity, block)] = encode_chunk(array, place, stored)
         checksums[quantity] = part.checksum(stored)
     record = commits.pack(part.meta["digest"], checkpoint, block, checksums)
     try:
