@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -39,7 +40,7 @@ def write_all(group: Place, objects: Mapping[str, Buffer | bytes]) -> None:
     """Write objects, each of them atomically; on a local disk they are durable when this returns."""
     store: Any = group.store
     if store.read_only:
-        raise PermissionError(f"{store} was opened for reading; open it with mode='r+' to write.")
+        raise OSError(errno.EACCES, f"{store} was opened for reading; open it with mode='r+' to write")
     wrap = default_buffer_prototype().buffer.from_bytes
 
     async def put(key: str) -> None:

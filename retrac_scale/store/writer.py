@@ -73,6 +73,8 @@ def create_store(
         root = zarr.open_group(location, mode="r+")
     except FileNotFoundError:
         root = zarr.open_group(location, mode="w-", attributes={ATTRIBUTE: unfinished(meta)})
+    except FileExistsError:
+        raise ValueError(f"{out} is a file; choose another path.") from None
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedStoreError(f"{out}/{ROOT} is damaged: {error}; run `retrac-scale verify` on it.") from error
     stored = root.attrs.get(ATTRIBUTE)
