@@ -1,4 +1,4 @@
-"""Full disks, forbidden places, foreign things, newer formats, several processes: a clear error, and the store opens."""
+"""Full disks, forbidden places, foreign things, several processes: clear errors, and the store opens."""
 
 from __future__ import annotations
 
@@ -64,11 +64,12 @@ def test_a_forbidden_place_is_told(tmp_path: Path) -> None:
 
     def as_nobody(result: Any) -> None:
         os.setuid(65534)
-        for name, attempt in {
+        attempts: dict[str, Callable[[], Any]] = {
             "write": lambda: write(store, 1),
             "delete": lambda: store.delete([1]),
             "create": lambda: begin(tmp_path / "s2"),
-        }.items():
+        }
+        for name, attempt in attempts.items():
             try:
                 attempt()
             except OSError as error:

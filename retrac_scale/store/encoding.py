@@ -38,15 +38,16 @@ def encode(rows: Float32, dtype: Dtype) -> tuple[npt.NDArray[Any], Float32]:
     scale = np.empty(len(flat), np.float32)
     top = np.float32(127 if dtype == "int8" else 1)
     step = max(1, TILE_ENTRIES // flat.shape[1])
+    unit_tile = np.empty((step, flat.shape[1]), np.float32)
     for start in range(0, len(flat), step):
         part = slice(start, start + step)
         largest = np.maximum(flat[part].max(1), -flat[part].min(1))
         scale[part] = largest / top
         divisor = np.where(scale[part] > 0, scale[part], np.float32(1)).astype(np.float32)
-        unit: Float32 = flat[part] / divisor[:, None]
+        unit: Float32 = np.divide(flat[part], divisor[:, None], out=unit_tile[: len(divisor)])
         if dtype == "int8":
             np.rint(unit, out=unit)
-        stored[part] = _bfloat16_bits(unit) if dtype == "bfloat16" else unit.astype(dtype)
+        np.copyto(stored[part], _bfloat16_bits(unit) if dtype == "bfloat16" else unit, casting="unsafe")
     return stored.reshape(rows.shape), scale.reshape(rows.shape[:-1])
 
 
