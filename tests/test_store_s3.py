@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import zarr
 from zarr.core.sync import sync
 
 import retrac_scale as rs
@@ -144,3 +145,14 @@ def test_every_verb_survives_a_500_a_slow_down_a_cut_and_a_stalled_connection(bu
     assert rs.open_store(url).committed("a").tolist() == [True, False]
     for verb in ("GET", "PUT", "HEAD", "POST"):  # deletion is a POST
         assert {fault for method, fault in Proxy.failed if method == verb} == set(FAULTS)
+
+
+def test_a_store_of_objects_by_obstore_is_read_as_it_was_written() -> None:
+    obstore = pytest.importorskip("obstore")
+    objects_only = zarr.storage.ObjectStore(obstore.store.MemoryStore())
+    sketches = {"c": np.random.default_rng(0).standard_normal((70, 1, 64))}
+    rs.write_store(objects_only, sketches)
+    np.testing.assert_array_equal(
+        rs.open_store(objects_only).sketches("c"), rs.write_store(None, sketches).sketches("c")
+    )
+    assert verify_store(objects_only).is_whole

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import zarr
+from zarr.abc.store import Store
 from zarr.codecs import Crc32cCodec
 
 FORMAT_VERSION = 1
@@ -31,9 +32,11 @@ CHECKSUM = (Crc32cCodec(),)
 
 
 def zarr_location(url: Url) -> Any:
-    """What zarr opens: a path, an fsspec URL, or fresh memory for None."""
+    """What zarr opens: a path, an fsspec URL, a zarr store as it is (obstore's, for one), or fresh memory for None."""
     if url is None:
         return zarr.storage.MemoryStore()
+    if isinstance(url, Store):
+        return url
     place = os.fspath(url)
     if not is_remote(place):
         return place.removeprefix("file://")
@@ -43,7 +46,9 @@ def zarr_location(url: Url) -> Any:
 
 def is_remote(url: Url) -> bool:
     """Whether a URL names an object store or another file system that cannot be mapped."""
-    return url is not None and "://" in os.fspath(url) and not os.fspath(url).startswith("file://")
+    if url is None or isinstance(url, Store):
+        return not isinstance(url, zarr.storage.LocalStore | zarr.storage.MemoryStore | None)
+    return "://" in os.fspath(url) and not os.fspath(url).startswith("file://")
 
 
 def new_array(
