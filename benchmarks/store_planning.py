@@ -7,7 +7,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from retrac_scale import EvenlySpaced, demo, planner, sketch
+from retrac_scale import EvenlySpaced, demo, open_store, planner, sketch
 from retrac_scale.projections import CountSketch
 
 if __name__ == "__main__":
@@ -26,7 +26,12 @@ if __name__ == "__main__":
         took = time.perf_counter() - started
         files = [file for file in out.rglob("*") if file.is_file()]
         arrays = sum(file.stat().st_size for file in files if file.name != "zarr.json")
+        store = open_store(out)
+        known = {"weights": store.weights, "fingerprint": store.fingerprint, "plan": store.plan}
+        exact = planner.store_size(len(scans), 1, checkpoints, demo.DIM, **known)
         metadata = sum(file.stat().st_size for file in files if file.name == "zarr.json")
     print(f"time: predicted {predicted:.1f} s, took {took:.1f} s: {predicted / took - 1:+.0%}  ({pairs} pairs)")
     print(f"arrays: predicted {size.array_bytes} bytes, written {arrays}")
-    print(f"metadata: predicted about {size.metadata_bytes} bytes, written {metadata}")
+    print(
+        f"metadata: predicted {exact.metadata_bytes} bytes given the run's fingerprint, {size.metadata_bytes} without; written {metadata}"
+    )

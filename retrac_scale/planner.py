@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,8 @@ class Size:
     Attributes:
         array_bytes: of all chunks, to the byte.
         files: how many chunks there are.
-        metadata_bytes: of all zarr.json files, about: they hold names and a fingerprint that are not known yet.
+        metadata_bytes: of all zarr.json files; to the byte for up to 2^20 samples when weights, fingerprint and plan are
+            those of the run, else about.
         blocks: units of work, checkpoint x samples.
     """
 
@@ -53,6 +55,9 @@ def store_size(
     *,
     dtype: Dtype = "int8",
     layout: Layout | None = None,
+    weights: Mapping[str, float] | None = None,
+    fingerprint: Mapping[str, Any] | None = None,
+    plan: Mapping[str, Any] | None = None,
     out: Url = "",
 ) -> Size:
     """The size of a complete store that `sketch` writes, with integer ids and no further columns.
@@ -64,6 +69,9 @@ def store_size(
         dim: k.
         dtype: how rows are stored.
         layout: None chooses, as `sketch` does.
+        weights: w_c by checkpoint name, where they are known.
+        fingerprint: of the run, where it is known.
+        plan: of the run, where it is known.
         out: where it will be; object stores are laid out otherwise. Sharded blocks have an index besides, not counted.
     """
     item = np.dtype(array_dtype(dtype)).itemsize
@@ -74,11 +82,11 @@ def store_size(
     commit_bytes = 4 * (1 + len(per_block)) + CRC_BYTES
     lists = -(-samples // LIST_CHUNK)
     list_bytes = lists * (9 * min(samples, LIST_CHUNK) + 2 * CRC_BYTES)  # id, deleted
-    weights = {f"checkpoint-{i}": 1.0 for i in range(checkpoints)}
-    ids = np.arange(1)
-    meta = describe(
-        out, (1, timesteps, dim), weights, {}, dtype, ("loss", "timestep"), column_types(ids, {}), None, layout
-    )
+    weights = weights or {f"checkpoint-{i}": 1.0 for i in range(checkpoints)}
+    ids = np.arange(min(samples, LIST_CHUNK))
+    shape = (len(ids), timesteps, dim)
+    quantities, types = ("loss", "timestep"), column_types(ids, {})
+    meta = describe(out, shape, weights, fingerprint or {}, dtype, quantities, types, plan, layout)
     metadata = {key: value for key, value in lay_out(meta, ids, {}).items() if key.endswith("zarr.json")}
     return Size(
         array_bytes=blocks * (block_bytes + commit_bytes) + list_bytes,

@@ -149,7 +149,7 @@ def test_every_verb_survives_a_500_a_slow_down_a_cut_and_a_stalled_connection(bu
 
 def test_a_store_of_objects_by_obstore_is_read_as_it_was_written() -> None:
     obstore = pytest.importorskip("obstore")
-    objects_only = zarr.storage.ObjectStore(obstore.store.MemoryStore())
+    objects_only: Any = zarr.storage.ObjectStore(obstore.store.MemoryStore())
     sketches = {"c": np.random.default_rng(0).standard_normal((70, 1, 64))}
     rs.write_store(objects_only, sketches)
     np.testing.assert_array_equal(
