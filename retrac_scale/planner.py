@@ -36,8 +36,8 @@ class Size:
     Attributes:
         array_bytes: of all chunks, to the byte.
         files: how many chunks there are.
-        metadata_bytes: of all zarr.json files; to the byte for up to 2^20 samples when weights, fingerprint and plan are
-            those of the run, else about.
+        metadata_bytes: of all zarr.json files; to the byte for up to 2^20 samples when weights, fingerprint and plan
+            are those of the run, else about.
         blocks: units of work, checkpoint x samples.
     """
 

@@ -190,6 +190,8 @@ def check_columns(columns: Mapping[str, Any] | None, n_samples: int) -> dict[str
     Raises:
         ValueError: the wrong length or type, or a name that cannot stand beside the ids; names the column.
     """
+    if columns is not None and not isinstance(columns, Mapping):
+        raise ValueError(f"columns must map names to values, got a {type(columns).__name__}.")
     checked = {}
     for name, values in (columns or {}).items():
         array = np.asarray(values)
