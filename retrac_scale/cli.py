@@ -162,7 +162,7 @@ def _describe(store: SketchStore) -> None:
         print(f"checkpoint {name}: weight {weight:.4g}, {done.sum()} of {len(done)} blocks committed")
         written += t * int(widths[done].sum())
         pairs += n * t
-        some = np.flatnonzero(done)[:: max(1, len(done) // INFO_BLOCKS)] if store.has("timestep") else []
+        some = np.flatnonzero(done)[:: max(1, len(done) // INFO_BLOCKS)].tolist() if store.has("timestep") else []
         norms += [store.norms(name, store.blocks[block]).ravel() for block in some]
         steps += [store.timesteps(name, store.blocks[block]).ravel() for block in some]
     item = {"int8": 1, "float16": 2, "bfloat16": 2, "float32": 4}[store.meta["dtype"]]

@@ -161,7 +161,6 @@ def _add(root: zarr.Group, out: Url, number: int, meta: Mapping[str, Any], laid_
     """Write an empty part under a name made of its number and its content: the same growth has the same name."""
     name = f"{number:04d}-{digest_of(laid_out[ROOT])[:8]}"
     objects.write_all(root, {f"{PARTS}/{ROOT}": b'{"attributes": {}, "zarr_format": 3, "node_type": "group"}'})
-    if objects.read(root, f"{PARTS}/{name}/{ROOT}") is None:
-        objects.write_all(root, {f"{PARTS}/{name}/{ROOT}": group_json(unfinished(meta))})
+    objects.write_new(root, f"{PARTS}/{name}/{ROOT}", group_json(unfinished(meta)))
     begin(root, {f"{PARTS}/{name}/{key}": value for key, value in laid_out.items()}, f"{PARTS}/{name}/{ROOT}")
     return SketchStore([part for part in open_parts(root, out) if part.name == name], out, root)

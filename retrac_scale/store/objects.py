@@ -52,6 +52,17 @@ def write_all(group: Place, objects: Mapping[str, Buffer | bytes]) -> None:
         _fsync(store.root, [store.root / _full(group, key) for key in objects])
 
 
+def write_new(place: Place, key: str, content: bytes) -> None:
+    """Write an object unless there is one; on a local disk only one of several processes does."""
+    store: Any = place.store
+    sync(store.set_if_not_exists(_full(place, key), default_buffer_prototype().buffer.from_bytes(content)))
+
+
+def place_of(location: Any) -> StorePath:
+    """Where the objects of a location are, from `zarr_location`."""
+    return StorePath(LocalStore(location) if isinstance(location, str) else location)
+
+
 def delete_all(group: Place, keys: Iterable[str]) -> None:
     """Delete objects; those that do not exist are passed over."""
     store: Any = group.store

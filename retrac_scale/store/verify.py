@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import zarr
-from zarr.storage import LocalStore, StorePath
+from zarr.storage import StorePath
 
 from retrac_scale.store import commits, objects
 from retrac_scale.store.errors import DamagedStoreError
@@ -129,8 +129,7 @@ def repair_store(url: Url | zarr.Group) -> list[Finding]:
 def _place(url: Url | zarr.Group) -> StorePath:
     if isinstance(url, zarr.Group):
         return url.store_path
-    location = zarr_location(url)
-    return StorePath(LocalStore(location) if isinstance(location, str) else location)
+    return objects.place_of(zarr_location(url))
 
 
 def _prefix(name: str) -> str:

@@ -14,7 +14,7 @@ import zarr
 from retrac_scale.store import commits, objects
 from retrac_scale.store.encoding import Dtype, Float32, array_dtype, check_dtype, encode
 from retrac_scale.store.errors import DamagedStoreError
-from retrac_scale.store.part import ROOT, encode_chunk, lay_out
+from retrac_scale.store.part import ROOT, encode_chunk, group_json, lay_out
 from retrac_scale.store.reader import WHAT, SketchStore, open_parts
 from retrac_scale.store.schema import (
     ATTRIBUTE,
@@ -72,7 +72,8 @@ def create_store(
     try:
         root = zarr.open_group(location, mode="r+")
     except FileNotFoundError:
-        root = zarr.open_group(location, mode="w-", attributes={ATTRIBUTE: unfinished(meta)})
+        objects.write_new(objects.place_of(location), ROOT, group_json(unfinished(meta)))
+        root = zarr.open_group(location, mode="r+")
     except FileExistsError:
         raise ValueError(f"{out} is a file; choose another path.") from None
     except (ValueError, KeyError, TypeError) as error:
