@@ -1,20 +1,20 @@
-"""Many more kills than the test: python -m benchmarks.store_torture [kills] [seed]"""
+"""Many more kills than the test: python -m benchmarks.store_torture --kills 1000"""
 
 from __future__ import annotations
 
-import sys
+import argparse
 import tempfile
 from pathlib import Path
 
 from tests.torture import measure_fill, torture
 
 if __name__ == "__main__":
-    kills, seed = (
-        (int(value) for value in (*sys.argv[1:], "1000", "0")[:2]) if len(sys.argv) != 2 else (int(sys.argv[1]), 0)
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        whole = measure_fill(folder)
+        whole = measure_fill(Path(name))
         print(f"one uninterrupted run: {whole:.2f} s")
-        killed, finished = torture(folder, kills, seed, longest_s=whole / 3)
-        print(f"{killed} kills, {finished} stores finished through them, all identical to an uninterrupted one")
+        killed, finished = torture(Path(name), arguments.kills, arguments.seed, longest_s=whole / 3)
+    print(f"{killed} kills, {finished} stores finished through them, each identical to an uninterrupted one")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ from retrac_scale.store.writer import describe
 from retrac_scale.task import DiffusionTask
 from retrac_scale.timesteps import EvenlySpaced
 
-CALIBRATION_BATCHES = (2, 8)
+CALIBRATION_BATCHES = (1, 5)
+CALIBRATION_RUNS = 3
 SCAN_BYTES = 64 * 2**20
 
 
@@ -123,12 +125,12 @@ def measure_sketching(task: DiffusionTask, item: Any, projection: Projection, *,
         batch_size: rows per backward pass.
     """
     state = {"calibration": {name: value.detach().clone() for name, value in task.model.state_dict().items()}}
-    points = []
-    for batches in (1, *CALIBRATION_BATCHES):
+
+    def seconds(samples: int) -> float:
         started = time.perf_counter()
         sketch(
             task,
-            [item] * (batches * batch_size),
+            [item] * samples,
             None,
             checkpoints=state,
             timesteps=EvenlySpaced(1),
@@ -136,10 +138,13 @@ def measure_sketching(task: DiffusionTask, item: Any, projection: Projection, *,
             batch_size=batch_size,
             progress=False,
         )
-        points.append((batches * batch_size, time.perf_counter() - started))
-    (fewer, short), (more, long) = points[1:]  # the first run only warms up
-    pair_s = max(long - short, 1e-9) / (more - fewer)
-    return Rate(max(0.0, short - fewer * pair_s), pair_s)
+        return time.perf_counter() - started
+
+    few, many = (batches * batch_size for batches in CALIBRATION_BATCHES)
+    seconds(few)  # warms up
+    runs = [(seconds(few), seconds(many)) for _ in range(CALIBRATION_RUNS)]
+    pair_s = statistics.median((long - short) / (many - few) for short, long in runs)
+    return Rate(max(0.0, statistics.median(short for short, _ in runs) - few * pair_s), max(pair_s, 1e-9))
 
 
 def measure_scanning(dim: int, queries: int = 1) -> float:
