@@ -17,6 +17,7 @@ import zarr
 from zarr.codecs import Crc32cCodec
 
 from retrac_scale.store import create_store, open_store, write_block
+from retrac_scale.store.encoding import encode
 from retrac_scale.store.mapping import _checked, map_chunk
 
 BLOCKS, SAMPLES, DIM = 12, 4096, 4096
@@ -92,6 +93,10 @@ def main(folder: Path) -> None:
             middle = statistics.median(values)
             ratio = middle / statistics.median(times["zarr, forced to the disk"])
             print(f"write {dtype}: {name}: {middle:.3f} s for {size:.0f} MB, {ratio:.2f} of zarr forced to the disk")
+        convert = BLOCKS * statistics.median(seconds(partial(encode, raw, dtype)) for _ in range(REPEATS))
+        rest = (statistics.median(times["store"]) - convert) / statistics.median(times["zarr, forced to the disk"])
+        size = BLOCKS * raw.nbytes / 1e6
+        print(f"write {dtype}: of which converting {size:.0f} MB of float32 {convert:.3f} s; the rest {rest:.2f}")
         store = open_store(folder / "s")
         part = store.only_part
         chunk = store.stored("c", 0)[0]

@@ -68,6 +68,13 @@ def test_a_grown_store_equals_one_sketched_at_once_and_keeps_every_file(tmp_path
     assert contents(tmp_path / "s") == after
 
 
+def test_a_checkpoint_is_added_without_the_earlier_ones(tmp_path: Path) -> None:
+    sketch(tmp_path / "s")
+    grown = sketch(tmp_path / "s", checkpoints="b", grow=True)
+    assert grown.checkpoints == ["a", "b"]
+    np.testing.assert_array_equal(grown.sketches("b"), sketch(None, checkpoints="b").sketches("b"))
+
+
 def test_timesteps_are_added_beside_those_that_are_there(tmp_path: Path) -> None:
     sketch(tmp_path / "s")
     grown = sketch(tmp_path / "s", timesteps=(70,), grow=True)

@@ -45,7 +45,7 @@ def grow_store(
         out: path or fsspec URL of the store.
         pairs: (t, k) of what is asked for.
         ids: samples `[n]`: all, or none, of those that were added together, in their order, then new ones.
-        weights: w_c per checkpoint.
+        weights: w_c per checkpoint; those of a part are given together or not at all.
         describe_part: the fingerprint of some samples at some checkpoints.
         dtype: as the store's.
         quantities: as the store's.
@@ -64,9 +64,8 @@ def grow_store(
     checked = check_columns(columns, len(ids))
     names = list(weights)
     fingerprint = describe_part(ids, names)
-    whole = describe(
-        out, (len(ids), *pairs), weights, fingerprint, dtype, quantities, column_types(ids, checked), plan, layout
-    )
+    types = column_types(ids, checked)
+    whole = describe(out, (len(ids), *pairs), weights, fingerprint, dtype, quantities, types, plan, layout)
     _check_alike(parts, fingerprint, whole, out)
     filled: list[SketchStore] = []
     new = 0
@@ -79,23 +78,13 @@ def grow_store(
         def wanted(held: Sequence[str], rows: Any = rows, own: Any = own, size: Any = size) -> dict[str, Any]:
             weight_of = {name: weights[name] for name in held}
             described = describe_part(ids[rows], held)
-            return describe(
-                out,
-                (len(ids[rows]), *pairs),
-                weight_of,
-                described,
-                dtype,
-                quantities,
-                column_types(ids, own),
-                plan,
-                size,
-            )
+            return describe(out, (len(rows), *pairs), weight_of, described, dtype, quantities, types, plan, size)
 
         missing = names
         for part in here:
-            if not _same_pairs(part.fingerprint, fingerprint):
-                continue
             held = [name for name in part.checkpoints if name in weights]
+            if not held or not _same_pairs(part.fingerprint, fingerprint):
+                continue
             if len(held) < len(part.checkpoints):
                 _refuse(out, [f"checkpoint {next(n for n in part.checkpoints if n not in weights)!r} is not given"])
             if found := mismatch(part, wanted(held), ids[rows], own):

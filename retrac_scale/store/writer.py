@@ -183,10 +183,13 @@ def write_block(
     part = store.only_part
     samples = part.blocks[block]
     steps = timesteps if timesteps is not None else np.tile(np.arange(sketches.shape[1]), (len(sketches), 1))
-    for what, values in (("loss", losses), ("gradient norm", norms), ("gradient", sketches)):
+    for what, values in (("loss", losses), ("gradient norm", norms)):
         if values is not None:
             _check_finite(values, what, checkpoint, part.ids[samples], steps)
-    rows, scale = encode(sketches, part.meta["dtype"])
+    with np.errstate(invalid="ignore"):  # named below: a row that is not finite has a scale that is not
+        rows, scale = encode(sketches, part.meta["dtype"])
+    if part.meta["dtype"] == "float32" or not np.isfinite(scale).all():
+        _check_finite(sketches, "gradient", checkpoint, part.ids[samples], steps)
     given: dict[str, Any] = {"sketch": rows, "scale": scale, "norm": norms, "loss": losses, "timestep": timesteps}
     checksums, chunks = {}, {}
     for quantity in part.meta["quantities"]:
