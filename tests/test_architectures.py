@@ -56,6 +56,8 @@ ARCHITECTURES = {
             "up_block_types": ("UpBlock1D", "UpBlock1DNoSkip"),
         },
         {"sample": (1, 2, 16)},
+        timestep="",
+        given={"timestep": torch.tensor([0.2, 0.7])},
     ),
     "UNet2DModel": Architecture(
         UNET
