@@ -62,7 +62,8 @@ def _on_gpu(projector: CudaProjector, gradients: Tensor) -> Tensor:
     scaled = gradients / torch.where(scale > 0, scale, 1)
     parts = torch.split(scaled, min(CUDA_ROWS, CUDA_ENTRIES // size))
     sketch: Tensor = torch.cat([projector.project(part.contiguous(), model_id=0).float() for part in parts])
-    return sketch * scale
+    restored: Tensor = sketch * scale
+    return restored
 
 
 def _multiprocessors() -> int:
