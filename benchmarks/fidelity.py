@@ -468,7 +468,7 @@ def main() -> None:
         return
     settings = {"command": " ".join(["python", *sys.argv]), "date": datetime.date.today().isoformat()}
     settings |= {"machine": platform.machine(), "threads": arguments.threads, "torch": torch.__version__}
-    arguments.out.parent.mkdir(exist_ok=True)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(settings | {"results": results}, indent=1) + "\n")
     plot(results, "bytes", "bytes per pair (int8 rows)", arguments.plots / "fidelity-bytes.png")
     if not arguments.skip_time:
