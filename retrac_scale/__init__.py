@@ -1,9 +1,9 @@
 """Training-data attribution for diffusion models at scale: Diffusion-TracIn and Diffusion-ReTrac (arXiv 2401.09031)."""
 
-from retrac_scale import evaluate, gradients
+from retrac_scale import evaluate, gradients, projections
 from retrac_scale.estimators import ReTrac, TracIn, self_influence
 from retrac_scale.index import Index, build_index, open_index
-from retrac_scale.projections import CountSketch, GradientSketcher, Identity, LowRank
+from retrac_scale.projections import CountSketch, Dense, GradientSketcher, Identity, LowRank
 from retrac_scale.query import TopK
 from retrac_scale.sketching import sketch
 from retrac_scale.store import IncompleteStoreError, SketchStore, open_store, write_store
@@ -12,6 +12,7 @@ from retrac_scale.timesteps import EvenlySpaced, Explicit, Recorded, TrainingRec
 
 __all__ = [
     "CountSketch",
+    "Dense",
     "DiffusionTask",
     "EvenlySpaced",
     "Explicit",
@@ -32,6 +33,7 @@ __all__ = [
     "gradients",
     "open_index",
     "open_store",
+    "projections",
     "self_influence",
     "sketch",
     "write_store",

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from retrac_scale.store import SketchStore
+
+INFO_BLOCKS = 32
+"""About how many blocks of each checkpoint `info` reads for its norms."""
 
 EXAMPLES = {
     "": """examples:
@@ -21,6 +29,14 @@ EXAMPLES = {
   retrac-scale info demo/sketches.zarr          a store: checkpoints, samples, timesteps, what is committed
   retrac-scale info demo/retrac.zarr            an index: its estimator and size
   retrac-scale info s3://bucket/sketches.zarr   any fsspec URL""",
+    "verify": """examples:
+  retrac-scale verify demo/sketches.zarr            reads everything; 0: whole, 1: damaged, 3: sound but not complete
+  retrac-scale verify demo/sketches.zarr --repair   drops damaged blocks, so that the next sketch(...) computes them""",
+    "plan": """examples:
+  retrac-scale plan --samples 1000000 --timesteps 1 --checkpoints 4 --dim 4096
+  retrac-scale plan --samples 1833 --timesteps 1 --checkpoints 4 --dim 4096 --model demo
+  retrac-scale plan --samples 50000 --timesteps 10 --checkpoints 4 --dim 2048 --rank 16 \\
+      --model google/ddpm-cifar10-32 --device cuda --hours 12""",
     "query": """examples:
   retrac-scale query demo/retrac.zarr demo/queries.zarr           a table of the top 10 of every query
   retrac-scale query demo/retrac.zarr demo/queries.zarr -k 3 --side opponents
@@ -34,17 +50,20 @@ EXAMPLES = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 on success, 1 on a failure that is told in one line, 2 on wrong usage."""
+    """Run a command; 0 on success, 1 on a failure that is told in one line, 2 on wrong usage, 3 see `verify --help`."""
     arguments = _parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        status: int | None = arguments.run(arguments)
     except BrokenPipeError:  # the reader, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, FileNotFoundError, KeyError, RuntimeError) as error:
         print(f"retrac-scale: {error.args[0] if error.args else error}", file=sys.stderr)
         return 1
-    return 0
+    except OSError as error:
+        print(f"retrac-scale: {error.strerror or error}", file=sys.stderr)
+        return 1
+    return status or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,6 +90,17 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", default="demo", help="folder for everything (default: demo)")
     info = verb("info", _info, "Say what is in a store or an index.")
     info.add_argument("url", help="path or fsspec URL")
+    verify = verb("verify", _verify, "Check every byte of a store against what was committed.")
+    verify.add_argument("url", help="path or fsspec URL of a store")
+    verify.add_argument("--repair", action="store_true", help="drop what is damaged; no process may be writing")
+    plan = verb("plan", _plan, "Predict bytes, time and workers of a run.")
+    for name, what in (("samples", "N"), ("timesteps", "T per sample"), ("checkpoints", "C"), ("dim", "K per sketch")):
+        plan.add_argument(f"--{name}", type=int, required=True, help=what)
+    plan.add_argument("--dtype", default="int8", choices=("int8", "float16", "bfloat16", "float32"))
+    plan.add_argument("--model", help="diffusers folder or hub name, or 'demo': times sketching it here")
+    plan.add_argument("--rank", type=int, help="LowRank(rank, dim) instead of CountSketch(dim)")
+    plan.add_argument("--device", default="cpu", help="where to time (default: cpu)")
+    plan.add_argument("--hours", type=float, help="deadline: says how many such workers meet it")
     query = verb("query", _query, "Print the training samples that influenced each query most.")
     query.add_argument("index", help="path or URL of an index")
     query.add_argument("queries", help="path or URL of the store of query sketches")
@@ -110,14 +140,88 @@ def _info(arguments: argparse.Namespace) -> None:
         print(f"index of {index.estimator}\n{c} checkpoints x {n} samples x {k} entries, {index.meta['dtype']}")
         print(f"made from {index.meta['store']}")
         return
-    store = open_store(arguments.url)
+    for measure in open_store(arguments.url).measurements:
+        _describe(open_store(arguments.url, measure=measure))
+
+
+def _describe(store: SketchStore) -> None:
+    import numpy as np
+
     n, t, k = store.shape
     print(f"sketch store, {n} samples x {t} timesteps x {k} entries, {store.meta['dtype']}")
     for key in ("projection", "measure", "timesteps"):
         print(f"{key}: {store.fingerprint.get(key, 'not stated')}")
+    print(f"columns: {', '.join(store.columns) or 'none'}; deleted samples: {store.deleted.sum()}")
+    layout = f"blocks of {store.meta['block_samples']} samples"
+    print(f"{layout}, {len(store.parts)} part(s), revision {store.revision}")
+    widths = np.array([block.stop - block.start for block in store.blocks])
+    pairs = written = 0
+    norms, steps = [], []
     for name, weight in store.weights.items():
         done = store.committed(name)
         print(f"checkpoint {name}: weight {weight:.4g}, {done.sum()} of {len(done)} blocks committed")
+        written += t * int(widths[done].sum())
+        pairs += n * t
+        some = np.flatnonzero(done)[:: max(1, len(done) // INFO_BLOCKS)].tolist() if store.has("timestep") else []
+        norms += [store.norms(name, store.blocks[block]).ravel() for block in some]
+        steps += [store.timesteps(name, store.blocks[block]).ravel() for block in some]
+    item = {"int8": 1, "float16": 2, "bfloat16": 2, "float32": 4}[store.meta["dtype"]]
+    size = f"{written * k * item / 1e6:.1f} MB of sketches, {4 / item:.0f} times smaller than in float32"
+    print(f"{written} of {pairs} pairs, {size}")
+    if steps:
+        every, norm = np.concatenate(steps), np.concatenate(norms)
+        edges = np.unique(np.linspace(every.min(), every.max() + 1, 6).astype(int))
+        for low, high in itertools.pairwise(edges):
+            if ((every >= low) & (every < high)).any():
+                mean = norm[(every >= low) & (every < high)].mean()
+                print(f"mean gradient norm, timesteps {low} .. {high - 1}: {mean:.4g}")
+    if store.is_complete:
+        print("to query it: rs.build_index(rs.open_store(url), rs.ReTrac(), 'index.zarr').query(queries)")
+    else:
+        print("not complete: repeat the sketch(...) that began it, it computes only what is missing")
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from retrac_scale.store import repair_store, verify_store
+
+    verdict = verify_store(arguments.url)
+    for finding in verdict.findings:
+        print(finding)
+    damaged, unwritten = len(verdict.of("metadata", "damaged")), len(verdict.of("unwritten"))
+    print(f"{verdict.blocks} blocks: {damaged} damaged objects, {unwritten} blocks not written")
+    if arguments.repair and verdict.findings:
+        beyond = repair_store(arguments.url)
+        for finding in beyond:
+            print(f"beyond repair, restore it from a backup: {finding}")
+        if beyond:
+            return 1
+        verdict = verify_store(arguments.url)
+        print(f"repaired; {len(verdict.of('unwritten'))} blocks to be written by the next sketch(...)")
+    return 0 if verdict.is_whole else 3 if verdict.is_sound else 1
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from retrac_scale import planner
+    from retrac_scale.projections import CountSketch, LowRank
+
+    n, t, c, k = arguments.samples, arguments.timesteps, arguments.checkpoints, arguments.dim
+    size = planner.store_size(n, t, c, k, dtype=arguments.dtype)
+    index = planner.index_bytes(n, c, k)
+    print(f"store: {size.array_bytes} bytes in {size.files} chunk files, {size.blocks} blocks")
+    print(f"       and about {size.metadata_bytes} bytes of metadata (integer ids, no columns, unsharded)")
+    print(f"index: {index} bytes (int8, cross pairing)")
+    speed = planner.measure_scanning(k)
+    print(f"scan:  {n * c * k / speed:.3g} s per query ({speed / 1e9:.2f} GB/s measured here, index in memory)")
+    if arguments.model is None:
+        print("time:  give --model to have it measured")
+        return
+    projection = LowRank(arguments.rank, k) if arguments.rank else CountSketch(k)
+    task, item = planner.example_task(arguments.model, arguments.device)
+    rate = planner.measure_sketching(task, item, projection)
+    seconds = rate.seconds(n * t * c)
+    print(f"time:  {seconds:.0f} s on one worker like this ({1 / rate.pair_s:.1f} pairs/s, 1 noise draw, {projection})")
+    if arguments.hours:
+        print(f"       {planner.workers_needed(seconds, arguments.hours * 3600)} such workers for {arguments.hours} h")
 
 
 def _query(arguments: argparse.Namespace) -> None:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from retrac_scale.gradients import ParameterFilter
 from retrac_scale.projections import GradientSketcher, Projection, from_spec
-from retrac_scale.store import Dtype, SketchStore, create_store, open_store, write_block
+from retrac_scale.store import Dtype, Layout, SketchStore, create_store, grow_store, open_store, write_block
 from retrac_scale.store.compatibility import check_compatible
 from retrac_scale.store.encoding import check_dtype
-from retrac_scale.store.schema import Url, check_ids
+from retrac_scale.store.schema import Url, check_columns, check_ids
 from retrac_scale.task import Checkpoint, DiffusionTask
 from retrac_scale.timesteps import Ids, Pairs, TimestepPlan, draw_noise
 
@@ -55,6 +56,8 @@ def sketch(
     batch_size: int | Literal["auto"] = "auto",
     parameters: ParameterFilter = None,
     like: SketchStore | None = None,
+    grow: bool = False,
+    layout: Layout | None = None,
     client: Client | None = None,
     progress: bool = True,
 ) -> SketchStore:
@@ -75,6 +78,9 @@ def sketch(
         batch_size: rows (pairs x noise draws) per backward pass; "auto" takes 64.
         parameters: glob patterns or a predicate on names; None for all trainable ones, or those of `like`.
         like: a store that these sketches will be compared with.
+        grow: add what the store at `out` lacks: samples with new ids, checkpoints, timesteps, another measure. Without
+            it a call that differs from the one that began the store is refused.
+        layout: how samples are cut into blocks; None chooses.
         client: a `distributed.Client` to spread the blocks over; `out` must be reachable from its workers.
         progress: show a bar with the rate in pairs per second.
 
@@ -100,6 +106,7 @@ def sketch(
     if client is not None and out is None:
         raise ValueError("workers cannot write into this process's memory; give out= a path or URL they can reach.")
     ids = check_ids(_dataset_ids(dataset), len(dataset))
+    columns = check_columns(getattr(dataset, "columns", None), len(ids))
     plans = {name: timesteps.pairs(name, ids, task.num_train_timesteps) for name in checkpoints}
     _check_items(task, dataset, ids)
     sketcher = GradientSketcher(task.model, projection, parameters=parameters)
@@ -117,28 +124,39 @@ def sketch(
         }
         if like is not None:
             check_compatible(like.fingerprint, like.checkpoints, fingerprint, list(checkpoints))
-        store = create_store(
-            out,
-            shape=(len(ids), next(iter(plans.values())).timesteps.shape[1], sketcher.dim),
-            ids=ids,
-            weights={name: timesteps.weight(name) for name in checkpoints},
-            fingerprint=fingerprint,
-            dtype=dtype,
-        )
+
+        def describe_part(some: Ids, names: Sequence[str]) -> dict[str, Any]:
+            pairs = {name: timesteps.pairs(name, some, task.num_train_timesteps) for name in names}
+            return {
+                **fingerprint,
+                "checkpoints": {name: digests[name] for name in names},
+                "timesteps": {**timesteps.spec(), "digest": _plan_digest(pairs)},
+            }
+
+        pairs = (next(iter(plans.values())).timesteps.shape[1], sketcher.dim)
+        weights = {name: timesteps.weight(name) for name in checkpoints}
+        kept: dict[str, Any] = {"ids": ids, "weights": weights, "dtype": dtype, "columns": columns, "layout": layout}
+        if grow:
+            stores = grow_store(out, pairs=pairs, describe_part=describe_part, **kept)
+        else:
+            stores = [create_store(out, shape=(len(ids), *pairs), fingerprint=fingerprint, **kept)]
         rows = AUTO_BATCH_ROWS if batch_size == "auto" else batch_size
-        job = _Job(task, dataset, ids, checkpoints, timesteps, projection, frozenset(sketcher.shapes), rows)
-        todo = [
-            (name, block) for name in store.checkpoints for block in np.flatnonzero(~store.committed(name)).tolist()
-        ]
-        done = _run_local(job, sketcher, store, todo) if client is None else _run_on(client, job, store, todo)
-        total = len(store.checkpoints) * store.shape[0] * store.shape[1]
-        missing = sum(_pairs_in(store, block) for _, block in todo)
-        with tqdm(total=total, initial=total - missing, unit="pair", desc="sketch", disable=not progress) as bar:
-            for pairs in done:
-                bar.update(pairs)
+        with tqdm(total=0, unit="pair", desc="sketch", disable=not progress) as bar:
+            for store in stores:
+                todo = [
+                    (name, i) for name in store.checkpoints for i in np.flatnonzero(~store.committed(name)).tolist()
+                ]
+                places = {sample: row for row, sample in enumerate(ids.tolist())}
+                part = Subset(dataset, [places[sample] for sample in store.ids.tolist()])
+                job = _Job(task, part, store.ids, checkpoints, timesteps, projection, frozenset(sketcher.shapes), rows)
+                bar.total += len(store.checkpoints) * store.shape[0] * store.shape[1]
+                bar.update(bar.total - bar.n - sum(_pairs_in(store, block) for _, block in todo))
+                done = _run_local(job, sketcher, store, todo) if client is None else _run_on(client, job, store, todo)
+                for count in done:
+                    bar.update(count)
     finally:
         task.model.load_state_dict(before)
-    return store
+    return stores[0].refresh()
 
 
 def _run_local(job: _Job, sketcher: GradientSketcher, store: SketchStore, todo: list[tuple[str, int]]) -> Iterator[int]:
@@ -156,7 +174,7 @@ def _run_on(client: Client, job: _Job, store: SketchStore, todo: list[tuple[str,
     shared = client.scatter(job, broadcast=True)
     futures = [
         client.submit(
-            _sketch_remotely, shared, store.url, checkpoint, block, pure=False
+            _sketch_remotely, shared, store.url, store.only_part.name, checkpoint, block, pure=False
         )  # unique keys: never a cached run
         for checkpoint, block in todo
     ]
@@ -173,8 +191,8 @@ def _sketcher(job: _Job) -> GradientSketcher:
     return GradientSketcher(job.task.model, job.projection, parameters=job.parameters.__contains__)
 
 
-def _sketch_remotely(job: _Job, url: Url, checkpoint: str, block: int) -> int:
-    store = open_store(url, mode="r+")
+def _sketch_remotely(job: _Job, url: Url, part: str, checkpoint: str, block: int) -> int:
+    store = open_store(url, mode="r+", part=part)
     with _model_in_use:
         job.task.load(checkpoint, job.checkpoints[checkpoint])
         return sum(_sketch_block(job, _sketcher(job), store, checkpoint, block))

@@ -24,7 +24,7 @@ def apply(projection: Projection, gradients: Tensor) -> Tensor:
     start = 0
     for name, shape in SHAPES.items():
         stop = start + int(np.prod(shape))
-        projector.add(accumulator, name, gradients[:, start:stop])
+        projector.add(accumulator, name, gradients[:, start:stop].reshape(-1, *shape))
         start = stop
     return projector.finish(accumulator)
 

@@ -24,7 +24,7 @@ def random_store(out: Any = None, **options: Any) -> rs.SketchStore:
 def test_zarr_and_xarray_open_it_with_named_dimensions(tmp_path: Path) -> None:
     random_store(tmp_path / "s", losses={name: np.ones((5, 2)) for name in "ab"}, ids=list("vwxyz"))
     group = zarr.open_group(tmp_path / "s", mode="r")
-    assert sorted(group) == ["a", "b", "id"]
+    assert sorted(group) == ["a", "b", "deleted", "id"]
     dataset = xarray.open_zarr(tmp_path / "s", group="a", consolidated=False)
     assert dataset["sketch"].dims == ("sample", "timestep", "k")
     for name in ("scale", "norm", "loss", "timestep"):
@@ -36,14 +36,14 @@ def test_zarr_and_xarray_open_it_with_named_dimensions(tmp_path: Path) -> None:
 
 @given(
     seed=st.integers(0, 99),
-    dtype=st.sampled_from(["int8", "float16", "float32"]),
+    dtype=st.sampled_from(["int8", "float16", "bfloat16", "float32"]),
     magnitude=st.sampled_from([1e-12, 1.0, 1e12]),
 )
 def test_stored_rows_are_within_the_step_of_their_type(seed: int, dtype: Any, magnitude: float) -> None:
     rows = np.random.default_rng(seed).standard_normal((4, 2, 9)).astype(np.float32) * np.float32(magnitude)
     rows[1] = 0
     store = rs.write_store(None, {"c": rows}, dtype=dtype)
-    step = {"int8": 0.501 / 127, "float16": 2**-11 * 1.01, "float32": 0.0}[dtype]
+    step = {"int8": 0.501 / 127, "float16": 2**-11 * 1.01, "bfloat16": 2**-8 * 1.01, "float32": 0.0}[dtype]
     bound = step * np.abs(rows).max(2, keepdims=True)
     assert (np.abs(store.sketches("c") - rows) <= bound).all()
     np.testing.assert_allclose(store.norms("c"), np.linalg.norm(rows.astype(np.float64), axis=2), rtol=1e-5)
@@ -77,11 +77,15 @@ def test_arrays_that_do_not_fit_are_refused(change: dict[str, Any], message: str
         random_store(**change)
 
 
-def test_a_sketch_that_is_not_finite_is_named() -> None:
+@pytest.mark.parametrize("dtype", ["int8", "float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_sketch_that_is_not_finite_is_named(dtype: Any, value: float) -> None:
     sketches = np.ones((3, 2, 4))
-    sketches[2, 1, 0] = np.nan
+    sketches[2, 1, 0] = value
     with pytest.raises(ValueError, match="checkpoint 'c', sample 12, timestep 8"):
-        rs.write_store(None, {"c": sketches}, ids=[10, 11, 12], timesteps=[4, 8])
+        rs.write_store(
+            None, {"c": sketches}, norms={"c": np.ones((3, 2))}, ids=[10, 11, 12], timesteps=[4, 8], dtype=dtype
+        )
 
 
 def test_existing_paths_and_foreign_things_are_refused(tmp_path: Path) -> None:

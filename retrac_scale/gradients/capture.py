@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,10 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retrac_scale.gradients.registry import Rule, mixes_output, rule_for
+from retrac_scale.gradients.memory import keep_freed_pages
+from retrac_scale.gradients.nested import detached, mapped, tensors
+from retrac_scale.gradients.recompute import recomputed
+from retrac_scale.gradients.registry import LayerRule, rule_for
 
 ParameterFilter = Iterable[str] | Callable[[str], bool] | None
-Sink = Callable[[str, Tensor], None]
+Sink = Callable[[str, Tensor, slice], None]
+
+CHUNK_BYTES = 24 << 20
+"""A layer's gradients are formed and consumed for as many samples at a time as keep to this."""
 
 
 @dataclass
@@ -24,8 +31,13 @@ class _Layer:
     name: str
     module: nn.Module
     parameters: dict[str, str]  # own name -> full name
-    rule: Rule | None
+    rule: LayerRule | None
     calls: list[_Call] = field(default_factory=list)
+
+    @property
+    def mixable(self) -> bool:
+        """Whether output gradients may be mixed across all output features."""
+        return self.rule is not None and self.rule.mixed is not None and getattr(self.module, "groups", 1) == 1
 
 
 @dataclass
@@ -33,6 +45,8 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     versions: list[int]
+    kept: tuple[Tensor, ...]
+    outputs: list[Tensor] = field(default_factory=list)
     grads: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -49,6 +63,7 @@ class GradientCapture:
     """
 
     def __init__(self, model: nn.Module, *, parameters: ParameterFilter = None) -> None:
+        keep_freed_pages()
         self.model = model
         names = selected_parameters(model, parameters)
         self.shapes = {name: tuple(model.get_parameter(name).shape) for name in names}
@@ -69,7 +84,7 @@ class GradientCapture:
         return {
             full: self.shapes[full][0]
             for layer in self._layers
-            if mixes_output(layer.module)
+            if layer.mixable
             for full in layer.parameters.values()
             if full not in self._shared
         }
@@ -101,7 +116,8 @@ class GradientCapture:
 
         Args:
             losses: `[n]`; the batch of the forward pass holds each sample's rows one after another.
-            sink: called with a parameter's name and its gradients `[n, p]`.
+            sink: called with a parameter's name, the gradients of some samples `[m, ...]` and which samples; every
+                sample of every parameter comes once.
             mixers: for the weight of a mixable layer, a matrix `[rank, o]` that its output gradients are multiplied
                 with, so that the gradients of the layer's parameters have `rank` in place of `o`.
         """
@@ -135,16 +151,29 @@ class GradientCapture:
                 parameter.requires_grad_(False)
 
     def _hook(self, layer: _Layer) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if not self._recording or not torch.is_grad_enabled():
-                return
-            args, kwargs = _detached(args), _detached(kwargs)
-            call = _Call(args, kwargs, _versions(args, kwargs))
+                return None
+            args, kwargs = detached(args), detached(kwargs)
+            kept = detached(layer.rule.keep(output)) if layer.rule is not None and layer.rule.keep is not None else ()
+            call = _Call(args, kwargs, _versions(args, kwargs), kept)
             layer.calls.append(call)
-            for place, tensor in enumerate(_tensors(output)):
+            if layer.rule is None:
+                call.outputs.extend(detached(list(tensors(output))))
+            places = itertools.count()
+
+            def seam(tensor: Tensor) -> Tensor:
+                """The tensor as users outside the module see it, so that uses inside do not reach the hook."""
+                if not tensor.is_floating_point():
+                    return tensor
                 if not tensor.requires_grad:
-                    tensor.requires_grad_()
-                tensor.register_hook(self._on_gradient(layer, call, place))  # type: ignore[no-untyped-call]
+                    tensor = tensor.detach().requires_grad_().clone()  # never a leaf: the model may change it in place
+                elif layer.rule is None:
+                    tensor = tensor.view_as(tensor)
+                tensor.register_hook(self._on_gradient(layer, call, next(places)))  # type: ignore[no-untyped-call]
+                return tensor
+
+            return mapped(output, seam)
 
         return hook
 
@@ -170,46 +199,72 @@ class _Backward:
     waiting: dict[str, Tensor] = field(default_factory=dict)
 
     def finish(self, layer: _Layer) -> None:
-        """Form the gradients of a layer from all its calls and deliver them."""
-        total: dict[str, Tensor] = {}
-        for call in layer.calls:
-            if call.grads:
-                for own, gradient in self._form(layer, call).items():
-                    total[own] = total[own] + gradient if own in total else gradient
+        """Form the gradients of a layer from all its calls and deliver them, some samples at a time."""
+        calls = [call for call in layer.calls if call.grads]
         layer.calls.clear()
-        for own, name in layer.parameters.items() if total else ():
-            if own not in total:
+        for call in calls:
+            if _versions(call.args, call.kwargs) != call.versions:
                 raise ValueError(
-                    f"the rule for {type(layer.module).__name__} gives no gradient for {name!r}; return one for every "
-                    "parameter of the layer."
+                    f"an input of layer {layer.name!r} was changed in place after the layer had used it, so its "
+                    "gradient cannot be formed; use the out-of-place operation in the model's forward."
                 )
-            self._deliver(name, total[own].flatten(1))
+            _check_rows(layer, call, self.n)
+            self._mix(layer, call)
+        numel = sum(layer.module.get_parameter(own).numel() for own in layer.parameters)
+        size = max(1, CHUNK_BYTES // (4 * numel))
+        for start in range(0, self.n if calls else 0, size):
+            samples = slice(start, min(start + size, self.n))
+            total: dict[str, Tensor] = {}
+            for call in calls:
+                for own, gradient in self._form(layer, call, samples).items():
+                    if own in total:
+                        total[own] += gradient
+                    else:
+                        total[own] = gradient if len(calls) == 1 else gradient.clone()
+            for own, name in layer.parameters.items():
+                if own not in total:
+                    raise ValueError(
+                        f"the rule for {type(layer.module).__name__} gives no gradient for {name!r}; return one for "
+                        "every parameter of the layer."
+                    )
+                self._deliver(name, total[own], samples)
 
-    def _form(self, layer: _Layer, call: _Call) -> dict[str, Tensor]:
-        if _versions(call.args, call.kwargs) != call.versions:
-            raise ValueError(
-                f"an input of layer {layer.name!r} was changed in place after the layer had used it, so its gradient "
-                "cannot be formed; use the out-of-place operation in the model's forward."
-            )
-        if layer.rule is None:
-            return _autograd(layer, call, self.n)
-        activation, grad = call.args[0] if call.args else next(iter(call.kwargs.values())), call.grads[0]
-        _check_rows(layer, activation.shape[0], self.n)
+    def _mix(self, layer: _Layer, call: _Call) -> None:
         mixer = self.mixers.get(layer.parameters.get("weight", ""))
         if mixer is not None:
-            grad = _mix(grad, mixer, channels_last=isinstance(layer.module, nn.Linear))
-        return layer.rule(layer.module, activation, grad, self.n)
+            grad = call.grads[0]
+            mixer = mixer.to(grad.dtype)
+            if isinstance(layer.module, nn.Linear):
+                call.grads[0] = grad @ mixer.T
+            else:
+                call.grads[0] = (mixer @ grad.flatten(2)).reshape(len(grad), len(mixer), *grad.shape[2:])
 
-    def _deliver(self, name: str, gradient: Tensor) -> None:
+    def _form(self, layer: _Layer, call: _Call, samples: slice) -> dict[str, Tensor]:
+        if layer.rule is None:
+            own, numbers = list(layer.parameters), range(samples.start, samples.stop)
+            return recomputed(
+                layer.name, layer.module, own, call.args, call.kwargs, call.outputs, call.grads, self.n, numbers
+            )
+        activation, grad = call.args[0] if call.args else next(iter(call.kwargs.values())), call.grads[0]
+        each = len(grad) // self.n
+        rows = slice(samples.start * each, samples.stop * each)
+        kept = [value[rows] for value in call.kept]
+        mixed = layer.parameters.get("weight") in self.mixers
+        rule = layer.rule.mixed if mixed and layer.rule.mixed is not None else layer.rule.form
+        return rule(layer.module, activation[rows], grad[rows], samples.stop - samples.start, *kept)
+
+    def _deliver(self, name: str, gradient: Tensor, samples: slice) -> None:
         if name in self.shared:
-            self.waiting[name] = self.waiting[name] + gradient if name in self.waiting else gradient
+            if name not in self.waiting:
+                self.waiting[name] = gradient.new_zeros(self.n, *gradient.shape[1:])
+            self.waiting[name][samples] += gradient
         else:
-            self.sink(name, gradient)
+            self.sink(name, gradient, samples)
 
     def flush(self) -> None:
         """Deliver the parameters that several layers share."""
         for name, gradient in self.waiting.items():
-            self.sink(name, gradient)
+            self.sink(name, gradient, slice(0, self.n))
 
 
 def _refuse(name: str) -> Callable[[Tensor], None]:
@@ -224,80 +279,16 @@ def _refuse(name: str) -> Callable[[Tensor], None]:
 
 def _versions(*values: Any) -> list[int]:
     """How often each tensor among the values has been changed in place."""
-    return [tensor._version for tensor in _tensors(values)]
+    return [tensor._version for tensor in tensors(values)]
 
 
-def _mix(grad: Tensor, mixer: Tensor, *, channels_last: bool) -> Tensor:
-    mixer = mixer.to(grad.dtype)
-    if channels_last:
-        return grad @ mixer.T
-    return torch.matmul(mixer, grad.flatten(2)).reshape(len(grad), len(mixer), *grad.shape[2:])
-
-
-def _autograd(layer: _Layer, call: _Call, n: int) -> dict[str, Tensor]:
-    """The gradients of a layer without a rule: run it again for each sample alone and differentiate."""
+def _check_rows(layer: _Layer, call: _Call, n: int) -> None:
     rows = call.grads[min(call.grads)].shape[0]
-    _check_rows(layer, rows, n)
-    each = rows // n
-    own = {name: layer.module.get_parameter(name) for name in layer.parameters}
-    gradients: dict[str, list[Tensor]] = {name: [] for name in own}
-    for sample in range(n):
-        part = slice(sample * each, (sample + 1) * each)
-        with torch.enable_grad():
-            weights = {name: value.detach().requires_grad_() for name, value in own.items()}
-            args, kwargs = _rows(call.args, rows, part), _rows(call.kwargs, rows, part)
-            output = torch.func.functional_call(layer.module, weights, args, kwargs)
-            tensors = list(_tensors(output))
-            formed = torch.autograd.grad(
-                [tensors[place] for place in call.grads],
-                list(weights.values()),
-                [grad[part] for grad in call.grads.values()],
-                allow_unused=True,
-                materialize_grads=True,
-            )
-        for name, gradient in zip(own, formed, strict=True):
-            gradients[name].append(gradient)
-    return {name: torch.stack(values) for name, values in gradients.items()}
-
-
-def _check_rows(layer: _Layer, rows: int, n: int) -> None:
     if rows < n or rows % n:
         raise ValueError(
             f"layer {layer.name!r} ran on {rows} rows for {n} losses, so its gradient cannot be told apart by sample; "
             "give the model one row (or a fixed number of rows) per sample, or leave the layer out with parameters=."
         )
-
-
-def _rows(value: Any, rows: int, part: slice) -> Any:
-    if isinstance(value, Tensor):
-        return value[part] if value.ndim and value.shape[0] == rows else value
-    if isinstance(value, (tuple, list)):
-        return type(value)(_rows(item, rows, part) for item in value)
-    if isinstance(value, dict):
-        return {key: _rows(item, rows, part) for key, item in value.items()}
-    return value
-
-
-def _detached(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach()
-    if isinstance(value, (tuple, list)):
-        return type(value)(_detached(item) for item in value)
-    if isinstance(value, dict):
-        return {key: _detached(item) for key, item in value.items()}
-    return value
-
-
-def _tensors(output: Any) -> Iterable[Tensor]:
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, Mapping):
-        for item in output.values():
-            yield from _tensors(item)
-    elif isinstance(output, (tuple, list)):
-        for item in output:
-            yield from _tensors(item)
 
 
 def _layers(model: nn.Module, names: list[str]) -> list[_Layer]:

@@ -1,39 +1,155 @@
-"""Convolutions of one, two and three dimensions: weight [o, i / groups, *kernel], bias [o]."""
+"""Convolutions of one, two and three dimensions: weight [o, i / groups, *kernel], bias [o].
+
+Letters beyond those of the registry: k kernel position, p output position, s input position.
+"""
 
 from __future__ import annotations
 
+from itertools import product
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from retrac_scale.gradients.products import batched_product, scratch
 from retrac_scale.gradients.registry import by_sample, register
+
+WINDOWS_BYTES = 4 << 20
+"""Windows are cut for as many samples at a time as keep to this."""
+
+NARROW = 64 * 64
+"""Up to so many weights per kernel position, oneDNN's grouped weight gradient beats windows and a product."""
 
 
 def convolution(layer: Any, activation: Tensor, grad_output: Tensor, n: int) -> dict[str, Tensor]:
-    """The batch becomes groups of one convolution, whose weight gradient then stands per sample."""
+    """weight[n,o,i,k]: sum_p grad[n,o,p] activation[n,i, stride p + dilation k - padding]."""
     inputs, padding = _padded(layer, activation.to(grad_output.dtype))
-    x, g = by_sample(inputs, n), by_sample(grad_output, n)
-    out_features, frames = g.shape[2], x.shape[1]
-    weight_shape = (n * out_features, x.shape[2] // layer.groups, *layer.kernel_size)
+    o, i = layer.weight.shape[:2]
+    if layer.groups > 1 or (grad_output.device.type == "cpu" and min(o, i) >= 16 and o * i <= NARROW):
+        weight = _grouped(layer, inputs, grad_output, n, padding)
+    elif 4 * o <= i:
+        weight = _by_gradient_windows(layer, inputs, grad_output, n, padding).movedim(1, -1)
+    else:
+        weight = _by_input_windows(layer, inputs, grad_output, n, padding)
+    return {"weight": weight.reshape(n, *layer.weight.shape)} | _bias(layer, grad_output, n)
+
+
+def mixed_convolution(layer: Any, activation: Tensor, grad_output: Tensor, n: int) -> dict[str, Tensor]:
+    """As `convolution` for gradients mixed into r channels, its entries in the order `[n, k, r, i]`."""
+    inputs, padding = _padded(layer, activation.to(grad_output.dtype))
+    return {"weight": _by_gradient_windows(layer, inputs, grad_output, n, padding)} | _bias(layer, grad_output, n)
+
+
+def transposed_convolution(layer: Any, activation: Tensor, grad_output: Tensor, n: int) -> dict[str, Tensor]:
+    """weight[n,i,o,k]: sum_s activation[n,i,s] grad[n,o, stride s + dilation k - padding]."""
+    return {"weight": _grouped(layer, activation, grad_output, n, layer.padding)} | _bias(layer, grad_output, n)
+
+
+def _bias(layer: Any, grad_output: Tensor, n: int) -> dict[str, Tensor]:
+    return {} if layer.bias is None else {"bias": by_sample(grad_output.flatten(2).sum(2), n).sum(1)}
+
+
+def _by_input_windows(layer: Any, inputs: Tensor, grad_output: Tensor, n: int, padding: tuple[int, ...]) -> Tensor:
+    """`[n, o, i*k]`: for each kernel position, the inputs that the outputs see."""
+    reaches = [span * (size - 1) for span, size in zip(layer.dilation, layer.kernel_size, strict=True)]
+    spans = [step * (size - 1) + 1 for step, size in zip(layer.stride, grad_output.shape[2:], strict=True)]
+    before = list(padding)
+    after = [r + s - p - x for r, s, p, x in zip(reaches, spans, before, inputs.shape[2:], strict=True)]
+    cuts = [
+        [slice(k * span, k * span + length, step) for k in range(size)]
+        for size, span, length, step in zip(layer.kernel_size, layer.dilation, spans, layer.stride, strict=True)
+    ]
+    grad = _positions_last(grad_output, n)
+    padded = by_sample(_zeros_around(inputs, before, after), n)
+    weight = scratch("weight", (n, grad.shape[1], padded.shape[2] * prod(layer.kernel_size)), grad)
+    for samples, windows in _windows(padded, cuts, grad.shape[2]):
+        batched_product(grad[samples], windows.flatten(1, 2), weight[samples])
+    return weight
+
+
+def _by_gradient_windows(layer: Any, inputs: Tensor, grad_output: Tensor, n: int, padding: tuple[int, ...]) -> Tensor:
+    """`[n, k, o, i]`: for each kernel position, the outputs that see the inputs; cheap when outputs are few."""
+    grad_output = _spread(grad_output, layer.stride)
+    reaches = [span * (size - 1) for span, size in zip(layer.dilation, layer.kernel_size, strict=True)]
+    before = [reach - size for reach, size in zip(reaches, padding, strict=True)]
+    after = [x + p - g for x, p, g in zip(inputs.shape[2:], padding, grad_output.shape[2:], strict=True)]
+    cuts = [
+        [slice(reach - k * span, reach - k * span + length) for k in range(size)]
+        for reach, size, span, length in zip(reaches, layer.kernel_size, layer.dilation, inputs.shape[2:], strict=True)
+    ]
+    seen = _positions_last(inputs, n)
+    padded = by_sample(_zeros_around(grad_output, before, after), n)
+    o, k = padded.shape[2], prod(layer.kernel_size)
+    weight = scratch("weight", (n, k * o, seen.shape[1]), seen)
+    for samples, windows in _windows(padded, cuts, seen.shape[2], kernel_first=True):
+        batched_product(windows.flatten(1, 2), seen[samples], weight[samples])
+    return weight.unflatten(1, (k, o))  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _windows(padded: Tensor, cuts: list[list[Any]], positions: int, *, kernel_first: bool = False) -> Any:
+    """Which samples, and their cuts `[m, channels, k, f*p]`, or `[m, k, channels, f*p]`, of `[n, f, channels, ...]`."""
+    n, _, channels = padded.shape[:3]
+    places = list(product(*cuts))
+    if len(places) == 1:
+        part = padded[(..., *places[0])].movedim(1, 2).reshape(n, channels, 1, positions)
+        yield slice(0, n), part.movedim(1, 2) if kernel_first else part
+        return
+    size = max(1, WINDOWS_BYTES // (channels * len(places) * positions * padded.itemsize))
+    for start in range(0, n, size):
+        samples = slice(start, min(start + size, n))
+        m = samples.stop - start
+        shape = (m, len(places), channels, positions) if kernel_first else (m, channels, len(places), positions)
+        windows = scratch("windows", shape, padded)
+        for place, cut in enumerate(places):
+            source = padded[(samples, ..., *cut)].movedim(1, 2)
+            target = windows[:, place] if kernel_first else windows[:, :, place]
+            target.view(source.shape).copy_(source)
+        yield samples, windows
+
+
+def _positions_last(x: Tensor, n: int) -> Tensor:
+    """`[n*f, channels, *spatial]` -> `[n, channels, f*positions]`."""
+    return by_sample(x.flatten(2), n).movedim(1, 2).flatten(2)
+
+
+def _zeros_around(x: Tensor, before: list[int], after: list[int]) -> Tensor:
+    """Spatial padding; negative padding crops."""
+    if not any(before + after):
+        return x
+    return F.pad(x, [size for pair in zip(reversed(before), reversed(after), strict=True) for size in pair])
+
+
+def _spread(grad_output: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """Zeros between the outputs of a strided convolution, as if it had stride 1 and the others were not used."""
+    if prod(stride) == 1:
+        return grad_output
+    spatial = [step * (size - 1) + 1 for step, size in zip(stride, grad_output.shape[2:], strict=True)]
+    out = grad_output.new_zeros(*grad_output.shape[:2], *spatial)
+    places: tuple[Any, ...] = (..., *(slice(None, None, step) for step in stride))
+    out[places] = grad_output
+    return out
+
+
+def _grouped(layer: Any, inputs: Tensor, grad_output: Tensor, n: int, padding: tuple[int, ...]) -> Tensor:
+    """The batch becomes groups of one convolution, whose weight gradient then stands per sample."""
+    x, g = by_sample(inputs.to(grad_output.dtype), n), by_sample(grad_output, n)
+    frames = x.shape[1]
     _, weight, _ = torch.ops.aten.convolution_backward(
-        g.transpose(0, 1).reshape(frames, n * out_features, *g.shape[3:]),
+        g.transpose(0, 1).reshape(frames, n * g.shape[2], *g.shape[3:]),
         x.transpose(0, 1).reshape(frames, n * x.shape[2], *x.shape[3:]),
-        g.new_empty(()).expand(weight_shape),
+        g.new_empty(()).expand(n * layer.weight.shape[0], *layer.weight.shape[1:]),
         None,
         layer.stride,
         padding,
         layer.dilation,
-        False,
-        [0] * len(layer.stride),
+        layer.transposed,
+        layer.output_padding,
         n * layer.groups,
         [False, True, False],
     )
-    gradients = {"weight": weight.reshape(n, out_features, *weight_shape[1:])}
-    if layer.bias is not None:
-        gradients["bias"] = g.flatten(3).sum((1, 3))
-    return gradients
+    return weight.reshape(n, *layer.weight.shape)  # type: ignore[no-any-return]
 
 
 def _padded(layer: Any, activation: Tensor) -> tuple[Tensor, tuple[int, ...]]:
@@ -46,4 +162,6 @@ def _padded(layer: Any, activation: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 
 
 for _type in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-    register(_type, convolution, mixable=True)
+    register(_type, convolution, mixed=mixed_convolution)
+for _transposed in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
+    register(_transposed, transposed_convolution)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
+from retrac_scale.gradients.products import batched_product, scratch
 from retrac_scale.gradients.registry import register
 
 
@@ -12,10 +12,11 @@ def linear(layer: nn.Linear, activation: Tensor, grad_output: Tensor, n: int) ->
     """weight: sum_s grad[n,s,o] activation[n,s,i]; bias: sum_s grad[n,s,o]."""
     grad = grad_output.reshape(n, -1, grad_output.shape[-1])
     inputs = activation.reshape(n, -1, activation.shape[-1]).to(grad.dtype)
-    gradients = {"weight": torch.bmm(grad.mT, inputs)}
+    weight = scratch("weight", (n, grad.shape[2], inputs.shape[2]), grad)
+    gradients = {"weight": batched_product(grad.mT, inputs.mT, weight)}
     if layer.bias is not None:
         gradients["bias"] = grad.sum(1)
     return gradients
 
 
-register(nn.Linear, linear, mixable=True)
+register(nn.Linear, linear, mixed=linear)

@@ -7,41 +7,58 @@ i input feature.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-Rule = Callable[[Any, Tensor, Tensor, int], dict[str, Tensor]]
-"""rule(layer, activation [n*f, ...], grad_output [n*f, ...], n) -> {own parameter name: gradient [n, ...]}.
+Rule = Callable[..., dict[str, Tensor]]
+"""rule(layer, activation [n*f, ...], grad_output [n*f, ...], n) -> {own parameter name: gradient [n, *shape]}.
 
-The gradient of a sample is the sum over its f rows, which are consecutive in the batch.
+The gradient of a sample is the sum over its f rows, which are consecutive in the batch. What a rule returns is consumed
+before the next rule is called, so it may stand in `scratch` memory.
 """
 
-_rules: dict[type[nn.Module], Rule] = {}
-_mixable: set[type[nn.Module]] = set()
+
+@dataclass(frozen=True)
+class LayerRule:
+    """How the gradients of a layer type are formed; see `register`."""
+
+    form: Rule
+    mixed: Rule | None
+    keep: Callable[[Tensor], tuple[Tensor, ...]] | None
 
 
-def register(layer_type: type[nn.Module], rule: Rule, *, mixable: bool = False) -> None:
+_rules: dict[str, LayerRule] = {}
+
+
+def register(
+    layer_type: type[nn.Module] | str,
+    rule: Rule,
+    *,
+    mixed: Rule | None = None,
+    keep: Callable[[Tensor], tuple[Tensor, ...]] | None = None,
+) -> None:
     """Use `rule` for layers of exactly this type.
 
     Args:
-        layer_type: the module class; subclasses need their own registration, for they may compute something else.
+        layer_type: the module class, or its qualified name where importing it here would cost too much; subclasses
+            need their own registration, for they may compute something else.
         rule: see `Rule`.
-        mixable: the rule is linear in the output features along the first axis of every parameter, so that output
-            gradients may be mixed into fewer channels before it (`LowRank`).
+        mixed: the rule when the output gradients have been mixed linearly into r channels (`LowRank`); its gradients
+            have r in place of o. Those of a convolution stand as `[n, *kernel, r, i]`, others as the parameter does.
+        keep: called with the layer's output in the forward pass; the tensors `[n*f, ...]` that it returns are further
+            arguments of the rule.
     """
-    _rules[layer_type] = rule
-    (_mixable.add if mixable else _mixable.discard)(layer_type)
+    _rules[layer_type if isinstance(layer_type, str) else _name(layer_type)] = LayerRule(rule, mixed, keep)
 
 
-def rule_for(layer: nn.Module) -> Rule | None:
+def rule_for(layer: nn.Module) -> LayerRule | None:
     """The rule of a layer, or None when its gradients come from the per-sample autograd fallback."""
-    return _rules.get(type(layer))
+    return _rules.get(_name(type(layer)))
 
 
-def mixes_output(layer: nn.Module) -> bool:
-    """Whether the layer's output gradients may be mixed across all output features."""
-    return type(layer) in _mixable and getattr(layer, "groups", 1) == 1
+def _name(layer_type: type[nn.Module]) -> str:
+    return f"{layer_type.__module__}.{layer_type.__qualname__}"
 
 
 def by_sample(x: Tensor, n: int) -> Tensor:

@@ -2,8 +2,20 @@
 
 from retrac_scale.projections.base import Projection, Projector, from_spec
 from retrac_scale.projections.countsketch import CountSketch
+from retrac_scale.projections.dense import Dense
 from retrac_scale.projections.identity import Identity
 from retrac_scale.projections.lowrank import LowRank
 from retrac_scale.projections.sketcher import GradientSketcher
+from retrac_scale.projections.trak_bridge import TrakProjector
 
-__all__ = ["CountSketch", "GradientSketcher", "Identity", "LowRank", "Projection", "Projector", "from_spec"]
+__all__ = [
+    "CountSketch",
+    "Dense",
+    "GradientSketcher",
+    "Identity",
+    "LowRank",
+    "Projection",
+    "Projector",
+    "TrakProjector",
+    "from_spec",
+]

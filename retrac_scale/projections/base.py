@@ -19,14 +19,15 @@ class Projector(ABC):
     dim: int
     mixers: Mapping[str, Tensor] = {}
     exact_norm: bool = True
+    """Whether `add` gives the squared norms of the full gradient."""
 
     @abstractmethod
     def start(self, n: int) -> Tensor:
         """A zero accumulator for n samples."""
 
     @abstractmethod
-    def add(self, accumulator: Tensor, name: str, gradient: Tensor) -> None:
-        """Add the contribution of one parameter's gradients `[n, p]`."""
+    def add(self, accumulator: Tensor, name: str, gradient: Tensor) -> Tensor | None:
+        """Add one parameter's gradients `[n, *shape]`; returns their squared norms `[n]` if `exact_norm`."""
 
     @abstractmethod
     def finish(self, accumulator: Tensor) -> Tensor:
@@ -65,6 +66,12 @@ def from_spec(spec: Mapping[str, Any]) -> Projection:
             "sketch the queries where the store was made and pass them as a store."
         )
     return Projection.kinds[spec["kind"]](**arguments)
+
+
+def squared_norm(rows: Tensor) -> Tensor:
+    """`[n, p]` -> `[n]`, float32."""
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+    return norms.square()
 
 
 def check_dim(dim: int) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from retrac_scale.projections import random
-from retrac_scale.projections.base import Projection, Projector, Shapes, check_dim
+from retrac_scale.projections.base import Projection, Projector, Shapes, check_dim, squared_norm
 
 
 class SignedFold(Projector):
@@ -20,27 +21,33 @@ class SignedFold(Projector):
     as for the plain sketch of Charikar, Chen, Farach-Colton 2002.
     """
 
-    def __init__(self, dim: int, seed: int, sizes: Mapping[str, int], device: torch.device) -> None:
+    def __init__(
+        self,
+        dim: int,
+        seed: int,
+        sizes: Mapping[str, int],
+        device: torch.device,
+        scales: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
         self.dim = dim
         self.device = device
-        self._signs = {
-            name: torch.from_numpy(random.signs(seed, name, size)).to(device) for name, size in sizes.items()
-        }
+        self._signs = {}
+        for name, size in sizes.items():
+            signs = torch.from_numpy(random.signs(seed, name, size)) * scales.get(name, 1)
+            self._signs[name] = torch.split(signs.to(device), dim)
         self._shifts = {name: random.shifts(seed, name, -(-size // dim), dim) for name, size in sizes.items()}
 
     def start(self, n: int) -> Tensor:
         """Two rounds wide, so that a rotated block is one contiguous addition."""
         return torch.zeros(n, 2 * self.dim, device=self.device)
 
-    def add(self, accumulator: Tensor, name: str, gradient: Tensor) -> None:
+    def add(self, accumulator: Tensor, name: str, gradient: Tensor) -> Tensor | None:
         """Sign, rotate and add the blocks of one parameter."""
-        signs = self._signs[name]
-        if gradient.dtype != accumulator.dtype:
-            gradient = gradient.to(accumulator.dtype)
-        for block, shift in enumerate(self._shifts[name]):
-            piece = slice(block * self.dim, min((block + 1) * self.dim, len(signs)))
-            width = piece.stop - piece.start
-            accumulator[:, shift : shift + width].addcmul_(gradient[:, piece], signs[piece])
+        entries = gradient.flatten(1).to(accumulator.dtype)
+        pieces = zip(self._shifts[name], torch.split(entries, self.dim, 1), self._signs[name], strict=True)
+        for shift, piece, signs in pieces:
+            accumulator.narrow(1, shift, piece.shape[1]).addcmul_(piece, signs)
+        return squared_norm(entries) if self.exact_norm else None
 
     def finish(self, accumulator: Tensor) -> Tensor:
         """Close the round."""

@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from retrac_scale.projections.base import Projection, Projector, Shapes
+from retrac_scale.projections.base import Projection, Projector, Shapes, squared_norm
 
 
 class _Concatenation(Projector):
@@ -24,8 +24,9 @@ class _Concatenation(Projector):
     def start(self, n: int) -> Tensor:
         return torch.zeros(n, self.dim, device=self.device)
 
-    def add(self, accumulator: Tensor, name: str, gradient: Tensor) -> None:
-        accumulator[:, self._places[name]] = gradient
+    def add(self, accumulator: Tensor, name: str, gradient: Tensor) -> Tensor:
+        accumulator[:, self._places[name]] = gradient.flatten(1)
+        return squared_norm(accumulator[:, self._places[name]])
 
     def finish(self, accumulator: Tensor) -> Tensor:
         return accumulator

@@ -56,10 +56,10 @@ class GradientSketcher:
         accumulator = projector.start(len(losses) if losses.ndim else 0)
         squares = torch.zeros(len(accumulator), device=accumulator.device)
 
-        def add(name: str, gradient: Tensor) -> None:
-            projector.add(accumulator, name, gradient)
-            if projector.exact_norm:
-                squares.add_(torch.linalg.vector_norm(gradient, dim=1, dtype=torch.float32).square())
+        def add(name: str, gradient: Tensor, samples: slice) -> None:
+            added = projector.add(accumulator[samples], name, gradient)
+            if added is not None:
+                squares[samples] += added
 
         self._capture.backward(losses, add, projector.mixers)
         sketch = projector.finish(accumulator)

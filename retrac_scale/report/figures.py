@@ -86,10 +86,11 @@ def _draw_curve(axes: Axes, curve: tuple[Any, Any, Any]) -> None:
     centres, mean, deviation = curve
     axes.plot(centres, mean, color="#b3402a")
     axes.fill_between(centres, np.maximum(mean - deviation, 0), mean + deviation, color="#b3402a", alpha=0.2, lw=0)
-    axes.set(xlabel="diffusion timestep", ylabel="gradient norm", ylim=(0, None))
+    axes.set(xlabel="diffusion timestep", ylabel="gradient norm, mean ± s.d.", ylim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _show(axes: Axes, image: Any) -> None:
     axes.imshow(image, cmap="gray", vmin=0, vmax=255)
-    axes.set_axis_off()
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_color("#bbb")

@@ -15,16 +15,19 @@ from retrac_scale.report.pictures import Pictures, data_uri
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --accent: #b3402a; }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 76rem; padding: 1.5rem; }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 54rem; padding: 1.5rem; }
 h1 { font-size: 1.6rem; margin: 0 0 .5rem; } h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; }
-p { max-width: 46rem; } table { border-collapse: collapse; }
-td, th { padding: .25rem 1rem .25rem 0; text-align: left; border-bottom: 1px solid var(--line); }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
+p { max-width: 46rem; } table { border-collapse: collapse; display: block; overflow-x: auto; }
+td, th { padding: .25rem 1.5rem .25rem 0; text-align: left; border-bottom: 1px solid var(--line); }
+th { vertical-align: bottom; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
 .query { display: flex; flex-wrap: wrap; gap: 1rem 2rem; border-top: 1px solid var(--line); padding: 1rem 0; }
 .strip { display: flex; flex-wrap: wrap; gap: .4rem; } .strip figure, .query > figure { margin: 0; }
-.query img { width: 64px; image-rendering: pixelated; display: block; border-radius: 3px; }
+.query img { width: 64px; image-rendering: pixelated; display: block; }
+.query img { border-radius: 3px; outline: 1px solid var(--line); }
 .query > figure img { outline: 2px solid var(--accent); } h3 { font-size: .9rem; margin: 0 0 .3rem; }
-figcaption { font-size: .72rem; text-align: center; font-variant-numeric: tabular-nums; }
+section + section { margin-top: .8rem; }
+figcaption { font-size: .72rem; line-height: 1.3; margin-top: .2rem; text-align: center; }
+figcaption { font-variant-numeric: tabular-nums; }
 .curve { max-width: 100%; background: #fff; border-radius: 6px; }
 """
 
@@ -95,7 +98,7 @@ def _query(place: int, answers: Mapping[str, TopK], pictures: Pictures) -> str:
             _figure(
                 data_uri(pictures.image(sample)),
                 f"training sample {sample}",
-                f"#{html.escape(str(sample))}<br>{score:.3g}",
+                f"#{html.escape(str(sample))}<br>{score:#.3g}",
             )
             for sample, score in zip(answer.ids[place], answer.scores[place], strict=True)
         )

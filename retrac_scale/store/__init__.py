@@ -2,16 +2,25 @@
 
 from retrac_scale.store.encoding import Dtype
 from retrac_scale.store.errors import DamagedStoreError, IncompleteStoreError
+from retrac_scale.store.growth import grow_store
 from retrac_scale.store.reader import SketchStore, open_store
+from retrac_scale.store.schema import Layout
+from retrac_scale.store.verify import Finding, Verdict, repair_store, verify_store
 from retrac_scale.store.writer import create_store, write_block, write_store
 
 __all__ = [
     "DamagedStoreError",
     "Dtype",
+    "Finding",
     "IncompleteStoreError",
+    "Layout",
     "SketchStore",
+    "Verdict",
     "create_store",
+    "grow_store",
     "open_store",
+    "repair_store",
+    "verify_store",
     "write_block",
     "write_store",
 ]

@@ -46,7 +46,7 @@ def map_chunk(array: zarr.Array[Any], chunk: tuple[int, ...], crc: int | None = 
     Raises:
         DamagedStoreError: the file is missing, cut short, damaged, or not the one that `crc` belongs to.
     """
-    if not _is_mappable(array):
+    if not (isinstance(array.store_path.store, LocalStore) and is_plain(array)):
         return None
     store: Any = array.store_path.store
     file = Path(store.root) / array.store_path.path / array.metadata.encode_chunk_key(chunk)
@@ -72,12 +72,11 @@ def map_chunk(array: zarr.Array[Any], chunk: tuple[int, ...], crc: int | None = 
     return whole[tuple(slice(0, min(width, extent - place * width)) for extent, width, place in bounds)]
 
 
-def _is_mappable(array: zarr.Array[Any]) -> bool:
-    """Whether chunk files are the plain bytes of their values and a CRC-32C."""
+def is_plain(array: zarr.Array[Any]) -> bool:
+    """Whether the object of a chunk is nothing but its values' bytes and their CRC-32C."""
     codecs: Any = getattr(array.metadata, "codecs", ())
     return (
-        isinstance(array.store_path.store, LocalStore)
-        and [type(codec) for codec in codecs] == [BytesCodec, Crc32cCodec]
+        [type(codec) for codec in codecs] == [BytesCodec, Crc32cCodec]
         and (codecs[0].endian is None or codecs[0].endian.value == sys.byteorder)
         and array.dtype.kind in "biuf"
     )

@@ -4,35 +4,77 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import zarr
+from zarr.abc.store import Store
 from zarr.codecs import Crc32cCodec
 
 FORMAT_VERSION = 1
 ATTRIBUTE = "retrac_scale"
 BLOCK_BYTES = 16 * 2**20
+REMOTE_BLOCK_BYTES = 32 * 2**20
+REMOTE_CHUNK_BYTES = 4 * 2**20
 BLOCK_SAMPLES = 4096
 MIN_BLOCKS = 8
 MIN_BLOCK_SAMPLES = 64
+LIST_CHUNK = 2**20
+"""Entries per chunk of what is stored once per sample: ids, columns, tombstones."""
+
+RESERVED = ("id", "deleted", "parts")
+"""Names at the root of a store that neither a column nor a checkpoint may take."""
 
 Url = str | os.PathLike[str] | None
 CHECKSUM = (Crc32cCodec(),)
 
 
 def zarr_location(url: Url) -> Any:
-    """What zarr opens: a path, an fsspec URL, or fresh memory for None."""
-    return zarr.storage.MemoryStore() if url is None else os.fspath(url)
+    """What zarr opens: a path, an fsspec URL, a zarr store as it is (obstore's, for one), or fresh memory for None."""
+    if url is None:
+        return zarr.storage.MemoryStore()
+    if isinstance(url, Store):
+        return url
+    place = os.fspath(url)
+    if not is_remote(place):
+        return place.removeprefix("file://")
+    # a listing kept in memory would hide what other processes commit
+    return zarr.storage.FsspecStore.from_url(place, storage_options={"use_listings_cache": False})
+
+
+def is_remote(url: Url) -> bool:
+    """Whether a URL names an object store or another file system that cannot be mapped."""
+    if url is None or isinstance(url, Store):
+        return not isinstance(url, zarr.storage.LocalStore | zarr.storage.MemoryStore | None)
+    return "://" in os.fspath(url) and not os.fspath(url).startswith("file://")
 
 
 def new_array(
-    group: zarr.Group, name: str, *, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: Any, dims: Sequence[str]
+    group: zarr.Group,
+    name: str,
+    *,
+    shape: tuple[int, ...],
+    chunks: tuple[int, ...],
+    dtype: Any,
+    dims: Sequence[str],
+    **options: Any,
 ) -> zarr.Array[Any]:
-    """An uncompressed array with a checksum on every chunk and named dimensions; replaces one of the same name."""
+    """An uncompressed array with a checksum on every chunk and named dimensions; replaces one of the same name.
+
+    Every chunk is written, also one that holds only fill values, so that a missing chunk is never data.
+    """
     return group.create_array(
-        name, shape=shape, chunks=chunks, dtype=dtype, compressors=CHECKSUM, dimension_names=dims, overwrite=True
+        name,
+        shape=shape,
+        chunks=chunks,
+        dtype=dtype,
+        compressors=CHECKSUM,
+        dimension_names=dims,
+        overwrite=True,
+        config={"write_empty_chunks": True},
+        **options,
     )
 
 
@@ -42,6 +84,14 @@ def get_array(group: zarr.Group, path: str) -> zarr.Array[Any]:
     if not isinstance(array, zarr.Array):
         raise ValueError(f"{path} in {group.store_path} is no array; the store is damaged.")
     return array
+
+
+def get_group(group: zarr.Group, path: str) -> zarr.Group:
+    """The group at a path below a group."""
+    found = group[path]
+    if not isinstance(found, zarr.Group):
+        raise ValueError(f"{path} in {group.store_path} is no group; the store is damaged.")
+    return found
 
 
 def read(group: zarr.Group, path: str, selection: Any = slice(None)) -> npt.NDArray[Any]:
@@ -55,10 +105,40 @@ def read_ids(group: zarr.Group) -> npt.NDArray[Any]:
     return ids if ids.dtype.kind in "iu" else ids.astype(str)
 
 
-def block_samples(n_samples: int, row_bytes: int) -> int:
-    """Samples per block: up to 16 MiB, fewer when that would leave a small store in less than 8 blocks."""
-    by_bytes = max(1, min(BLOCK_SAMPLES, BLOCK_BYTES // max(1, row_bytes)))
-    return min(by_bytes, max(MIN_BLOCK_SAMPLES, -(-n_samples // MIN_BLOCKS)))
+@dataclass(frozen=True)
+class Layout:
+    """How the samples of a store are cut.
+
+    Attributes:
+        block_samples: samples per block: one chunk, the unit of writing, checking and resuming.
+        chunk_samples: when given, a block is a shard of smaller chunks of so many samples, which zarr can read one by
+            one from an object store; it must divide `block_samples`. None leaves blocks unsharded and mappable.
+    """
+
+    block_samples: int
+    chunk_samples: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.block_samples < 1:
+            raise ValueError(f"block_samples must be 1 or more, got {self.block_samples}.")
+        if self.chunk_samples is not None and (self.chunk_samples < 1 or self.block_samples % self.chunk_samples):
+            raise ValueError(
+                f"chunk_samples must divide block_samples, got {self.chunk_samples} and {self.block_samples}."
+            )
+
+
+def choose_layout(url: Url, n_samples: int, row_bytes: int) -> Layout:
+    """Blocks of up to 16 MiB, mappable, on a disk; of up to 32 MiB in chunks of 4 MiB in an object store.
+
+    Blocks are smaller where that leaves a small store at least 8 of them, and hold at most 4096 samples.
+    """
+    remote = is_remote(url)
+    by_bytes = max(1, min(BLOCK_SAMPLES, (REMOTE_BLOCK_BYTES if remote else BLOCK_BYTES) // max(1, row_bytes)))
+    size = min(by_bytes, max(MIN_BLOCK_SAMPLES, -(-n_samples // MIN_BLOCKS)))
+    if not remote or size * row_bytes <= REMOTE_CHUNK_BYTES:
+        return Layout(size)
+    chunk = max(1, REMOTE_CHUNK_BYTES // row_bytes)
+    return Layout(max(1, size // chunk) * chunk, chunk)
 
 
 def blocks(n_samples: int, size: int) -> list[slice]:
@@ -102,3 +182,34 @@ def differences(stored: Mapping[str, Any], given: Mapping[str, Any], prefix: str
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def check_columns(columns: Mapping[str, Any] | None, n_samples: int) -> dict[str, npt.NDArray[Any]]:
+    """User columns as arrays `{name: [n]}` of booleans, numbers or strings.
+
+    Raises:
+        ValueError: the wrong length or type, or a name that cannot stand beside the ids; names the column.
+    """
+    if columns is not None and not isinstance(columns, Mapping):
+        raise ValueError(f"columns must map names to values, got a {type(columns).__name__}.")
+    checked = {}
+    for name, values in (columns or {}).items():
+        array = np.asarray(values)
+        if not name.isidentifier() or name in RESERVED:
+            raise ValueError(
+                f"a column cannot be called {name!r}; use letters, digits and '_', and none of {RESERVED}."
+            )
+        if array.shape != (n_samples,):
+            raise ValueError(
+                f"column {name!r} has shape {array.shape} for {n_samples} samples; give one value for each."
+            )
+        if array.dtype.kind not in "biufU":
+            raise ValueError(f"column {name!r} has dtype {array.dtype}; give booleans, numbers or strings.")
+        checked[name] = array
+    return checked
+
+
+def column_types(ids: npt.NDArray[Any], columns: Mapping[str, npt.NDArray[Any]]) -> dict[str, str]:
+    """How zarr stores the ids and the columns: "string", or a NumPy type."""
+    every = {"id": ids, **columns}
+    return {name: "string" if values.dtype.kind in "UT" else values.dtype.name for name, values in every.items()}

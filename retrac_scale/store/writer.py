@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,20 +11,27 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
-from retrac_scale.store.encoding import Dtype, Float32, check_dtype, encode
-from retrac_scale.store.reader import SketchStore
+from retrac_scale.store import commits, objects
+from retrac_scale.store.encoding import Dtype, Float32, array_dtype, check_dtype, encode
+from retrac_scale.store.errors import DamagedStoreError
+from retrac_scale.store.part import ROOT, encode_chunk, group_json, lay_out
+from retrac_scale.store.reader import WHAT, SketchStore, open_parts
 from retrac_scale.store.schema import (
     ATTRIBUTE,
     FORMAT_VERSION,
+    RESERVED,
+    Layout,
     Url,
-    block_samples,
-    blocks,
+    check_columns,
     check_ids,
+    choose_layout,
+    column_types,
     differences,
-    get_array,
-    new_array,
     zarr_location,
 )
+
+COMPARED = ("what", "shape", "dtype", "checkpoints", "fingerprint", "quantities")
+"""What of a description must agree when a store is continued; layout and plan stand as they were recorded."""
 
 
 def create_store(
@@ -34,60 +43,116 @@ def create_store(
     fingerprint: Mapping[str, Any],
     dtype: Dtype,
     quantities: Sequence[str] = ("loss", "timestep"),
+    columns: Mapping[str, Any] | None = None,
+    plan: Mapping[str, Any] | None = None,
+    layout: Layout | None = None,
 ) -> SketchStore:
     """An empty store, or the existing one of the same description, ready for `write_block`.
+
+    Of a store that has grown it is the part at the root that is compared and returned.
+
+    Args:
+        out: path, fsspec URL, or None for memory.
+        shape: (n, t, k).
+        ids: `[n]`.
+        weights: w_c per checkpoint.
+        fingerprint: what the sketches are a function of; compared when the store exists.
+        dtype: how rows are stored.
+        quantities: what is kept besides sketch, scale and norm.
+        columns: `{name: [n]}`, booleans, numbers or strings.
+        plan: how blocks are computed; when the store exists, its own plan stands.
+        layout: how samples are cut into blocks; None chooses, and a store that exists keeps its own.
 
     Raises:
         ValueError: `out` holds something else; says which fields differ.
     """
-    n, t, k = shape
-    check_dtype(dtype)
-    meta: dict[str, Any] = {
-        "what": "sketch store",
-        "format": FORMAT_VERSION,
-        "shape": list(shape),
-        "dtype": dtype,
-        "block_samples": block_samples(n, t * k * np.dtype(dtype).itemsize),
-        "checkpoints": dict(weights),
-        "fingerprint": dict(fingerprint),
-    }
+    checked = check_columns(columns, shape[0])
+    meta = describe(out, shape, weights, fingerprint, dtype, quantities, column_types(ids, checked), plan, layout)
     location = zarr_location(out)
     try:
         root = zarr.open_group(location, mode="r+")
     except FileNotFoundError:
-        root = zarr.open_group(location, mode="w-")
-        root.attrs[ATTRIBUTE] = {"creating": True}
+        objects.write_new(objects.place_of(location), ROOT, group_json(unfinished(meta)))
+        root = zarr.open_group(location, mode="r+")
+    except FileExistsError:
+        raise ValueError(f"{out} is a file; choose another path.") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedStoreError(f"{out}/{ROOT} is damaged: {error}; run `retrac-scale verify` on it.") from error
     stored = root.attrs.get(ATTRIBUTE)
-    if not isinstance(stored, dict):
+    if not isinstance(stored, dict) or stored.get("what") != WHAT:
         raise ValueError(f"{out} holds something that is no sketch store; choose another path.")
-    if not stored.get("creating"):
-        store = SketchStore(root, out)
-        found = differences(store.meta, meta)
-        if not found and not np.array_equal(store.ids, ids):
-            found = ["the sample ids differ"]
-        if found:
-            raise ValueError(
-                f"{out} already holds a different store: {'; '.join(found)}; "
-                "choose another path, or repeat the call that began it."
-            )
-        return store
-    _create_arrays(root, meta, ids, quantities)
-    root.attrs[ATTRIBUTE] = meta  # last: a store that lacks it was never begun
-    return SketchStore(root, out)
+    if stored.get("creating"):
+        begin(root, lay_out(meta, ids, checked))
+    store = SketchStore(open_parts(root, out)[:1], out, root)
+    found = mismatch(store, meta, ids, checked)
+    if found:
+        raise ValueError(
+            f"{out} already holds a different store: {'; '.join(found)}; "
+            "choose another path, or repeat the call that began it."
+        )
+    return store
 
 
-def _create_arrays(root: zarr.Group, meta: Mapping[str, Any], ids: npt.NDArray[Any], quantities: Sequence[str]) -> None:
-    n, t, k = meta["shape"]
-    size = meta["block_samples"]
-    new_array(root, "id", shape=(n,), chunks=(n,), dtype=ids.dtype, dims=["sample"])[:] = ids
-    for checkpoint in meta["checkpoints"]:
-        group = root.create_group(checkpoint, overwrite=True)
-        plane, cube = ["sample", "timestep"], ["sample", "timestep", "k"]
-        new_array(group, "sketch", shape=(n, t, k), chunks=(size, t, k), dtype=meta["dtype"], dims=cube)
-        for quantity in ("scale", "norm", *quantities):
-            dtype = "int64" if quantity == "timestep" else "float32"
-            new_array(group, quantity, shape=(n, t), chunks=(size, t), dtype=dtype, dims=plane)
-        new_array(group, "committed", shape=(len(blocks(n, size)),), chunks=(1,), dtype="uint8", dims=["block"])
+def mismatch(
+    store: SketchStore, meta: Mapping[str, Any], ids: npt.NDArray[Any], columns: Mapping[str, npt.NDArray[Any]]
+) -> list[str]:
+    """What of a description, ids and columns differs from those of a stored part; columns only where they are given."""
+    found = differences({key: store.meta[key] for key in COMPARED}, {key: meta[key] for key in COMPARED})
+    if not found and not np.array_equal(store.ids, ids):
+        found = ["the sample ids differ"]
+    for name, values in columns.items():
+        if name not in store.columns or not np.array_equal(store.columns[name], values):
+            found.append(f"column {name!r} differs")
+    return found
+
+
+def begin(root: zarr.Group, laid_out: Mapping[str, Any], description: str = ROOT) -> None:
+    """Write the objects of an empty part, all that its description vouches for before the description."""
+    objects.write_all(root, {key: value for key, value in laid_out.items() if key != description})
+    objects.write_all(root, {description: laid_out[description]})
+
+
+def unfinished(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The description of a part that is being laid out."""
+    return {"what": meta["what"], "format": meta["format"], "creating": True}
+
+
+def describe(
+    out: Url,
+    shape: tuple[int, int, int],
+    weights: Mapping[str, float],
+    fingerprint: Mapping[str, Any],
+    dtype: Dtype,
+    quantities: Sequence[str],
+    columns: Mapping[str, str],
+    plan: Mapping[str, Any] | None,
+    layout: Layout | None,
+) -> dict[str, Any]:
+    """The description of a part, without its digests."""
+    n, t, k = shape
+    check_dtype(dtype)
+    for name in weights:
+        if not name or "/" in name or name.startswith(".") or name in (*RESERVED, *columns):
+            raise ValueError(f"a checkpoint cannot be called {name!r} in a store; give it another name.")
+        if not np.isfinite(weights[name]):
+            raise ValueError(f"the weight of checkpoint {name!r} is {weights[name]}; give a finite number.")
+    layout = layout or choose_layout(out, n, t * k * np.dtype(array_dtype(dtype)).itemsize)
+    meta = {
+        "what": WHAT,
+        "format": FORMAT_VERSION,
+        "shape": [n, t, k],
+        "dtype": dtype,
+        "block_samples": layout.block_samples,
+        "chunk_samples": layout.chunk_samples,
+        "checkpoints": dict(weights),
+        "quantities": ["sketch", "scale", "norm", *quantities],
+        "columns": dict(columns),
+        "fingerprint": dict(fingerprint),
+        "plan": dict(plan or {}),
+        "written_by": {name: importlib.metadata.version(name) for name in ("retrac_scale", "zarr", "numpy", "torch")},
+    }
+    readable: dict[str, Any] = json.loads(json.dumps(meta))
+    return readable
 
 
 def write_block(
@@ -100,10 +165,12 @@ def write_block(
     losses: Float32 | None = None,
     timesteps: npt.NDArray[np.int64] | None = None,
 ) -> None:
-    """Write one block of a checkpoint and commit it.
+    """Write one block of a checkpoint, force it to the disk, and commit it.
+
+    Two processes may write the same block: both write the same values, whichever comes last.
 
     Args:
-        store: from `create_store`.
+        store: one part, from `create_store` or `open_store(url, mode="r+", part=...)`.
         checkpoint: its name.
         block: number of the block, an index into `store.blocks`.
         sketches: raw `[n, t, k]` of the block's samples.
@@ -111,29 +178,50 @@ def write_block(
 
     Raises:
         ValueError: a value is NaN or infinite; names checkpoint, sample and timestep. Nothing is written then.
+        OSError: the disk is full, or the like; what was committed before stands.
     """
-    samples = store.blocks[block]
+    part = store.only_part
+    samples = part.blocks[block]
     steps = timesteps if timesteps is not None else np.tile(np.arange(sketches.shape[1]), (len(sketches), 1))
-    for what, values in (("loss", losses), ("gradient norm", norms), ("gradient", sketches)):
+    for what, values in (("loss", losses), ("gradient norm", norms)):
         if values is not None:
-            _check_finite(values, what, checkpoint, store.ids[samples], steps)
-    rows, scale = encode(sketches, store.meta["dtype"])
-    quantities: dict[str, npt.NDArray[Any] | None] = {
-        "sketch": rows,
-        "scale": scale,
-        "norm": norms,
-        "loss": losses,
-        "timestep": timesteps,
-    }
-    for name, values in quantities.items():
-        if values is not None:
-            get_array(store.root, f"{checkpoint}/{name}")[samples] = values
-    get_array(store.root, f"{checkpoint}/committed")[block] = 1
+            _check_finite(values, what, checkpoint, part.ids[samples], steps)
+    with np.errstate(invalid="ignore"):  # named below: a row that is not finite has a scale that is not
+        rows, scale = encode(sketches, part.meta["dtype"])
+    if part.meta["dtype"] == "float32" or not np.isfinite(scale).all():
+        _check_finite(sketches, "gradient", checkpoint, part.ids[samples], steps)
+    given: dict[str, Any] = {"sketch": rows, "scale": scale, "norm": norms, "loss": losses, "timestep": timesteps}
+    checksums, chunks = {}, {}
+    for quantity in part.meta["quantities"]:
+        array = part.array(f"{checkpoint}/{quantity}")
+        stored = np.asarray(given[quantity])
+        expected = (samples.stop - samples.start, *array.shape[1:])
+        if stored.shape != expected:
+            raise ValueError(
+                f"block {block} of checkpoint {checkpoint!r} needs {quantity} of shape {expected}, got {stored.shape}."
+            )
+        stored = stored.astype(array.dtype, copy=False)
+        place = (block, *[0] * (array.ndim - 1))
+        chunks[part.chunk_key(checkpoint, quantity, block)] = encode_chunk(array, place, stored)
+        checksums[quantity] = part.checksum(stored)
+    record = commits.pack(part.meta["digest"], checkpoint, block, checksums)
+    try:
+        objects.write_all(part.root, chunks)
+        objects.write_all(part.root, {commits.commit_key(checkpoint, block): record})
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"block {block} of checkpoint {checkpoint!r} could not be written to {part.place}: "
+            f"{error.strerror or error}; what was committed before stands, repeat the call once that is repaired",
+        ) from error
 
 
 def _check_finite(
     values: npt.NDArray[Any], what: str, checkpoint: str, ids: npt.NDArray[Any], steps: npt.NDArray[Any]
 ) -> None:
+    flat = values.reshape(-1)
+    if np.isfinite(np.dot(flat, flat)):  # one pass without a temporary; an overflow is looked into below
+        return
     finite = np.isfinite(values)
     if not finite.all():
         sample, timestep = np.argwhere(~finite)[0][:2]
@@ -153,6 +241,8 @@ def write_store(
     ids: Sequence[Any] | npt.NDArray[Any] | None = None,
     weights: Mapping[str, float] | Sequence[float] | None = None,
     dtype: Dtype = "int8",
+    columns: Mapping[str, Any] | None = None,
+    layout: Layout | None = None,
 ) -> SketchStore:
     """Make a SketchStore out of arrays, for those who bring their own gradients.
 
@@ -165,7 +255,9 @@ def write_store(
         timesteps: {checkpoint: `[n, t]`}, or one list `[t]` for all samples.
         ids: `[n]` unique integers or strings, default 0 .. n-1.
         weights: w_c per checkpoint, a mapping or in the order of `sketches`; default 1.
-        dtype: "int8", "float16" or "float32".
+        dtype: "int8", "float16", "bfloat16" or "float32".
+        columns: {name: `[n]`}, what is known of the samples (label, path, group, ...).
+        layout: how samples are cut into blocks; None chooses.
 
     Returns:
         the complete store.
@@ -202,6 +294,8 @@ def write_store(
         fingerprint={"projection": {"kind": "given", "dim": k}},
         dtype=dtype,
         quantities=[q for q, plane in (("loss", losses), ("timestep", timesteps)) if plane is not None],
+        columns=columns,
+        layout=layout,
     )
     if any(store.committed(name).any() for name in arrays):
         raise ValueError(f"{out} already holds a store; choose another path.")

@@ -1,0 +1,36 @@
+"""The planner's prediction for the demo's sketching against the run itself: python -m benchmarks.store_planning"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+from retrac_scale import EvenlySpaced, demo, open_store, planner, sketch
+from retrac_scale.projections import CountSketch
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoints", type=int, default=len(demo.KEPT_EPOCHS))
+    checkpoints = parser.parse_args().checkpoints
+    scans, projection = demo.load_scans(), CountSketch(demo.DIM)
+    task, item = planner.example_task("demo", "cpu")
+    rate = planner.measure_sketching(task, item, projection)
+    pairs = len(scans) * checkpoints
+    predicted, size = rate.seconds(pairs), planner.store_size(len(scans), 1, checkpoints, demo.DIM)
+    states = {f"epoch-{epoch:02d}": demo.build_model().state_dict() for epoch in demo.KEPT_EPOCHS[:checkpoints]}
+    with tempfile.TemporaryDirectory() as folder:
+        out, started = Path(folder) / "sketches.zarr", time.perf_counter()
+        sketch(task, scans, out, checkpoints=states, timesteps=EvenlySpaced(1), projection=projection, progress=False)
+        took = time.perf_counter() - started
+        files = [file for file in out.rglob("*") if file.is_file()]
+        arrays = sum(file.stat().st_size for file in files if file.name != "zarr.json")
+        store = open_store(out)
+        known = {"weights": store.weights, "fingerprint": store.fingerprint, "plan": store.plan}
+        exact = planner.store_size(len(scans), 1, checkpoints, demo.DIM, **known)
+        metadata = sum(file.stat().st_size for file in files if file.name == "zarr.json")
+    print(f"time: predicted {predicted:.1f} s, took {took:.1f} s: {predicted / took - 1:+.0%}  ({pairs} pairs)")
+    print(f"arrays: predicted {size.array_bytes} bytes, written {arrays}")
+    print(f"metadata: predicted {exact.metadata_bytes} bytes given the run's fingerprint, written {metadata}")
+    print(f"metadata: predicted about {size.metadata_bytes} bytes without it")

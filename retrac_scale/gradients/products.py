@@ -1,0 +1,51 @@
+"""Matrix products of a batch, by the fastest kernel at hand."""
+
+from __future__ import annotations
+
+import threading
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MANY_OPERATIONS = 1 << 20
+"""Multiply-adds per sample from which one oneDNN call each beats a batched MKL call (measured at 2 to 5 million)."""
+
+_scratch = threading.local()
+_onednn: Any = (
+    torch.ops.mkldnn._linear_pointwise
+    if torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    else None
+)
+
+
+def batched_product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """`[n, a, s]` times `[n, b, s]`, summed over s, into `out [n, a, b]`.
+
+    torch's float32 products on the CPU go to MKL, which on AMD processors reaches 0.4 of oneDNN's rate.
+    """
+    n, a, s = left.shape
+    b = right.shape[1]
+    if s == 1:
+        return torch.mul(left, right.mT, out=out)
+    if _onednn is None or left.dtype != torch.float32 or left.device.type != "cpu" or a * b * s < MANY_OPERATIONS:
+        return torch.bmm(left, right.mT, out=out)
+    for sample in range(n):
+        out[sample] = _onednn(left[sample], right[sample], None, "none", [], "")
+    return out
+
+
+def scratch(purpose: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Uninitialised memory, valid until this thread asks for the same purpose again.
+
+    Touching fresh pages costs more than the products that fill them.
+    """
+    name = f"{purpose} {like.device} {like.dtype}"
+    buffer = getattr(_scratch, name, None)
+    if buffer is None or buffer.numel() < prod(shape):
+        buffer = like.new_empty(prod(shape))
+        setattr(_scratch, name, buffer)
+    view: Tensor = buffer[: prod(shape)].view(shape)
+    return view

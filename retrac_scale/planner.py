@@ -1,0 +1,190 @@
+"""What a run will cost before it is begun: bytes, time, workers."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoModel, DDPMScheduler
+
+from retrac_scale.estimators import ReTrac
+from retrac_scale.index import build_index
+from retrac_scale.projections import Projection
+from retrac_scale.sketching import sketch
+from retrac_scale.store import Dtype, Layout, write_store
+from retrac_scale.store.encoding import array_dtype
+from retrac_scale.store.mapping import CRC_BYTES
+from retrac_scale.store.part import lay_out
+from retrac_scale.store.schema import LIST_CHUNK, Url, choose_layout, column_types
+from retrac_scale.store.writer import describe
+from retrac_scale.task import DiffusionTask
+from retrac_scale.timesteps import EvenlySpaced
+
+CALIBRATION_BATCHES = (1, 5)
+CALIBRATION_RUNS = 3
+SCAN_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a store or an index.
+
+    Attributes:
+        array_bytes: of all chunks, to the byte.
+        files: how many chunks there are.
+        metadata_bytes: of all zarr.json files; to the byte for up to 2^20 samples when weights, fingerprint and plan
+            are those of the run, else about.
+        blocks: units of work, checkpoint x samples.
+    """
+
+    array_bytes: int
+    files: int
+    metadata_bytes: int
+    blocks: int
+
+
+def store_size(
+    samples: int,
+    timesteps: int,
+    checkpoints: int,
+    dim: int,
+    *,
+    dtype: Dtype = "int8",
+    layout: Layout | None = None,
+    weights: Mapping[str, float] | None = None,
+    fingerprint: Mapping[str, Any] | None = None,
+    plan: Mapping[str, Any] | None = None,
+    out: Url = "",
+) -> Size:
+    """The size of a complete store that `sketch` writes, with integer ids and no further columns.
+
+    Args:
+        samples: n.
+        timesteps: t, per sample and checkpoint.
+        checkpoints: c.
+        dim: k.
+        dtype: how rows are stored.
+        layout: None chooses, as `sketch` does.
+        weights: w_c by checkpoint name, where they are known.
+        fingerprint: of the run, where it is known.
+        plan: of the run, where it is known.
+        out: where it will be; object stores are laid out otherwise. Sharded blocks have an index besides, not counted.
+    """
+    item = np.dtype(array_dtype(dtype)).itemsize
+    layout = layout or choose_layout(out, samples, timesteps * dim * item)
+    per_block = [timesteps * dim * item, *[timesteps * 4] * 3, timesteps * 8]  # sketch; scale, norm, loss; timestep
+    blocks = checkpoints * -(-samples // layout.block_samples)
+    block_bytes = sum(layout.block_samples * row + CRC_BYTES for row in per_block)
+    commit_bytes = 4 * (1 + len(per_block)) + CRC_BYTES
+    lists = -(-samples // LIST_CHUNK)
+    list_bytes = lists * (9 * min(samples, LIST_CHUNK) + 2 * CRC_BYTES)  # id, deleted
+    weights = weights or {f"checkpoint-{i}": 1.0 for i in range(checkpoints)}
+    ids = np.arange(min(samples, LIST_CHUNK))
+    shape = (len(ids), timesteps, dim)
+    quantities, types = ("loss", "timestep"), column_types(ids, {})
+    meta = describe(out, shape, weights, fingerprint or {}, dtype, quantities, types, plan, layout)
+    metadata = {key: value for key, value in lay_out(meta, ids, {}).items() if key.endswith("zarr.json")}
+    return Size(
+        array_bytes=blocks * (block_bytes + commit_bytes) + list_bytes,
+        files=blocks * (len(per_block) + 1) + 2 * lists,
+        metadata_bytes=sum(len(value) for value in metadata.values()),
+        blocks=blocks,
+    )
+
+
+def index_bytes(samples: int, checkpoints: int, dim: int) -> int:
+    """Bytes of an int8 index with cross pairing: rows, scales and ids."""
+    return samples * (checkpoints * (dim + 4) + 8)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How fast `sketch` runs: `fixed_s` seconds once, and `pair_s` for every pair of sample and timestep."""
+
+    fixed_s: float
+    pair_s: float
+
+    def seconds(self, pairs: int) -> float:
+        """Predicted seconds for so many pairs on one such worker."""
+        return self.fixed_s + pairs * self.pair_s
+
+
+def measure_sketching(task: DiffusionTask, item: Any, projection: Projection, *, batch_size: int = 64) -> Rate:
+    """Time `sketch` on copies of one dataset item, twice with different numbers, so that fixed costs come off.
+
+    Args:
+        task: model, scheduler and device of the run to come.
+        item: what the dataset gives for a sample.
+        projection: of the run to come.
+        batch_size: rows per backward pass.
+    """
+    state = {"calibration": {name: value.detach().clone() for name, value in task.model.state_dict().items()}}
+
+    def seconds(samples: int) -> float:
+        started = time.perf_counter()
+        sketch(
+            task,
+            [item] * samples,
+            None,
+            checkpoints=state,
+            timesteps=EvenlySpaced(1),
+            projection=projection,
+            batch_size=batch_size,
+            progress=False,
+        )
+        return time.perf_counter() - started
+
+    few, many = (batches * batch_size for batches in CALIBRATION_BATCHES)
+    seconds(few)  # warms up
+    runs = [(seconds(few), seconds(many)) for _ in range(CALIBRATION_RUNS)]
+    pair_s = statistics.median((long - short) / (many - few) for short, long in runs)
+    return Rate(max(0.0, statistics.median(short for short, _ in runs) - few * pair_s), max(pair_s, 1e-9))
+
+
+def measure_scanning(dim: int, queries: int = 1) -> float:
+    """Bytes of int8 index per second that a query scans here, from memory."""
+    rng = np.random.default_rng(0)
+    rows = max(64, SCAN_BYTES // dim)
+    store = write_store(None, {"c": rng.standard_normal((rows, 1, dim), dtype=np.float32)})
+    asked = write_store(None, {"c": rng.standard_normal((queries, 1, dim), dtype=np.float32)})
+    index = build_index(store, ReTrac(), None)
+    index.query(asked, 10)
+    started = time.perf_counter()
+    index.query(asked, 10)
+    return rows * dim / (time.perf_counter() - started)
+
+
+def workers_needed(seconds: float, deadline_s: float) -> int:
+    """Workers of the calibrated kind that finish so much work by a deadline, blocks being independent."""
+    if deadline_s <= 0:
+        raise ValueError(f"the deadline must be in the future, got {deadline_s} s.")
+    return max(1, math.ceil(seconds / deadline_s))
+
+
+def example_task(model: str, device: str) -> tuple[DiffusionTask, Any]:
+    """A task for a diffusers model (a folder, a hub name, or "demo"), and an item of the shape that it takes.
+
+    Raises:
+        ValueError: its configuration does not tell the shape.
+    """
+    if model == "demo":
+        from retrac_scale.demo import build_model
+
+        network: Any = build_model()
+    else:
+        network = AutoModel.from_pretrained(model)
+    config = network.config
+    channels, size = config.get("in_channels"), config.get("sample_size")
+    if channels is None or size is None:
+        raise ValueError(f"the configuration of {model} lacks in_channels or sample_size; time sketch(...) yourself.")
+    height, width = (size, size) if isinstance(size, int) else size
+    image = torch.randn(channels, height, width, generator=torch.Generator().manual_seed(0))
+    classes = any(config.get(key) is not None for key in ("num_class_embeds", "num_embeds_ada_norm"))
+    task = DiffusionTask(network, DDPMScheduler(num_train_timesteps=1000), device=device)
+    return task, (image, torch.tensor(0)) if classes else image

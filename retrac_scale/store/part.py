@@ -1,0 +1,315 @@
+"""One rectangle of a store: samples x checkpoints at one timestep plan, laid out once, filled block by block."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.core.buffer import Buffer, default_buffer_prototype
+from zarr.core.sync import sync
+from zarr.storage import MemoryStore
+
+from retrac_scale.store import commits, objects
+from retrac_scale.store.encoding import array_dtype
+from retrac_scale.store.errors import DamagedStoreError
+from retrac_scale.store.mapping import CRC_BYTES, crc32c, is_plain, map_chunk
+from retrac_scale.store.schema import ATTRIBUTE, LIST_CHUNK, blocks, new_array
+
+ROOT = "zarr.json"
+NO_DIGEST = "0" * 32
+KEPT, DELETED, UNKNOWN = 0, 1, 255
+
+
+def digest_of(content: bytes) -> str:
+    """BLAKE2b, 128 bits, in hex."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def lay_out(
+    meta: Mapping[str, Any],
+    ids: npt.NDArray[Any],
+    columns: Mapping[str, npt.NDArray[Any]],
+    deleted: npt.NDArray[np.bool_] | None = None,
+) -> dict[str, Buffer | bytes]:
+    """All objects of an empty part, its description in `zarr.json` the last: a pure function of the arguments.
+
+    Args:
+        meta: the description, without digests.
+        ids: `[n]`.
+        columns: `{name: [n]}`.
+        deleted: tombstones `[n]` to begin with.
+    """
+    memory = MemoryStore()
+    root = zarr.open_group(memory, mode="w")
+    n, t, k = meta["shape"]
+    size, rows = meta["block_samples"], meta["chunk_samples"]
+    for name, values in {"id": ids, **columns}.items():
+        _new_list(root, name, n, meta["columns"][name], 0)[:] = values
+    _new_list(root, "deleted", n, "uint8", UNKNOWN)[:] = KEPT if deleted is None else np.where(deleted, DELETED, KEPT)
+    for checkpoint in meta["checkpoints"]:
+        group = root.create_group(checkpoint)
+        for quantity in meta["quantities"]:
+            whole = (size, t, k) if quantity == "sketch" else (size, t)
+            sharded = quantity == "sketch" and rows is not None
+            new_array(
+                group,
+                quantity,
+                shape=(n, *whole[1:]),
+                chunks=(rows, *whole[1:]) if sharded else whole,
+                dtype=_dtype(quantity, meta["dtype"]),
+                dims=["sample", "timestep", "k"][: len(whole)],
+                shards=whole if sharded else None,
+                attributes={"bits": "bfloat16"} if quantity == "sketch" and meta["dtype"] == "bfloat16" else None,
+            )
+        entries = [commits.SEAL, *meta["quantities"]]
+        new_array(
+            group,
+            "commit",
+            shape=(len(blocks(n, size)), len(entries)),
+            chunks=(1, len(entries)),
+            dtype="uint32",
+            dims=["block", "entry"],
+            chunk_key_encoding={"name": "default", "separator": "."},
+            attributes={"entries": entries},
+        )
+    laid_out: dict[str, Buffer | bytes] = {key: _in_memory(memory, key) for key in objects.all_keys(root)}
+    del laid_out[ROOT]
+    fixed = {key: digest_of(_bytes(value)) for key, value in laid_out.items() if not key.startswith("deleted/c")}
+    return {**laid_out, ROOT: _sealed({**meta, "digests": fixed, "digest": NO_DIGEST})}
+
+
+def group_json(attribute: Mapping[str, Any]) -> bytes:
+    """The metadata of a zarr group that carries a description."""
+    document = {"attributes": {ATTRIBUTE: attribute}, "zarr_format": 3, "node_type": "group"}
+    return json.dumps(document, indent=2).encode()
+
+
+def check_root(content: bytes, place: str) -> dict[str, Any]:
+    """The description in a part's `zarr.json`.
+
+    Raises:
+        DamagedStoreError: the file is not, byte for byte, what was written.
+    """
+    try:
+        meta: dict[str, Any] = json.loads(content)["attributes"][ATTRIBUTE]
+        digest = str(meta["digest"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedStoreError(f"{place}/{ROOT} is damaged: {error!r}.") from None
+    if digest_of(content.replace(_entry(digest), _entry(NO_DIGEST))) != digest:
+        raise DamagedStoreError(f"{place}/{ROOT} is damaged: it does not have the digest that it names.")
+    return meta
+
+
+class Part:
+    """An open part; everything that it returns has been compared with what was committed.
+
+    Args:
+        root: its zarr group.
+        meta: its description, from `check_root`.
+        name: "" for the part at the root of the store, else its name below `parts`.
+        place: path or URL, for messages.
+    """
+
+    def __init__(self, root: zarr.Group, meta: Mapping[str, Any], name: str, place: str) -> None:
+        self.root = root
+        self.meta = dict(meta)
+        self.name = name
+        self.place = place
+        self._arrays: dict[str, zarr.Array[Any]] = {}
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(n, t, k)."""
+        n, t, k = self.meta["shape"]
+        return n, t, k
+
+    @property
+    def blocks(self) -> list[slice]:
+        """Sample ranges of the blocks within this part."""
+        return blocks(self.shape[0], self.meta["block_samples"])
+
+    @property
+    def same_samples(self) -> str:
+        """Equal for parts over the same samples."""
+        chunks = {key: value for key, value in self.meta["digests"].items() if key.startswith("id/")}
+        return digest_of(json.dumps(chunks, sort_keys=True).encode())
+
+    @property
+    def same_pairs(self) -> str:
+        """Equal for parts that measure at the same timestep plan."""
+        return json.dumps(plan_of(self.meta["fingerprint"]), sort_keys=True)
+
+    @cached_property
+    def ids(self) -> npt.NDArray[Any]:
+        """Sample ids `[n]`, int64 or str."""
+        return self._fixed_list("id")
+
+    @cached_property
+    def columns(self) -> dict[str, npt.NDArray[Any]]:
+        """User columns `{name: [n]}`."""
+        return {name: self._fixed_list(name) for name in self.meta["columns"] if name != "id"}
+
+    @property
+    def deleted(self) -> npt.NDArray[np.bool_]:
+        """Tombstones, bool `[n]`, as they are now."""
+        values = self._zarr_read("deleted", slice(None))
+        if ((values != KEPT) & (values != DELETED)).any():
+            raise DamagedStoreError(f"{self.place}/deleted is missing or damaged; restore it from a backup.")
+        deleted: npt.NDArray[np.bool_] = values == DELETED
+        return deleted
+
+    def delete(self, samples: npt.NDArray[np.bool_]) -> None:
+        """Set the tombstones of some samples, bool `[n]`."""
+        array = self.array("deleted")
+        now = np.where(self.deleted | samples, DELETED, KEPT).astype(np.uint8)
+        size = array.chunks[0]
+        touched = np.unique(np.flatnonzero(samples) // size).tolist()
+        objects.write_all(
+            self.root,
+            {f"deleted/c/{i}": encode_chunk(array, (i,), now[i * size : (i + 1) * size]) for i in touched},
+        )
+
+    def committed(self, checkpoint: str) -> npt.NDArray[np.bool_]:
+        """Which blocks of a checkpoint have a commit record now, bool `[blocks]`."""
+        done = np.zeros(len(self.blocks), dtype=np.bool_)
+        for name in objects.names(self.root, f"{checkpoint}/commit"):
+            if match := re.fullmatch(r"c\.(\d+)\.0", name):
+                done[int(match[1])] = True
+        return done
+
+    def record(self, checkpoint: str, block: int) -> dict[str, int] | None:
+        """The checksums that were committed for a block, by quantity; None when it is not written.
+
+        Raises:
+            DamagedStoreError: there is a commit record, but not the right one.
+        """
+        chunk = objects.read(self.root, commits.commit_key(checkpoint, block))
+        if chunk is None:
+            return None
+        return commits.unpack(chunk, self.meta["digest"], checkpoint, block, self.meta["quantities"])
+
+    def read(self, checkpoint: str, quantity: str, block: int, record: Mapping[str, int]) -> npt.NDArray[Any]:
+        """The stored values of one quantity of a block, `[n, t]` or `[n, t, k]`; a read-only map where possible.
+
+        Args:
+            checkpoint: its name.
+            quantity: "sketch", "scale", "norm", "loss" or "timestep".
+            block: number of the block.
+            record: its commit record, which the values must agree with.
+        """
+        array = self.array(f"{checkpoint}/{quantity}")
+        mapped = map_chunk(array, (block, *[0] * (array.ndim - 1)), record[quantity])
+        return self.read_through(checkpoint, quantity, block, record) if mapped is None else mapped
+
+    def read_through(self, checkpoint: str, quantity: str, block: int, record: Mapping[str, int]) -> npt.NDArray[Any]:
+        """As `read`, through zarr, with every checksum verified anew."""
+        path = f"{checkpoint}/{quantity}"
+        values = self._zarr_read(path, self.blocks[block])
+        if self.checksum(values) != record[quantity]:
+            raise DamagedStoreError(
+                f"{self.place}/{path}, block {block}, is missing or not what was committed; "
+                "run `retrac-scale verify` on the store."
+            )
+        return values
+
+    def chunk_key(self, checkpoint: str, quantity: str, block: int) -> str:
+        """The object that holds a quantity of a block."""
+        tail = "/0/0" if quantity == "sketch" else "/0"
+        return f"{checkpoint}/{quantity}/c/{block}{tail}"
+
+    def checksum(self, values: npt.NDArray[Any]) -> int:
+        """CRC-32C of a block's values, padded with zeros to a whole block, as in an unsharded chunk file."""
+        row_bytes = values[:1].nbytes
+        return crc32c(values, zeros=(self.meta["block_samples"] - len(values)) * row_bytes)
+
+    def array(self, path: str) -> zarr.Array[Any]:
+        """An array of this part, its metadata compared with the digest in the description."""
+        if path not in self._arrays:
+            document = json.loads(self._fixed(f"{path}/{ROOT}"))
+            self._arrays[path] = zarr.Array.from_dict(self.root.store_path / path, document)
+        return self._arrays[path]
+
+    def _fixed(self, key: str) -> bytes:
+        """An object that never changes, compared with its digest."""
+        content = objects.read(self.root, key)
+        if content is None or digest_of(content) != self.meta["digests"].get(key):
+            raise DamagedStoreError(
+                f"{self.place}/{key} is {'missing' if content is None else 'damaged'}; "
+                "run `retrac-scale verify` on the store."
+            )
+        return content
+
+    def _fixed_list(self, name: str) -> npt.NDArray[Any]:
+        wrap = default_buffer_prototype().buffer.from_bytes
+        keys = [key for key in self.meta["digests"] if key.startswith(f"{name}/")]
+        copy = MemoryStore({key: wrap(self._fixed(key)) for key in keys})
+        values = np.asarray(zarr.open_array(copy, path=name, mode="r")[:])
+        return values if values.dtype.kind in "biuf" else np.array(values.tolist())
+
+    def _zarr_read(self, path: str, selection: slice) -> npt.NDArray[Any]:
+        array = self.array(path)
+        try:
+            return np.asarray(array[selection])
+        except (ValueError, TypeError, IndexError, RuntimeError) as error:
+            raise DamagedStoreError(
+                f"{self.place}/{path} cannot be read: {error}; run `retrac-scale verify` on the store."
+            ) from error
+
+
+def plan_of(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """The timestep plan in a fingerprint, without the digest over its samples."""
+    return {key: value for key, value in dict(fingerprint.get("timesteps") or {}).items() if key != "digest"}
+
+
+def encode_chunk(array: zarr.Array[Any], chunk: tuple[int, ...], values: npt.NDArray[Any]) -> Buffer:
+    """The object that holds one chunk (or shard) of an array, as zarr encodes it, edges padded."""
+    if is_plain(array) and array.shards is None:  # as zarr would, with one copy less
+        size = math.prod(array.chunks) * array.dtype.itemsize
+        content = np.empty(size + CRC_BYTES, np.uint8)
+        content[: values.nbytes] = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        content[values.nbytes :] = 0
+        content[size:].view("<u4")[:] = crc32c(content[:size])
+        return default_buffer_prototype().buffer.from_array_like(content)
+    memory = MemoryStore()
+    twin = zarr.Array.from_dict(zarr.storage.StorePath(memory), array.metadata.to_dict())
+    whole = array.shards or array.chunks
+    start = [place * width for place, width in zip(chunk, whole, strict=True)]
+    region = tuple(slice(a, a + width) for a, width in zip(start, values.shape, strict=True))
+    twin.with_config({"write_empty_chunks": True})[region] = values
+    return _in_memory(memory, array.metadata.encode_chunk_key(chunk))
+
+
+def _new_list(root: zarr.Group, name: str, n: int, dtype: Any, fill: int) -> zarr.Array[Any]:
+    options: dict[str, Any] = {} if dtype == "string" else {"fill_value": fill}
+    return new_array(root, name, shape=(n,), chunks=(min(n, LIST_CHUNK),), dtype=dtype, dims=["sample"], **options)
+
+
+def _dtype(quantity: str, dtype: Any) -> str:
+    return {"sketch": array_dtype(dtype), "timestep": "int64"}.get(quantity, "float32")
+
+
+def _sealed(meta: Mapping[str, Any]) -> bytes:
+    content = group_json(meta)
+    return content.replace(_entry(NO_DIGEST), _entry(digest_of(content)))
+
+
+def _entry(digest: str) -> bytes:
+    return f'"digest": "{digest}"'.encode()
+
+
+def _in_memory(memory: MemoryStore, key: str) -> Buffer:
+    value = sync(memory.get(key, default_buffer_prototype()))
+    assert value is not None
+    return value
+
+
+def _bytes(value: Buffer | bytes) -> bytes:
+    return value if isinstance(value, bytes) else value.to_bytes()

@@ -1,0 +1,42 @@
+"""The planner: sizes to the byte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import retrac_scale as rs
+from retrac_scale import demo, planner
+
+
+def array_bytes(path: Path) -> tuple[int, int]:
+    files = [file for file in path.rglob("*") if file.is_file() and file.name != "zarr.json"]
+    return sum(file.stat().st_size for file in files), len(files)
+
+
+def metadata_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("zarr.json"))
+
+
+@pytest.mark.parametrize(("n", "t", "c", "k"), [(7, 3, 2, 5), (130, 1, 1, 64), (len(demo.load_scans()), 1, 1, 4096)])
+@pytest.mark.parametrize("dtype", ["int8", "float32"])
+def test_the_size_of_a_store_is_predicted_to_the_byte(
+    tmp_path: Path, n: int, t: int, c: int, k: int, dtype: Any
+) -> None:
+    rng = np.random.default_rng(0)
+    sketches = {f"checkpoint-{i}": rng.standard_normal((n, t, k), dtype=np.float32) for i in range(c)}
+    planes = {name: np.ones((n, t)) for name in sketches}
+    rs.write_store(tmp_path / "s", sketches, weights=[1.0] * c, losses=planes, timesteps=list(range(t)), dtype=dtype)
+    fingerprint = {"projection": {"kind": "given", "dim": k}}
+    predicted = planner.store_size(n, t, c, k, dtype=dtype, fingerprint=fingerprint)
+    assert predicted.metadata_bytes == metadata_bytes(tmp_path / "s")
+    assert (predicted.array_bytes, predicted.files) == array_bytes(tmp_path / "s")
+
+
+def test_workers_for_a_deadline_share_the_blocks() -> None:
+    assert planner.workers_needed(100.0, 30.0) == 4
+    with pytest.raises(ValueError, match="must be in the future"):
+        planner.workers_needed(1.0, 0.0)
