@@ -194,7 +194,7 @@ class _Product:
                     self._rows = torch.empty(self.tile, rows.shape[1], dtype=self.matrix.dtype)
                 given = self._rows[:n].copy_(given)
             out.copy_(torch.mm(given, self.matrix, out=self._product[:n]))
-        out.mul_(self.unit).mul_(torch.from_numpy(scale)[:, None])
+        out.mul_(self.unit).mul_(torch.from_dlpack(scale)[:, None])
         weighted: Float32 = out.numpy()
         return weighted
 
@@ -226,9 +226,9 @@ def _product(queries: Float32, dtype: np.dtype[Any], checkpoints: int) -> _Produ
 def _integers(queries: Float64) -> tuple[npt.NDArray[np.int8], Float32, Float64]:
     """Queries as int8 `[q, k]` times a unit `[q]`, rounded up or down at random without bias, and the error `[q]`.
 
-    The error of a product with a row r is a sum of independent terms, each of mean zero and in a range of unit |r_k|: by
-    Hoeffding's inequality it exceeds unit |r| sqrt(ln(2/p)/2) with a probability of at most p; by Cauchy and Schwarz it
-    never exceeds |r| |residual|. The smaller counts. Integers are small enough that no int32 sum overflows.
+    The error of a product with a row r is a sum of independent terms, each of mean zero and in a range of unit |r_k|:
+    by Hoeffding's inequality it exceeds unit |r| sqrt(ln(2/p)/2) with a probability of at most p; by Cauchy and Schwarz
+    it never exceeds |r| |residual|. The smaller counts. Integers are small enough that no int32 sum overflows.
     """
     largest = min(127, (2**31 - 1) // (127 * queries.shape[1]))
     unit = np.maximum(np.abs(queries).max(1) * (1.000001 / largest), 1e-37).astype(np.float32)
@@ -353,7 +353,9 @@ class _Pool:
             return
         for part, chunk in self._batches(np.isnan(held["error"])):
             row, lane = held["row"][part], held["lane"][part]
-            x = np.stack([stored[row] * scale[row, None] for stored, scale in zip(chunk.rows, chunk.scale, strict=True)], 1)
+            x = np.stack(
+                [stored[row] * scale[row, None] for stored, scale in zip(chunk.rows, chunk.scale, strict=True)], 1
+            )
             y = self._queries[:, lane % self._queries.shape[1]].swapaxes(0, 1)
             x, y = (z.reshape(len(part), -1, k).astype(np.float32) for z in (x, y))
             xx, yy, xy = x @ x.swapaxes(1, 2), y @ y.swapaxes(1, 2), x @ y.swapaxes(1, 2)

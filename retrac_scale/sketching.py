@@ -105,7 +105,7 @@ def sketch(
         raise ValueError(f"batch_size must be 'auto' or 1 or more, got {batch_size}.")
     if client is not None and out is None:
         raise ValueError("workers cannot write into this process's memory; give out= a path or URL they can reach.")
-    ids = check_ids(_dataset_ids(dataset), len(dataset))
+    ids = check_ids(dataset_ids(dataset), len(dataset))
     columns = check_columns(getattr(dataset, "columns", None), len(ids))
     plans = {name: timesteps.pairs(name, ids, task.num_train_timesteps) for name in checkpoints}
     _check_items(task, dataset, ids)
@@ -213,7 +213,7 @@ def _sketch_block(
     with sketcher:
         for start in range(0, n * t, size):
             part = slice(start, min(start + size, n * t))
-            loss = _losses(task, items, ids, plan, np.arange(part.start, part.stop))
+            loss = pair_losses(task, items, ids, plan, np.arange(part.start, part.stop))
             sketched, norm = sketcher(loss)
             sketches[part], norms[part], losses[part] = sketched.cpu(), norm.cpu(), loss.detach().float().cpu()
             yield part.stop - part.start
@@ -228,7 +228,7 @@ def _sketch_block(
     )
 
 
-def _losses(task: DiffusionTask, items: list[Any], ids: Ids, plan: Pairs, pairs: Any) -> torch.Tensor:
+def pair_losses(task: DiffusionTask, items: list[Any], ids: Ids, plan: Pairs, pairs: Any) -> torch.Tensor:
     """The losses of some pairs of a block, each the mean over its noise draws, `[pairs]`."""
     rows, columns = np.divmod(pairs, plan.timesteps.shape[1])
     steps, seeds = plan.timesteps[rows, columns], plan.seeds[rows, columns]
@@ -250,7 +250,8 @@ def _losses(task: DiffusionTask, items: list[Any], ids: Ids, plan: Pairs, pairs:
     return losses.reshape(len(pairs), plan.draws).mean(1)
 
 
-def _dataset_ids(dataset: Any) -> Any:
+def dataset_ids(dataset: Any) -> Any:
+    """The ids that a dataset brings, None when it brings none; ValueError unless it is map-style and not empty."""
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise ValueError("the dataset must be map-style: it needs __len__ and __getitem__.")
     if len(dataset) == 0:

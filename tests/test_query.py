@@ -188,7 +188,7 @@ def test_answers_become_tables_and_json() -> None:
     store, queries, *_ = pair_of_stores(3, 20, 1)
     answer = rs.build_index(store, rs.TracIn(), None).query(queries, 2)
     frame = answer.to_frame()
-    assert list(frame.columns) == ["query", "rank", "id", "score"]
+    assert list(frame.columns) == ["query", "rank", "id", "score", "error", "resolved", "side"]
     assert frame["id"].tolist() == answer.ids.ravel().tolist()
     parsed = json.loads(answer.to_json())
     assert parsed["estimator"]["kind"] == "TracIn"
