@@ -131,7 +131,8 @@ class GradCos(Estimator):
     def vectors(self, sketches: Float32, norms: Float32) -> Float32:
         """The gradients, divided by the length of their mean over timesteps."""
         length = np.linalg.norm(sketches.mean(1), axis=1)[:, None, None]
-        return np.divide(sketches, length, out=np.zeros_like(sketches), where=length > 0)
+        unit: Float32 = np.divide(sketches, length, out=np.zeros_like(sketches), where=length > 0)
+        return unit
 
 
 def estimator_from_spec(spec: Mapping[str, Any]) -> Estimator:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from retrac_scale.explain import Explanation
     from retrac_scale.query import TopK
-    from retrac_scale.rerank import Samples
+    from retrac_scale.samples import Samples
 
 IndexDtype = Literal["int8", "float16", "float32"]
 Side = Literal["proponents", "opponents", "both"]
@@ -92,7 +92,7 @@ class Index:
     def columns(self) -> dict[str, npt.NDArray[Any]]:
         """The user's columns, `{name: [n]}`."""
         group = get_group(self.root, "column")
-        return {name: _listed(np.asarray(get_array(group, name)[:])) for name in group.array_keys()}
+        return {name: _listed(np.asarray(get_array(group, name)[:])) for name in sorted(group.array_keys())}
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -115,12 +115,13 @@ class Index:
             return self._chunks[number]
         mapped = [map_chunk(self._arrays["row"], (c, number, 0)) for c in range(self.shape[0])]
         samples = self.chunks[number]
-        rows = [self._arrays["row"][c, samples] if view is None else view[0] for c, view in enumerate(mapped)]
+        rows = [self._read("row", c, samples) if view is None else view[0] for c, view in enumerate(mapped)]
         scale, norm = (self._plane(name, number, samples) for name in ("scale", "norm"))
         ids = map_chunk(self._arrays["id"], (number,))
         ids = _listed(np.asarray(self._arrays["id"][samples])) if ids is None else ids
         chunk = Chunk(rows, scale, norm, ids, mapped=all(view is not None for view in mapped))
-        if np.isnan(scale).any() or any(row[0, 0] == UNWRITTEN or row[0, 0] != row[0, 0] for row in rows):
+        fill = self._arrays["row"].fill_value
+        if np.isnan(scale).any() or any(np.array_equal(row[0, 0], fill, equal_nan=True) for row in rows):
             raise DamagedStoreError(
                 f"samples {samples.start} .. {samples.stop - 1} of the index {self.url} are missing."
             )
@@ -132,8 +133,10 @@ class Index:
         views = [map_chunk(self._arrays[name], (c, number)) for c in range(self.shape[0])]
         if len(views) == 1 and views[0] is not None:
             return views[0]
-        rows = [self._arrays[name][c, samples] if view is None else view[0] for c, view in enumerate(views)]
-        return np.stack(rows)
+        return np.stack([self._read(name, c, samples) if view is None else view[0] for c, view in enumerate(views)])
+
+    def _read(self, name: str, checkpoint: int, samples: slice) -> npt.NDArray[Any]:
+        return np.asarray(self._arrays[name][checkpoint, samples])
 
     def check_store(self) -> SketchStore | None:
         """The store that the index was built from; None when that was in the memory of another process.
@@ -391,8 +394,8 @@ def open_index(url: Url) -> Index:
 
 
 @functools.lru_cache(maxsize=4)
-def open_on_worker(url: Url, revision: str) -> Index:
-    """The index at a URL, kept open in this process while it is of one revision: its maps outlive a task."""
+def open_on_worker(url: str, meta: str) -> Index:
+    """The index at a URL, kept open in this process while its description is the same: its maps outlive a task."""
     return open_index(url)
 
 

@@ -22,7 +22,6 @@ from retrac_scale.samples import Samples
 from retrac_scale.scan import Bools, Chunk, Float64, Found, merge, scores, top
 from retrac_scale.store import SketchStore
 from retrac_scale.store.encoding import Float32
-from retrac_scale.store.schema import Url
 
 if TYPE_CHECKING:
     import pyarrow
@@ -31,6 +30,9 @@ if TYPE_CHECKING:
 MERGE_WIDTH = 16
 RUN_CHUNKS = 64
 GROUP_CHUNKS = 16
+Source = Index | tuple[str, str]
+"""An index: here as it is, for workers its URL and description."""
+
 RESOLVED = 2.0
 """Standard errors of the difference between neighbours above which their order counts as resolved."""
 
@@ -155,7 +157,7 @@ class Question:
 
 def answer(index: Index, queries: SketchStore | Samples, question: Question, client: Client | None) -> TopK:
     """See `Index.query`."""
-    if client is not None and index.url is None:
+    if client is not None and not isinstance(index.url, str | os.PathLike):
         raise ValueError("workers cannot reach an index in this process's memory; build it at a path or URL.")
     store = index.check_store()
     samples = queries if isinstance(queries, Samples) else None
@@ -237,7 +239,7 @@ class _Scan:
     ) -> list[Any]:
         """One delayed task per run of chunks, with its share of the mask and of the group codes."""
         index = self.index
-        source: Any = index if self.client is None else (index.url, json.dumps(index.meta, sort_keys=True))
+        source = index if self.client is None else _for_workers(index)
         rows: Any = self.rows if self.client is None else self.client.scatter(self.rows, broadcast=True)
         task = dask.delayed(function, name=name, pure=False)
 
@@ -249,7 +251,11 @@ class _Scan:
         return [task(source, run, share(self.mask, run), rows, common) for run in runs]
 
 
-def _chunks(source: Index | tuple[Url, str], run: list[int], masks: list[Bools | None]) -> Iterator[Chunk]:
+def _for_workers(index: Index) -> Source:
+    return os.fspath(index.url or ""), json.dumps(index.meta, sort_keys=True)
+
+
+def _chunks(source: Source, run: list[int], masks: list[Bools | None]) -> Iterator[Chunk]:
     index = source if isinstance(source, Index) else open_on_worker(*source)
     for number, mask in zip(run, masks, strict=True):
         chunk = index.chunk(int(number))
@@ -257,7 +263,7 @@ def _chunks(source: Index | tuple[Url, str], run: list[int], masks: list[Bools |
 
 
 def _scan_run(
-    source: Index | tuple[Url, str], run: list[int], masks: list[Bools | None], rows: Float32, common: tuple[Any, ...]
+    source: Source, run: list[int], masks: list[Bools | None], rows: Float32, common: tuple[Any, ...]
 ) -> Found:
     k, signs, excluded, floor = common
     index = source if isinstance(source, Index) else open_on_worker(*source)
@@ -273,7 +279,7 @@ def _scan_run(
 
 
 def _group_run(
-    source: Index | tuple[Url, str],
+    source: Source,
     run: list[int],
     masks: list[Bools | None],
     rows: Float32,
@@ -418,7 +424,7 @@ def all_scores(index: Index, queries: SketchStore) -> dask.array.Array:
     """See `Index.scores`."""
     index.check_store()
     rows = index.query_rows(queries)
-    source = index if index.url is None else (index.url, json.dumps(index.meta, sort_keys=True))
+    source = _for_workers(index) if isinstance(index.url, str | os.PathLike) else index
     one, shared = dask.delayed(_chunk_scores, name="scores", pure=False), dask.delayed(rows)
     parts = [
         dask.array.from_delayed(one(source, number, shared), (rows.shape[1], part.stop - part.start), np.float64)
@@ -427,6 +433,6 @@ def all_scores(index: Index, queries: SketchStore) -> dask.array.Array:
     return dask.array.concatenate(parts, axis=1)
 
 
-def _chunk_scores(source: Index | tuple[Url, str], number: int, rows: Float32) -> Float64:
+def _chunk_scores(source: Source, number: int, rows: Float32) -> Float64:
     (chunk,) = _chunks(source, [number], [None])
     return scores(chunk, rows)

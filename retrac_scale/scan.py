@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from retrac_scale.store.encoding import Float32
 
@@ -129,7 +130,7 @@ def scores(chunk: Chunk, queries: Float32) -> Float64:
         matrix = torch.from_numpy(query).to(dtype)
         for start in range(0, len(rows), SCORE_ROWS):
             tile = slice(start, start + SCORE_ROWS)
-            product = matrix @ torch.from_dlpack(rows[tile]).to(dtype).T
+            product = matrix @ from_dlpack(rows[tile]).to(dtype).T
             out[:, tile] += product.numpy() * scale[tile].astype(np.float64)
     return out
 
@@ -182,7 +183,7 @@ class _Product:
 
     def weighted(self, rows: npt.NDArray[Any], scale: Float32) -> Float32:
         """scale[n] <rows[n], queries[q]>, roughly, `[n, q]`, in a buffer that the next call overwrites."""
-        given, n = torch.from_dlpack(rows), len(rows)
+        given, n = from_dlpack(rows), len(rows)
         out = self._float[:n]
         if self.matrix.device.type != "cpu":
             out.copy_(given.to(self.matrix.device).to(self.matrix.dtype) @ self.matrix)
@@ -194,7 +195,7 @@ class _Product:
                     self._rows = torch.empty(self.tile, rows.shape[1], dtype=self.matrix.dtype)
                 given = self._rows[:n].copy_(given)
             out.copy_(torch.mm(given, self.matrix, out=self._product[:n]))
-        out.mul_(self.unit).mul_(torch.from_dlpack(scale)[:, None])
+        out.mul_(self.unit).mul_(from_dlpack(scale)[:, None])
         weighted: Float32 = out.numpy()
         return weighted
 
@@ -298,7 +299,7 @@ class _Pool:
         self.settle()
         lane, place, shape = self._held["lane"], _places(self._held["lane"]), (self.lanes, self.k)
         scores, errors = np.full(shape, -np.inf), np.zeros(shape)
-        ids = np.zeros(shape, dtype=np.result_type(*self._ids) if self._ids else np.int64)
+        ids = np.zeros(shape, dtype=self._id_type)
         scores[lane, place] = self._held["value"]
         ids[lane, place], errors[lane, place] = self._names(self._held), self._held["error"]
         return Found(scores, ids, errors)
@@ -353,11 +354,10 @@ class _Pool:
             return
         for part, chunk in self._batches(np.isnan(held["error"])):
             row, lane = held["row"][part], held["lane"][part]
-            x = np.stack(
-                [stored[row] * scale[row, None] for stored, scale in zip(chunk.rows, chunk.scale, strict=True)], 1
-            )
-            y = self._queries[:, lane % self._queries.shape[1]].swapaxes(0, 1)
-            x, y = (z.reshape(len(part), -1, k).astype(np.float32) for z in (x, y))
+            weighted = [rows[row] * scale[row, None] for rows, scale in zip(chunk.rows, chunk.scale, strict=True)]
+            asked = self._queries[:, lane % self._queries.shape[1]].astype(np.float32)
+            x = np.stack(weighted, 1).reshape(len(part), -1, k)
+            y = asked.swapaxes(0, 1).reshape(len(part), -1, k)
             xx, yy, xy = x @ x.swapaxes(1, 2), y @ y.swapaxes(1, 2), x @ y.swapaxes(1, 2)
             held["error"][part] = np.sqrt(np.maximum((xx * yy + xy * xy.swapaxes(1, 2)).sum((1, 2)), 0) / k)
 
@@ -373,10 +373,15 @@ class _Pool:
 
     def _names(self, held: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """The sample ids of candidates."""
-        if not len(held):
-            return np.empty(0, dtype=np.int64)
-        starts = np.cumsum([0, *map(len, self._ids)])
-        return np.concatenate(self._ids)[starts[held["chunk"]] + held["row"]]
+        names: npt.NDArray[Any] = np.zeros(len(held), dtype=self._id_type)
+        for number in np.unique(held["chunk"]).tolist():
+            inside = held["chunk"] == number
+            names[inside] = self._ids[number][held["row"][inside]]
+        return names
+
+    @property
+    def _id_type(self) -> np.dtype[Any]:
+        return np.result_type(*{ids.dtype for ids in self._ids}) if self._ids else np.dtype(np.int64)
 
 
 def _places(lanes: Ints) -> Ints:

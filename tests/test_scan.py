@@ -23,7 +23,7 @@ def random_rows(rng: Any, c: int, n: int, k: int, dtype: str, distinct: int) -> 
     rows = pool[:, rng.integers(0, distinct, n)]
     if dtype == "int8":
         rows = np.rint(rows * 127 / np.abs(rows).max(initial=1e-9))
-    scale = np.float32(rng.choice([0.5, 1.0, -2.0], c))[:, None].repeat(n, 1)
+    scale = rng.choice([0.5, 1.0, -2.0], c).astype(np.float32)[:, None].repeat(n, 1)
     return list(rows.astype(dtype)), scale
 
 
