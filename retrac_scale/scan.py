@@ -251,6 +251,7 @@ class _Pool:
         self.floor = np.full(self.lanes, -np.inf) if floor is None else floor
         self._sign = np.repeat(np.array(signs, dtype=np.float64), queries.shape[1])
         self._queries = queries.astype(np.float64)
+        self._lengths = np.linalg.norm(self._queries[0], axis=1)
         self._sketch_dim = sketch_dim
         self._chunks: list[Chunk | None] = []
         self._ids: list[npt.NDArray[Any]] = []
@@ -354,6 +355,10 @@ class _Pool:
             return
         for part, chunk in self._batches(np.isnan(held["error"])):
             row, lane = held["row"][part], held["lane"][part]
+            if self._queries.shape[::2] == (1, k):  # one block: the norms and the score are known
+                lengths = chunk.norm[0, row] * self._lengths[lane % len(self._lengths)]
+                held["error"][part] = np.sqrt((lengths**2 + held["value"][part] ** 2) / k)
+                continue
             weighted = [rows[row] * scale[row, None] for rows, scale in zip(chunk.rows, chunk.scale, strict=True)]
             asked = self._queries[:, lane % self._queries.shape[1]].astype(np.float32)
             x = np.stack(weighted, 1).reshape(len(part), -1, k)
