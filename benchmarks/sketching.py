@@ -11,7 +11,10 @@ rounds of the floor's time divided by the contender's. Peak memory comes from on
 from __future__ import annotations
 
 import argparse
+import copy
+import datetime
 import json
+import os
 import platform
 import resource
 import statistics
@@ -63,6 +66,17 @@ class Bench:
 
         return step
 
+    def frozen(self, *, bf16: bool = False) -> Step:
+        """Forward and backward for activations alone: what a sketch cannot go below."""
+        model = copy.deepcopy(self.model).requires_grad_(False)
+
+        def step() -> None:
+            with torch.autocast(self.device, dtype=torch.bfloat16, enabled=bf16):
+                prediction = model(self.noisy.detach().requires_grad_(), self.timesteps, return_dict=False)[0]
+            (prediction.float() - self.noise).square().flatten(1).mean(1).sum().backward()
+
+        return step
+
     def ours(self, projection: Any, *, bf16: bool = False) -> Step:
         """Sketch and norm of every pair."""
         sketcher = rs.GradientSketcher(self.model, projection)
@@ -75,10 +89,12 @@ class Bench:
 
     def contenders(self) -> dict[str, Callable[[], Step]]:
         """Name -> maker of its step."""
-        lowrank, countsketch = rs.LowRank(16, self.dim), rs.CountSketch(self.dim)
+        lowrank, countsketch = rs.LowRank(), rs.CountSketch(self.dim)
         return {
             "floor fp32": lambda: self.floor(),
             "floor bf16": lambda: self.floor(bf16=True),
+            "weights frozen fp32": lambda: self.frozen(),
+            "weights frozen bf16": lambda: self.frozen(bf16=True),
             "LowRank fp32": lambda: self.ours(lowrank),
             "LowRank bf16": lambda: self.ours(lowrank, bf16=True),
             "CountSketch fp32": lambda: self.ours(countsketch),
@@ -263,7 +279,13 @@ def main() -> None:
         print(f"{row['contender']:30} {row['pairs_per_s']:10.2f} {row['of_floor']:9.3f} {memory:>9}")
     if arguments.out:
         settings = {key: value for key, value in vars(arguments).items() if key in ("model", "batch", "dim", "threads")}
-        arguments.out.write_text(json.dumps({**settings, "torch": torch.__version__, "rows": rows}, indent=1))
+        run = {
+            "command": " ".join(["python", *sys.argv]),
+            "date": datetime.date.today().isoformat(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+            "torch": torch.__version__,
+        }
+        arguments.out.write_text(json.dumps({**run, **settings, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
