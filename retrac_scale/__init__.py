@@ -1,10 +1,13 @@
 """Training-data attribution for diffusion models at scale: Diffusion-TracIn and Diffusion-ReTrac (arXiv 2401.09031)."""
 
 from retrac_scale import evaluate, gradients, projections
-from retrac_scale.estimators import ReTrac, TracIn, self_influence
-from retrac_scale.index import Index, build_index, open_index
+from retrac_scale.diagonal import self_influence
+from retrac_scale.estimators import GradCos, GradDot, ReTrac, TracIn
+from retrac_scale.explain import Explanation
+from retrac_scale.index import Index, StaleIndexError, build_index, open_index
 from retrac_scale.projections import CountSketch, Dense, GradientSketcher, Identity, LowRank
 from retrac_scale.query import TopK
+from retrac_scale.samples import Samples, take
 from retrac_scale.sketching import sketch
 from retrac_scale.store import IncompleteStoreError, SketchStore, open_store, write_store
 from retrac_scale.task import DiffusionTask
@@ -15,7 +18,10 @@ __all__ = [
     "Dense",
     "DiffusionTask",
     "EvenlySpaced",
+    "Explanation",
     "Explicit",
+    "GradCos",
+    "GradDot",
     "GradientSketcher",
     "Identity",
     "IncompleteStoreError",
@@ -23,7 +29,9 @@ __all__ = [
     "LowRank",
     "ReTrac",
     "Recorded",
+    "Samples",
     "SketchStore",
+    "StaleIndexError",
     "TopK",
     "TracIn",
     "TrainingRecorder",
@@ -36,5 +44,6 @@ __all__ = [
     "projections",
     "self_influence",
     "sketch",
+    "take",
     "write_store",
 ]

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from retrac_scale.index import Index
+    from retrac_scale.samples import Samples
     from retrac_scale.store import SketchStore
 
 INFO_BLOCKS = 32
@@ -19,6 +21,7 @@ EXAMPLES = {
     "": """examples:
   retrac-scale demo                             train, sketch, index, query, report: the whole street on real digits
   retrac-scale info demo/sketches.zarr          what is in a store or an index
+  retrac-scale index demo/sketches.zarr demo/retrac.zarr --estimator ReTrac
   retrac-scale query demo/retrac.zarr demo/queries.zarr
   retrac-scale report demo/tracin.zarr demo/retrac.zarr --queries demo/queries.zarr \\
       --images demo/images.npy --query-images demo/generated.npy --out report.html""",
@@ -37,10 +40,17 @@ EXAMPLES = {
   retrac-scale plan --samples 1833 --timesteps 1 --checkpoints 4 --dim 4096 --model demo
   retrac-scale plan --samples 50000 --timesteps 10 --checkpoints 4 --dim 2048 --rank 16 \\
       --model google/ddpm-cifar10-32 --device cuda --hours 12""",
+    "index": """examples:
+  retrac-scale index demo/sketches.zarr demo/retrac.zarr --estimator ReTrac
+  retrac-scale index sketches.zarr matched.zarr --estimator ReTrac --pairing matched --dtype float16""",
     "query": """examples:
   retrac-scale query demo/retrac.zarr demo/queries.zarr           a table of the top 10 of every query
-  retrac-scale query demo/retrac.zarr demo/queries.zarr -k 3 --side opponents
-  retrac-scale query demo/retrac.zarr demo/queries.zarr --json > answers.json""",
+  retrac-scale query demo/retrac.zarr demo/queries.zarr -k 3 --side both --where "id < 1000"
+  retrac-scale query demo/retrac.zarr --ids 3 1800                training samples as queries, themselves left out
+  retrac-scale query retrac.zarr a.png folder/ --model google/ddpm-cifar10-32 --timesteps 20 \\
+      --checkpoint final=google/ddpm-cifar10-32                   image files, sketched here
+  retrac-scale query demo/retrac.zarr demo/queries.zarr --group-by artist --reduce mean
+  retrac-scale query demo/retrac.zarr demo/queries.zarr --out answers.parquet    or .json, or --json to print it""",
     "report": """examples:
   retrac-scale report demo/retrac.zarr --queries demo/queries.zarr \\
       --images demo/images.npy --query-images demo/generated.npy --out report.html
@@ -101,12 +111,27 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--rank", type=int, help="LowRank(rank, dim) instead of CountSketch(dim)")
     plan.add_argument("--device", default="cpu", help="where to time (default: cpu)")
     plan.add_argument("--hours", type=float, help="deadline: says how many such workers meet it")
+    index = verb("index", _index, "Collapse a store for one estimator, ready for queries.")
+    index.add_argument("store", help="path or URL of a complete store")
+    index.add_argument("out", help="path or URL of the index to make")
+    index.add_argument("--estimator", default="ReTrac", help="TracIn, ReTrac, GradDot or GradCos (default: ReTrac)")
+    index.add_argument("--pairing", choices=("cross", "matched"), default="cross", help="of timesteps (default: cross)")
+    index.add_argument("--dtype", choices=("int8", "float16", "float32"), default="int8", help="default: int8")
     query = verb("query", _query, "Print the training samples that influenced each query most.")
     query.add_argument("index", help="path or URL of an index")
-    query.add_argument("queries", help="path or URL of the store of query sketches")
+    query.add_argument("queries", nargs="*", help="a store of query sketches, or image files and folders of them")
+    query.add_argument("--ids", nargs="+", help="ids of training samples, to query with them")
+    query.add_argument("--model", help="for images: diffusers folder or hub name")
+    query.add_argument("--checkpoint", action="append", default=[], help="for images: NAME=weights, for each")
+    query.add_argument("--timesteps", type=int, default=20, help="for images: evenly spaced timesteps (default: 20)")
+    query.add_argument("--device", default="cpu", help="for images: where to sketch (default: cpu)")
     query.add_argument("-k", type=int, default=10, help="results per query (default: 10)")
-    query.add_argument("--side", choices=("proponents", "opponents"), default="proponents")
+    query.add_argument("--side", choices=("proponents", "opponents", "both"), default="proponents")
+    query.add_argument("--where", help="which samples count: an expression over the columns and id")
+    query.add_argument("--group-by", help="a column: answer with groups in place of samples")
+    query.add_argument("--reduce", choices=("sum", "mean", "max"), default="sum", help="a group's score (default: sum)")
     query.add_argument("--json", action="store_true", help="JSON instead of a table")
+    query.add_argument("--out", help="file to write in place of printing: .json or .parquet")
     report = verb("report", _report, "Write a self-contained HTML page of queries and their results.")
     report.add_argument("index", nargs="+", help="paths or URLs of indexes")
     report.add_argument("--queries", required=True, help="store of query sketches")
@@ -126,7 +151,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _info(arguments: argparse.Namespace) -> None:
     import zarr
 
-    from retrac_scale.index import Index, open_index
+    from retrac_scale.index import open_index
     from retrac_scale.store import open_store
     from retrac_scale.store.schema import ATTRIBUTE
 
@@ -135,7 +160,7 @@ def _info(arguments: argparse.Namespace) -> None:
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no store or index at {arguments.url}.") from None
     if isinstance(meta, dict) and meta.get("what") == "index":
-        index: Index = open_index(arguments.url)
+        index = open_index(arguments.url)
         c, n, k = index.shape
         print(f"index of {index.estimator}\n{c} checkpoints x {n} samples x {k} entries, {index.meta['dtype']}")
         print(f"made from {index.meta['store']}")
@@ -224,12 +249,86 @@ def _plan(arguments: argparse.Namespace) -> None:
         print(f"       {planner.workers_needed(seconds, arguments.hours * 3600)} such workers for {arguments.hours} h")
 
 
-def _query(arguments: argparse.Namespace) -> None:
-    from retrac_scale.index import open_index
+def _index(arguments: argparse.Namespace) -> None:
+    from retrac_scale.estimators import Estimator, estimator_from_spec
+    from retrac_scale.index import build_index
     from retrac_scale.store import open_store
 
-    answer = open_index(arguments.index).query(open_store(arguments.queries), arguments.k, side=arguments.side)
-    print(answer.to_json() if arguments.json else answer.to_frame().to_string(index=False))
+    if arguments.estimator not in Estimator.kinds:
+        raise ValueError(f"there is no estimator {arguments.estimator!r}; choose one of {', '.join(Estimator.kinds)}.")
+    spec = {"kind": arguments.estimator} | ({"pairing": "matched"} if arguments.pairing == "matched" else {})
+    try:
+        estimator = estimator_from_spec(spec)
+    except TypeError:
+        raise ValueError(f"{arguments.estimator} has no matched pairing.") from None
+    print(build_index(open_store(arguments.store), estimator, arguments.out, dtype=arguments.dtype))
+
+
+def _query(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from retrac_scale.index import open_index
+
+    index = open_index(arguments.index)
+    answer = index.query(
+        _queries(index, arguments),
+        arguments.k,
+        side=arguments.side,
+        where=arguments.where,
+        group_by=arguments.group_by,
+        reduce=arguments.reduce,
+        exclude_self=arguments.ids is not None,
+    )
+    if arguments.out is None:
+        print(answer.to_json() if arguments.json else answer.to_frame().to_string(index=False))
+    elif arguments.out.endswith(".parquet"):
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(answer.to_arrow(), arguments.out)
+    elif arguments.out.endswith(".json"):
+        Path(arguments.out).write_text(answer.to_json(), encoding="utf-8")
+    else:
+        raise ValueError(f"--out {arguments.out}: the name must end in .json or .parquet.")
+
+
+def _queries(index: Index, arguments: argparse.Namespace) -> SketchStore | Samples:
+    """What is asked: stored ids, a store of sketches, or images, measured as the index's store was."""
+    import diffusers
+
+    from retrac_scale.images import SUFFIXES, ImageFiles
+    from retrac_scale.samples import Samples, take
+    from retrac_scale.store import open_store
+    from retrac_scale.task import DiffusionTask
+    from retrac_scale.timesteps import EvenlySpaced
+
+    if (arguments.ids is None) == (not arguments.queries):
+        raise ValueError("give either queries (a store, or images) or --ids of training samples.")
+    if arguments.ids is not None:
+        store = index.check_store()
+        if store is None:
+            raise ValueError("the store that the index was built from is needed for --ids; it was in memory.")
+        return take(store, [int(name) if store.ids.dtype.kind in "iu" else name for name in arguments.ids])
+    is_image = arguments.queries[0].lower().endswith(SUFFIXES)
+    if len(arguments.queries) == 1 and arguments.model is None and not is_image:
+        return open_store(arguments.queries[0])
+    if arguments.model is None or not arguments.checkpoint:
+        raise ValueError("to query with images give --model and a --checkpoint NAME=weights for each checkpoint.")
+    store = index.check_store()
+    if store is None or "scheduler" not in store.fingerprint:
+        raise ValueError("images can only be sketched like a store that sketch(...) made and that is still there.")
+    config = dict(store.fingerprint["scheduler"])
+    scheduler = getattr(diffusers, config.pop("class"))(**config)
+    model = diffusers.AutoModel.from_pretrained(arguments.model)
+    task = DiffusionTask(
+        model,
+        scheduler,
+        measure=store.fingerprint["measure"],
+        device=arguments.device,
+        autocast=store.fingerprint["autocast"],
+    )
+    checkpoints = dict(item.split("=", 1) for item in arguments.checkpoint)
+    channels = int(model.config.in_channels)
+    return Samples(ImageFiles(arguments.queries, channels), task, checkpoints, EvenlySpaced(arguments.timesteps))
 
 
 def _report(arguments: argparse.Namespace) -> None:

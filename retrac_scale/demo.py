@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from retrac_scale.estimators import ReTrac, TracIn, self_influence
+from retrac_scale.diagonal import self_influence
+from retrac_scale.estimators import ReTrac, TracIn
 from retrac_scale.evaluate import largest_share, unique_fraction
 from retrac_scale.index import build_index
 from retrac_scale.projections import CountSketch

@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from retrac_scale.store import SketchStore
-from retrac_scale.store.compatibility import check_compatible
 from retrac_scale.store.encoding import Float32
 
 Pairing = Literal["cross", "matched"]
@@ -21,9 +20,11 @@ class Estimator(ABC):
     """Collapses a store's sketches into one row per checkpoint and sample; scores are inner products of rows.
 
     score(q, i) = sum_c w_c <row(c, q), row(c, i)>. Larger means that training on i lowers the loss of q more.
+    A subclass says what one pair contributes, and in `needs` what it takes from a store beyond sketches and norms.
     """
 
     kinds: ClassVar[dict[str, type[Estimator]]] = {}
+    needs: ClassVar[tuple[str, ...]] = ()
     pairing: Pairing = "cross"
 
     def __init_subclass__(cls) -> None:
@@ -33,13 +34,28 @@ class Estimator(ABC):
     def vectors(self, sketches: Float32, norms: Float32) -> Float32:
         """What one pair contributes, `[n, t, k]`, from raw sketches `[n, t, k]` and norms `[n, t]`."""
 
+    def check(self, store: SketchStore) -> None:
+        """Raise ValueError, naming what is missing, unless the store has what the estimator is made of."""
+        for quantity in self.needs:
+            if not store.has(quantity):
+                raise ValueError(
+                    f"{type(self).__name__} needs each pair's {quantity}, which {store.url or 'the store'} lacks; "
+                    "sketch the samples with sketch(...), or give it to write_store."
+                )
+        if self.pairing == "matched":
+            common_timesteps(store)
+
     def rows(self, store: SketchStore, checkpoint: str, samples: slice = slice(None)) -> Float32:
         """Rows of some samples at a checkpoint.
 
         Cross pairing: the mean over timesteps, `[n, k]`. Matched pairing: all timesteps side by side, `[n, t*k]`, so
         that the inner product is the sum over timesteps.
         """
-        vectors = self.vectors(store.sketches(checkpoint, samples), store.norms(checkpoint, samples))
+        return self.collapse(store.sketches(checkpoint, samples), store.norms(checkpoint, samples))
+
+    def collapse(self, sketches: Float32, norms: Float32) -> Float32:
+        """The rows of samples from their gradients, or sketches of them, `[n, t, k]` and norms `[n, t]`."""
+        vectors = self.vectors(sketches, norms)
         if self.pairing == "matched":
             return vectors.reshape(len(vectors), -1)
         mean: Float32 = vectors.mean(1)
@@ -96,6 +112,29 @@ class ReTrac(Estimator):
         return directions
 
 
+@dataclass(frozen=True)
+class GradDot(Estimator):
+    """<phi(c,i), phi(c,q)> with phi = mean_t g (Charpiat et al. 2019); over several checkpoints this is TracInCP."""
+
+    def vectors(self, sketches: Float32, norms: Float32) -> Float32:
+        """The gradients themselves."""
+        return sketches
+
+
+@dataclass(frozen=True)
+class GradCos(Estimator):
+    """The cosine of phi(c,i) and phi(c,q), phi = mean_t g (Charpiat et al. 2019); over several checkpoints this is GAS.
+
+    Lengths are those of the mean sketches. A mean of length zero contributes zero.
+    """
+
+    def vectors(self, sketches: Float32, norms: Float32) -> Float32:
+        """The gradients, divided by the length of their mean over timesteps."""
+        length = np.linalg.norm(sketches.mean(1), axis=1)[:, None, None]
+        unit: Float32 = np.divide(sketches, length, out=np.zeros_like(sketches), where=length > 0)
+        return unit
+
+
 def estimator_from_spec(spec: Mapping[str, Any]) -> Estimator:
     """The estimator that an index was built with."""
     return Estimator.kinds[spec["kind"]](**{key: value for key, value in spec.items() if key != "kind"})
@@ -120,30 +159,3 @@ def common_timesteps(store: SketchStore) -> list[int] | None:
             )
     assert first is not None
     return [int(t) for t in first]
-
-
-def self_influence(store: SketchStore, estimator: Estimator, *, queries: SketchStore | None = None) -> Float32:
-    """Score of every sample with itself as the query, float32 `[n]`, block by block.
-
-    With one recorded timestep per sample, ReTrac's direction is compared with itself and carries no information; give
-    `queries`, the same samples sketched at the query timesteps, to have the paper's score.
-
-    Args:
-        store: the training side.
-        estimator: TracIn() or ReTrac().
-        queries: the query side, with the same ids in the same order; default: the store itself.
-    """
-    other = store if queries is None else queries
-    if queries is not None:
-        check_compatible(store.fingerprint, store.checkpoints, queries.fingerprint, queries.checkpoints)
-        if not np.array_equal(store.ids, queries.ids):
-            raise ValueError("self_influence needs queries with the same ids in the same order as the store.")
-        if estimator.pairing == "matched" and common_timesteps(store) != common_timesteps(queries):
-            raise ValueError("matched pairing needs the same timesteps on both sides; use pairing='cross'.")
-    total = np.zeros(store.shape[0], dtype=np.float64)
-    for checkpoint, weight in store.weights.items():
-        for samples in store.blocks:
-            left = estimator.rows(store, checkpoint, samples)
-            right = left if queries is None else estimator.rows(other, checkpoint, samples)
-            total[samples] += weight * np.einsum("nk,nk->n", left, right, dtype=np.float64)
-    return total.astype(np.float32)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import dask
 import numpy as np
 import numpy.typing as npt
+import torch
 import zarr
 
-from retrac_scale.estimators import (
-    Estimator,
-    common_timesteps,
-    estimator_from_spec,
-)
-from retrac_scale.store import Dtype, IncompleteStoreError, SketchStore, open_store
+from retrac_scale.estimators import Estimator, common_timesteps, estimator_from_spec
+from retrac_scale.scan import Chunk
+from retrac_scale.store import DamagedStoreError, IncompleteStoreError, SketchStore, open_store
 from retrac_scale.store.compatibility import COMPARED, check_compatible
-from retrac_scale.store.encoding import Float32, check_dtype, encode
+from retrac_scale.store.encoding import Float32, encode
+from retrac_scale.store.mapping import map_chunk
 from retrac_scale.store.reader import open_root
 from retrac_scale.store.schema import (
     ATTRIBUTE,
@@ -26,30 +27,51 @@ from retrac_scale.store.schema import (
     blocks,
     differences,
     get_array,
+    get_group,
+    is_remote,
     new_array,
-    read,
     read_ids,
     zarr_location,
 )
 
 if TYPE_CHECKING:
+    import dask.array
     from distributed import Client
 
+    from retrac_scale.explain import Explanation
     from retrac_scale.query import TopK
+    from retrac_scale.samples import Samples
 
-Side = Literal["proponents", "opponents"]
+IndexDtype = Literal["int8", "float16", "float32"]
+Side = Literal["proponents", "opponents", "both"]
+Reduce = Literal["sum", "mean", "max"]
+
+CHUNK_BYTES = 32 * 2**20
+MIN_CHUNKS = 8
+MIN_CHUNK_SAMPLES = 64
+PIECE_BYTES = 64 * 2**20
+NORM_ROWS = 256
+UNWRITTEN = -128
+"""Fill value of int8 rows, which no row holds; those of floats are NaN: a missing chunk is never data."""
+
+
+class StaleIndexError(ValueError):
+    """The store that an index was built from is no longer what it was."""
 
 
 class Index:
     """Rows `[c, n, k]` of one estimator, their scales `[c, n]` with the checkpoint weights in them, and the ids.
 
-    Get one from `build_index` or `open_index`.
+    Get one from `build_index` or `open_index`. A stored row times its scale is w_c times the estimator's row.
     """
 
-    def __init__(self, root: zarr.Group, url: Url) -> None:
+    def __init__(self, root: zarr.Group, url: Url, store: SketchStore | None = None) -> None:
         self.root = root
         self.url = url
         self.meta: dict[str, Any] = dict(root.attrs[ATTRIBUTE])  # type: ignore[arg-type]
+        self._store = store
+        self._arrays = {name: get_array(root, name) for name in ("row", "scale", "norm", "id")}
+        self._chunks: dict[int, Chunk] = {}
 
     @property
     def estimator(self) -> Estimator:
@@ -63,24 +85,84 @@ class Index:
 
     @property
     def ids(self) -> npt.NDArray[Any]:
-        """Sample ids `[n]`."""
+        """Sample ids `[n]`; deleted samples are left out."""
         return read_ids(self.root)
+
+    @property
+    def columns(self) -> dict[str, npt.NDArray[Any]]:
+        """The user's columns, `{name: [n]}`."""
+        group = get_group(self.root, "column")
+        return {name: _listed(np.asarray(get_array(group, name)[:])) for name in sorted(group.array_keys())}
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(c, n, k)."""
-        c, n, k = get_array(self.root, "row").shape
+        c, n, k = self._arrays["row"].shape
         return c, n, k
 
     @property
     def chunks(self) -> list[slice]:
         """Sample ranges of the chunks, the units of scanning."""
-        return blocks(self.shape[1], get_array(self.root, "row").chunks[1])
+        return blocks(self.shape[1], self._arrays["row"].chunks[1])
 
-    def chunk(self, samples: slice) -> tuple[npt.NDArray[Any], Float32]:
-        """Stored rows `[c, n, k]` and scales `[c, n]` of some samples; row x scale is the weighted estimator row."""
-        part = (slice(None), samples)
-        return read(self.root, "row", part), read(self.root, "scale", part)
+    def chunk(self, number: int) -> Chunk:
+        """One chunk: a map of its files where they can be mapped (kept for the next call), read through zarr if not.
+
+        Raises:
+            DamagedStoreError: a file is missing or damaged.
+        """
+        if number in self._chunks:
+            return self._chunks[number]
+        mapped = [map_chunk(self._arrays["row"], (c, number, 0)) for c in range(self.shape[0])]
+        samples = self.chunks[number]
+        rows = [self._read("row", c, samples) if view is None else view[0] for c, view in enumerate(mapped)]
+        scale, norm = (self._plane(name, number, samples) for name in ("scale", "norm"))
+        ids = map_chunk(self._arrays["id"], (number,))
+        ids = _listed(np.asarray(self._arrays["id"][samples])) if ids is None else ids
+        chunk = Chunk(rows, scale, norm, ids, mapped=all(view is not None for view in mapped))
+        fill = self._arrays["row"].fill_value
+        if np.isnan(scale).any() or any(np.array_equal(row[0, 0], fill, equal_nan=True) for row in rows):
+            raise DamagedStoreError(
+                f"samples {samples.start} .. {samples.stop - 1} of the index {self.url} are missing."
+            )
+        if chunk.mapped:
+            self._chunks[number] = chunk
+        return chunk
+
+    def _plane(self, name: str, number: int, samples: slice) -> Float32:
+        views = [map_chunk(self._arrays[name], (c, number)) for c in range(self.shape[0])]
+        if len(views) == 1 and views[0] is not None:
+            return views[0]
+        return np.stack([self._read(name, c, samples) if view is None else view[0] for c, view in enumerate(views)])
+
+    def _read(self, name: str, checkpoint: int, samples: slice) -> npt.NDArray[Any]:
+        return np.asarray(self._arrays[name][checkpoint, samples])
+
+    def check_store(self) -> SketchStore | None:
+        """The store that the index was built from; None when that was in the memory of another process.
+
+        Raises:
+            StaleIndexError: the store is gone, has another fingerprint, or has changed since.
+        """
+        url, store = self.meta["store"], self._store
+        if url is not None:
+            try:
+                store = open_store(url, measure=self.meta["measure"])
+            except (FileNotFoundError, ValueError) as error:
+                raise StaleIndexError(
+                    f"the index {self.url or 'in memory'} belongs to the store {url}, which cannot be used: {error}"
+                ) from error
+        if store is None:
+            return None
+        found = differences(self.meta["fingerprint"], {key: store.fingerprint.get(key) for key in COMPARED})
+        if not found and store.revision != self.meta["revision"]:
+            found = ["samples, checkpoints or blocks were added, deleted or written anew"]
+        if found:
+            raise StaleIndexError(
+                f"the store {url or 'in memory'} has changed since the index was built: {'; '.join(found)}; "
+                "build the index again."
+            )
+        return store
 
     def query_rows(self, queries: SketchStore) -> Float32:
         """The estimator's rows of the queries, float32 `[c, q, k]`, without checkpoint weights.
@@ -90,6 +172,7 @@ class Index:
         """
         check_compatible(self.meta["fingerprint"], self.checkpoints, queries.fingerprint, queries.checkpoints)
         estimator = self.estimator
+        estimator.check(queries)
         if estimator.pairing == "matched" and common_timesteps(queries) != self.meta["timesteps"]:
             raise ValueError(
                 "matched pairing needs the index's timesteps in the queries; sketch them with the same plan."
@@ -102,28 +185,69 @@ class Index:
 
     def query(
         self,
-        queries: SketchStore,
+        queries: SketchStore | Samples,
         k: int = 10,
         *,
         side: Side = "proponents",
-        where: npt.ArrayLike | None = None,
+        where: npt.ArrayLike | str | None = None,
+        group_by: str | npt.ArrayLike | None = None,
+        reduce: Reduce = "sum",
+        exclude_self: bool = False,
         client: Client | None = None,
+        rerank: int | None = None,
+        train: Samples | None = None,
     ) -> TopK:
         """The k training samples with the largest (proponents) or smallest (opponents) score for each query.
 
+        The order is that of float64 scores of the stored rows with unquantised queries; equal scores are ordered by
+        id. It does not depend on chunks, threads or workers.
+
         Args:
-            queries: a small SketchStore, made with `sketch(..., like=store)`.
+            queries: a small SketchStore, made with `sketch(..., like=store)`, or `Samples`, sketched here.
             k: how many; fewer come back when fewer samples qualify.
-            side: "proponents" or "opponents".
-            where: a boolean mask `[n]` or a list of sample ids; None for all.
-            client: a `distributed.Client`; None scans on threads here.
+            side: "proponents", "opponents", or "both": k of each, proponents first.
+            where: which samples count: an expression over the columns and `id`, such as "label == 3 and year < 2000",
+                a boolean mask `[n]`, or a list of sample ids; None for all.
+            group_by: a column, or labels `[n]`: answer with groups in place of samples.
+            reduce: a group's score: the sum or mean of its samples' scores, or the largest ("max", of opponents the
+                smallest).
+            exclude_self: leave the sample with the query's own id out of its answer.
+            client: a `distributed.Client`; None scans on threads here, as many as torch is set to.
+            rerank: take so many by sketch and put them in the order of their exact scores, from full float32 gradients;
+                needs `queries` as Samples, and `train`.
+            train: the training samples, to be measured again for `rerank`.
 
         Returns:
-            TopK, best first; equal scores are ordered by id.
-        """
-        from retrac_scale.query import run_query  # at call time: the street runs from index to query
+            TopK, best first.
 
-        return run_query(self, queries, k, side=side, where=where, client=client)
+        Raises:
+            StaleIndexError: the store has changed since the index was built, or is gone.
+            ValueError: the queries do not fit the index, or an argument is wrong; says which and what to do.
+        """
+        from retrac_scale.query import Question, answer  # at call time: the street runs from index to query
+
+        question = Question(k, side, where, group_by, reduce, exclude_self, rerank, train)
+        return answer(self, queries, question, client)
+
+    def scores(self, queries: SketchStore) -> dask.array.Array:
+        """All scores as a lazy dask array, float64 `[q, n]`, one task per chunk, in the order of `ids`.
+
+        Products are float32 for int8 and float16 rows, float64 for float32 rows.
+        """
+        from retrac_scale.query import all_scores
+
+        return all_scores(self, queries)
+
+    def explain(self, query: SketchStore, id: Any) -> Explanation:
+        """What each checkpoint and timestep contributes to the score of one training sample for one query.
+
+        Args:
+            query: sketches of one query, e.g. `rs.take(queries, [query_id])`.
+            id: of the training sample.
+        """
+        from retrac_scale.explain import explain
+
+        return explain(self, query, id)
 
     def __repr__(self) -> str:
         c, n, k = self.shape
@@ -131,9 +255,11 @@ class Index:
 
 
 def build_index(
-    store: SketchStore, estimator: Estimator, out: Url, *, dtype: Dtype = "int8", client: Client | None = None
+    store: SketchStore, estimator: Estimator, out: Url, *, dtype: IndexDtype = "int8", client: Client | None = None
 ) -> Index:
     """Collapse a complete store for one estimator; an index of the same store and estimator at `out` is kept.
+
+    Deleted samples are left out. Memory stays below a few blocks of the store per thread.
 
     Args:
         store: the training side.
@@ -146,12 +272,16 @@ def build_index(
         IncompleteStoreError: blocks are missing.
         ValueError: `out` holds something else, or the store lacks what the estimator needs.
     """
-    check_dtype(dtype)
+    if dtype not in ("int8", "float16", "float32"):
+        raise ValueError(f"an index's dtype must be 'int8', 'float16' or 'float32', got {dtype!r}.")
     if not store.is_complete:
         raise IncompleteStoreError(f"{store.url} is not complete; run its sketch(...) again before building an index.")
     if client is not None and (out is None or store.url is None):
         raise ValueError("workers cannot reach this process's memory; give store and index a path or URL.")
-    n, _, _ = store.shape
+    estimator.check(store)
+    kept = np.flatnonzero(~store.deleted)
+    if not len(kept):
+        raise ValueError(f"all samples of {store.url} are deleted; there is nothing to index.")
     meta: dict[str, Any] = {
         "what": "index",
         "format": FORMAT_VERSION,
@@ -159,7 +289,10 @@ def build_index(
         "dtype": dtype,
         "checkpoints": store.weights,
         "timesteps": common_timesteps(store) if estimator.pairing == "matched" else None,
-        "store": None if store.url is None else os.fspath(store.url),
+        "sketch_dim": None if _is_exact(store) else store.shape[2],
+        "store": _whereabouts(store.url),
+        "revision": store.revision,
+        "measure": store.fingerprint.get("measure"),
         "fingerprint": {key: store.fingerprint.get(key) for key in COMPARED},
     }
     location = zarr_location(out)
@@ -174,43 +307,77 @@ def build_index(
             found = differences({k: v for k, v in stored.items() if k != "complete"}, meta)
             if found:
                 raise ValueError(f"{out} already holds a different index: {'; '.join(found)}; choose another path.")
-            return open_index(out)
+            return Index(open_root(out, "index"), out, store)
     root = zarr.open_group(location, mode="a")
     root.attrs[ATTRIBUTE] = {"what": "index", "format": FORMAT_VERSION}
-    size, width = store.meta["block_samples"], estimator.width(store)
-    c, dims = len(store.checkpoints), ["checkpoint", "sample", "k"]
-    new_array(root, "row", shape=(c, n, width), chunks=(1, size, width), dtype=dtype, dims=dims)
-    new_array(root, "scale", shape=(c, n), chunks=(1, size), dtype="float32", dims=dims[:2])
-    new_array(root, "id", shape=(n,), chunks=(n,), dtype=store.ids.dtype, dims=["sample"])[:] = store.ids
+    chunks = create_arrays(root, len(store.checkpoints), store.ids[kept], estimator.width(store), dtype)
+    columns = root.create_group("column", overwrite=True)
+    for name, values in store.columns.items():
+        _write_list(columns, name, values[kept])
     source: SketchStore | Url = store if client is None else store.url
     target: zarr.Group | Url = root if client is None else out
+    one = dask.delayed(_build_chunk, name="build-index", pure=False)
     tasks = [
-        dask.delayed(_build_block)(source, target, estimator, checkpoint, block, dtype)
+        one(source, meta["measure"], target, estimator, checkpoint, samples, kept[samples], dtype)
         for checkpoint in range(len(store.checkpoints))
-        for block in range(len(store.blocks))
+        for samples in chunks
     ]
     compute(tasks, client)
     root.attrs[ATTRIBUTE] = {**meta, "complete": True}
-    return Index(root, out)
+    return Index(root, out, store)
 
 
-def compute(tasks: list[Any], client: Client | None) -> list[Any]:
-    """Results of delayed tasks, on the client's workers or on threads here."""
-    if client is None:
-        return list(dask.compute(*tasks, scheduler="threads"))
-    return list(client.gather(client.compute(tasks)))
+def create_arrays(
+    root: zarr.Group, checkpoints: int, ids: npt.NDArray[Any], width: int, dtype: IndexDtype
+) -> list[slice]:
+    """The empty arrays of an index, their ids written; the sample ranges of their chunks, of about 32 MiB."""
+    n, c = len(ids), checkpoints
+    by_bytes = max(1, CHUNK_BYTES // (width * np.dtype(dtype).itemsize))
+    size = min(by_bytes, max(MIN_CHUNK_SAMPLES, -(-n // MIN_CHUNKS)))
+    dims, nan = ["checkpoint", "sample", "k"], float("nan")
+    fill = UNWRITTEN if dtype == "int8" else nan
+    new_array(root, "row", shape=(c, n, width), chunks=(1, size, width), dtype=dtype, dims=dims, fill_value=fill)
+    for name in ("scale", "norm"):
+        new_array(root, name, shape=(c, n), chunks=(1, size), dtype="float32", dims=dims[:2], fill_value=nan)
+    _write_list(root, "id", ids, size)
+    return blocks(n, size)
 
 
-def _build_block(
-    source: SketchStore | Url, target: zarr.Group | Url, estimator: Estimator, checkpoint: int, block: int, dtype: Dtype
+def write_rows(
+    root: zarr.Group, checkpoint: int, samples: slice, rows: Float32, weight: float, dtype: IndexDtype
 ) -> None:
-    store = source if isinstance(source, SketchStore) else open_store(source)
+    """Encode one chunk's rows `[n, k]` of a checkpoint and write them with their scales and norms."""
+    stored, scale = encode(rows, dtype)
+    scale = scale * np.float32(weight)
+    tiles = range(0, len(stored), NORM_ROWS)
+    length = np.concatenate([np.linalg.norm(stored[i : i + NORM_ROWS].astype(np.float32), axis=1) for i in tiles])
+    get_array(root, "row")[checkpoint, samples] = stored
+    get_array(root, "scale")[checkpoint, samples] = scale
+    get_array(root, "norm")[checkpoint, samples] = (length * np.abs(scale) * (1 + 1e-5)).astype(np.float32)
+
+
+def _build_chunk(
+    source: SketchStore | Url,
+    measure: str | None,
+    target: zarr.Group | Url,
+    estimator: Estimator,
+    checkpoint: int,
+    samples: slice,
+    kept: npt.NDArray[np.int64],
+    dtype: IndexDtype,
+) -> None:
+    """Collapse one chunk: the samples of an index that stand at places `kept` of the store."""
+    store = source if isinstance(source, SketchStore) else open_store(source, measure=measure)
     root = target if isinstance(target, zarr.Group) else zarr.open_group(zarr_location(target), mode="r+")
     name = store.checkpoints[checkpoint]
-    samples = store.blocks[block]
-    rows, scale = encode(estimator.rows(store, name, samples), dtype)
-    get_array(root, "row")[checkpoint, samples] = rows
-    get_array(root, "scale")[checkpoint, samples] = scale * np.float32(store.weights[name])
+    rows = np.empty((len(kept), estimator.width(store)), np.float32)
+    _, t, k = store.shape
+    step = max(1, PIECE_BYTES // (4 * t * k))
+    for start in range(0, len(kept), step):
+        places = kept[start : start + step]
+        piece = slice(int(places[0]), int(places[-1]) + 1)
+        rows[start : start + step] = estimator.rows(store, name, piece)[places - piece.start]
+    write_rows(root, checkpoint, samples, rows, store.weights[name], dtype)
 
 
 def open_index(url: Url) -> Index:
@@ -224,3 +391,49 @@ def open_index(url: Url) -> Index:
     if not root.attrs[ATTRIBUTE].get("complete"):  # type: ignore[union-attr]
         raise ValueError(f"the index at {url} was not finished; run its build_index(...) again.")
     return Index(root, url)
+
+
+@functools.lru_cache(maxsize=4)
+def open_on_worker(url: str, meta: str) -> Index:
+    """The index at a URL, kept open in this process while its description is the same: its maps outlive a task."""
+    return open_index(url)
+
+
+def compute(tasks: list[Any], client: Client | None) -> list[Any]:
+    """Results of delayed tasks, on the client's workers, or here on as many threads as torch is set to.
+
+    Here, tasks run with one torch thread each, so that theirs and dask's do not compete; torch's setting is put back.
+    """
+    if client is not None:
+        return list(client.gather(client.compute(tasks)))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        return list(dask.compute(*tasks, scheduler="threads", num_workers=threads))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _is_exact(store: SketchStore) -> bool:
+    projection: Mapping[str, Any] = store.fingerprint.get("projection") or {}
+    return projection.get("kind") == "Identity"
+
+
+def _whereabouts(url: Url) -> str | None:
+    """A URL that is good from any working directory, None for memory and for zarr's own stores."""
+    if url is None or not isinstance(url, str | os.PathLike):
+        return None
+    return os.fspath(url) if is_remote(url) else os.path.abspath(os.fspath(url).removeprefix("file://"))
+
+
+def _write_list(group: zarr.Group, name: str, values: npt.NDArray[Any], size: int | None = None) -> None:
+    plain = values.dtype.kind in "biuf"
+    dtype = values.dtype if plain else "string"
+    length = size or max(1, len(values))
+    new_array(group, name, shape=values.shape, chunks=(length,), dtype=dtype, dims=["sample"])[:] = (
+        values if plain else values.astype(object)
+    )
+
+
+def _listed(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return values if values.dtype.kind in "biuf" else np.array(values.tolist(), dtype=str)

@@ -1,74 +1,105 @@
-"""All chunks of an index: scan, merge in a tree, filter; the answer is a TopK."""
+"""All chunks of an index: scan, merge in a tree, filter, group; the answer is a TopK."""
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import dask
+import dask.array
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import torch
 
-from retrac_scale.index import Index, Side, compute, open_index
-from retrac_scale.scan import Best, best, scores
+from retrac_scale.index import Index, Reduce, Side, compute, open_on_worker
+from retrac_scale.rerank import exact_scores
+from retrac_scale.samples import Samples
+from retrac_scale.scan import Bools, Chunk, Float64, Found, merge, scores, top
 from retrac_scale.store import SketchStore
 from retrac_scale.store.encoding import Float32
-from retrac_scale.store.schema import Url
 
 if TYPE_CHECKING:
+    import pyarrow
     from distributed import Client
 
 MERGE_WIDTH = 16
+RUN_CHUNKS = 64
+GROUP_CHUNKS = 16
+Source = Index | tuple[str, str]
+"""An index: here as it is, for workers its URL and description."""
+
+RESOLVED = 2.0
+"""Standard errors of the difference between neighbours above which their order counts as resolved."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TopK:
-    """The best training samples of each query, best first.
+    """The best training samples (or groups of them) of each query, best first.
 
     Scores are sums over checkpoints of w_c times an inner product, in the estimator's units: squared loss gradient for
     TracIn, cosines for ReTrac. A positive score means that training on the sample lowered the query's loss (proponent),
     a negative one that it raised it (opponent).
 
     Attributes:
-        ids: `[q, k]` sample ids.
+        ids: `[q, k]` sample ids, or labels of groups. Under side "both" the first half are proponents.
         scores: float64 `[q, k]`.
         query_ids: `[q]`.
-        side: "proponents" or "opponents".
+        side: "proponents", "opponents" or "both".
         estimator: JSON description of the estimator.
+        errors: standard error of each score that comes from a projection to k entries, float64 `[q, k]`: what a
+            CountSketch or a Gaussian matrix of that size would give; the mixing of a LowRank comes on top. None for
+            groups.
+        resolved: whether a result stands more than two standard errors of the difference before the next one, bool
+            `[q, k]`. None for groups.
+        sketch_rank: after `rerank`, the rank (from 1) that the sketch gave to the result, `[q, k]`; where it is not
+            the result's rank, the place has changed.
     """
 
     ids: npt.NDArray[Any]
-    scores: npt.NDArray[np.float64]
+    scores: Float64
     query_ids: npt.NDArray[Any]
     side: Side
     estimator: dict[str, Any] = field(default_factory=dict)
+    errors: Float64 | None = None
+    resolved: Bools | None = None
+    sketch_rank: npt.NDArray[np.int64] | None = None
 
     def to_frame(self) -> pd.DataFrame:
-        """A pandas table with columns query, rank (from 1), id, score."""
-        q, k = self.ids.shape
-        return pd.DataFrame(
-            {
-                "query": np.repeat(self.query_ids, k),
-                "rank": np.tile(np.arange(1, k + 1), q),
-                "id": self.ids.ravel(),
-                "score": self.scores.ravel(),
-            }
-        )
+        """A pandas table: query, rank (from 1), id, score; error, resolved and sketch_rank where known; side."""
+        q, width = self.ids.shape
+        sides = ["proponents", "opponents"] if self.side == "both" else [self.side]
+        k = width // len(sides)
+        columns = {
+            "query": np.repeat(self.query_ids, width),
+            "rank": np.tile(np.arange(1, k + 1), q * len(sides)),
+            "id": self.ids.ravel(),
+            "score": self.scores.ravel(),
+        }
+        known = {"error": self.errors, "resolved": self.resolved, "sketch_rank": self.sketch_rank}
+        columns |= {name: x.ravel() for name, x in known.items() if x is not None}
+        return pd.DataFrame({**columns, "side": np.tile(np.repeat(sides, k), q)})
+
+    def to_arrow(self) -> pyarrow.Table:
+        """The table of `to_frame` for Arrow and Parquet, with the estimator in its metadata."""
+        import pyarrow
+
+        table = pyarrow.Table.from_pandas(self.to_frame(), preserve_index=False)
+        return table.replace_schema_metadata({**table.schema.metadata, "estimator": json.dumps(self.estimator)})
 
     def to_json(self) -> str:
-        """JSON with the estimator, the side, and per query its ids and scores."""
-        rows = zip(self.query_ids.tolist(), self.ids.tolist(), self.scores.tolist(), strict=True)
-        return json.dumps(
-            {
-                "estimator": self.estimator,
-                "side": self.side,
-                "results": [{"query": q, "ids": ids, "scores": values} for q, ids, values in rows],
-            }
-        )
+        """JSON: the estimator, the side, and for each query its ids and scores, and what else `to_frame` has."""
+        known = {"errors": self.errors, "resolved": self.resolved, "sketch_ranks": self.sketch_rank}
+        fields = {"ids": self.ids, "scores": self.scores} | {name: x for name, x in known.items() if x is not None}
+        results = [
+            {"query": query, **{name: values[place].tolist() for name, values in fields.items()}}
+            for place, query in enumerate(self.query_ids.tolist())
+        ]
+        return json.dumps({"estimator": self.estimator, "side": self.side, "results": results})
 
     def report(
         self, path: str | os.PathLike[str], images: npt.ArrayLike, query_images: npt.ArrayLike, *, ids: npt.ArrayLike
@@ -87,77 +118,321 @@ class TopK:
         return write_report(path, {str(self.estimator.get("kind", "score")): self}, pictures)
 
 
-def run_query(
-    index: Index, queries: SketchStore, k: int, *, side: Side, where: npt.ArrayLike | None, client: Client | None
-) -> TopK:
+@dataclass(frozen=True, eq=False)
+class Question:
+    """What is asked of an index, see `Index.query`."""
+
+    k: int
+    side: Side
+    where: npt.ArrayLike | str | None
+    group_by: str | npt.ArrayLike | None
+    reduce: Reduce
+    exclude_self: bool
+    rerank: int | None
+    train: Samples | None
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"k must be 1 or more, got {self.k}.")
+        for name, value, kinds in (("side", self.side, Side), ("reduce", self.reduce, Reduce)):
+            if value not in get_args(kinds):
+                raise ValueError(f"{name} must be one of {get_args(kinds)}, got {value!r}.")
+        if self.rerank is None:
+            return
+        if self.train is None:
+            raise ValueError(
+                "rerank computes full gradients: give the training samples as train=rs.Samples(dataset, task, "
+                "checkpoints, timesteps)."
+            )
+        if self.group_by is not None:
+            raise ValueError("rerank orders samples, not groups; leave out group_by= or rerank=.")
+        if self.rerank < self.k:
+            raise ValueError(f"rerank must be at least k = {self.k}, got {self.rerank}.")
+
+    @property
+    def signs(self) -> tuple[int, ...]:
+        """1 for proponents, -1 for opponents."""
+        return {"proponents": (1,), "opponents": (-1,), "both": (1, -1)}[self.side]
+
+
+def answer(index: Index, queries: SketchStore | Samples, question: Question, client: Client | None) -> TopK:
     """See `Index.query`."""
-    if side not in get_args(Side):
-        raise ValueError(f"side must be one of {get_args(Side)}, got {side!r}.")
-    if k < 1:
-        raise ValueError(f"k must be 1 or more, got {k}.")
-    if client is not None and index.url is None:
+    if client is not None and not isinstance(index.url, str | os.PathLike):
         raise ValueError("workers cannot reach an index in this process's memory; build it at a path or URL.")
-    ids = index.ids
-    mask = None if where is None else _mask(where, ids)
-    sign = 1 if side == "proponents" else -1
-    rows = np.float32(sign) * index.query_rows(queries)
-    k = min(k, len(ids) if mask is None else int(mask.sum()))
-    source, shared = (index, rows) if client is None else (index.url, client.scatter(rows, broadcast=True))
-    scan, merge = dask.delayed(_scan_chunk), dask.delayed(_merge)
-    level = [
-        scan(source, samples, shared, None if mask is None else mask[samples], ids[samples], k)
-        for samples in index.chunks
-        if mask is None or mask[samples].any()
-    ]
-    while len(level) > 1:
-        level = [merge(level[i : i + MERGE_WIDTH], k) for i in range(0, len(level), MERGE_WIDTH)]
-    if not level:
-        raise ValueError("where= leaves no sample to score.")
-    (values, found), *_ = compute(level, client)
-    return TopK(found, sign * values, queries.ids, side, index.meta["estimator"])
+    store = index.check_store()
+    samples = queries if isinstance(queries, Samples) else None
+    if question.rerank and samples is None:
+        raise ValueError("rerank computes full gradients: give the queries as rs.Samples(...), not as a store.")
+    if samples is not None:
+        if store is None:
+            raise ValueError("to sketch the queries, the store that the index was built from is needed.")
+        queries = samples.sketch(like=store)
+    if not isinstance(queries, SketchStore):
+        raise ValueError(
+            f"queries must be a SketchStore or rs.Samples(dataset, task, checkpoints, timesteps), got {type(queries)}."
+        )
+    scan = _Scan(index, index.query_rows(queries), queries.ids, question, _mask(question.where, index), client)
+    if question.group_by is not None:
+        labels, values = scan.groups(question.group_by)
+        return _topk(scan, Found(values, labels, np.zeros_like(values)), question.k)
+    found = scan.samples(max(question.rerank or 0, question.k + 1))
+    ranks = None
+    if question.rerank and samples is not None and question.train is not None:
+        found, ranks = _rerank(scan, found, samples, question.train, store)
+    return _topk(scan, found, question.k, ranks)
 
 
-def _mask(where: npt.ArrayLike, ids: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    chosen = np.asarray(where)
+@dataclass(frozen=True, eq=False)
+class _Scan:
+    """The chunks of an index, to be scanned for some queries by tasks here or on workers."""
+
+    index: Index
+    rows: Float32
+    query_ids: npt.NDArray[Any]
+    question: Question
+    mask: Bools | None
+    client: Client | None
+
+    def samples(self, k: int) -> Found:
+        """The k best samples of each lane."""
+        index, question = self.index, self.question
+        chunks = [
+            number for number, samples in enumerate(index.chunks) if self.mask is None or self.mask[samples].any()
+        ]
+        workers = torch.get_num_threads() if self.client is None else sum(self.client.nthreads().values())
+        count = min(len(chunks), max(workers, -(-len(chunks) // RUN_CHUNKS) if self.client else 1))
+        floor = None if self.client else np.full(len(question.signs) * self.rows.shape[1], -np.inf)
+        excluded = self.query_ids if question.exclude_self else None
+        common = (k, question.signs, excluded, floor)
+        runs = self._tasks("scan", _scan_run, [list(run) for run in np.array_split(chunks, count)], common)
+        while len(runs) > 1:
+            merged = dask.delayed(merge, name="merge", pure=False)
+            runs = [merged(runs[i : i + MERGE_WIDTH], k) for i in range(0, len(runs), MERGE_WIDTH)]
+        found: Found = compute(runs, self.client)[0]
+        return found
+
+    def groups(self, group_by: str | npt.ArrayLike) -> tuple[npt.NDArray[Any], Float64]:
+        """Labels and scores of all groups in each lane, `[lane, g]` both, best first; -inf for groups without samples.
+
+        Sums are formed in an order that depends on the index's chunks alone.
+        """
+        labels, codes = np.unique(_labels(group_by, self.index), return_inverse=True)
+        chunks = range(len(self.index.chunks))
+        runs = [list(chunks[i : i + GROUP_CHUNKS]) for i in range(0, len(chunks), GROUP_CHUNKS)]
+        question = self.question
+        excluded = self.query_ids if question.exclude_self else None
+        common = (question.signs, excluded, question.reduce, len(labels))
+        level = self._tasks("group", _group_run, runs, common, codes)
+        while len(level) > 1:
+            merged = dask.delayed(_merge_groups, name="merge-groups", pure=False)
+            level = [merged(level[i : i + MERGE_WIDTH], question.reduce) for i in range(0, len(level), MERGE_WIDTH)]
+        totals, counts = compute(level, self.client)[0]
+        many = np.tile(counts, (len(question.signs), 1))
+        if question.reduce == "mean":
+            totals = totals / np.maximum(many, 1)
+        totals = np.where(many > 0, totals, -np.inf)
+        order = np.argsort(-totals, axis=1, kind="stable")  # labels are sorted: equal scores are ordered by label
+        return labels[order], np.take_along_axis(totals, order, 1)
+
+    def _tasks(
+        self, name: str, function: Any, runs: list[list[int]], common: tuple[Any, ...], codes: Any = None
+    ) -> list[Any]:
+        """One delayed task per run of chunks, with its share of the mask and of the group codes."""
+        index = self.index
+        source = index if self.client is None else _for_workers(index)
+        rows: Any = self.rows if self.client is None else self.client.scatter(self.rows, broadcast=True)
+        task = dask.delayed(function, name=name, pure=False)
+
+        def share(values: npt.NDArray[Any] | None, run: list[int]) -> list[Any]:
+            return [None if values is None else values[index.chunks[number]] for number in run]
+
+        if codes is not None:
+            return [task(source, run, share(self.mask, run), rows, common, share(codes, run)) for run in runs]
+        return [task(source, run, share(self.mask, run), rows, common) for run in runs]
+
+
+def _for_workers(index: Index) -> Source:
+    return os.fspath(index.url or ""), json.dumps(index.meta, sort_keys=True)
+
+
+def _chunks(source: Source, run: list[int], masks: list[Bools | None]) -> Iterator[Chunk]:
+    index = source if isinstance(source, Index) else open_on_worker(*source)
+    for number, mask in zip(run, masks, strict=True):
+        chunk = index.chunk(int(number))
+        yield chunk if mask is None else replace(chunk, mask=mask)
+
+
+def _scan_run(
+    source: Source, run: list[int], masks: list[Bools | None], rows: Float32, common: tuple[Any, ...]
+) -> Found:
+    k, signs, excluded, floor = common
+    index = source if isinstance(source, Index) else open_on_worker(*source)
+    return top(
+        _chunks(source, run, masks),
+        rows,
+        k,
+        signs=signs,
+        query_ids=excluded,
+        floor=floor,
+        sketch_dim=index.meta["sketch_dim"],
+    )
+
+
+def _group_run(
+    source: Source,
+    run: list[int],
+    masks: list[Bools | None],
+    rows: Float32,
+    common: tuple[Any, ...],
+    codes: list[npt.NDArray[np.int64]],
+) -> tuple[Float64, npt.NDArray[np.int64]]:
+    """Totals `[lane, g]` and counts `[q, g]` of a run of chunks."""
+    signs, excluded, reduce, groups = common
+    q = rows.shape[1]
+    combine: Any = np.maximum if reduce == "max" else np.add
+    neutral = -np.inf if reduce == "max" else 0.0
+    totals, counts = np.full((len(signs) * q, groups), neutral), np.zeros((q, groups), np.int64)
+    for chunk, code in zip(_chunks(source, run, masks), codes, strict=True):
+        counted = np.ones((q, len(code)), dtype=bool) if chunk.mask is None else np.tile(chunk.mask, (q, 1))
+        if excluded is not None:
+            counted &= chunk.ids[None] != excluded[:, None]
+        values = scores(chunk, rows)
+        order = np.argsort(code, kind="stable")
+        starts = np.flatnonzero(np.diff(code[order], prepend=-1))
+        present = code[order][starts]
+        counts[:, present] += np.add.reduceat(counted[:, order].astype(np.int64), starts, axis=1)
+        for side, sign in enumerate(signs):
+            lanes = np.where(counted, sign * values, neutral)[:, order]
+            part = slice(side * q, (side + 1) * q)
+            totals[part, present] = combine(totals[part, present], combine.reduceat(lanes, starts, axis=1))
+    return totals, counts
+
+
+def _merge_groups(
+    parts: list[tuple[Float64, npt.NDArray[np.int64]]], reduce: Reduce
+) -> tuple[Float64, npt.NDArray[np.int64]]:
+    totals, counts = parts[0]
+    for total, count in parts[1:]:
+        totals = np.maximum(totals, total) if reduce == "max" else totals + total
+        counts = counts + count
+    return totals, counts
+
+
+def _rerank(
+    scan: _Scan, found: Found, queries: Samples, train: Samples, store: SketchStore | None
+) -> tuple[Found, npt.NDArray[np.int64]]:
+    """The m best by sketch in the order of their exact scores, and their ranks by sketch."""
+    index, signs = scan.index, scan.question.signs
+    measured = None if store is None else {k: v for k, v in store.fingerprint["timesteps"].items() if k != "digest"}
+    if measured is not None and measured != train.timesteps.spec():
+        raise ValueError(
+            f"the store was measured at {measured}, but train= is at {train.timesteps.spec()}; use the same."
+        )
+    found = _filled(found)
+    candidates = np.unique(found.ids)
+    exact = exact_scores(
+        queries, train, candidates, index.estimator, index.meta["checkpoints"], index.meta["fingerprint"]
+    )
+    values = np.repeat(signs, len(exact))[:, None] * np.tile(exact, (len(signs), 1))
+    values = np.take_along_axis(values, np.searchsorted(candidates, found.ids), 1)
+    order = np.stack([np.lexsort((ids, -lane)) for ids, lane in zip(found.ids, values, strict=True)])
+    ids, best = np.take_along_axis(found.ids, order, 1), np.take_along_axis(values, order, 1)
+    return Found(best, ids, np.zeros_like(best)), order + 1
+
+
+def _filled(found: Found) -> Found:
+    """Only the places that every lane has a sample for."""
+    width = int((found.scores > -np.inf).sum(1).min())
+    return Found(found.scores[:, :width], found.ids[:, :width], found.errors[:, :width])
+
+
+def _topk(scan: _Scan, found: Found, k: int, ranks: npt.NDArray[np.int64] | None = None) -> TopK:
+    """The answer, lanes of both sides side by side; `found` may hold more than k places."""
+    question, q = scan.question, len(scan.query_ids)
+    found = _filled(found)
+    if not found.scores.shape[1]:
+        raise ValueError("where= and exclude_self= leave no sample to score.")
+    gap = found.scores[:, :-1] - found.scores[:, 1:]
+    resolved = np.ones(found.scores.shape, dtype=bool)  # nothing stands behind the last one
+    resolved[:, :-1] = gap > RESOLVED * np.hypot(found.errors[:, :-1], found.errors[:, 1:])
+
+    def beside(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return np.concatenate(np.split(values[:, :k], len(values) // q), axis=1)
+
+    signs = np.repeat(question.signs, q)[:, None]
+    return TopK(
+        beside(found.ids),
+        beside(signs * found.scores),
+        scan.query_ids,
+        question.side,
+        scan.index.meta["estimator"],
+        errors=None if question.group_by is not None else beside(found.errors),
+        resolved=None if question.group_by is not None else beside(resolved),
+        sketch_rank=None if ranks is None else beside(ranks),
+    )
+
+
+def _mask(where: npt.ArrayLike | str | None, index: Index) -> Bools | None:
+    """Which samples count, bool `[n]`."""
+    if where is None:
+        return None
+    if isinstance(where, str):
+        return _evaluate(where, index)
+    chosen, ids = np.asarray(where), index.ids
     if chosen.dtype == bool:
         if chosen.shape != ids.shape:
             raise ValueError(f"where= is a mask of shape {chosen.shape}; the index has {len(ids)} samples.")
-        return chosen
-    unknown = ~np.isin(chosen, ids)
-    if unknown.any():
-        raise ValueError(f"where= names the id {chosen[unknown].tolist()[0]!r}, which is not in the index.")
-    return np.isin(ids, chosen)
+        mask = chosen
+    else:
+        unknown = ~np.isin(chosen, ids)
+        if unknown.any():
+            raise ValueError(f"where= names the id {chosen[unknown].tolist()[0]!r}, which is not in the index.")
+        mask = np.isin(ids, chosen)
+    if not mask.any():
+        raise ValueError("where= leaves no sample to score.")
+    return mask
 
 
-Found = tuple[npt.NDArray[np.float64], npt.NDArray[Any]]
-"""scores [q, k] and ids [q, k]."""
+def _evaluate(expression: str, index: Index) -> Bools:
+    table = pd.DataFrame({"id": index.ids, **index.columns})
+    try:
+        found = np.asarray(table.eval(expression, engine="python", local_dict={}, global_dict={}))
+    except Exception as error:  # whatever a wrong expression makes pandas raise
+        raise ValueError(
+            f"where={expression!r} cannot be evaluated: {error}; the columns are {', '.join(table.columns)}."
+        ) from error
+    if found.dtype != bool or found.shape != (len(table),):
+        raise ValueError(f"where={expression!r} must say yes or no for each sample; it gives {found.dtype}.")
+    if not found.any():
+        raise ValueError(f"where={expression!r} leaves no sample to score.")
+    return found
 
 
-def _scan_chunk(
-    source: Index | Url,
-    samples: slice,
-    queries: Float32,
-    mask: npt.NDArray[np.bool_] | None,
-    ids: npt.NDArray[Any],
-    k: int,
-) -> Found:
-    index = source if isinstance(source, Index) else open_index(source)
-    values = scores(*index.chunk(samples), queries)
-    if mask is not None:
-        values[:, ~mask] = -np.inf
-    positions = np.broadcast_to(np.arange(values.shape[1]), values.shape)
-    available = values.shape[1] if mask is None else int(mask.sum())
-    return _named(best(values, positions, ids, min(k, available)), ids)
+def _labels(group_by: str | npt.ArrayLike, index: Index) -> npt.NDArray[Any]:
+    if isinstance(group_by, str):
+        columns = index.columns
+        if group_by not in columns:
+            raise ValueError(f"group_by={group_by!r} is no column of the index; it has {', '.join(columns) or 'none'}.")
+        return columns[group_by]
+    labels = np.asarray(group_by)
+    if labels.shape != (index.shape[1],):
+        raise ValueError(f"group_by= has shape {labels.shape}; give one label for each of {index.shape[1]} samples.")
+    return labels
 
 
-def _merge(parts: list[Found], k: int) -> Found:
-    values = np.concatenate([part[0] for part in parts], axis=1)
-    found = np.concatenate([part[1] for part in parts], axis=1)
-    q, m = values.shape
-    positions = np.arange(q * m).reshape(q, m)
-    return _named(best(values, positions, found.ravel(), min(k, m)), found.ravel())
+def all_scores(index: Index, queries: SketchStore) -> dask.array.Array:
+    """See `Index.scores`."""
+    index.check_store()
+    rows = index.query_rows(queries)
+    source = _for_workers(index) if isinstance(index.url, str | os.PathLike) else index
+    one, shared = dask.delayed(_chunk_scores, name="scores", pure=False), dask.delayed(rows)
+    parts = [
+        dask.array.from_delayed(one(source, number, shared), (rows.shape[1], part.stop - part.start), np.float64)
+        for number, part in enumerate(index.chunks)
+    ]
+    return dask.array.concatenate(parts, axis=1)
 
 
-def _named(result: Best, ids: npt.NDArray[Any]) -> Found:
-    values, positions = result
-    return values, ids[positions]
+def _chunk_scores(source: Source, number: int, rows: Float32) -> Float64:
+    (chunk,) = _chunks(source, [number], [None])
+    return scores(chunk, rows)

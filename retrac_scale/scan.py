@@ -1,53 +1,390 @@
-"""One chunk of an index: score it against all queries and keep the best k."""
+"""Exact top-k of some chunks: a cheap product with a proven error picks candidates, float64 decides."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from retrac_scale.store.encoding import Float32
 
-TILE_ROWS = 1024
+Float64 = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 
-Best = tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]
-"""scores [q, k] and sample positions [q, k], best first; unfilled places hold -inf and -1."""
+POOL = 8
+EXACT_ROWS = 64
+SCORE_ROWS = 512
+ROUNDING = 2.0**-24
+CHANCE = 1e-21
+"""That the bound on a product of int8 queries fails for one row and query (Hoeffding's inequality)."""
+
+CANDIDATE = np.dtype(
+    [("chunk", "i4"), ("row", "i4"), ("lane", "i4"), ("value", "f8"), ("bound", "f8"), ("error", "f8")]
+)
+"""One sample for one lane: |score - value| <= bound; value is exact where bound is 0. The standard error comes last."""
 
 
-def scores(rows: npt.NDArray[Any], scale: Float32, queries: Float32) -> npt.NDArray[np.float64]:
-    """sum_c scale[c,n] <rows[c,n], queries[c,q]>, `[q, n]`.
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Consecutive samples of an index, letters: c checkpoint, n sample of the chunk, k entry.
+
+    Attributes:
+        rows: for each c, stored rows `[n, k]`; row x scale is the estimator's row times w_c.
+        scale: `[c, n]`.
+        norm: no less than |row| x |scale|, `[c, n]`.
+        ids: `[n]`.
+        mask: which samples count, `[n]`; None for all.
+        mapped: whether the rows are views of a file, which may be kept at no cost.
+    """
+
+    rows: Sequence[npt.NDArray[Any]]
+    scale: Float32
+    norm: Float32
+    ids: npt.NDArray[Any]
+    mask: Bools | None = None
+    mapped: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """The best samples of each lane (side x query), best first.
+
+    Attributes:
+        scores: `[lane, k]`, those of opponents with their sign turned; -inf where fewer than k samples qualify.
+        ids: `[lane, k]`.
+        errors: standard errors of the scores, `[lane, k]`.
+    """
+
+    scores: Float64
+    ids: npt.NDArray[Any]
+    errors: Float64
+
+
+def top(
+    chunks: Iterable[Chunk],
+    queries: Float32,
+    k: int,
+    *,
+    signs: Sequence[int] = (1,),
+    query_ids: npt.NDArray[Any] | None = None,
+    floor: Float64 | None = None,
+    sketch_dim: int | None = None,
+) -> Found:
+    """The k largest sign x sum_c scale[c,n] <row[c,n], query[c,q]> of each query over all chunks, ties by smaller id.
+
+    Scores are float64 sums of the stored rows with unquantised queries, and the order is exact: a sample is passed over
+    only when its approximate score plus a bound on the approximation's error falls below k scores already seen. For
+    int8 products the bound holds with a probability of 1 - 1e-21 per row and query, otherwise always.
+
+    Args:
+        chunks: read one after another; all of one dtype.
+        queries: `[c, q, k]`.
+        k: how many.
+        signs: 1 for proponents, -1 for opponents; one lane for each sign and query, queries running fastest.
+        query_ids: `[q]`, samples of these ids are left out of their own query's list.
+        floor: `[lane]`, scores known to be reached by k samples elsewhere; raised on the way, may be shared by threads.
+        sketch_dim: entries of one sketch for the standard errors; None when scores have none.
+    """
+    pool = _Pool(queries, k, signs, floor, sketch_dim)
+    products: list[_Product] = []
+    for chunk in chunks:
+        if not products:
+            products = [_product(query, chunk.rows[0].dtype, len(queries)) for query in queries]
+            size = min(pool.first, products[0].tile)  # a floor from a few rows spares most of the next ones
+        number, stop = pool.hold(chunk), 0
+        while stop < len(chunk.ids):
+            tile = slice(stop, min(stop + size, len(chunk.ids)))
+            stop, size = tile.stop, min(2 * size, products[0].tile)
+            if chunk.mask is None or chunk.mask[tile].any():
+                _scan_tile(chunk, number, tile, products, signs, query_ids, pool)
+        if not chunk.mapped:
+            pool.settle()
+            pool.release(number)
+    return pool.best()
+
+
+def merge(parts: Sequence[Found], k: int) -> Found:
+    """The k best of each lane out of several answers to the same queries."""
+    scores, ids, errors = (
+        np.concatenate([getattr(part, name) for part in parts], axis=1) for name in ("scores", "ids", "errors")
+    )
+    order = np.stack([np.lexsort((ids[lane], -scores[lane]))[:k] for lane in range(len(scores))])
+    return Found(*(np.take_along_axis(values, order, 1) for values in (scores, ids, errors)))
+
+
+def scores(chunk: Chunk, queries: Float32) -> Float64:
+    """sum_c scale[c,n] <row[c,n], query[c,q]> of every sample, `[q, n]`.
 
     Products are float32 for int8 and float16 rows and float64 for float32 rows; checkpoints add up in float64.
     """
-    precision = np.float64 if rows.dtype == np.float32 else np.float32
-    out = np.zeros((queries.shape[1], rows.shape[1]))
-    for c in range(len(rows)):
-        query = queries[c].astype(precision, copy=False)
-        for start in range(0, rows.shape[1], TILE_ROWS):
-            tile = slice(start, start + TILE_ROWS)
-            out[:, tile] += (query @ rows[c, tile].astype(precision).T) * scale[c, tile].astype(np.float64)
+    dtype = torch.float64 if chunk.rows[0].dtype == np.float32 else torch.float32
+    out = np.zeros((queries.shape[1], len(chunk.ids)))
+    for rows, scale, query in zip(chunk.rows, chunk.scale, queries, strict=True):
+        matrix = torch.from_numpy(query).to(dtype)
+        for start in range(0, len(rows), SCORE_ROWS):
+            tile = slice(start, start + SCORE_ROWS)
+            product = matrix @ from_dlpack(rows[tile]).to(dtype).T
+            out[:, tile] += product.numpy() * scale[tile].astype(np.float64)
     return out
 
 
-def best(values: npt.NDArray[np.float64], positions: npt.NDArray[np.int64], ids: npt.NDArray[Any], k: int) -> Best:
-    """The k largest values of each query, ties broken by the smaller id.
+def _scan_tile(
+    chunk: Chunk,
+    number: int,
+    tile: slice,
+    products: Sequence[_Product],
+    signs: Sequence[int],
+    query_ids: npt.NDArray[Any] | None,
+    pool: _Pool,
+) -> None:
+    total = products[0].weighted(chunk.rows[0][tile], chunk.scale[0, tile])
+    for c, product in enumerate(products[1:], 1):
+        total += product.weighted(chunk.rows[c][tile], chunk.scale[c, tile])
+    q = total.shape[1]
+    error = np.stack([product.error for product in products])
+    slack = chunk.norm[:, tile].max(1).astype(np.float64) @ error
+    for side, sign in enumerate(signs):
+        lowest = (pool.floor[side * q : (side + 1) * q] - slack).astype(np.float32)
+        lowest = np.nextafter(lowest, np.float32(-np.inf))
+        passed = np.greater_equal(total, lowest) if sign > 0 else np.less_equal(total, -lowest)
+        places = np.flatnonzero(passed)
+        if not len(places):
+            continue
+        rows, lanes = np.divmod(places, q)
+        keep = np.ones(len(rows), dtype=bool) if chunk.mask is None else chunk.mask[tile][rows]
+        if query_ids is not None:
+            keep &= chunk.ids[tile][rows] != query_ids[lanes]
+        if not keep.all():
+            rows, lanes, places = rows[keep], lanes[keep], places[keep]
+        bound = np.einsum("cs,cs->s", chunk.norm[:, tile][:, rows].astype(np.float64), error[:, lanes])
+        value = sign * total.ravel()[places].astype(np.float64)
+        pool.add(number, tile.start + rows, side * q + lanes, value, bound)
 
-    Args:
-        values: `[q, m]`; -inf marks places that do not count.
-        positions: sample positions `[q, m]`.
-        ids: all sample ids `[n]`.
-        k: how many to keep.
+
+class _Product:
+    """One checkpoint's queries, ready for a fast product: |<r,q> - approximation| <= error[q] |r|, `[q]`."""
+
+    def __init__(self, matrix: Tensor, unit: Float32, error: Float64, tile: int) -> None:
+        q = matrix.shape[1]
+        self.matrix = matrix
+        self.unit = torch.from_numpy(unit)
+        self.error = error
+        self.tile = tile
+        self._product = torch.empty(tile, q, dtype=torch.int32 if matrix.dtype == torch.int8 else matrix.dtype)
+        self._float = torch.empty(tile, q)
+        self._rows = torch.empty(0, dtype=matrix.dtype)
+
+    def weighted(self, rows: npt.NDArray[Any], scale: Float32) -> Float32:
+        """scale[n] <rows[n], queries[q]>, roughly, `[n, q]`, in a buffer that the next call overwrites."""
+        given, n = from_dlpack(rows), len(rows)
+        out = self._float[:n]
+        if self.matrix.device.type != "cpu":
+            out.copy_(given.to(self.matrix.device).to(self.matrix.dtype) @ self.matrix)
+        elif self.matrix.dtype == torch.int8:
+            out.copy_(torch._int_mm(given, self.matrix, out=self._product[:n]))
+        else:
+            if given.dtype != self.matrix.dtype:
+                if not len(self._rows):
+                    self._rows = torch.empty(self.tile, rows.shape[1], dtype=self.matrix.dtype)
+                given = self._rows[:n].copy_(given)
+            out.copy_(torch.mm(given, self.matrix, out=self._product[:n]))
+        out.mul_(self.unit).mul_(from_dlpack(scale)[:, None])
+        weighted: Float32 = out.numpy()
+        return weighted
+
+
+def _product(queries: Float32, dtype: np.dtype[Any], checkpoints: int) -> _Product:
+    """The fastest product that this machine has for rows of a dtype, with its error."""
+    q, k = queries.shape
+    exact = queries.astype(np.float64)
+    norm = np.linalg.norm(exact, axis=1)
+    arithmetic = (8 + checkpoints) * ROUNDING * norm
+    tile = 16384 if q < 8 else 2048 if q <= 256 else 512
+    if torch.cuda.is_available():
+        rounded = torch.from_numpy(queries).bfloat16().T.contiguous().cuda()
+        return _Product(rounded, np.ones(q, np.float32), arithmetic + 2.0**-6 * norm, 16384)
+    if dtype == np.int8 and torch.cpu._is_vnni_supported():  # other CPUs saturate sums of int8 products
+        integers, unit, error = _integers(exact)
+        return _Product(torch.from_numpy(integers.T.copy()), unit, error + 1.1 * arithmetic, tile)
+    summation = 1.1 * k * ROUNDING * norm
+    if torch.cpu._is_avx512_bf16_supported() and q >= 16:  # queries, rows and result round to 8 bits
+        rounded = torch.from_numpy(queries).bfloat16().T.contiguous()
+        error = arithmetic + summation + 3.1 * 2.0**-9 * norm
+        return _Product(rounded, np.ones(q, np.float32), error, min(tile, 512))
+    if torch.get_float32_matmul_precision() != "highest":
+        summation = summation + 2.0**-6 * norm
+    matrix = torch.from_numpy(queries.T.copy())
+    return _Product(matrix, np.ones(q, np.float32), arithmetic + summation, min(tile, 512))
+
+
+def _integers(queries: Float64) -> tuple[npt.NDArray[np.int8], Float32, Float64]:
+    """Queries as int8 `[q, k]` times a unit `[q]`, rounded up or down at random without bias, and the error `[q]`.
+
+    The error of a product with a row r is a sum of independent terms, each of mean zero and in a range of unit |r_k|:
+    by Hoeffding's inequality it exceeds unit |r| sqrt(ln(2/p)/2) with a probability of at most p; by Cauchy and Schwarz
+    it never exceeds |r| |residual|. The smaller counts. Integers are small enough that no int32 sum overflows.
     """
-    q = len(values)
-    kept_values, kept_positions = np.full((q, k), -np.inf), np.full((q, k), -1, dtype=np.int64)
-    for row in range(q):
-        candidates = np.flatnonzero(values[row] > -np.inf)
-        if len(candidates) > k:
-            threshold = np.partition(values[row, candidates], -k)[-k]
-            candidates = candidates[values[row, candidates] >= threshold]
-        order = np.lexsort((ids[positions[row, candidates]], -values[row, candidates]))[:k]
-        chosen = candidates[order]
-        kept_values[row, : len(chosen)] = values[row, chosen]
-        kept_positions[row, : len(chosen)] = positions[row, chosen]
-    return kept_values, kept_positions
+    largest = min(127, (2**31 - 1) // (127 * queries.shape[1]))
+    unit = np.maximum(np.abs(queries).max(1) * (1.000001 / largest), 1e-37).astype(np.float32)
+    scaled = queries / unit[:, None].astype(np.float64)
+    integers = np.floor(scaled + np.random.default_rng(0).random(scaled.shape)).astype(np.int8)
+    residual = np.linalg.norm(queries - integers * unit[:, None].astype(np.float64), axis=1)
+    return integers, unit, np.minimum(1.000001 * residual, unit * np.sqrt(np.log(2 / CHANCE) / 2))
+
+
+class _Pool:
+    """Candidates of all lanes, and the floor under which a sample of a lane can be passed over, `[lane]`."""
+
+    def __init__(
+        self, queries: Float32, k: int, signs: Sequence[int], floor: Float64 | None, sketch_dim: int | None
+    ) -> None:
+        self.k = k
+        self.first = max(8 * k, 64)
+        self.lanes = len(signs) * queries.shape[1]
+        self.floor = np.full(self.lanes, -np.inf) if floor is None else floor
+        self._sign = np.repeat(np.array(signs, dtype=np.float64), queries.shape[1])
+        self._queries = queries.astype(np.float64)
+        self._sketch_dim = sketch_dim
+        self._chunks: list[Chunk | None] = []
+        self._ids: list[npt.NDArray[Any]] = []
+        self._held = np.empty(0, CANDIDATE)
+        self._new: list[npt.NDArray[Any]] = []
+        self._size = 0
+
+    def hold(self, chunk: Chunk) -> int:
+        """Keep a chunk within reach; its number."""
+        self._chunks.append(chunk)
+        self._ids.append(chunk.ids)
+        return len(self._chunks) - 1
+
+    def release(self, number: int) -> None:
+        """Let go of a chunk whose candidates are settled."""
+        self._chunks[number] = None
+
+    def add(self, chunk: int, rows: Ints, lanes: Ints, values: Float64, bounds: Float64) -> None:
+        """Take in candidates; when they have doubled, drop those that can no longer be among the best."""
+        added = np.empty(len(rows), CANDIDATE)
+        added["chunk"], added["row"], added["lane"], added["value"], added["bound"] = chunk, rows, lanes, values, bounds
+        added["error"] = np.nan
+        self._new.append(added)
+        self._size += len(added)
+        if self._size >= max(2 * len(self._held), self.first * self.lanes):
+            self._prune()
+            if len(self._held) > POOL * self.first * self.lanes:
+                self.settle()
+
+    def settle(self) -> None:
+        """Make the values of all that may be among the best exact, and keep the k best of each lane."""
+        self._prune()
+        held = self._held
+        self._make_exact(held["value"] >= self._kth(held["value"])[held["lane"]])
+        self._raise_floor()
+        self._make_exact(held["value"] + held["bound"] >= self.floor[held["lane"]])
+        held = held[held["bound"] == 0]
+        order = np.lexsort((self._names(held), -held["value"], held["lane"]))
+        place = _places(held["lane"][order])
+        self._held = held[order[place < self.k]]
+        self._size = len(self._held)
+        self._estimate_errors()
+
+    def best(self) -> Found:
+        """The k best of each lane."""
+        self.settle()
+        lane, place, shape = self._held["lane"], _places(self._held["lane"]), (self.lanes, self.k)
+        scores, errors = np.full(shape, -np.inf), np.zeros(shape)
+        ids = np.zeros(shape, dtype=self._id_type)
+        scores[lane, place] = self._held["value"]
+        ids[lane, place], errors[lane, place] = self._names(self._held), self._held["error"]
+        return Found(scores, ids, errors)
+
+    def _prune(self) -> None:
+        self._held = np.concatenate([self._held, *self._new])
+        self._new = []
+        self._raise_floor()
+        held = self._held
+        self._held = held[held["value"] + held["bound"] >= self.floor[held["lane"]]]
+        self._size = len(self._held)
+
+    def _raise_floor(self) -> None:
+        np.maximum(self.floor, self._kth(self._held["value"] - self._held["bound"]), out=self.floor)
+
+    def _kth(self, values: Float64) -> Float64:
+        """The k-th largest of the held candidates' values in each lane, -inf where there are fewer."""
+        lanes = self._held["lane"]
+        order = np.argsort(lanes.astype(np.uint16) if self.lanes < 2**16 else lanes, kind="stable")
+        ends = np.cumsum(np.bincount(lanes, minlength=self.lanes))
+        kth = np.full(self.lanes, -np.inf)
+        for lane, (start, end) in enumerate(zip(np.r_[0, ends[:-1]], ends, strict=True)):
+            if end - start >= self.k:
+                kth[lane] = np.partition(values[order[start:end]], end - start - self.k)[end - start - self.k]
+        return kth
+
+    def _make_exact(self, chosen: Bools) -> None:
+        """Replace approximate values by float64 sums; each depends on its row and query alone."""
+        held = self._held
+        rows, queries = np.empty((2, EXACT_ROWS, self._queries.shape[2]))
+        for part, chunk in self._batches(chosen & (held["bound"] > 0)):
+            row, lane = held["row"][part], held["lane"][part]
+            total = np.zeros(len(part))
+            for c, stored in enumerate(chunk.rows):
+                rows[: len(part)] = stored[row]
+                np.take(self._queries[c], lane % self._queries.shape[1], axis=0, out=queries[: len(part)])
+                product = np.einsum("sk,sk->s", rows[: len(part)], queries[: len(part)])
+                total += product * chunk.scale[c, row]
+            held["value"][part] = self._sign[lane] * total
+            held["bound"][part] = 0
+
+    def _estimate_errors(self) -> None:
+        """Standard errors of the scores that have none yet.
+
+        A score is sum_b <S x_b, S y_b> over blocks b (a checkpoint, and for matched pairing a timestep) that share one
+        sketch S of k entries. For Gaussian S its variance is sum_bd (<x_b,x_d> <y_b,y_d> + <x_b,y_d> <x_d,y_b>) / k,
+        and a CountSketch's is that to first order; the inner products are estimated by those of the sketches.
+        """
+        held, k = self._held, self._sketch_dim
+        if k is None:
+            held["error"] = 0
+            return
+        for part, chunk in self._batches(np.isnan(held["error"])):
+            row, lane = held["row"][part], held["lane"][part]
+            weighted = [rows[row] * scale[row, None] for rows, scale in zip(chunk.rows, chunk.scale, strict=True)]
+            asked = self._queries[:, lane % self._queries.shape[1]].astype(np.float32)
+            x = np.stack(weighted, 1).reshape(len(part), -1, k)
+            y = asked.swapaxes(0, 1).reshape(len(part), -1, k)
+            xx, yy, xy = x @ x.swapaxes(1, 2), y @ y.swapaxes(1, 2), x @ y.swapaxes(1, 2)
+            held["error"][part] = np.sqrt(np.maximum((xx * yy + xy * xy.swapaxes(1, 2)).sum((1, 2)), 0) / k)
+
+    def _batches(self, chosen: Bools) -> Iterator[tuple[Ints, Chunk]]:
+        """Chosen candidates, a few of one chunk at a time."""
+        numbers = self._held["chunk"]
+        for number in np.unique(numbers[chosen]).tolist():
+            chunk = self._chunks[number]
+            assert chunk is not None
+            inside = np.flatnonzero(chosen & (numbers == number))
+            for start in range(0, len(inside), EXACT_ROWS):
+                yield inside[start : start + EXACT_ROWS], chunk
+
+    def _names(self, held: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The sample ids of candidates."""
+        names: npt.NDArray[Any] = np.zeros(len(held), dtype=self._id_type)
+        for number in np.unique(held["chunk"]).tolist():
+            inside = held["chunk"] == number
+            names[inside] = self._ids[number][held["row"][inside]]
+        return names
+
+    @property
+    def _id_type(self) -> np.dtype[Any]:
+        return np.result_type(*{ids.dtype for ids in self._ids}) if self._ids else np.dtype(np.int64)
+
+
+def _places(lanes: Ints) -> Ints:
+    """The place of each candidate in its lane, from 0; candidates are sorted by lane."""
+    places: Ints = np.arange(len(lanes)) - np.searchsorted(lanes, lanes)
+    return places

@@ -109,7 +109,7 @@ def sketch(
         raise ValueError(f"batch_size must be 'auto' or 1 or more, got {batch_size}.")
     if client is not None and out is None:
         raise ValueError("workers cannot write into this process's memory; give out= a path or URL they can reach.")
-    ids = check_ids(_dataset_ids(dataset), len(dataset))
+    ids = check_ids(dataset_ids(dataset), len(dataset))
     columns = check_columns(getattr(dataset, "columns", None), len(ids))
     plans = {name: timesteps.pairs(name, ids, task.num_train_timesteps) for name in checkpoints}
     _check_items(task, dataset, ids)
@@ -232,7 +232,7 @@ def _sketch_block(
         part = slice(start, min(start + size, n * t))
 
         def value(pairs: slice = part) -> torch.Tensor:
-            return _losses(task, items, ids, plan, np.arange(pairs.start, pairs.stop))
+            return pair_losses(task, items, ids, plan, np.arange(pairs.start, pairs.stop))
 
         with _threads(store.plan["threads"]):
             with sketcher:
@@ -255,7 +255,7 @@ def _sketch_block(
     )
 
 
-def _losses(task: DiffusionTask, items: list[Any], ids: Ids, plan: Pairs, pairs: Any) -> torch.Tensor:
+def pair_losses(task: DiffusionTask, items: list[Any], ids: Ids, plan: Pairs, pairs: Any) -> torch.Tensor:
     """The losses of some pairs of a block, each the mean over its noise draws, `[pairs]`."""
     rows, columns = np.divmod(pairs, plan.timesteps.shape[1])
     steps, seeds = plan.timesteps[rows, columns], plan.seeds[rows, columns]
@@ -305,7 +305,7 @@ def _fastest_batch(job: _Job, sketcher: GradientSketcher, checkpoint: str) -> in
     def run(rows: int) -> torch.Tensor:
         pairs = np.arange(max(1, rows // plan.draws)) % plan.timesteps.size
         with sketcher:
-            losses = _losses(job.task, items, ids, plan, pairs)
+            losses = pair_losses(job.task, items, ids, plan, pairs)
             sketcher(losses)
         return losses
 
@@ -313,7 +313,8 @@ def _fastest_batch(job: _Job, sketcher: GradientSketcher, checkpoint: str) -> in
     return fastest_batch(run, pairs * plan.draws, job.task.device)
 
 
-def _dataset_ids(dataset: Any) -> Any:
+def dataset_ids(dataset: Any) -> Any:
+    """The ids that a dataset brings, None when it brings none; ValueError unless it is map-style and not empty."""
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise ValueError("the dataset must be map-style: it needs __len__ and __getitem__.")
     if len(dataset) == 0:

@@ -70,5 +70,16 @@ def retrac_matched(train: Any, queries: Any, weights: Any) -> Any:
     return sum(weights[c] * np.einsum("qtk,ntk->qn", _unit(queries[c]), _unit(train[c])) for c in train)
 
 
+def tracin_matched(train: Any, queries: Any, weights: Any) -> Any:
+    """sum_c w_c sum_t <g(c,i,t), g(c,q,t)>."""
+    return sum(weights[c] * np.einsum("qtk,ntk->qn", queries[c], train[c]) for c in train)
+
+
+def grad_cos(train: Any, queries: Any, weights: Any) -> Any:
+    """sum_c w_c cos(mean_t g(c,i,t), mean_s g(c,q,s))."""
+    means = [{c: _unit(g.mean(1, keepdims=True)) for c, g in side.items()} for side in (train, queries)]
+    return tracin(means[0], means[1], weights)
+
+
 def _unit(g: Any) -> Any:
     return g / np.linalg.norm(g, axis=2, keepdims=True)

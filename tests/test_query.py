@@ -19,7 +19,10 @@ from tests.test_sketching import SCHEDULER
 ESTIMATORS = {
     "TracIn": (rs.TracIn(), oracle.tracin),
     "ReTrac": (rs.ReTrac(), oracle.retrac),
+    "TracIn matched": (rs.TracIn(pairing="matched"), oracle.tracin_matched),
     "ReTrac matched": (rs.ReTrac(pairing="matched"), oracle.retrac_matched),
+    "GradDot": (rs.GradDot(), oracle.tracin),
+    "GradCos": (rs.GradCos(), oracle.grad_cos),
 }
 
 
@@ -39,6 +42,12 @@ def pair_of_stores(seed: int, n: int, t: int, dtype: Any = "float32") -> tuple[A
     )
 
 
+def brute_force(reference: Any, store: Any, queries: Any, weights: dict[str, float]) -> Any:
+    """Float64 scores `[q, n]` of the stored sketches."""
+    train, asked = ({c: x.sketches(c).astype(np.float64) for c in weights} for x in (store, queries))
+    return reference(train, asked, weights)
+
+
 def expected_order(scores: Any, ids: Any, k: int) -> Any:
     return np.array([ids[np.lexsort((ids, -row))[:k]] for row in scores])
 
@@ -55,13 +64,9 @@ def test_answers_equal_brute_force_with_weights_and_ties(
     name: str, seed: int, n: int, t: int, k: int, side: Any
 ) -> None:
     estimator, reference = ESTIMATORS[name]
-    store, queries, weights, train, asked = pair_of_stores(seed, n, t)
+    store, queries, weights, *_ = pair_of_stores(seed, n, t)
     answer = rs.build_index(store, estimator, None, dtype="float32").query(queries, k, side=side)
-    scores = reference(
-        {c: store.sketches(c).astype(np.float64) for c in train},
-        {c: queries.sketches(c).astype(np.float64) for c in asked},
-        weights,
-    )
+    scores = brute_force(reference, store, queries, weights)
     assert answer.ids.shape == (3, min(k, n))
     found = np.take_along_axis(scores, answer.ids, 1)
     np.testing.assert_allclose(answer.scores, found, rtol=1e-4, atol=1e-5)
@@ -72,6 +77,19 @@ def test_answers_equal_brute_force_with_weights_and_ties(
     for q, place in half:
         if n > 1:  # the duplicate with the smaller id stands just before
             assert [q, place - 1] in first.tolist()
+
+
+@pytest.mark.parametrize("name", sorted(ESTIMATORS))
+def test_scores_and_order_equal_float64_brute_force(name: str) -> None:
+    estimator, reference = ESTIMATORS[name]
+    store, queries, weights, *_ = pair_of_stores(0, 400, 2)
+    index = rs.build_index(store, estimator, None, dtype="float32")
+    scores = brute_force(reference, store, queries, weights)
+    scores[:, 200] = scores[:, 0]  # a duplicate, which brute force rounds its own way
+    answer = index.query(queries, 400)
+    np.testing.assert_array_equal(answer.ids, expected_order(scores, np.arange(400), 400))
+    np.testing.assert_allclose(answer.scores, -np.sort(-scores, axis=1), atol=3e-6 * np.abs(scores).max())
+    np.testing.assert_allclose(index.scores(queries).compute(), scores, atol=3e-6 * np.abs(scores).max())
 
 
 def test_int8_scores_are_within_the_rounding_bound() -> None:
@@ -89,15 +107,169 @@ def test_int8_scores_are_within_the_rounding_bound() -> None:
     assert (error <= 1.01 * np.take_along_axis(bound, answer.ids, 1) + 1e-6).all()
 
 
-def test_where_takes_a_mask_or_ids() -> None:
-    store, queries, *_ = pair_of_stores(1, 90, 1)
-    index = rs.build_index(store, rs.TracIn(), None, dtype="float32")
+COLUMNS = {
+    "label": np.arange(90) % 4,
+    "artist": np.array([f"artist {i % 7}" for i in range(90)]),
+    "open": np.arange(90) % 3 == 0,
+}
+
+
+def index_with_columns(dtype: Any = "float32") -> tuple[Any, Any, Any]:
+    """An index of 90 samples with columns, three queries (samples 0, 40 and 89), and the float64 scores `[q, n]`."""
+    rng = np.random.default_rng(1)
+    train = {name: rng.standard_normal((90, 2, 12)) for name in ("a", "b")}
+    weights = {"a": 0.25, "b": 1.5}
+    store = rs.write_store(None, train, weights=weights, dtype="float32", columns=COLUMNS)
+    queries = rs.take(store, [0, 40, 89])
+    index = rs.build_index(store, rs.ReTrac(), None, dtype=dtype)
+    return index, queries, brute_force(oracle.retrac, store, queries, weights)
+
+
+def test_where_takes_a_mask_ids_or_an_expression() -> None:
+    index, queries, scores = index_with_columns()
     chosen = [80, 3, 5]
     answer = index.query(queries, 10, where=chosen)
     assert sorted(answer.ids[0].tolist()) == [3, 5, 80]
     np.testing.assert_array_equal(index.query(queries, 10, where=np.isin(index.ids, chosen)).ids, answer.ids)
-    with pytest.raises(ValueError, match="names the id 90"):
-        index.query(queries, where=[90])
+    mask = (COLUMNS["label"] == 2) & (COLUMNS["artist"] != "artist 3") | (index.ids > 85)
+    answer = index.query(queries, 10, where="label == 2 and artist != 'artist 3' or id > 85")
+    np.testing.assert_array_equal(answer.ids, expected_order(np.where(mask, scores, -np.inf), index.ids, 10))
+    for where, message in (
+        ([90], "names the id 90"),
+        ("label == 9", "leaves no sample"),
+        (np.zeros(90, bool), "leaves no sample"),
+        (np.ones(3, bool), "the index has 90 samples"),
+        ("painter == 1", "the columns are id, artist, label, open"),
+        ("label + 1", "must say yes or no"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            index.query(queries, where=where)
+
+
+def test_both_sides_and_the_query_itself_left_out() -> None:
+    index, queries, scores = index_with_columns()
+    assert index.query(queries, 1).ids.ravel().tolist() == [0, 40, 89]
+    scores[np.arange(3), [0, 40, 89]] = np.nan
+    answer = index.query(queries, 6, side="both", exclude_self=True)
+    np.testing.assert_array_equal(answer.ids[:, :6], expected_order(np.nan_to_num(scores, nan=-9), index.ids, 6))
+    np.testing.assert_array_equal(answer.ids[:, 6:], expected_order(-np.nan_to_num(scores, nan=9), index.ids, 6))
+    np.testing.assert_allclose(answer.scores, np.take_along_axis(scores, answer.ids, 1), atol=1e-6)
+    frame = answer.to_frame()
+    assert frame["rank"].tolist() == [*range(1, 7)] * 6
+    assert frame["side"].tolist() == (["proponents"] * 6 + ["opponents"] * 6) * 3
+    assert index.query(queries, 90, exclude_self=True).ids.shape == (3, 89)
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean", "max"])
+@pytest.mark.parametrize("side", ["proponents", "opponents"])
+def test_groups_equal_brute_force(reduce: Any, side: Any) -> None:
+    index, queries, scores = index_with_columns()
+    sign = 1 if side == "proponents" else -1
+    mask, values = np.tile(COLUMNS["open"], (3, 1)), sign * scores
+    mask[np.arange(3), [0, 40, 89]] = False
+    artists = np.unique(COLUMNS["artist"])
+    function = getattr(np, reduce)
+    expected = np.array(
+        [[function(values[q, mask[q] & (COLUMNS["artist"] == artist)]) for artist in artists] for q in range(3)]
+    )
+    options: dict[str, Any] = {"side": side, "reduce": reduce, "where": "open", "exclude_self": True}
+    answer = index.query(queries, 5, group_by="artist", **options)
+    np.testing.assert_array_equal(answer.ids, expected_order(expected, artists, 5))
+    np.testing.assert_allclose(sign * answer.scores, -np.sort(-expected, axis=1)[:, :5], atol=1e-6)
+    np.testing.assert_array_equal(index.query(queries, 5, group_by=COLUMNS["artist"], **options).ids, answer.ids)
+    assert list(answer.to_frame().columns) == ["query", "rank", "id", "score", "side"]
+
+
+def test_groups_without_samples_are_left_out_and_wrong_groups_named() -> None:
+    index, queries, _ = index_with_columns()
+    assert index.query(queries, 9, group_by="artist", where="artist == 'artist 2'").ids.tolist() == [["artist 2"]] * 3
+    with pytest.raises(ValueError, match="no column of the index; it has artist, label, open"):
+        index.query(queries, group_by="painter")
+    with pytest.raises(ValueError, match="one label for each of 90 samples"):
+        index.query(queries, group_by=[1, 2])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 0}, "k must be 1 or more"),
+        ({"side": "friends"}, "side must be one of"),
+        ({"reduce": "median"}, "reduce must be one of"),
+        ({"rerank": 5}, "train=rs.Samples"),
+    ],
+)
+def test_wrong_questions_are_refused(options: dict[str, Any], message: str) -> None:
+    index, queries, _ = index_with_columns()
+    with pytest.raises(ValueError, match=message):
+        index.query(queries, **options)
+    with pytest.raises(ValueError, match="must be a SketchStore or rs"):
+        index.query(np.zeros((2, 3)))
+
+
+def test_explanations_add_up_to_the_score() -> None:
+    for pairing in ("cross", "matched"):
+        store, queries, *_ = pair_of_stores(0, 60, 3)
+        index = rs.build_index(store, rs.ReTrac(pairing=pairing), None, dtype="float32")
+        answer = index.query(queries, 1)
+        explanation = index.explain(rs.take(queries, [2]), answer.ids[2, 0])
+        assert explanation.contributions.shape == (2, 3, 3)
+        assert explanation.score == pytest.approx(answer.scores[2, 0], rel=1e-6)
+        assert explanation.contributions.sum() == pytest.approx(explanation.score, rel=1e-5)
+        left = store.sketches("a")[answer.ids[2, 0], 1] / store.norms("a")[answer.ids[2, 0], 1]
+        right = queries.sketches("a")[2, 1] / queries.norms("a")[2, 1]
+        pairs = 1 if pairing == "matched" else 9
+        assert explanation.contributions[0, 1, 1] == pytest.approx(0.25 * left @ right / pairs, rel=1e-4)
+        assert np.asarray(explanation.figure().axes[0].images[0].get_array()).shape == (2, 3)
+    with pytest.raises(ValueError, match="one query at a time"):
+        index.explain(queries, 0)
+    with pytest.raises(ValueError, match="no sample 60"):
+        index.explain(rs.take(queries, [0]), 60)
+
+
+@pytest.mark.parametrize("estimator", [rs.ReTrac(), rs.TracIn(), rs.ReTrac(pairing="matched"), rs.GradCos()])
+def test_rerank_puts_candidates_in_the_order_of_exact_scores(estimator: Any) -> None:
+    images, generated = random_images(12, 3), random_images(3, 13)
+    states = {name: tiny_unet(number).state_dict() for number, name in enumerate(["early", "late"])}
+    task = rs.DiffusionTask(tiny_unet(), SCHEDULER)
+    common: dict[str, Any] = {"checkpoints": states, "progress": False}
+    steps = rs.Explicit([20, 70], draws=2)
+    store = rs.sketch(task, images, None, timesteps=steps, projection=rs.CountSketch(16), **common)
+    index = rs.build_index(store, estimator, None)
+    queries, train = (rs.Samples(x, task, states, steps) for x in (generated, images))
+    answer = index.query(queries, 5, rerank=12, train=train, side="both")
+
+    full = rs.sketch(task, images, None, timesteps=steps, projection=rs.Identity(), dtype="float32", **common)
+    asked = rs.sketch(task, generated, None, timesteps=steps, like=full, dtype="float32", **common)
+    exact = rs.build_index(full, estimator, None, dtype="float32").query(asked, 5, side="both")
+    np.testing.assert_array_equal(answer.ids, exact.ids)
+    np.testing.assert_allclose(answer.scores, exact.scores, rtol=2e-4)
+    by_sketch = index.query(queries, 12)
+    assert answer.sketch_rank is not None
+    for q in range(3):
+        ranks = [by_sketch.ids[q].tolist().index(sample) + 1 for sample in answer.ids[q, :5]]
+        assert answer.sketch_rank[q, :5].tolist() == ranks
+    assert (answer.sketch_rank[:, :5] != np.arange(1, 6)).any()
+    assert "sketch_rank" in answer.to_frame().columns
+    with pytest.raises(ValueError, match=r"as rs\.Samples"):
+        index.query(queries.sketch(like=store), rerank=12, train=train)
+    other = rs.Samples(images, task, {"early": states["late"], "late": states["late"]}, steps)
+    with pytest.raises(ValueError, match="has other weights"):
+        index.query(queries, rerank=12, train=other)
+    fewer = rs.Samples(images, task, states, rs.Explicit([20]))
+    with pytest.raises(ValueError, match="use the same"):
+        index.query(queries, rerank=12, train=fewer)
+
+
+def test_errors_say_which_neighbours_the_sketch_cannot_order() -> None:
+    rng = np.random.default_rng(0)
+    y = rng.standard_normal(64)
+    rows = np.stack([y, y + 0.01 * rng.standard_normal(64), 0.2 * y + rng.standard_normal(64)])[:, None]
+    store, queries = rs.write_store(None, {"c": rows}), rs.write_store(None, {"c": y[None, None]})
+    answer = rs.build_index(store, rs.ReTrac(), None).query(queries, 2)
+    assert answer.resolved is not None
+    assert answer.errors is not None
+    assert answer.resolved.tolist() == [[False, True]]
+    np.testing.assert_allclose(answer.errors, (2 / 64) ** 0.5, rtol=0.01)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -165,34 +337,18 @@ def test_queries_of_another_projection_checkpoint_or_grid_are_refused(tmp_path: 
         matched.query(shifted)
 
 
-def test_an_index_is_kept_reopened_and_never_mistaken(tmp_path: Path) -> None:
-    sketches = {"c": np.random.default_rng(0).standard_normal((80, 1, 8))}
-    store = rs.write_store(tmp_path / "s", sketches)
-    built = rs.build_index(store, rs.TracIn(), tmp_path / "i")
-    written = (tmp_path / "i" / "row" / "c" / "0" / "0" / "0").stat().st_mtime_ns
-    rs.build_index(store, rs.TracIn(), tmp_path / "i")
-    assert (tmp_path / "i" / "row" / "c" / "0" / "0" / "0").stat().st_mtime_ns == written
-    np.testing.assert_array_equal(rs.open_index(tmp_path / "i").query(store).ids, built.query(store).ids)
-    with pytest.raises(ValueError, match=r"a different index: estimator\.kind is 'TracIn' there and 'ReTrac' here"):
-        rs.build_index(store, rs.ReTrac(), tmp_path / "i")
-    with pytest.raises(ValueError, match="no index"):
-        rs.open_index(tmp_path / "s")
-    with pytest.raises(ValueError, match="is no index"):
-        rs.build_index(store, rs.TracIn(), tmp_path / "s")
-    built.root.attrs["retrac_scale"] = {**built.meta, "complete": False}
-    with pytest.raises(ValueError, match="was not finished"):
-        rs.open_index(tmp_path / "i")
-
-
 def test_answers_become_tables_and_json() -> None:
     store, queries, *_ = pair_of_stores(3, 20, 1)
     answer = rs.build_index(store, rs.TracIn(), None).query(queries, 2)
     frame = answer.to_frame()
-    assert list(frame.columns) == ["query", "rank", "id", "score"]
+    assert list(frame.columns) == ["query", "rank", "id", "score", "error", "resolved", "side"]
     assert frame["id"].tolist() == answer.ids.ravel().tolist()
     parsed = json.loads(answer.to_json())
     assert parsed["estimator"]["kind"] == "TracIn"
     assert parsed["results"][1]["scores"] == answer.scores[1].tolist()
+    table = answer.to_arrow()
+    assert table.column("score").to_pylist() == answer.scores.ravel().tolist()
+    assert json.loads(table.schema.metadata[b"estimator"])["kind"] == "TracIn"
 
 
 @pytest.mark.parametrize(

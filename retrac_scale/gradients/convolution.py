@@ -115,7 +115,7 @@ def _positions_last(x: Tensor, n: int) -> Tensor:
 
 
 def _channels_first(x: Tensor) -> Tensor:
-    """Contiguous; from channels last by one matrix transposition per row, which torch does at twice the rate of a copy."""
+    """Contiguous; from channels last by one matrix transposition per row, at twice the rate of a copy."""
     if x.is_contiguous() or x.device.type != "cpu" or not x.movedim(1, -1).is_contiguous() or x[0].numel() < 1 << 15:
         return x.contiguous()
     out = torch.empty_like(x, memory_format=torch.contiguous_format)

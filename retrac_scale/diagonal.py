@@ -1,0 +1,63 @@
+"""Self-influence: the diagonal of the scores, in N steps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import dask
+import numpy as np
+import numpy.typing as npt
+
+from retrac_scale.estimators import Estimator, common_timesteps
+from retrac_scale.index import compute
+from retrac_scale.store import SketchStore, open_store
+from retrac_scale.store.compatibility import check_compatible
+from retrac_scale.store.encoding import Float32
+from retrac_scale.store.schema import Url
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+
+def self_influence(
+    store: SketchStore, estimator: Estimator, *, queries: SketchStore | None = None, client: Client | None = None
+) -> Float32:
+    """Score of every sample with itself as the query, float32 `[n]`, block by block.
+
+    With one recorded timestep per sample, ReTrac's direction is compared with itself and carries no information; give
+    `queries`, the same samples sketched at the query timesteps, to have the paper's score.
+
+    Args:
+        store: the training side.
+        estimator: TracIn(), ReTrac(), ...
+        queries: the query side, with the same ids in the same order; default: the store itself.
+        client: a `distributed.Client` whose workers reach the stores; None computes on threads here.
+    """
+    estimator.check(store)
+    if queries is not None:
+        estimator.check(queries)
+        check_compatible(store.fingerprint, store.checkpoints, queries.fingerprint, queries.checkpoints)
+        if not np.array_equal(store.ids, queries.ids):
+            raise ValueError("self_influence needs queries with the same ids in the same order as the store.")
+        if estimator.pairing == "matched" and common_timesteps(store) != common_timesteps(queries):
+            raise ValueError("matched pairing needs the same timesteps on both sides; use pairing='cross'.")
+    if client is not None and (store.url is None or (queries is not None and queries.url is None)):
+        raise ValueError("workers cannot reach this process's memory; give the stores paths or URLs.")
+    left: SketchStore | Url = store if client is None else store.url
+    right = None if queries is None else queries if client is None else queries.url
+    one = dask.delayed(_self_influence_of_block, name="self-influence", pure=False)
+    parts = compute([one(left, right, estimator, samples) for samples in store.blocks], client)
+    return np.concatenate(parts).astype(np.float32)
+
+
+def _self_influence_of_block(
+    store: SketchStore | Url, queries: SketchStore | Url | None, estimator: Estimator, samples: slice
+) -> npt.NDArray[np.float64]:
+    store = store if isinstance(store, SketchStore) else open_store(store)
+    queries = queries if queries is None or isinstance(queries, SketchStore) else open_store(queries)
+    total = np.zeros(samples.stop - samples.start)
+    for checkpoint, weight in store.weights.items():
+        left = estimator.rows(store, checkpoint, samples)
+        right = left if queries is None else estimator.rows(queries, checkpoint, samples)
+        total += weight * np.einsum("nk,nk->n", left, right, dtype=np.float64)
+    return total

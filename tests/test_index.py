@@ -1,0 +1,145 @@
+"""Building, opening, mapping and refusing indexes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+import zarr
+from distributed import Client
+
+import retrac_scale as rs
+from retrac_scale.store import DamagedStoreError
+
+
+def stores(folder: Path | None, n: int = 300, **options: Any) -> tuple[rs.SketchStore, rs.SketchStore]:
+    rng = np.random.default_rng(0)
+    sketches = {name: rng.standard_normal((n, 2, 16)) for name in ("a", "b")}
+    asked = {name: rng.standard_normal((3, 2, 16)) for name in ("a", "b")}
+    out, queries = (None, None) if folder is None else (folder / "s", folder / "q")
+    columns = {"label": np.arange(n) % 5, "artist": np.array([f"artist {i % 7}" for i in range(n)])}
+    return (
+        rs.write_store(out, sketches, weights=[0.5, -2], columns=columns, timesteps=[3, 9], **options),
+        rs.write_store(queries, asked, timesteps=[3, 9]),
+    )
+
+
+def test_an_index_is_kept_reopened_and_never_mistaken(tmp_path: Path) -> None:
+    store, queries = stores(tmp_path)
+    built = rs.build_index(store, rs.TracIn(), tmp_path / "i")
+    file = tmp_path / "i" / "row" / "c" / "0" / "0" / "0"
+    written = file.stat().st_mtime_ns
+    rs.build_index(store, rs.TracIn(), tmp_path / "i")
+    assert file.stat().st_mtime_ns == written
+    np.testing.assert_array_equal(rs.open_index(tmp_path / "i").query(queries).ids, built.query(queries).ids)
+    with pytest.raises(ValueError, match=r"a different index: estimator\.kind is 'TracIn' there and 'ReTrac' here"):
+        rs.build_index(store, rs.ReTrac(), tmp_path / "i")
+    with pytest.raises(ValueError, match="no index"):
+        rs.open_index(tmp_path / "s")
+    with pytest.raises(ValueError, match="is no index"):
+        rs.build_index(store, rs.TracIn(), tmp_path / "s")
+    with pytest.raises(ValueError, match="must be 'int8', 'float16' or 'float32'"):
+        rs.build_index(store, rs.TracIn(), None, dtype="bfloat16")  # type: ignore[arg-type]
+    zarr.open_group(tmp_path / "i", mode="r+").attrs["retrac_scale"] = {**built.meta, "complete": False}
+    with pytest.raises(ValueError, match="was not finished"):
+        rs.open_index(tmp_path / "i")
+
+
+def test_rows_times_scales_are_the_weighted_rows_of_the_estimator(tmp_path: Path) -> None:
+    store, _ = stores(tmp_path, dtype="float32")
+    index = rs.build_index(store, rs.ReTrac(), tmp_path / "i", dtype="float32")
+    for c, (name, weight) in enumerate(store.weights.items()):
+        expected = weight * rs.ReTrac().rows(store, name)
+        chunks = [index.chunk(number) for number in range(len(index.chunks))]
+        assert all(chunk.mapped for chunk in chunks)
+        rows = np.concatenate([chunk.rows[c] * chunk.scale[c][:, None] for chunk in chunks])
+        norms = np.concatenate([chunk.norm[c] for chunk in chunks])
+        np.testing.assert_allclose(rows, expected, rtol=1e-6)
+        assert (norms >= np.linalg.norm(rows.astype(np.float64), axis=1)).all()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float16", "float32"])
+def test_memory_disk_and_remote_indexes_answer_alike(tmp_path: Path, dtype: Any) -> None:
+    store, queries = stores(tmp_path)
+    answers = [
+        rs.build_index(store, rs.ReTrac(), out, dtype=dtype).query(queries, 20)
+        for out in (None, tmp_path / "i", f"memory://index-{dtype}")
+    ]
+    for other in answers[1:]:
+        np.testing.assert_array_equal(other.ids, answers[0].ids)
+        np.testing.assert_array_equal(other.scores, answers[0].scores)
+        np.testing.assert_allclose(other.to_frame()["error"], answers[0].to_frame()["error"], rtol=1e-6)
+
+
+def test_deleted_samples_are_left_out_of_an_index(tmp_path: Path) -> None:
+    store, queries = stores(tmp_path)
+    store.delete([0, 17, 299])
+    index = rs.build_index(store, rs.ReTrac(), tmp_path / "i")
+    assert index.shape[1] == 297
+    assert index.ids.tolist() == [i for i in range(300) if i not in (0, 17, 299)]
+    np.testing.assert_array_equal(index.columns["label"], index.ids % 5)
+    assert not set(index.query(queries, 297).ids[0].tolist()) & {0, 17, 299}
+    store.delete(np.arange(300))
+    with pytest.raises(ValueError, match="there is nothing to index"):
+        rs.build_index(store, rs.ReTrac(), None)
+
+
+def test_a_store_that_changed_is_refused_with_the_reason(tmp_path: Path) -> None:
+    store, queries = stores(tmp_path)
+    index = rs.build_index(store, rs.ReTrac(), tmp_path / "i")
+    assert index.query(queries, 1).ids.shape == (3, 1)
+    store.delete([5])
+    for opened in (index, rs.open_index(tmp_path / "i")):
+        with pytest.raises(rs.StaleIndexError, match="added, deleted or written anew; build the index again"):
+            opened.query(queries)
+
+
+def test_a_store_that_is_gone_or_another_is_refused_with_the_reason(tmp_path: Path) -> None:
+    store, queries = stores(tmp_path)
+    index = rs.build_index(store, rs.ReTrac(), tmp_path / "i")
+    shutil.rmtree(tmp_path / "s")
+    with pytest.raises(rs.StaleIndexError, match="cannot be used: there is no sketch store at"):
+        index.query(queries)
+    rs.write_store(tmp_path / "s", {"a": np.ones((300, 2, 8)), "b": np.ones((300, 2, 8))})
+    with pytest.raises(rs.StaleIndexError, match=r"projection\.dim is 16 there and 8 here"):
+        index.query(queries)
+
+
+def test_a_damaged_or_missing_chunk_is_never_scored(tmp_path: Path) -> None:
+    store, queries = stores(tmp_path)
+    rs.build_index(store, rs.ReTrac(), tmp_path / "i")
+    file = tmp_path / "i" / "row" / "c" / "1" / "2" / "0"
+    content = bytearray(file.read_bytes())
+    content[5] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DamagedStoreError, match="fails its checksum"):
+        rs.open_index(tmp_path / "i").query(queries)
+    remote = rs.build_index(store, rs.ReTrac(), "memory://damaged")
+    fsspec.filesystem("memory").rm("/damaged/row/c/1/2/0")
+    with pytest.raises(DamagedStoreError, match=r"samples 128 \.\. 191 of the index memory://damaged are missing"):
+        remote.query(queries)
+
+
+def test_workers_build_the_same_files_and_give_the_same_answers(tmp_path: Path) -> None:
+    store, queries = stores(tmp_path)
+    here = rs.build_index(store, rs.ReTrac(), tmp_path / "here")
+    with Client(n_workers=2, threads_per_worker=1, processes=False, dashboard_address=":0") as client:
+        there = rs.build_index(store, rs.ReTrac(), tmp_path / "there", client=client)
+        for file in (tmp_path / "here").rglob("*"):
+            if file.is_file():
+                assert file.read_bytes() == (tmp_path / "there" / file.relative_to(tmp_path / "here")).read_bytes()
+        one, two = here.query(queries, 9, side="both"), there.query(queries, 9, side="both", client=client)
+        np.testing.assert_array_equal(one.ids, two.ids)
+        np.testing.assert_array_equal(one.scores, two.scores)
+        groups = [index.query(queries, 3, group_by="artist", client=c) for index, c in ((here, None), (there, client))]
+        np.testing.assert_array_equal(groups[0].ids, groups[1].ids)
+        np.testing.assert_array_equal(groups[0].scores, groups[1].scores)
+        np.testing.assert_array_equal(
+            rs.self_influence(store, rs.ReTrac(), client=client), rs.self_influence(store, rs.ReTrac())
+        )
+        with pytest.raises(ValueError, match="workers cannot reach"):
+            rs.build_index(store, rs.ReTrac(), None, client=client)

@@ -1,0 +1,178 @@
+"""The scanning kernel against float64 brute force: every dtype, every product, ties, masks, chunks."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retrac_scale.scan import Chunk, merge, scores, top
+
+DTYPES = ("int8", "float16", "float32")
+
+
+def random_rows(rng: Any, c: int, n: int, k: int, dtype: str, distinct: int) -> tuple[list[Any], Any]:
+    """c arrays of rows, some equal and some zero, and scales `[c, n]`."""
+    pool = rng.standard_normal((c, distinct, k))
+    pool[:, 0] = 0
+    rows = pool[:, rng.integers(0, distinct, n)]
+    if dtype == "int8":
+        rows = np.rint(rows * 127 / np.abs(rows).max(initial=1e-9))
+    scale = rng.choice([0.5, 1.0, -2.0], c).astype(np.float32)[:, None].repeat(n, 1)
+    return list(rows.astype(dtype)), scale
+
+
+def as_chunks(rows: list[Any], scale: Any, ids: Any, cuts: Any, mapped: bool, mask: Any = None) -> list[Chunk]:
+    norm = np.abs(scale) * np.stack([np.linalg.norm(r.astype(np.float64), axis=1) for r in rows]) * (1 + 1e-6)
+    edges = [0, *cuts, len(ids)]
+    return [
+        Chunk(
+            [r[a:b] for r in rows],
+            scale[:, a:b],
+            norm[:, a:b].astype(np.float32),
+            ids[a:b],
+            mask=None if mask is None else mask[a:b],
+            mapped=mapped,
+        )
+        for a, b in itertools.pairwise(edges)
+        if b > a
+    ]
+
+
+def brute_force(rows: list[Any], scale: Any, queries: Any) -> Any:
+    """Float64 scores `[q, n]`, a sum in the same order for every row, so that equal rows have equal scores."""
+    return sum(
+        np.stack(
+            [np.einsum("nk,nk->n", r.astype(np.float64), np.tile(q.astype(np.float64), (len(r), 1))) for q in query]
+        )
+        * s
+        for r, s, query in zip(rows, scale, queries, strict=True)
+    )
+
+
+def check(found: Any, expected: Any, ids: Any, k: int) -> None:
+    for lane, row in enumerate(expected):
+        order = np.lexsort((ids, -row))[:k]
+        order = order[row[order] > -np.inf]
+        np.testing.assert_array_equal(found.ids[lane, : len(order)], ids[order])
+        np.testing.assert_allclose(found.scores[lane, : len(order)], row[order], rtol=1e-12, atol=1e-15)
+        assert (found.scores[lane, len(order) :] == -np.inf).all()
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_the_order_is_that_of_float64_brute_force(data: Any) -> None:
+    draw = data.draw
+    rng = np.random.default_rng(draw(st.integers(0, 10**6)))
+    n, q, k = draw(st.integers(1, 400)), draw(st.sampled_from([1, 3, 17])), draw(st.sampled_from([8, 40, 600]))
+    c, best = draw(st.integers(1, 3)), draw(st.sampled_from([1, 7, 500]))
+    rows, scale = random_rows(rng, c, n, k, draw(st.sampled_from(DTYPES)), draw(st.sampled_from([2, 30, 1000])))
+    queries = rng.standard_normal((c, q, k)).astype(np.float32) * np.float32(10.0 ** rng.integers(-6, 6))
+    ids = rng.permutation(2 * n)[:n]
+    mask = rng.random(n) < 0.4 if draw(st.booleans()) else None
+    cuts = np.unique(rng.integers(0, n, draw(st.integers(0, 3))))
+    signs = draw(st.sampled_from([(1,), (-1,), (1, -1)]))
+    query_ids = rng.choice(ids, q) if draw(st.booleans()) else None
+    found = top(
+        as_chunks(rows, scale, ids, cuts, draw(st.booleans()), mask), queries, best, signs=signs, query_ids=query_ids
+    )
+    expected = brute_force(rows, scale, queries)
+    if mask is not None:
+        expected[:, ~mask] = np.nan
+    if query_ids is not None:
+        expected[ids[None] == query_ids[:, None]] = np.nan
+    lanes = np.concatenate([sign * expected for sign in signs])
+    check(found, np.where(np.isnan(lanes), -np.inf, lanes), ids, best)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("q", [2, 20])
+def test_long_scans_with_many_near_ties_lose_nothing(dtype: str, q: int) -> None:
+    rng = np.random.default_rng(0)
+    rows, scale = random_rows(rng, 1, 9000, 1024, dtype, 9000)
+    rows[0][:2000] = rows[0][2000:4000]  # every one of these has an equal far away
+    queries = rng.standard_normal((1, q, 1024)).astype(np.float32)
+    ids = rng.permutation(9000)
+    found = top(as_chunks(rows, scale, ids, [4000, 4500], mapped=True), queries, 50)
+    check(found, brute_force(rows, scale, queries), ids, 50)
+
+
+def test_equal_samples_are_ordered_by_id_however_many_there_are() -> None:
+    rows = [np.tile(np.arange(-20, 20, dtype=np.int8), (6000, 1))]
+    ids = np.random.default_rng(1).permutation(6000)
+    queries = np.ones((1, 2, 40), np.float32)
+    found = top(as_chunks(rows, np.ones((1, 6000), np.float32), ids, [3000], mapped=True), queries, 4)
+    assert found.ids.tolist() == [[0, 1, 2, 3]] * 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("q", [1, 20])
+def test_cpus_without_int8_and_bfloat16_products_give_the_same_answer(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, q: int
+) -> None:
+    rng = np.random.default_rng(2)
+    rows, scale = random_rows(rng, 2, 700, 300, dtype, 700)
+    queries, ids = rng.standard_normal((2, q, 300)).astype(np.float32), np.arange(700)
+    here = top(as_chunks(rows, scale, ids, [], mapped=True), queries, 20)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    with_bfloat16 = top(as_chunks(rows, scale, ids, [], mapped=True), queries, 20)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    without = top(as_chunks(rows, scale, ids, [], mapped=True), queries, 20)
+    for other in (with_bfloat16, without):
+        np.testing.assert_array_equal(other.ids, here.ids)
+        np.testing.assert_array_equal(other.scores, here.scores)
+
+
+def test_rows_too_wide_for_int32_sums_at_full_precision_are_still_exact() -> None:
+    rng = np.random.default_rng(3)
+    k = 2**18
+    rows = [np.full((40, k), 127, np.int8) * np.sign(rng.standard_normal((40, 1))).astype(np.int8)]
+    rows[0][:, :100] = rng.integers(-127, 128, (40, 100))
+    queries, ids = np.ones((1, 1, k), np.float32), np.arange(40)
+    scale = np.ones((1, 40), np.float32)
+    found = top(as_chunks(rows, scale, ids, [], mapped=True), queries, 5)
+    check(found, brute_force(rows, scale, queries), ids, 5)
+
+
+@given(seed=st.integers(0, 99), cuts=st.lists(st.integers(1, 199), max_size=4, unique=True))
+def test_answers_of_runs_merge_to_the_answer_of_the_whole(seed: int, cuts: list[int]) -> None:
+    rng = np.random.default_rng(seed)
+    rows, scale = random_rows(rng, 2, 200, 16, "int8", 20)
+    queries, ids = rng.standard_normal((2, 3, 16)).astype(np.float32), rng.permutation(200)
+    chunks = as_chunks(rows, scale, ids, sorted(cuts), mapped=True)
+    whole, parts = top(chunks, queries, 9), [top([chunk], queries, 9) for chunk in chunks]
+    merged = merge(parts, 9)
+    np.testing.assert_array_equal(merged.ids, whole.ids)
+    np.testing.assert_array_equal(merged.scores, whole.scores)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_all_scores_equal_brute_force(dtype: str) -> None:
+    rng = np.random.default_rng(4)
+    rows, scale = random_rows(rng, 2, 700, 64, dtype, 700)
+    queries = rng.standard_normal((2, 3, 64)).astype(np.float32)
+    (chunk,) = as_chunks(rows, scale, np.arange(700), [], mapped=False)
+    expected = brute_force(rows, scale, queries)
+    tolerance = 1e-12 if dtype == "float32" else 1e-5
+    np.testing.assert_allclose(scores(chunk, queries), expected, atol=tolerance * np.abs(expected).max())
+
+
+def test_standard_errors_are_those_of_random_projections() -> None:
+    """Two correlated blocks of full vectors, projected 4,000 times by one Gaussian matrix each time."""
+    rng = np.random.default_rng(5)
+    k, p, trials = 64, 40, 4000
+    shared = rng.standard_normal((2, p))
+    x, y = (shared[i] + 0.5 * rng.standard_normal((2, p)) for i in range(2))  # [block, p]
+    projections = rng.standard_normal((trials, p, k)) / k**0.5
+    sketched = np.einsum("bp,tpk->tbk", x, projections), np.einsum("bp,tpk->tbk", y, projections)
+    spread = np.einsum("tbk,tbk->t", *sketched).std()
+    estimates = []
+    for left, right in zip(*(part[:200].astype(np.float32) for part in sketched), strict=True):
+        chunks = as_chunks([row[None] for row in left], np.ones((2, 1), np.float32), np.array([7]), [], mapped=True)
+        estimates.append(top(chunks, right[:, None], 1, sketch_dim=k).errors[0, 0])
+    assert np.mean(estimates) == pytest.approx(spread, rel=0.15)
