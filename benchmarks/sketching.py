@@ -16,7 +16,6 @@ import datetime
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -133,16 +132,16 @@ class Bench:
         """opacus' hooks: `grad_sample` on every parameter."""
         from opacus.grad_sample import GradSampleModule
 
-        wrapped = GradSampleModule(self.model, loss_reduction="sum")
+        wrapped = GradSampleModule(
+            copy.deepcopy(self.model).train(), loss_reduction="sum"
+        )  # it records in train mode only
 
         def step() -> None:
             wrapped.zero_grad(set_to_none=True)
-            wrapped.enable_hooks()
             prediction = wrapped(self.noisy, self.timesteps, return_dict=False)[0]
             (prediction - self.noise).square().flatten(1).mean(1).sum().backward()
             for parameter in wrapped.parameters():
                 parameter.grad_sample = None
-            wrapped.disable_hooks()
 
         return step
 
@@ -220,8 +219,14 @@ def measure(steps: dict[str, Step], rounds: int, peer_rounds: int, device: str) 
     return seconds
 
 
+def peak_mib() -> float:
+    """Of this process; getrusage's would include the parent's, from before exec."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+
 def peak_rss(arguments: argparse.Namespace, name: str) -> float:
-    """MiB at the peak of a fresh process that does three steps."""
+    """MiB at the peak of a fresh process that does two steps."""
     command = [sys.executable, __file__, "--rss-of", name, "--model", arguments.model, "--batch", str(arguments.batch)]
     command += ["--dim", str(arguments.dim), "--threads", str(arguments.threads)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
@@ -247,9 +252,9 @@ def main() -> None:
     makers = bench.contenders()
     if arguments.rss_of:
         step = makers[arguments.rss_of]()
-        for _ in range(3):
+        for _ in range(2):
             step()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        print(peak_mib())
         return
     chosen = arguments.only.split(",") if arguments.only else list(makers)
     chosen = [name for name in chosen if not (arguments.skip_peers and name in PEERS)]
