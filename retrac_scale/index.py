@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import zarr
+from zarr.storage import LocalStore
 
 from retrac_scale.estimators import Estimator, common_timesteps, estimator_from_spec
 from retrac_scale.scan import Chunk
@@ -51,6 +53,8 @@ MIN_CHUNKS = 8
 MIN_CHUNK_SAMPLES = 64
 PIECE_BYTES = 64 * 2**20
 NORM_ROWS = 256
+SETTLED_NS = 10**9
+Stamp = tuple[int, ...]
 UNWRITTEN = -128
 """Fill value of int8 rows, which no row holds; those of floats are NaN: a missing chunk is never data."""
 
@@ -72,6 +76,7 @@ class Index:
         self._store = store
         self._arrays = {name: get_array(root, name) for name in ("row", "scale", "norm", "id")}
         self._chunks: dict[int, Chunk] = {}
+        self._checked: tuple[SketchStore, Stamp] | None = None
 
     @property
     def estimator(self) -> Estimator:
@@ -145,6 +150,8 @@ class Index:
             StaleIndexError: the store is gone, has another fingerprint, or has changed since.
         """
         url, store = self.meta["store"], self._store
+        if self._checked is not None and _stamp(self._checked[0]) == self._checked[1]:
+            return self._checked[0]
         if url is not None:
             try:
                 store = open_store(url, measure=self.meta["measure"])
@@ -162,6 +169,8 @@ class Index:
                 f"the store {url or 'in memory'} has changed since the index was built: {'; '.join(found)}; "
                 "build the index again."
             )
+        stamp = _stamp(store)
+        self._checked = None if stamp is None else (store, stamp)
         return store
 
     def query_rows(self, queries: SketchStore) -> Float32:
@@ -412,6 +421,26 @@ def compute(tasks: list[Any], client: Client | None) -> list[Any]:
         return list(dask.compute(*tasks, scheduler="threads", num_workers=threads))
     finally:
         torch.set_num_threads(threads)
+
+
+def _stamp(store: SketchStore) -> Stamp | None:
+    """Modification times of all that changes when a store on disk does; None where they cannot tell.
+
+    Every change of a store adds or replaces a file by renaming, which sets the time of its folder. Clocks of file
+    systems tick in milliseconds, so that a stamp counts only when its youngest time is some time ago.
+    """
+    if not isinstance(store.root.store, LocalStore):
+        return None
+    base = store.root.store.root
+    places = [base, base / "parts"]
+    for part in store.parts:
+        folder = base / part.root.path
+        places += [folder, folder / "deleted" / "c", *(folder / name / "commit" for name in part.checkpoints)]
+    try:
+        times = [place.stat().st_mtime_ns for place in places if place.name != "parts" or place.exists()]
+    except FileNotFoundError:
+        return None
+    return tuple(times) if time.time_ns() - max(times) > SETTLED_NS else None
 
 
 def _is_exact(store: SketchStore) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,22 @@ def test_a_store_that_changed_is_refused_with_the_reason(tmp_path: Path) -> None
     for opened in (index, rs.open_index(tmp_path / "i")):
         with pytest.raises(rs.StaleIndexError, match="added, deleted or written anew; build the index again"):
             opened.query(queries)
+
+
+@pytest.mark.parametrize("change", ["deleted", "uncommitted"])
+def test_a_store_that_changes_after_a_long_rest_is_refused_too(tmp_path: Path, change: str) -> None:
+    store, queries = stores(tmp_path)
+    index = rs.build_index(store, rs.ReTrac(), tmp_path / "i")
+    for path in (tmp_path / "s").rglob("*"):
+        os.utime(path, (1e9, 1e9))
+    os.utime(tmp_path / "s", (1e9, 1e9))
+    np.testing.assert_array_equal(index.query(queries).ids, index.query(queries).ids)
+    if change == "deleted":
+        store.delete([5])
+    else:
+        (tmp_path / "s" / "a" / "commit" / "c.1.0").unlink()
+    with pytest.raises(rs.StaleIndexError, match="build the index again"):
+        index.query(queries)
 
 
 def test_a_store_that_is_gone_or_another_is_refused_with_the_reason(tmp_path: Path) -> None:

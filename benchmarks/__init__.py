@@ -1,0 +1,1 @@
+"""Benchmarks; a package of its own name, because opacus installs one that is called the same."""
