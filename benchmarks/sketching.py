@@ -11,9 +11,11 @@ rounds of the floor's time divided by the contender's. Peak memory comes from on
 from __future__ import annotations
 
 import argparse
+import copy
+import datetime
 import json
+import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -63,6 +65,17 @@ class Bench:
 
         return step
 
+    def frozen(self, *, bf16: bool = False) -> Step:
+        """Forward and backward for activations alone: what a sketch cannot go below."""
+        model = copy.deepcopy(self.model).requires_grad_(False)
+
+        def step() -> None:
+            with torch.autocast(self.device, dtype=torch.bfloat16, enabled=bf16):
+                prediction = model(self.noisy.detach().requires_grad_(), self.timesteps, return_dict=False)[0]
+            (prediction.float() - self.noise).square().flatten(1).mean(1).sum().backward()
+
+        return step
+
     def ours(self, projection: Any, *, bf16: bool = False) -> Step:
         """Sketch and norm of every pair."""
         sketcher = rs.GradientSketcher(self.model, projection)
@@ -75,10 +88,12 @@ class Bench:
 
     def contenders(self) -> dict[str, Callable[[], Step]]:
         """Name -> maker of its step."""
-        lowrank, countsketch = rs.LowRank(16, self.dim), rs.CountSketch(self.dim)
+        lowrank, countsketch = rs.LowRank(), rs.CountSketch(self.dim)
         return {
             "floor fp32": lambda: self.floor(),
             "floor bf16": lambda: self.floor(bf16=True),
+            "weights frozen fp32": lambda: self.frozen(),
+            "weights frozen bf16": lambda: self.frozen(bf16=True),
             "LowRank fp32": lambda: self.ours(lowrank),
             "LowRank bf16": lambda: self.ours(lowrank, bf16=True),
             "CountSketch fp32": lambda: self.ours(countsketch),
@@ -117,16 +132,16 @@ class Bench:
         """opacus' hooks: `grad_sample` on every parameter."""
         from opacus.grad_sample import GradSampleModule
 
-        wrapped = GradSampleModule(self.model, loss_reduction="sum")
+        wrapped = GradSampleModule(
+            copy.deepcopy(self.model).train(), loss_reduction="sum"
+        )  # it records in train mode only
 
         def step() -> None:
             wrapped.zero_grad(set_to_none=True)
-            wrapped.enable_hooks()
             prediction = wrapped(self.noisy, self.timesteps, return_dict=False)[0]
             (prediction - self.noise).square().flatten(1).mean(1).sum().backward()
             for parameter in wrapped.parameters():
                 parameter.grad_sample = None
-            wrapped.disable_hooks()
 
         return step
 
@@ -204,8 +219,14 @@ def measure(steps: dict[str, Step], rounds: int, peer_rounds: int, device: str) 
     return seconds
 
 
+def peak_mib() -> float:
+    """Of this process; getrusage's would include the parent's, from before exec."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+
 def peak_rss(arguments: argparse.Namespace, name: str) -> float:
-    """MiB at the peak of a fresh process that does three steps."""
+    """MiB at the peak of a fresh process that does two steps."""
     command = [sys.executable, __file__, "--rss-of", name, "--model", arguments.model, "--batch", str(arguments.batch)]
     command += ["--dim", str(arguments.dim), "--threads", str(arguments.threads)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
@@ -231,9 +252,9 @@ def main() -> None:
     makers = bench.contenders()
     if arguments.rss_of:
         step = makers[arguments.rss_of]()
-        for _ in range(3):
+        for _ in range(2):
             step()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        print(peak_mib())
         return
     chosen = arguments.only.split(",") if arguments.only else list(makers)
     chosen = [name for name in chosen if not (arguments.skip_peers and name in PEERS)]
@@ -263,7 +284,13 @@ def main() -> None:
         print(f"{row['contender']:30} {row['pairs_per_s']:10.2f} {row['of_floor']:9.3f} {memory:>9}")
     if arguments.out:
         settings = {key: value for key, value in vars(arguments).items() if key in ("model", "batch", "dim", "threads")}
-        arguments.out.write_text(json.dumps({**settings, "torch": torch.__version__, "rows": rows}, indent=1))
+        run = {
+            "command": " ".join(["python", *sys.argv]),
+            "date": datetime.date.today().isoformat(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+            "torch": torch.__version__,
+        }
+        arguments.out.write_text(json.dumps({**run, **settings, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,8 +15,9 @@ import torch
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
+from retrac_scale.calibration import fastest_batch
 from retrac_scale.gradients import ParameterFilter
-from retrac_scale.projections import GradientSketcher, Projection, from_spec
+from retrac_scale.projections import GradientSketcher, LowRank, Projection, from_spec
 from retrac_scale.store import Dtype, Layout, SketchStore, create_store, grow_store, open_store, write_block
 from retrac_scale.store.compatibility import check_compatible
 from retrac_scale.store.encoding import check_dtype
@@ -26,7 +28,8 @@ from retrac_scale.timesteps import Ids, Pairs, TimestepPlan, draw_noise
 if TYPE_CHECKING:
     from distributed import Client
 
-AUTO_BATCH_ROWS = 64
+CALIBRATION_ITEMS = 64
+FLOAT32_TOLERANCE, BFLOAT16_TOLERANCE = 1e-3, 0.1
 FULL_CHECK_SAMPLES = 10_000
 
 
@@ -41,7 +44,6 @@ class _Job:
     timesteps: TimestepPlan
     projection: Projection
     parameters: frozenset[str]
-    batch_size: int
 
 
 def sketch(
@@ -73,9 +75,11 @@ def sketch(
         out: path, fsspec URL, or None for memory.
         checkpoints: {name: state dict, path, or callable returning a state dict}.
         timesteps: `Recorded(path)`, `EvenlySpaced(count)` or `Explicit([...])`.
-        projection: `CountSketch(dim)`, `LowRank(rank, dim)`, ...; taken from `like` when left out.
+        projection: `CountSketch(dim)`, `LowRank(rank, dim)`, ...; None takes that of `like`, else `LowRank()`.
         dtype: how rows are stored, "int8", "float16" or "float32".
-        batch_size: rows (pairs x noise draws) per backward pass; "auto" takes 64.
+        batch_size: rows (pairs x noise draws) per backward pass; "auto" measures which is
+            fastest in a quarter of the free memory. It stands in the store's plan, with the number of threads, and a
+            resumed run or a worker obeys it.
         parameters: glob patterns or a predicate on names; None for all trainable ones, or those of `like`.
         like: a store that these sketches will be compared with.
         grow: add what the store at `out` lacks: samples with new ids, checkpoints, timesteps, another measure. Without
@@ -89,6 +93,7 @@ def sketch(
 
     Raises:
         ValueError: a bad item, id, timestep, checkpoint or projection, named, with what to do.
+        GradientMismatchError: a pair of the first block, recomputed by plain autograd, has another gradient.
     """
     check_dtype(dtype)
     if timesteps is None:
@@ -96,11 +101,10 @@ def sketch(
     if not checkpoints:
         raise ValueError("sketch got no checkpoint; give checkpoints={'name': path or state dict}.")
     if like is not None:
-        projection = projection or from_spec(like.fingerprint["projection"])
+        projection = from_spec(like.fingerprint["projection"]) if projection is None else projection
         if parameters is None:
             parameters = list(like.fingerprint["parameters"]).__contains__
-    if projection is None:
-        raise ValueError("choose a projection, e.g. projection=CountSketch(4096), or pass like=store.")
+    projection = LowRank() if projection is None else projection
     if batch_size != "auto" and batch_size < 1:
         raise ValueError(f"batch_size must be 'auto' or 1 or more, got {batch_size}.")
     if client is not None and out is None:
@@ -135,12 +139,23 @@ def sketch(
 
         pairs = (next(iter(plans.values())).timesteps.shape[1], sketcher.dim)
         weights = {name: timesteps.weight(name) for name in checkpoints}
-        kept: dict[str, Any] = {"ids": ids, "weights": weights, "dtype": dtype, "columns": columns, "layout": layout}
+        plan = _recorded_plan(out)
+        if plan is None:
+            one = _Job(task, dataset, ids, checkpoints, timesteps, projection, frozenset(sketcher.shapes))
+            rows = _fastest_batch(one, sketcher, next(iter(checkpoints))) if batch_size == "auto" else batch_size
+            plan = {"batch_rows": rows, "threads": torch.get_num_threads() if client is None else 1}
+        kept: dict[str, Any] = {
+            "plan": plan,
+            "ids": ids,
+            "weights": weights,
+            "dtype": dtype,
+            "columns": columns,
+            "layout": layout,
+        }
         if grow:
             stores = grow_store(out, pairs=pairs, describe_part=describe_part, **kept)
         else:
             stores = [create_store(out, shape=(len(ids), *pairs), fingerprint=fingerprint, **kept)]
-        rows = AUTO_BATCH_ROWS if batch_size == "auto" else batch_size
         with tqdm(total=0, unit="pair", desc="sketch", disable=not progress) as bar:
             for store in stores:
                 todo = [
@@ -148,7 +163,7 @@ def sketch(
                 ]
                 places = {sample: row for row, sample in enumerate(ids.tolist())}
                 part = Subset(dataset, [places[sample] for sample in store.ids.tolist()])
-                job = _Job(task, part, store.ids, checkpoints, timesteps, projection, frozenset(sketcher.shapes), rows)
+                job = _Job(task, part, store.ids, checkpoints, timesteps, projection, frozenset(sketcher.shapes))
                 bar.total += len(store.checkpoints) * store.shape[0] * store.shape[1]
                 bar.update(bar.total - bar.n - sum(_pairs_in(store, block) for _, block in todo))
                 done = _run_local(job, sketcher, store, todo) if client is None else _run_on(client, job, store, todo)
@@ -165,7 +180,7 @@ def _run_local(job: _Job, sketcher: GradientSketcher, store: SketchStore, todo: 
         if checkpoint != loaded:
             job.task.load(checkpoint, job.checkpoints[checkpoint])
             loaded = checkpoint
-        yield from _sketch_block(job, sketcher, store, checkpoint, block)
+        yield from _sketch_block(job, sketcher, store, checkpoint, block, check=(checkpoint, block) == todo[0])
 
 
 def _run_on(client: Client, job: _Job, store: SketchStore, todo: list[tuple[str, int]]) -> Iterator[int]:
@@ -174,9 +189,9 @@ def _run_on(client: Client, job: _Job, store: SketchStore, todo: list[tuple[str,
     shared = client.scatter(job, broadcast=True)
     futures = [
         client.submit(
-            _sketch_remotely, shared, store.url, store.only_part.name, checkpoint, block, pure=False
+            _sketch_remotely, shared, store.url, store.only_part.name, checkpoint, block, number == 0, pure=False
         )  # unique keys: never a cached run
-        for checkpoint, block in todo
+        for number, (checkpoint, block) in enumerate(todo)
     ]
     for _, pairs in as_completed(futures, with_results=True):
         yield pairs
@@ -191,17 +206,20 @@ def _sketcher(job: _Job) -> GradientSketcher:
     return GradientSketcher(job.task.model, job.projection, parameters=job.parameters.__contains__)
 
 
-def _sketch_remotely(job: _Job, url: Url, part: str, checkpoint: str, block: int) -> int:
+def _sketch_remotely(job: _Job, url: Url, part: str, checkpoint: str, block: int, check: bool) -> int:
     store = open_store(url, mode="r+", part=part)
     with _model_in_use:
         job.task.load(checkpoint, job.checkpoints[checkpoint])
-        return sum(_sketch_block(job, _sketcher(job), store, checkpoint, block))
+        return sum(_sketch_block(job, _sketcher(job), store, checkpoint, block, check=check))
 
 
 def _sketch_block(
-    job: _Job, sketcher: GradientSketcher, store: SketchStore, checkpoint: str, block: int
+    job: _Job, sketcher: GradientSketcher, store: SketchStore, checkpoint: str, block: int, *, check: bool
 ) -> Iterator[int]:
-    """Compute and commit one block; yields the number of pairs of each batch as it is done."""
+    """Compute and commit one block as the store's plan says; yields the number of pairs of each batch as it is done.
+
+    With `check`, the first pair is recomputed by plain autograd before anything is written.
+    """
     task, samples = job.task, store.blocks[block]
     ids = job.ids[samples]
     plan = job.timesteps.pairs(checkpoint, ids, task.num_train_timesteps)
@@ -209,14 +227,23 @@ def _sketch_block(
     items = [task.check_item(sample, job.dataset[samples.start + row]) for row, sample in enumerate(ids)]
     sketches = np.empty((n * t, store.shape[2]), dtype=np.float32)
     norms, losses = np.empty(n * t, dtype=np.float32), np.empty(n * t, dtype=np.float32)
-    size = max(1, job.batch_size // plan.draws)
-    with sketcher:
-        for start in range(0, n * t, size):
-            part = slice(start, min(start + size, n * t))
-            loss = pair_losses(task, items, ids, plan, np.arange(part.start, part.stop))
-            sketched, norm = sketcher(loss)
-            sketches[part], norms[part], losses[part] = sketched.cpu(), norm.cpu(), loss.detach().float().cpu()
-            yield part.stop - part.start
+    size = max(1, store.plan["batch_rows"] // plan.draws)
+    for start in range(0, n * t, size):
+        part = slice(start, min(start + size, n * t))
+
+        def value(pairs: slice = part) -> torch.Tensor:
+            return pair_losses(task, items, ids, plan, np.arange(pairs.start, pairs.stop))
+
+        with _threads(store.plan["threads"]):
+            with sketcher:
+                loss = value()
+                sketched, norm = sketcher(loss)
+            if check and start == 0:
+                where = f"checkpoint {checkpoint!r}, sample {ids[0]}, timestep {plan.timesteps[0, 0]}"
+                tolerance = BFLOAT16_TOLERANCE if task.autocast else FLOAT32_TOLERANCE
+                sketcher.check((sketched, norm), value, lambda: value(slice(0, 1)), where, tolerance)
+        sketches[part], norms[part], losses[part] = sketched.cpu(), norm.cpu(), loss.detach().float().cpu()
+        yield part.stop - part.start
     write_block(
         store,
         checkpoint,
@@ -248,6 +275,42 @@ def pair_losses(task: DiffusionTask, items: list[Any], ids: Ids, plan: Pairs, pa
         {key: repeat(value) for key, value in conditioning.items()},
     )
     return losses.reshape(len(pairs), plan.draws).mean(1)
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """torch on so many threads: rounding depends on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _recorded_plan(out: Url) -> dict[str, Any] | None:
+    """The plan of the store at `out`, None when there is none yet."""
+    try:
+        plan = None if out is None else open_store(out).plan
+    except (FileNotFoundError, ValueError):  # whatever else is there, creating the store names it
+        return None
+    return plan or None
+
+
+def _fastest_batch(job: _Job, sketcher: GradientSketcher, checkpoint: str) -> int:
+    ids = job.ids[:CALIBRATION_ITEMS]
+    items = [job.task.check_item(sample, job.dataset[row]) for row, sample in enumerate(ids)]
+    plan = job.timesteps.pairs(checkpoint, ids, job.task.num_train_timesteps)
+
+    def run(rows: int) -> torch.Tensor:
+        pairs = np.arange(max(1, rows // plan.draws)) % plan.timesteps.size
+        with sketcher:
+            losses = pair_losses(job.task, items, ids, plan, pairs)
+            sketcher(losses)
+        return losses
+
+    pairs = len(job.ids) * plan.timesteps.shape[1]
+    return fastest_batch(run, pairs * plan.draws, job.task.device)
 
 
 def dataset_ids(dataset: Any) -> Any:

@@ -117,3 +117,56 @@ def test_a_projection_is_rebuilt_from_its_description(projection: Projection) ->
 def test_a_dimension_below_one_is_refused(dim: int) -> None:
     with pytest.raises(ValueError, match="dim of 1 or more"):
         rs.CountSketch(dim)
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_lowrank_with_exact_norm_is_the_same_sketch_with_the_full_norm(rank: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 12, 3, stride=2), nn.SiLU(), nn.Conv2d(12, 8, 3, padding=1), nn.Flatten(), nn.Linear(32, 20)
+    )
+    x = torch.randn(3, 2, 6, 6)
+
+    def sketched(projection: Any) -> tuple[Tensor, Tensor]:
+        with rs.GradientSketcher(model, projection) as sketcher:
+            return sketcher(model(x).square().sum(1))
+
+    estimate, exact = sketched(rs.LowRank(rank, 128)), sketched(rs.LowRank(rank, 128, norm="exact"))
+    torch.testing.assert_close(exact[0], estimate[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(exact[1], sketched(rs.Identity())[1], rtol=1e-5, atol=0)
+
+
+def test_check_names_the_parameters_of_a_layer_that_puts_samples_on_another_axis() -> None:
+    class SequenceFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.inner = nn.Linear(3, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(self.embed(x).transpose(0, 1)).transpose(0, 1)  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model, x = SequenceFirst(), torch.randn(2, 4, 3)
+
+    def losses(rows: int = 2) -> Tensor:
+        return model(x[:rows]).square().sum((1, 2))  # type: ignore[no-any-return]
+
+    sketcher = rs.GradientSketcher(model, rs.CountSketch(64))
+    with sketcher:
+        sketched = sketcher(losses())
+    with pytest.raises(
+        rs.projections.GradientMismatchError, match=r"sample 7: .* differs in inner\.weight, inner\.bias\."
+    ):
+        sketcher.check(sketched, losses, lambda: losses(1), "sample 7")
+
+
+@pytest.mark.parametrize(
+    "projection", [rs.CountSketch(64), rs.LowRank(2, 64), rs.LowRank(2, 64, norm="exact"), rs.Dense(64), rs.Identity()]
+)
+def test_check_passes_for_every_projection(projection: Projection) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 9, 3), nn.GroupNorm(3, 9), nn.SiLU(), nn.Flatten(), nn.Linear(36, 8))
+    x = torch.randn(3, 1, 4, 4)
+    sketcher = rs.GradientSketcher(model, projection)
+    with sketcher:
+        sketched = sketcher(model(x).square().sum(1))
+    sketcher.check(sketched, lambda: model(x).square().sum(1), lambda: model(x[:1]).square().sum(1), "sample 0")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, UNet2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -293,3 +293,29 @@ def test_dask_workers_write_the_same_store(tmp_path: Path) -> None:
         answer = index.query(store, k=5, client=client)
     here = rs.build_index(local, rs.ReTrac(), None).query(local, k=5)
     np.testing.assert_array_equal(answer.ids, here.ids)
+
+
+def test_a_model_whose_samples_meet_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    class Centred(UNet2DModel):  # type: ignore[misc]
+        def forward(self, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(sample - sample.mean(0), *args, **kwargs)
+
+    model = tiny_unet()
+    model.__class__ = Centred
+    with pytest.raises(
+        rs.projections.GradientMismatchError, match=r"checkpoint 'last', sample 0, timestep 3: .* conv_in"
+    ):
+        run(model, random_images(3), rs.Explicit([3]), rs.CountSketch(64), out=tmp_path / "s")
+    assert not rs.open_store(tmp_path / "s").committed("last").any()
+
+
+def test_a_resumed_run_obeys_the_recorded_plan(tmp_path: Path) -> None:
+    model, images = tiny_unet(), random_images(3)
+    plan = run(model, images, rs.Explicit([3, 9]), rs.LowRank(), out=tmp_path / "s", batch_size=5).plan
+    assert plan == {"batch_rows": 5, "threads": torch.get_num_threads()}
+    assert run(model, images, rs.Explicit([3, 9]), rs.LowRank(), out=tmp_path / "s", batch_size=2).plan == plan
+
+
+def test_an_automatic_batch_stays_within_the_pairs_there_are() -> None:
+    store = run(tiny_unet(), random_images(2), rs.Explicit([3, 9]), None)
+    assert 1 <= store.plan["batch_rows"] <= 4

@@ -62,7 +62,7 @@ def _by_input_windows(layer: Any, inputs: Tensor, grad_output: Tensor, n: int, p
         for size, span, length, step in zip(layer.kernel_size, layer.dilation, spans, layer.stride, strict=True)
     ]
     grad = _positions_last(grad_output, n)
-    padded = by_sample(_zeros_around(inputs, before, after), n)
+    padded = by_sample(_zeros_around(_channels_first(inputs), before, after), n)
     weight = scratch("weight", (n, grad.shape[1], padded.shape[2] * prod(layer.kernel_size)), grad)
     for samples, windows in _windows(padded, cuts, grad.shape[2]):
         batched_product(grad[samples], windows.flatten(1, 2), weight[samples])
@@ -80,7 +80,7 @@ def _by_gradient_windows(layer: Any, inputs: Tensor, grad_output: Tensor, n: int
         for reach, size, span, length in zip(reaches, layer.kernel_size, layer.dilation, inputs.shape[2:], strict=True)
     ]
     seen = _positions_last(inputs, n)
-    padded = by_sample(_zeros_around(grad_output, before, after), n)
+    padded = by_sample(_zeros_around(_channels_first(grad_output), before, after), n)
     o, k = padded.shape[2], prod(layer.kernel_size)
     weight = scratch("weight", (n, k * o, seen.shape[1]), seen)
     for samples, windows in _windows(padded, cuts, seen.shape[2], kernel_first=True):
@@ -111,7 +111,17 @@ def _windows(padded: Tensor, cuts: list[list[Any]], positions: int, *, kernel_fi
 
 def _positions_last(x: Tensor, n: int) -> Tensor:
     """`[n*f, channels, *spatial]` -> `[n, channels, f*positions]`."""
-    return by_sample(x.flatten(2), n).movedim(1, 2).flatten(2)
+    return by_sample(_channels_first(x).flatten(2), n).movedim(1, 2).flatten(2)
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    """Contiguous; from channels last by one matrix transposition per row, at twice the rate of a copy."""
+    if x.is_contiguous() or x.device.type != "cpu" or not x.movedim(1, -1).is_contiguous() or x[0].numel() < 1 << 15:
+        return x.contiguous()
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for target, source in zip(out.flatten(2), x.flatten(2), strict=True):
+        target.copy_(source)
+    return out
 
 
 def _zeros_around(x: Tensor, before: list[int], after: list[int]) -> Tensor:

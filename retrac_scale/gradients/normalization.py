@@ -14,22 +14,36 @@ from retrac_scale.gradients.registry import by_sample, register
 def group_norm(
     layer: nn.GroupNorm, activation: Tensor, grad_output: Tensor, n: int, *statistics: Tensor
 ) -> dict[str, Tensor]:
-    """weight: sum_fs grad[n,f,s,o] normalised[n,f,s,o]; bias: sum_fs grad[n,f,s,o].
-
-    The rows of the batch become channels of a single sample, for which torch's own kernel sums over positions alone.
-    """
+    """weight: sum_fs grad[n,f,s,o] normalised[n,f,s,o]; bias: sum_fs grad[n,f,s,o]."""
     dtype = torch.promote_types(grad_output.dtype, torch.float32)
-    rows, groups = len(activation) * layer.num_channels, len(activation) * layer.num_groups
-    x, grad = (value.to(dtype).reshape(1, rows, -1).contiguous() for value in (activation, grad_output))
+    x, grad = activation.to(dtype), grad_output.to(dtype)
+    rows, channels, groups = len(x), layer.num_channels, layer.num_groups
     if not statistics:
-        variance, mean = torch.var_mean(x.reshape(groups, -1), 1, correction=0)
+        variance, mean = torch.var_mean(x.reshape(rows, groups, -1), 2, correction=0)
         statistics = mean, torch.rsqrt(variance + layer.eps)
-    mean, rstd = (value.to(dtype).reshape(1, groups) for value in statistics)
-    _, weight, bias = torch.ops.aten.native_group_norm_backward(
-        grad, x, mean, rstd, grad.new_empty(rows), 1, rows, x.shape[2], groups, [False, True, True]
-    )
-    shape = len(activation), layer.num_channels
-    return {"weight": by_sample(weight.view(shape), n).sum(1), "bias": by_sample(bias.view(shape), n).sum(1)}
+    mean, rstd = (value.to(dtype) for value in statistics)
+    if x.is_contiguous() and grad.is_contiguous():
+        # the rows of the batch become channels of one sample, for which torch's own kernel sums over positions alone
+        shape, positions = (1, rows * channels, -1), x[0, 0].numel()
+        _, weight, bias = torch.ops.aten.native_group_norm_backward(
+            grad.view(shape),
+            x.view(shape),
+            mean.reshape(1, -1),
+            rstd.reshape(1, -1),
+            grad.new_empty(rows * channels),
+            1,
+            rows * channels,
+            positions,
+            rows * groups,
+            [False, True, True],
+        )
+        weight, bias = weight.view(rows, channels), bias.view(rows, channels)
+    else:
+        each = channels // groups
+        bias = grad.flatten(2).sum(2)
+        weight = (grad.flatten(2) * x.flatten(2)).sum(2) - mean.repeat_interleave(each, 1) * bias
+        weight = weight * rstd.repeat_interleave(each, 1)
+    return {"weight": by_sample(weight, n).sum(1), "bias": by_sample(bias, n).sum(1)}
 
 
 def _statistics(output: Tensor) -> tuple[Tensor, ...]:

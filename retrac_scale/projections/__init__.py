@@ -5,12 +5,13 @@ from retrac_scale.projections.countsketch import CountSketch
 from retrac_scale.projections.dense import Dense
 from retrac_scale.projections.identity import Identity
 from retrac_scale.projections.lowrank import LowRank
-from retrac_scale.projections.sketcher import GradientSketcher
+from retrac_scale.projections.sketcher import GradientMismatchError, GradientSketcher
 from retrac_scale.projections.trak_bridge import TrakProjector
 
 __all__ = [
     "CountSketch",
     "Dense",
+    "GradientMismatchError",
     "GradientSketcher",
     "Identity",
     "LowRank",

@@ -33,6 +33,22 @@ class Projector(ABC):
     def finish(self, accumulator: Tensor) -> Tensor:
         """The sketches `[n, k]`."""
 
+    def mixed(self, name: str, gradient: Tensor) -> Tensor:
+        """A parameter's gradients `[n, *shape]` as `add` takes them: of a mixed layer, with r in place of o."""
+        mixer = self.mixers.get(weight_beside(name))
+        return gradient if mixer is None else mix(mixer, gradient)
+
+
+def weight_beside(name: str) -> str:
+    """The weight of the layer that a weight or bias belongs to."""
+    return name.removesuffix("bias") + "weight" if name.endswith("bias") else name
+
+
+def mix(mixer: Tensor, gradient: Tensor) -> Tensor:
+    """`[r, o]` times `[n, o, ...]`; a convolution's kernel positions then come first, as its mixed rule has them."""
+    mixed = torch.einsum("ro,no...->nr...", mixer.to(gradient.dtype), gradient)
+    return mixed.movedim((1, 2), (-2, -1)) if mixed.ndim > 3 else mixed
+
 
 class Projection(ABC):
     """Describes a projection; frozen, comparable, and written into the store's fingerprint."""

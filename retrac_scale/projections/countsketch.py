@@ -43,11 +43,17 @@ class SignedFold(Projector):
 
     def add(self, accumulator: Tensor, name: str, gradient: Tensor) -> Tensor | None:
         """Sign, rotate and add the blocks of one parameter."""
-        entries = gradient.flatten(1).to(accumulator.dtype)
-        pieces = zip(self._shifts[name], torch.split(entries, self.dim, 1), self._signs[name], strict=True)
-        for shift, piece, signs in pieces:
-            accumulator.narrow(1, shift, piece.shape[1]).addcmul_(piece, signs)
-        return squared_norm(entries) if self.exact_norm else None
+        entries = gradient.flatten(1)
+        squares = accumulator.new_zeros(len(entries))
+        pieces = torch.split(entries, self.dim, 1)
+        for shift, piece, signs in zip(self._shifts[name], pieces, self._signs[name], strict=True):
+            wide = piece.to(accumulator.dtype)  # piece by piece: a wide copy of the whole would leave the cache
+            accumulator.narrow(1, shift, wide.shape[1]).addcmul_(wide, signs)
+            if self.exact_norm and wide is not piece:
+                squares += squared_norm(wide)
+        if not self.exact_norm:
+            return None
+        return squared_norm(entries) if entries.dtype == accumulator.dtype else squares
 
     def finish(self, accumulator: Tensor) -> Tensor:
         """Close the round."""

@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Literal
 
 import torch
+from torch import Tensor
 
 from retrac_scale.projections import random
-from retrac_scale.projections.base import Projection, Projector, Shapes, check_dim
+from retrac_scale.projections.base import (
+    Projection,
+    Projector,
+    Shapes,
+    check_dim,
+    mix,
+    squared_norm,
+    weight_beside,
+)
 from retrac_scale.projections.countsketch import SignedFold
 
 
@@ -19,18 +29,27 @@ class LowRank(Projection):
 
     Output gradients are multiplied with a random matrix R `[rank, o]` of entries +-1/sqrt(rank), for which E[R^T R] is
     the identity, so inner products stay unbiased. Per-sample gradients shrink by o / rank; layers with fewer than
-    4 rank outputs, where little would be saved, stay whole. The norm that comes with the sketch is the sketch's own, an
-    estimate whose square is unbiased.
+    4 rank outputs, where little would be saved, stay whole.
+
+    Args:
+        rank: channels r that each layer's outputs are mixed into.
+        dim: k.
+        seed: of all signs and shifts.
+        norm: "estimate", the sketch's own, whose square is unbiased and whose error is a few per cent at dim 2048; or
+            "exact", the full gradient's, at the cost of forming it (about that of `CountSketch`).
     """
 
     rank: int = 8
     dim: int = 2048
     seed: int = 0
+    norm: Literal["estimate", "exact"] = "estimate"
 
     def __post_init__(self) -> None:
         check_dim(self.dim)
         if self.rank < 1:
             raise ValueError(f"LowRank needs a rank of 1 or more, got {self.rank}.")
+        if self.norm not in ("estimate", "exact"):
+            raise ValueError(f"norm must be 'estimate' or 'exact', got {self.norm!r}.")
 
     def bind(self, shapes: Shapes, mixable: Mapping[str, int], device: torch.device) -> Projector:
         """See `Projection.bind`."""
@@ -38,14 +57,38 @@ class LowRank(Projection):
         for name, shape in shapes.items():
             out_features = mixable.get(name, 0)
             sizes[name] = prod(shape)
-            weight = name.removesuffix("bias") + "weight" if name.endswith("bias") else name
+            weight = weight_beside(name)
             if out_features >= 4 * self.rank and weight in mixable:
                 sizes[name] = sizes[name] // out_features * self.rank
                 scales[name] = self.rank**-0.5  # with the signs, so that mixing multiplies by +-1, exact in bfloat16
                 if name == weight:
                     entries = random.signs(self.seed, f"{name} mixer", self.rank * out_features)
                     mixers[name] = torch.from_numpy(entries).reshape(self.rank, out_features).to(device)
+        if self.norm == "exact":
+            return _ExactNorm(self.dim, self.seed, sizes, device, scales, mixers)
         projector = SignedFold(self.dim, self.seed, sizes, device, scales)
         projector.mixers = mixers
         projector.exact_norm = False
         return projector
+
+
+class _ExactNorm(SignedFold):
+    """Takes whole gradients, for their norms, and mixes them itself."""
+
+    def __init__(
+        self,
+        dim: int,
+        seed: int,
+        sizes: Mapping[str, int],
+        device: torch.device,
+        scales: Mapping[str, float],
+        mixers: Mapping[str, Tensor],
+    ) -> None:
+        super().__init__(dim, seed, sizes, device, scales)
+        self._mixers = mixers
+
+    def add(self, accumulator: Tensor, name: str, gradient: Tensor) -> Tensor | None:
+        """Mix, then fold."""
+        mixer = self._mixers.get(weight_beside(name))
+        super().add(accumulator, name, gradient if mixer is None else mix(mixer, gradient))
+        return squared_norm(gradient.flatten(1))

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from retrac_scale.gradients import GradientCapture, ParameterFilter
 from retrac_scale.projections.base import Projection
+
+
+class GradientMismatchError(RuntimeError):
+    """The gradient of a sample in a batch is not its gradient alone."""
 
 
 class GradientSketcher:
@@ -62,5 +68,71 @@ class GradientSketcher:
                 squares[samples] += added
 
         self._capture.backward(losses, add, projector.mixers)
-        sketch = projector.finish(accumulator)
-        return sketch, squares.sqrt() if projector.exact_norm else torch.linalg.vector_norm(sketch, dim=1)
+        return self._finished(accumulator, squares)
+
+    def _finished(self, accumulator: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+        sketch = self._projector.finish(accumulator)
+        return sketch, squares.sqrt() if self._projector.exact_norm else torch.linalg.vector_norm(sketch, dim=1)
+
+    def check(
+        self,
+        sketched: tuple[Tensor, Tensor],
+        batch: Callable[[], Tensor],
+        alone: Callable[[], Tensor],
+        where: str,
+        tolerance: float = 1e-3,
+    ) -> None:
+        """Recompute the first sample of a batch by plain autograd; call it outside the context.
+
+        Args:
+            sketched: sketches `[n, k]` and norms `[n]` of the batch.
+            batch: runs the model forward and gives the losses `[n]` again.
+            alone: gives the loss `[1]` of the first sample in a batch of its own.
+            where: names that sample, for the error.
+            tolerance: relative, in L2 norm.
+
+        Raises:
+            GradientMismatchError: sketch or norm differ by more; names the parameters whose gradients do.
+        """
+        names = list(self.shapes)
+        parameters = [self._capture.model.get_parameter(name) for name in names]
+        plain = torch.autograd.grad(alone().sum(), parameters, allow_unused=True, materialize_grads=True)
+        expected = dict(zip(names, plain, strict=True))
+        accumulator = self._projector.start(1)
+        squares = torch.zeros(1, device=accumulator.device)
+        for name, gradient in expected.items():
+            added = self._projector.add(accumulator, name, self._projector.mixed(name, gradient[None]))
+            if added is not None:
+                squares += added
+        sketch, norm = self._finished(accumulator, squares)
+        found = torch.cat([sketched[0][0], sketched[1][:1]])
+        if _differ(found, torch.cat([sketch[0], norm]), tolerance):
+            culprits = self._differing(expected, batch, tolerance)
+            named = ", ".join(culprits) or "the sum over all parameters"
+            raise GradientMismatchError(
+                f"{where}: its gradient in the batch is not that of plain autograd alone; it differs in {named}. "
+                "Layers in which samples meet, or that lay them out along another axis than the first, cannot be "
+                "sketched: leave them out with parameters=, or register a rule."
+            )
+
+    def _differing(self, expected: dict[str, Tensor], batch: Callable[[], Tensor], tolerance: float) -> list[str]:
+        """The parameters whose gradient for the batch's first sample is another than expected."""
+        found = {}
+
+        def keep(name: str, gradient: Tensor, samples: slice) -> None:
+            if samples.start == 0:
+                found[name] = gradient[0].clone()
+
+        with self._capture:
+            self._capture.backward(batch(), keep)
+        floor = tolerance * max(float(gradient.norm()) for gradient in expected.values())
+        return [
+            name
+            for name, gradient in expected.items()
+            if name not in found
+            or float((found[name] - gradient).norm()) > max(tolerance * float(gradient.norm()), 0.01 * floor)
+        ]
+
+
+def _differ(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    return float((found - expected).norm()) > tolerance * float(expected.norm())

@@ -1,0 +1,59 @@
+"""Choosing the batch size: the fastest that fits in memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import psutil
+import torch
+from torch import Tensor
+
+SMALLEST, LARGEST = 8, 256
+WORTHWHILE = 1.05
+"""A batch twice as large is tried as long as the last one was this much faster per row."""
+SECONDS = 5.0
+MEMORY_SHARE = 0.25
+"""Of the free memory. Activations, their gradients and the allocator's slack take about three times what is kept for
+the backward pass."""
+
+
+def fastest_batch(run: Callable[[int], Tensor], most: int, device: torch.device) -> int:
+    """Rows per backward pass.
+
+    Args:
+        run: sketches a batch of so many rows and returns its losses.
+        most: rows there are.
+        device: whose memory counts.
+    """
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    most = min(most, LARGEST, max(1, int(MEMORY_SHARE * free / max(1, 3 * _kept_bytes(run)))))
+    rows, chosen, best = min(SMALLEST, most), min(SMALLEST, most), 0.0
+    began = time.perf_counter()
+    while True:
+        run(rows)
+        start = time.perf_counter()
+        run(rows)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        rate = rows / (time.perf_counter() - start)
+        worthwhile = rate > WORTHWHILE * best
+        chosen, best = (rows, rate) if worthwhile else (chosen, best)
+        rows *= 2
+        if (
+            not worthwhile or rows > most or 5 * (time.perf_counter() - began) > SECONDS
+        ):  # the next takes four times this
+            return chosen
+
+
+def _kept_bytes(run: Callable[[int], Tensor]) -> int:
+    """What one row keeps for the backward pass."""
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        run(1)
+    return sum(kept.values())
