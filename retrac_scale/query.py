@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 from collections.abc import Iterator
@@ -328,7 +329,7 @@ def _rerank(
         raise ValueError(
             f"the store was measured at {measured}, but train= is at {train.timesteps.spec()}; use the same."
         )
-    found = _filled(found)
+    found = _filled(found, scan.question.k)
     candidates = np.unique(found.ids)
     exact = exact_scores(
         queries, train, candidates, index.estimator, index.meta["checkpoints"], index.meta["fingerprint"]
@@ -340,16 +341,24 @@ def _rerank(
     return Found(best, ids, np.zeros_like(best)), order + 1
 
 
-def _filled(found: Found) -> Found:
-    """Only the places that every lane has a sample for."""
-    width = int((found.scores > -np.inf).sum(1).min())
+def _filled(found: Found, k: int) -> Found:
+    """Only the places that every lane has a sample for; ValueError when that would cut a lane short of its best k."""
+    counts = (found.scores > -np.inf).sum(1)
+    width = int(counts.min())
+    if width < min(k, int(counts.max())):
+        raise ValueError(
+            f"k = {k} is more than every query has: with exclude_self= some have only {width} left; ask for at most "
+            f"{width}, or widen where=."
+            if width
+            else "where= and exclude_self= leave some queries no sample to score; widen where=."
+        )
     return Found(found.scores[:, :width], found.ids[:, :width], found.errors[:, :width])
 
 
 def _topk(scan: _Scan, found: Found, k: int, ranks: npt.NDArray[np.int64] | None = None) -> TopK:
     """The answer, lanes of both sides side by side; `found` may hold more than k places."""
     question, q = scan.question, len(scan.query_ids)
-    found = _filled(found)
+    found = _filled(found, k)
     if not found.scores.shape[1]:
         raise ValueError("where= and exclude_self= leave no sample to score.")
     gap = found.scores[:, :-1] - found.scores[:, 1:]
@@ -395,6 +404,7 @@ def _mask(where: npt.ArrayLike | str | None, index: Index) -> Bools | None:
 
 def _evaluate(expression: str, index: Index) -> Bools:
     table = pd.DataFrame({"id": index.ids, **index.columns})
+    _check_expression(expression)
     try:
         found = np.asarray(table.eval(expression, engine="python", local_dict={}, global_dict={}))
     except Exception as error:  # whatever a wrong expression makes pandas raise
@@ -406,6 +416,26 @@ def _evaluate(expression: str, index: Index) -> Bools:
     if not found.any():
         raise ValueError(f"where={expression!r} leaves no sample to score.")
     return found
+
+
+_EXPRESSION = (
+    *(ast.Expression, ast.Name, ast.Load, ast.Constant, ast.List, ast.Tuple),
+    *(ast.Compare, ast.cmpop, ast.BoolOp, ast.boolop, ast.BinOp, ast.operator, ast.UnaryOp, ast.unaryop),
+)
+
+
+def _check_expression(expression: str) -> None:
+    """Comparisons and arithmetic alone: pandas would also call methods, which can write files."""
+    try:
+        nodes = list(ast.walk(ast.parse(expression.strip(), mode="eval")))
+    except SyntaxError as error:
+        raise ValueError(f"where={expression!r} is no expression: {error.msg}.") from error
+    for node in nodes:
+        if not isinstance(node, _EXPRESSION):
+            raise ValueError(
+                f"where={expression!r} holds a {type(node).__name__.lower()}; use column names, values, comparisons, "
+                "arithmetic, in, and, or, not."
+            )
 
 
 def _labels(group_by: str | npt.ArrayLike, index: Index) -> npt.NDArray[Any]:

@@ -357,3 +357,21 @@ def test_answers_become_tables_and_json() -> None:
 def test_specificity_on_hand_computed_lists(ids: list[list[int]], fraction: float, share: float) -> None:
     assert rs.evaluate.unique_fraction(np.array(ids)) == fraction
     assert rs.evaluate.specificity.largest_share(np.array(ids)) == share
+
+
+def test_an_expression_that_calls_something_is_refused_and_not_run(tmp_path: Path) -> None:
+    index, queries, _ = index_with_columns()
+    target = tmp_path / "written"
+    for expression in (f"id.to_pickle({str(target)!r}) == 1", "id.values == 1", "(lambda: 1) == 1", "id[0] == 1"):
+        with pytest.raises(ValueError, match="use column names, values, comparisons"):
+            index.query(queries, where=expression)
+    assert not target.exists()
+
+
+def test_no_answer_is_cut_short_by_what_another_query_leaves_out() -> None:
+    rng = np.random.default_rng(0)
+    index = rs.build_index(rs.write_store(None, {"a": rng.standard_normal((4, 1, 8))}), rs.TracIn(), None)
+    queries = rs.write_store(None, {"a": rng.standard_normal((2, 1, 8))}, ids=[0, 100])
+    with pytest.raises(ValueError, match=r"k = 4 is more than every query has: .* ask for at most 3"):
+        index.query(queries, 4, exclude_self=True)
+    assert index.query(queries, 3, exclude_self=True).ids.shape == (2, 3)
