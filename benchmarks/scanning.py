@@ -112,13 +112,15 @@ def others(name: str, repeats: int) -> dict[str, Any]:
         def search(queries: Any) -> object:
             return torch.topk(torch.from_numpy(queries).to(held.dtype) @ held.T, TOP, dim=1)
     else:
-        from trak.score_computers import BasicSingleBlockScoreComputer
+        from trak.score_computers import BasicScoreComputer
 
         held = torch.from_numpy(rows)
-        computer = BasicSingleBlockScoreComputer(dtype=torch.float32, device=torch.device("cpu"))
+        computer = BasicScoreComputer(dtype=torch.float32, device=torch.device("cpu"))
 
         def search(queries: Any) -> object:
-            return torch.topk(computer.get_scores(held, torch.from_numpy(queries)), TOP, dim=0)
+            values = torch.zeros(len(held), len(queries))
+            computer.get_scores(held, torch.from_numpy(queries), values)
+            return torch.topk(values, TOP, dim=0)
 
     seconds = {}
     for q in QUERIES:

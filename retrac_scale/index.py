@@ -268,7 +268,8 @@ def build_index(
 ) -> Index:
     """Collapse a complete store for one estimator; an index of the same store and estimator at `out` is kept.
 
-    Deleted samples are left out. Memory stays below a few blocks of the store per thread.
+    Deleted samples are left out. Memory stays below a few blocks of the store per thread. Rows in int8 change a score
+    by at most sum_c |w_c| max_k |row_k| sum_k |query_k| / 254.
 
     Args:
         store: the training side.

@@ -92,11 +92,13 @@ def test_scores_and_order_equal_float64_brute_force(name: str) -> None:
     np.testing.assert_allclose(index.scores(queries).compute(), scores, atol=3e-6 * np.abs(scores).max())
 
 
-def test_int8_scores_are_within_the_rounding_bound() -> None:
-    store, queries, weights, _, _ = pair_of_stores(0, 300, 2, dtype="int8")
-    index = rs.build_index(store, rs.ReTrac(), None)
-    answer = index.query(queries, 300)
-    rows = {c: rs.ReTrac().rows(store, c).astype(np.float64) for c in weights}
+@given(name=st.sampled_from(sorted(ESTIMATORS)), seed=st.integers(0, 99), n=st.integers(1, 150), t=st.integers(1, 3))
+def test_int8_scores_are_within_the_documented_bound(name: str, seed: int, n: int, t: int) -> None:
+    estimator, _ = ESTIMATORS[name]
+    store, queries, weights, *_ = pair_of_stores(seed, n, t, dtype="int8")
+    index = rs.build_index(store, estimator, None)
+    answer = index.query(queries, n)
+    rows = {c: estimator.rows(store, c).astype(np.float64) for c in weights}
     asked = index.query_rows(queries).astype(np.float64)
     exact = sum(weights[c] * asked[i] @ rows[c].T for i, c in enumerate(weights))
     bound = sum(
