@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from retrac_scale.estimators import Estimator, common_timesteps
-from retrac_scale.index import compute
 from retrac_scale.store import SketchStore, open_store
 from retrac_scale.store.compatibility import check_compatible
 from retrac_scale.store.encoding import Float32
 from retrac_scale.store.schema import Url
+from retrac_scale.tasks import compute
 
 if TYPE_CHECKING:
     from distributed import Client

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import dask
 import numpy as np
 import numpy.typing as npt
-import torch
 import zarr
 from zarr.storage import LocalStore
 
@@ -35,6 +34,7 @@ from retrac_scale.store.schema import (
     read_ids,
     zarr_location,
 )
+from retrac_scale.tasks import compute
 
 if TYPE_CHECKING:
     import dask.array
@@ -407,21 +407,6 @@ def open_index(url: Url) -> Index:
 def open_on_worker(url: str, meta: str) -> Index:
     """The index at a URL, kept open in this process while its description is the same: its maps outlive a task."""
     return open_index(url)
-
-
-def compute(tasks: list[Any], client: Client | None) -> list[Any]:
-    """Results of delayed tasks, on the client's workers, or here on as many threads as torch is set to.
-
-    Here, tasks run with one torch thread each, so that theirs and dask's do not compete; torch's setting is put back.
-    """
-    if client is not None:
-        return list(client.gather(client.compute(tasks)))
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        return list(dask.compute(*tasks, scheduler="threads", num_workers=threads))
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _stamp(store: SketchStore) -> Stamp | None:

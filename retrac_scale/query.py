@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 from collections.abc import Iterator
@@ -17,12 +16,14 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
-from retrac_scale.index import Index, Reduce, Side, compute, open_on_worker
+from retrac_scale.index import Index, Reduce, Side, open_on_worker
 from retrac_scale.rerank import exact_scores
 from retrac_scale.samples import Samples
 from retrac_scale.scan import Bools, Chunk, Float64, Found, merge, scores, top
 from retrac_scale.store import SketchStore
 from retrac_scale.store.encoding import Float32
+from retrac_scale.tasks import compute
+from retrac_scale.where import which
 
 if TYPE_CHECKING:
     import pyarrow
@@ -172,7 +173,7 @@ def answer(index: Index, queries: SketchStore | Samples, question: Question, cli
         raise ValueError(
             f"queries must be a SketchStore or rs.Samples(dataset, task, checkpoints, timesteps), got {type(queries)}."
         )
-    scan = _Scan(index, index.query_rows(queries), queries.ids, question, _mask(question.where, index), client)
+    scan = _Scan(index, index.query_rows(queries), queries.ids, question, which(question.where, index), client)
     if question.group_by is not None:
         labels, values = scan.groups(question.group_by)
         return _topk(scan, Found(values, labels, np.zeros_like(values)), question.k)
@@ -379,63 +380,6 @@ def _topk(scan: _Scan, found: Found, k: int, ranks: npt.NDArray[np.int64] | None
         resolved=None if question.group_by is not None else beside(resolved),
         sketch_rank=None if ranks is None else beside(ranks),
     )
-
-
-def _mask(where: npt.ArrayLike | str | None, index: Index) -> Bools | None:
-    """Which samples count, bool `[n]`."""
-    if where is None:
-        return None
-    if isinstance(where, str):
-        return _evaluate(where, index)
-    chosen, ids = np.asarray(where), index.ids
-    if chosen.dtype == bool:
-        if chosen.shape != ids.shape:
-            raise ValueError(f"where= is a mask of shape {chosen.shape}; the index has {len(ids)} samples.")
-        mask = chosen
-    else:
-        unknown = ~np.isin(chosen, ids)
-        if unknown.any():
-            raise ValueError(f"where= names the id {chosen[unknown].tolist()[0]!r}, which is not in the index.")
-        mask = np.isin(ids, chosen)
-    if not mask.any():
-        raise ValueError("where= leaves no sample to score.")
-    return mask
-
-
-def _evaluate(expression: str, index: Index) -> Bools:
-    table = pd.DataFrame({"id": index.ids, **index.columns})
-    _check_expression(expression)
-    try:
-        found = np.asarray(table.eval(expression, engine="python", local_dict={}, global_dict={}))
-    except Exception as error:  # whatever a wrong expression makes pandas raise
-        raise ValueError(
-            f"where={expression!r} cannot be evaluated: {error}; the columns are {', '.join(table.columns)}."
-        ) from error
-    if found.dtype != bool or found.shape != (len(table),):
-        raise ValueError(f"where={expression!r} must say yes or no for each sample; it gives {found.dtype}.")
-    if not found.any():
-        raise ValueError(f"where={expression!r} leaves no sample to score.")
-    return found
-
-
-_EXPRESSION = (
-    *(ast.Expression, ast.Name, ast.Load, ast.Constant, ast.List, ast.Tuple),
-    *(ast.Compare, ast.cmpop, ast.BoolOp, ast.boolop, ast.BinOp, ast.operator, ast.UnaryOp, ast.unaryop),
-)
-
-
-def _check_expression(expression: str) -> None:
-    """Comparisons and arithmetic alone: pandas would also call methods, which can write files."""
-    try:
-        nodes = list(ast.walk(ast.parse(expression.strip(), mode="eval")))
-    except SyntaxError as error:
-        raise ValueError(f"where={expression!r} is no expression: {error.msg}.") from error
-    for node in nodes:
-        if not isinstance(node, _EXPRESSION):
-            raise ValueError(
-                f"where={expression!r} holds a {type(node).__name__.lower()}; use column names, values, comparisons, "
-                "arithmetic, in, and, or, not."
-            )
 
 
 def _labels(group_by: str | npt.ArrayLike, index: Index) -> npt.NDArray[Any]:

@@ -26,7 +26,8 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):
-        return type(value)(**{key: mapped(item, change) for key, item in value.items()})
+        changed = {key: mapped(item, change) for key, item in value.items()}
+        return changed if type(value) is dict else type(value)(**changed)
     if isinstance(value, (tuple, list)):
         items = [mapped(item, change) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)

@@ -65,7 +65,9 @@ class LowRank(Projection):
                     entries = random.signs(self.seed, f"{name} mixer", self.rank * out_features)
                     mixers[name] = torch.from_numpy(entries).reshape(self.rank, out_features).to(device)
         if self.norm == "exact":
-            return _ExactNorm(self.dim, self.seed, sizes, device, scales, mixers)
+            whole = _ExactNorm(self.dim, self.seed, sizes, device, scales)
+            whole.own_mixers = mixers
+            return whole
         projector = SignedFold(self.dim, self.seed, sizes, device, scales)
         projector.mixers = mixers
         projector.exact_norm = False
@@ -75,20 +77,10 @@ class LowRank(Projection):
 class _ExactNorm(SignedFold):
     """Takes whole gradients, for their norms, and mixes them itself."""
 
-    def __init__(
-        self,
-        dim: int,
-        seed: int,
-        sizes: Mapping[str, int],
-        device: torch.device,
-        scales: Mapping[str, float],
-        mixers: Mapping[str, Tensor],
-    ) -> None:
-        super().__init__(dim, seed, sizes, device, scales)
-        self._mixers = mixers
+    own_mixers: Mapping[str, Tensor]
 
     def add(self, accumulator: Tensor, name: str, gradient: Tensor) -> Tensor | None:
         """Mix, then fold."""
-        mixer = self._mixers.get(weight_beside(name))
+        mixer = self.own_mixers.get(weight_beside(name))
         super().add(accumulator, name, gradient if mixer is None else mix(mixer, gradient))
         return squared_norm(gradient.flatten(1))
