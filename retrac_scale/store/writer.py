@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -149,10 +150,16 @@ def describe(
         "columns": dict(columns),
         "fingerprint": dict(fingerprint),
         "plan": dict(plan or {}),
-        "written_by": {name: importlib.metadata.version(name) for name in ("retrac_scale", "zarr", "numpy", "torch")},
+        "written_by": _library_versions(),
     }
     readable: dict[str, Any] = json.loads(json.dumps(meta))
     return readable
+
+
+@cache
+def _library_versions() -> dict[str, str]:
+    """Read once: a process that has dropped its privileges may no longer reach the packages' files."""
+    return {name: importlib.metadata.version(name) for name in ("retrac_scale", "zarr", "numpy", "torch")}
 
 
 def write_block(
