@@ -11,7 +11,9 @@ from retrac_scale.samples import Samples, take
 from retrac_scale.sketching import sketch
 from retrac_scale.store import IncompleteStoreError, SketchStore, open_store, write_store
 from retrac_scale.task import DiffusionTask
-from retrac_scale.timesteps import EvenlySpaced, Explicit, Recorded, TrainingRecorder, draw_noise
+from retrac_scale.timesteps import EvenlySpaced, Explicit, Recorded, draw_noise
+from retrac_scale.training import TrainingRecorder
+from retrac_scale.training_callbacks import lightning_callback, transformers_callback
 
 __all__ = [
     "CountSketch",
@@ -39,11 +41,13 @@ __all__ = [
     "draw_noise",
     "evaluate",
     "gradients",
+    "lightning_callback",
     "open_index",
     "open_store",
     "projections",
     "self_influence",
     "sketch",
     "take",
+    "transformers_callback",
     "write_store",
 ]
