@@ -121,7 +121,7 @@ def sketch(
             "projection": projection.spec(),
             "parameters": {name: list(shape) for name, shape in sketcher.shapes.items()},
             "checkpoints": digests,
-            "scheduler": _scheduler_spec(task),
+            "scheduler": scheduler_spec(task.scheduler),
             "measure": task.measure,
             "autocast": task.autocast,
             "timesteps": {**timesteps.spec(), "digest": _plan_digest(plans)},
@@ -336,8 +336,9 @@ def _check_items(task: DiffusionTask, dataset: Any, ids: Ids) -> None:
             )
 
 
-def _scheduler_spec(task: DiffusionTask) -> dict[str, Any]:
-    config = dict(task.scheduler.config)
+def scheduler_spec(scheduler: Any) -> dict[str, Any]:
+    """What of a noise scheduler goes into a fingerprint."""
+    config = dict(scheduler.config)
     keys = (
         "num_train_timesteps",
         "beta_schedule",
@@ -346,7 +347,7 @@ def _scheduler_spec(task: DiffusionTask) -> dict[str, Any]:
         "prediction_type",
         "rescale_betas_zero_snr",
     )
-    return {"class": type(task.scheduler).__name__, **{key: config[key] for key in keys if key in config}}
+    return {"class": type(scheduler).__name__, **{key: config[key] for key in keys if key in config}}
 
 
 def _plan_digest(plans: Mapping[str, Pairs]) -> str:

@@ -1,19 +1,25 @@
-"""TrainingRecorder: notes in the training loop which pairs the samples were trained at."""
+"""TrainingRecorder: notes which pairs the samples are trained at, and sketches their gradients meanwhile."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sized
+from collections.abc import Callable, Sized
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor, distributed
+import torch
+from torch import Tensor, distributed, nn
 
+from retrac_scale.gradients import ParameterFilter
+from retrac_scale.projections import Projection
 from retrac_scale.record import IDS, NO_SEED, ROW, SampleRows, TrainingRecord, append, read_record, rows_file
-from retrac_scale.store.schema import check_ids
+from retrac_scale.store import Dtype
+from retrac_scale.store.schema import Url, check_columns, check_ids
+from retrac_scale.task import Measure, StateDict
 from retrac_scale.timesteps import check_timesteps
+from retrac_scale.training_sketches import SketchPlan, TrainingSketches, Visits
 
 logger = logging.getLogger(__name__)
 
@@ -27,13 +33,42 @@ class TrainingRecorder:
     processes train together (torch.distributed, so accelerate and Lightning too), each makes a recorder on the same
     folder, after the process group was set up, and records its own part of each step.
 
+    With `sketch` and `store`, the gradient of every sample is sketched in the training step's own backward pass, and
+    `checkpoint` adds what was gathered since the last one to a SketchStore, ready for `build_index`. Then every process
+    has to call `checkpoint`, on a file system that all share.
+
     Args:
         path: folder to write to.
-        n_samples: size of the training set, whose ids are then 0 .. n-1; or the dataset itself, for its `ids`.
+        n_samples: size of the training set, whose ids are then 0 .. n-1; or the dataset itself, for its `ids` and
+            `columns`.
         scheduler: the diffusers scheduler in use; gives the range of valid timesteps.
+        sketch: projection of the gradients, e.g. `LowRank()`; None records without sketching.
+        store: where the SketchStore is written, a path or fsspec URL.
+        model: the denoiser in training, whose loss is a mean over the batch; others are told by `batch(loss=...)`.
+        visits: of each sample that are kept per checkpoint, the last ones before it; a sample with fewer has rows of
+            zeros, at timestep -1. Or "sum": all of them in one row, whose product with the checkpoint's weight is the
+            sum of learning rate x gradient.
+        share: of the optimizer steps that are sketched, chosen at random; a sum is scaled up accordingly.
+        measure: the loss in training, "mse" or "l1", that queries are to be measured with too.
+        parameters: glob patterns or a predicate on names; None for all that require a gradient.
+        dtype: how the store keeps rows.
     """
 
-    def __init__(self, path: str | os.PathLike[str], n_samples: int | Sized, scheduler: Any) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        n_samples: int | Sized,
+        scheduler: Any,
+        *,
+        sketch: Projection | None = None,
+        store: Url = None,
+        model: nn.Module | None = None,
+        visits: Visits = 1,
+        share: float = 1.0,
+        measure: Measure = "mse",
+        parameters: ParameterFilter = None,
+        dtype: Dtype = "int8",
+    ) -> None:
         self.path = Path(path)
         ids = None if isinstance(n_samples, int) else getattr(n_samples, "ids", None)
         self.n_samples = n_samples if isinstance(n_samples, int) else len(n_samples)
@@ -42,10 +77,23 @@ class TrainingRecorder:
         self._samples = SampleRows(self.n_samples, self._ids)
         self._process, self._processes = _process()
         self._batches: list[np.ndarray[Any, Any]] = []
+        self._factors: list[Callable[[], Tensor]] = []
         self._file: int | None = None
         self.path.mkdir(parents=True, exist_ok=True)
         self._record: TrainingRecord | None = _from_first(lambda: read_record(self.path))
         self._check_record()
+        self._sketches: TrainingSketches | None = None
+        if sketch is not None:
+            if store is None or model is None:
+                raise ValueError("sketching while training needs store=, where to write, and model=, what is trained.")
+            plan = SketchPlan(sketch, store, visits, share, measure, parameters, dtype)
+            columns = check_columns(getattr(n_samples, "columns", None), self.n_samples)
+            known = np.arange(self.n_samples) if self._ids is None else self._ids
+            self._sketches = TrainingSketches(
+                plan, model, scheduler, self.path, known, columns, self._process, self._processes
+            )
+            if self._record is None:
+                self._sketches.check_new()
         self.restart(list(self._record.checkpoints)[-1] if self._record and self._record.checkpoints else 0)
 
     @property
@@ -72,6 +120,9 @@ class TrainingRecorder:
         kept = [(name, step) for name, step in known.items() if step <= self._steps]
         self._last_checkpoint = kept[-1] if kept else ("", self._steps)
         self._seen = self._seen_before() // self._processes
+        if self._sketches is not None:
+            self._gathered_after = self._steps
+            self._sketches.prepare(self._steps + 1)
 
     def step(self, ids: Any, timesteps: Any, noise_seed: int | None, lr: float, *, epoch: int | None = None) -> None:
         """Record one optimizer step, made of one batch: `batch` and `update` together.
@@ -87,13 +138,16 @@ class TrainingRecorder:
         self.batch(ids, timesteps, noise_seed)
         self.update(lr, epoch=epoch)
 
-    def batch(self, ids: Any, timesteps: Any, noise_seed: int | None) -> None:
+    def batch(self, ids: Any, timesteps: Any, noise_seed: int | None, *, loss: Tensor | None = None) -> None:
         """Note a batch of the coming optimizer step; several when gradients accumulate.
 
         Args:
             ids: see `step`.
             timesteps: see `step`.
             noise_seed: see `step`.
+            loss: the batch's mean loss, or the losses of its samples `[n]`, before the backward pass. It tells a
+                sketching recorder what the samples' losses are multiplied with afterwards, as in the accumulation of
+                gradients, and is not needed where the mean itself is differentiated.
         """
         samples = self._samples.rows(_on_host(ids))
         steps = _on_host(timesteps).astype(np.int64)
@@ -106,6 +160,7 @@ class TrainingRecorder:
         rows["sample"], rows["timestep"] = samples, steps
         rows["noise_seed"] = NO_SEED if noise_seed is None else noise_seed
         self._batches.append(rows)
+        self._factors.append(_factors(loss, len(rows)))
 
     def update(self, lr: float, *, epoch: int | None = None) -> None:
         """Record that the optimizer made a step of the batches noted since the last one.
@@ -117,7 +172,9 @@ class TrainingRecorder:
         if not self._batches:
             raise ValueError("an optimizer step without a batch; call batch(ids, timesteps, noise_seed) before update.")
         rows = np.concatenate(self._batches)
+        factors = [factor() for factor in self._factors] if self._sketches is not None else []
         self._batches.clear()
+        self._factors.clear()
         self._steps += 1
         rows["step"], rows["lr"], rows["rows"], rows["process"] = self._steps, lr, len(rows), self._process
         rows["epoch"] = self._seen * self._processes // self.n_samples if epoch is None else epoch
@@ -125,9 +182,17 @@ class TrainingRecorder:
         if self._file is None:
             self._file = self._begin_run()
         os.write(self._file, rows.tobytes())  # straight to the system, so that it outlives this process
+        if self._sketches is not None:
+            self._sketches.add(rows, factors)
+            self._sketches.prepare(self._steps + 1)
 
-    def checkpoint(self, name: str) -> None:
-        """Mark the weights as they are now by a name; call it where they are saved, best on every process."""
+    def checkpoint(self, name: str, *, weights: StateDict | None = None) -> None:
+        """Mark the weights as they are now by a name; call it where they are saved, best on every process.
+
+        Args:
+            name: of the checkpoint.
+            weights: what is saved, if not the model's own weights (EMA): queries of the sketches are measured with it.
+        """
         if not name or "/" in name or name.startswith("."):
             raise ValueError(f"{name!r} cannot name a checkpoint; use letters, digits, '-' and '_'.")
         if self._last_checkpoint == (name, self._steps):  # saved twice
@@ -136,11 +201,22 @@ class TrainingRecorder:
             raise ValueError(f"checkpoint {name!r} has no step before it; call step() in the training loop.")
         if self._file is not None:
             os.fsync(self._file)
+        if self._sketches is not None:
+            self._sketches.flush()
+            _wait_for_all()
         if self._process == 0:
             record = read_record(self.path)
             if record is not None and name in record.checkpoints:
                 raise ValueError(f"{self.path} has a checkpoint {name!r} already; give every checkpoint its own name.")
+            if self._sketches is not None:
+                assert record is not None  # a step was made
+                rows = record.rows(self._gathered_after, self._steps)
+                self._sketches.write(name, float(rows["lr"].sum() / self.n_samples), weights)
             append(self.path, {"checkpoint": name, "step": self._steps})
+        if self._sketches is not None:
+            _wait_for_all()
+            self._sketches.clear()
+            self._gathered_after = self._steps
         self._last_checkpoint = name, self._steps
 
     def _begin_run(self) -> int:
@@ -149,6 +225,9 @@ class TrainingRecorder:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND  # a file there is of a run that was never logged
         file = os.open(rows_file(self.path, number, self._process), flags, 0o666)
         if self._process == 0:
+            if self._sketches is not None and self._record is not None:
+                known = self._record.checkpoints.items()
+                self._sketches.keep_only([name for name, step in known if step < self._steps])
             if self._ids is not None and not (self.path / IDS).exists():
                 np.save(self.path / f"partial-{IDS}", self._ids)
                 os.replace(self.path / f"partial-{IDS}", self.path / IDS)
@@ -177,6 +256,26 @@ class TrainingRecorder:
 
 def _on_host(values: Any) -> np.ndarray[Any, Any]:
     return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+
+
+def _factors(loss: Tensor | None, n: int) -> Callable[[], Tensor]:
+    """What each sample's loss is multiplied with in the value that is differentiated `[n]`, known after backward."""
+    if loss is None:
+        return lambda: torch.full((n,), 1 / n)
+    found: list[Tensor] = []
+    loss.register_hook(found.append)  # type: ignore[no-untyped-call]
+
+    def factors() -> Tensor:
+        if not found:
+            raise ValueError("batch(loss=...) comes before the backward pass of that loss.")
+        return found[-1].expand(n) / n if found[-1].ndim == 0 else found[-1]
+
+    return factors
+
+
+def _wait_for_all() -> None:
+    if _process()[1] > 1:
+        distributed.barrier()
 
 
 def _process() -> tuple[int, int]:

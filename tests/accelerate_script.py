@@ -24,7 +24,15 @@ def main(folder: Path) -> None:
     clean = images(32)
     loader: Any = DataLoader(list(enumerate(clean)), BATCH, shuffle=True, drop_last=True)  # type: ignore[arg-type]
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    recorder = rs.TrainingRecorder(folder / "recorded", len(clean), SCHEDULER)
+    recorder = rs.TrainingRecorder(
+        folder / "recorded",
+        len(clean),
+        SCHEDULER,
+        sketch=rs.CountSketch(64),
+        store=folder / "store.zarr",
+        model=model,
+        dtype="float32",
+    )
     generator = torch.Generator().manual_seed(accelerator.process_index)
     step = 0
     for _ in range(3):
@@ -34,7 +42,7 @@ def main(folder: Path) -> None:
                 noise = rs.draw_noise(batch.shape[1:], ids.numpy(), timesteps, step)
                 noisy = SCHEDULER.add_noise(batch, noise, timesteps)
                 loss = (model(noisy, timesteps, return_dict=False)[0] - noise).square().mean()
-                recorder.batch(ids, timesteps, step)
+                recorder.batch(ids, timesteps, step, loss=loss)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients and step == STEPS - 2 and accelerator.is_main_process:
                     torch.save(accelerator.unwrap_model(model).state_dict(), folder / "weights.pt")

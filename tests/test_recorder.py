@@ -19,20 +19,27 @@ from tests.small_denoiser import SCHEDULER, SmallDenoiser, images
 ROOT = Path(__file__).parents[1]
 
 
+def losses(model: torch.nn.Module, clean: torch.Tensor, rows: Any) -> torch.Tensor:
+    """The losses `[n]` of recorded rows."""
+    rows = np.array(rows)
+    steps = torch.from_numpy(rows["timestep"].astype(np.int64))
+    noise = rs.draw_noise(clean.shape[1:], rows["sample"], steps, rows["noise_seed"])
+    noisy = SCHEDULER.add_noise(clean[rows["sample"]], noise, steps)
+    each: torch.Tensor = (model(noisy, steps, return_dict=False)[0] - noise).square().flatten(1).mean(1)
+    return each
+
+
 def mean_gradient(model: torch.nn.Module, clean: torch.Tensor, rows: Any) -> dict[str, torch.Tensor]:
     """The gradient of a recorded step, one row at a time."""
     total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     for row in rows:
-        noise = rs.draw_noise(clean.shape[1:], [row["sample"]], [row["timestep"]], row["noise_seed"])
-        step = torch.tensor([int(row["timestep"])])
-        noisy = SCHEDULER.add_noise(clean[[int(row["sample"])]], noise, step)
-        loss = (model(noisy, step, return_dict=False)[0] - noise).square().mean()
+        loss = losses(model, clean, [row]).sum()
         for name, gradient in zip(total, torch.autograd.grad(loss, list(model.parameters())), strict=True):
             total[name] += gradient / len(rows)
     return total
 
 
-def test_two_accelerate_processes_record_every_step_whole_and_its_gradient_is_replayed(
+def test_two_accelerate_processes_record_and_sketch_every_step_whole_and_it_is_replayed(
     tmp_path: Path,
 ) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -55,7 +62,15 @@ def test_two_accelerate_processes_record_every_step_whole_and_its_gradient_is_re
     replayed = mean_gradient(model, images(32), rows[rows["step"] == 5])
     for name, gradient in trained.items():
         assert (replayed[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
-    assert rs.Recorded(tmp_path / "recorded").weight("last") == pytest.approx(0.05 * 6 * 16 / 32)
+    store = rs.open_store(tmp_path / "store.zarr")
+    assert store.is_complete
+    assert store.weights["last"] == rs.Recorded(tmp_path / "recorded").weight("last") == pytest.approx(0.05 * 3)
+    assert (store.timesteps("last") >= 0).all()
+    for row in rows[rows["step"] == 5]:
+        with rs.GradientSketcher(model, rs.CountSketch(64)) as sketcher:
+            sketch, _ = sketcher(losses(model, images(32), [row]))
+        found = torch.from_numpy(store.sketches("last")[row["sample"]])
+        assert (found - sketch).norm() <= 1e-4 * sketch.norm()
 
 
 def train(model: Any, recorder: rs.TrainingRecorder, first: int, last: int) -> None:
