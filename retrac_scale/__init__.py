@@ -1,6 +1,6 @@
 """Training-data attribution for diffusion models at scale: Diffusion-TracIn and Diffusion-ReTrac (arXiv 2401.09031)."""
 
-from retrac_scale import evaluate, gradients, projections
+from retrac_scale import datasets, evaluate, gradients, projections
 from retrac_scale.diagonal import self_influence
 from retrac_scale.estimators import GradCos, GradDot, ReTrac, TracIn
 from retrac_scale.explain import Explanation
@@ -38,6 +38,7 @@ __all__ = [
     "TracIn",
     "TrainingRecorder",
     "build_index",
+    "datasets",
     "draw_noise",
     "evaluate",
     "gradients",
