@@ -301,7 +301,7 @@ class SketchStore:
         for first in self._segments:
             size = first.meta["block_samples"]
             start, stop = max(samples.start - offset, 0), min(samples.stop - offset, first.shape[0])
-            for number in range(start // size, -(-stop // size)):
+            for number in range(start // size, -(-stop // size)) if start < stop else ():
                 block = first.blocks[number]
                 rows = slice(max(start, block.start) - block.start, min(stop, block.stop) - block.start)
                 yield first, number, rows, slice(offset + block.start, offset + block.stop)
