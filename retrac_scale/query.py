@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 from retrac_scale.index import Index, Reduce, Side, open_on_worker
-from retrac_scale.rerank import exact_scores
+from retrac_scale.rerank import as_measured, exact_scores
 from retrac_scale.samples import Samples
 from retrac_scale.scan import Bools, Chunk, Float64, Found, merge, scores, top
 from retrac_scale.store import SketchStore
@@ -179,8 +179,8 @@ def answer(index: Index, queries: SketchStore | Samples, question: Question, cli
         return _topk(scan, Found(values, labels, np.zeros_like(values)), question.k)
     found = scan.samples(max(question.rerank or 0, question.k + 1))
     ranks = None
-    if question.rerank and samples is not None and question.train is not None:
-        found, ranks = _rerank(scan, found, samples, question.train, store)
+    if question.rerank and samples is not None and question.train is not None and store is not None:
+        found, ranks = _rerank(scan, found, samples, as_measured(question.train, store))
     return _topk(scan, found, question.k, ranks)
 
 
@@ -320,16 +320,9 @@ def _merge_groups(
     return totals, counts
 
 
-def _rerank(
-    scan: _Scan, found: Found, queries: Samples, train: Samples, store: SketchStore | None
-) -> tuple[Found, npt.NDArray[np.int64]]:
+def _rerank(scan: _Scan, found: Found, queries: Samples, train: Samples) -> tuple[Found, npt.NDArray[np.int64]]:
     """The m best by sketch in the order of their exact scores, and their ranks by sketch."""
     index, signs = scan.index, scan.question.signs
-    measured = None if store is None else {k: v for k, v in store.fingerprint["timesteps"].items() if k != "digest"}
-    if measured is not None and measured != train.timesteps.spec():
-        raise ValueError(
-            f"the store was measured at {measured}, but train= is at {train.timesteps.spec()}; use the same."
-        )
     found = _filled(found, scan.question.k)
     candidates = np.unique(found.ids)
     exact = exact_scores(

@@ -24,27 +24,38 @@ class Samples:
         dataset: map-style, as for `sketch`.
         task: what is differentiated.
         checkpoints: {name: state dict, path, or callable}.
-        timesteps: `Recorded(path)`, `EvenlySpaced(count)` or `Explicit([...])`.
+        timesteps: `Recorded(path)`, `EvenlySpaced(count)` or `Explicit([...])`; a list of those that a store grew by.
     """
 
     dataset: Any
     task: DiffusionTask
     checkpoints: Mapping[str, Checkpoint]
-    timesteps: TimestepPlan
+    timesteps: TimestepPlan | Sequence[TimestepPlan]
 
     @property
     def ids(self) -> npt.NDArray[Any]:
         """Sample ids `[n]`."""
         return check_ids(dataset_ids(self.dataset), len(self.dataset))
 
+    @property
+    def plans(self) -> list[TimestepPlan]:
+        """The timestep plans, mostly one."""
+        return list(self.timesteps) if isinstance(self.timesteps, Sequence) else [self.timesteps]
+
     def sketch(self, like: SketchStore) -> SketchStore:
-        """Their sketches in memory, float32, made as those of another store."""
+        """Their sketches in memory, float32, made as those of another store.
+
+        Raises:
+            ValueError: they have several timestep plans, or do not fit the other store.
+        """
+        if len(self.plans) != 1:
+            raise ValueError(f"queries are measured by one timestep plan, got {len(self.plans)}; give one of them.")
         return sketch(
             self.task,
             self.dataset,
             None,
             checkpoints=self.checkpoints,
-            timesteps=self.timesteps,
+            timesteps=self.plans[0],
             dtype="float32",
             like=like,
             progress=False,

@@ -1,0 +1,104 @@
+"""Indexes, queries, reranking and self-influence of stores that have grown, against NumPy float64 brute force."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import retrac_scale as rs
+from tests import oracle
+from tests.conftest import Labelled, random_images, tiny_unet
+from tests.test_sketching import SCHEDULER
+
+IMAGES, GENERATED = random_images(7, 3), random_images(2, 13)
+STATES = {name: tiny_unet(seed).state_dict() for seed, name in enumerate(["early", "late"])}
+TASK = rs.DiffusionTask(tiny_unet(), SCHEDULER)
+PLANS = [rs.Explicit([20, 70], draws=2), rs.Explicit([50])]
+
+
+def grow(out: Any, n: int, plan: Any, **options: Any) -> rs.SketchStore:
+    """Sketch or grow the store of the first n images."""
+    arguments = {"projection": rs.CountSketch(16), "checkpoints": STATES, "batch_size": 8, "grow": True, **options}
+    return rs.sketch(TASK, Labelled(IMAGES[:n]), out, timesteps=plan, progress=False, **arguments)
+
+
+def grown_by_timesteps(out: Path) -> rs.SketchStore:
+    """Seven images at three timesteps, two of them with two noise draws."""
+    grow(out, 7, PLANS[0], grow=False)
+    return grow(out, 7, PLANS[1])
+
+
+def gradients(samples: Any, plans: Any) -> dict[str, Any]:
+    """Full gradients by plain autograd, float64 `{c: [n, t, P]}`."""
+
+    def row(state: Any, image: Any, sample: int) -> Any:
+        pairs = [(t, plan.draws) for plan in plans for t in plan.timesteps]
+        return [oracle.pair_gradient(TASK.model, state, SCHEDULER, image, sample, t, draws=draws) for t, draws in pairs]
+
+    return {name: np.array([row(state, x, i) for i, x in enumerate(samples)]) for name, state in STATES.items()}
+
+
+def test_rerank_recomputes_the_pairs_that_a_store_grew_by(tmp_path: Path) -> None:
+    store = grown_by_timesteps(tmp_path / "s")
+    asked = rs.Explicit([30, 60])
+    queries = rs.Samples(GENERATED, TASK, STATES, asked)
+    expected = oracle.retrac(gradients(IMAGES, PLANS), gradients(GENERATED, [asked]), {"early": 1, "late": 1})
+    index = rs.build_index(store, rs.ReTrac(), None)
+    for plans in (PLANS, PLANS[::-1]):
+        answer = index.query(queries, 7, rerank=7, train=rs.Samples(IMAGES, TASK, STATES, plans))
+        np.testing.assert_array_equal(answer.ids, np.argsort(-expected, axis=1))
+        np.testing.assert_allclose(answer.scores, -np.sort(-expected, axis=1), atol=1e-4 * np.abs(expected).max())
+    matched = rs.build_index(store, rs.ReTrac(pairing="matched"), None)
+    queries = rs.Samples(GENERATED, TASK, STATES, rs.Explicit([20, 70, 50]))
+    answer = matched.query(queries, 7, rerank=7, train=rs.Samples(IMAGES, TASK, STATES, PLANS[::-1]))
+    both = gradients(IMAGES, PLANS), gradients(GENERATED, [queries.timesteps])
+    expected = oracle.retrac_matched(*both, {"early": 1, "late": 1})
+    np.testing.assert_allclose(answer.scores, -np.sort(-expected, axis=1), atol=1e-4 * np.abs(expected).max())
+
+
+def test_rerank_refuses_pairs_that_are_not_the_stores(tmp_path: Path) -> None:
+    index = rs.build_index(grown_by_timesteps(tmp_path / "s"), rs.ReTrac(), None)
+    queries = rs.Samples(GENERATED, TASK, STATES, PLANS[1])
+    absolute = rs.DiffusionTask(tiny_unet(), SCHEDULER, measure="l1")
+    for train, message in (
+        (rs.Samples(IMAGES, TASK, STATES, PLANS[0]), r"timesteps are \[.*20, 70.*50.*\] there and \[.*\] here"),
+        (rs.Samples(IMAGES, TASK, STATES, [*PLANS, rs.Explicit([9])]), "timesteps are"),
+        (rs.Samples(IMAGES, absolute, STATES, PLANS), "measure is 'mse' there and 'l1' here"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            index.query(queries, 2, rerank=4, train=train)
+    with pytest.raises(ValueError, match="measured by one timestep plan, got 2"):
+        index.query(rs.Samples(GENERATED, TASK, STATES, PLANS))
+
+
+def test_rerank_refuses_another_training_record(tmp_path: Path) -> None:
+    for name, noise in (("one", 1), ("two", 2)):
+        recorder = rs.TrainingRecorder(tmp_path / name, 7, SCHEDULER)
+        for checkpoint in STATES:
+            recorder.step(np.arange(7), np.arange(7) * 10, noise, 0.1)
+            recorder.checkpoint(checkpoint)
+    store = grow(None, 7, rs.Recorded(tmp_path / "one"), grow=False)
+    index = rs.build_index(store, rs.ReTrac(), None)
+    queries = rs.Samples(GENERATED, TASK, STATES, PLANS[1])
+    same, other = (rs.Samples(IMAGES, TASK, STATES, rs.Recorded(tmp_path / name)) for name in ("one", "two"))
+    assert index.query(queries, 2, rerank=4, train=same).ids.shape == (2, 2)
+    with pytest.raises(ValueError, match=r"other timesteps or noise than Recorded\(.*two.*use the same record"):
+        index.query(queries, 2, rerank=4, train=other)
+
+
+def test_samples_are_taken_from_a_grown_store(tmp_path: Path) -> None:
+    grow(tmp_path / "s", 5, PLANS[0], grow=False)
+    grow(tmp_path / "s", 7, PLANS[0])
+    store = grow(tmp_path / "s", 7, PLANS[1])
+    taken = rs.take(store, [6, 2])
+    assert taken.fingerprint["timesteps"] == [plan.spec() for plan in PLANS]
+    assert taken.ids.tolist() == [6, 2]
+    for name in STATES:
+        np.testing.assert_array_equal(taken.sketches(name), store.sketches(name)[[6, 2]])
+        np.testing.assert_array_equal(taken.timesteps(name), [[20, 70, 50]] * 2)
+    np.testing.assert_array_equal(rs.take(taken, [2]).norms("late"), store.norms("late")[[2]])
+    answer = rs.build_index(store, rs.ReTrac(pairing="matched"), None).query(taken, 1)
+    assert answer.ids.ravel().tolist() == [6, 2]
