@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from retrac_scale.sketching import dataset_ids, sketch
 from retrac_scale.store import SketchStore, create_store, write_block
+from retrac_scale.store.part import plans_of
 from retrac_scale.store.schema import check_ids
 from retrac_scale.task import Checkpoint, DiffusionTask
 from retrac_scale.timesteps import TimestepPlan
@@ -75,12 +76,15 @@ def take(store: SketchStore, ids: Sequence[Any] | npt.NDArray[Any]) -> SketchSto
     chosen = [places[sample] for sample in np.asarray(ids).tolist()]
     _, t, k = store.shape
     quantities = [name for name in ("loss", "timestep") if store.has(name)]
+    fingerprint = store.fingerprint
+    if "timesteps" in fingerprint:
+        fingerprint["timesteps"] = plans_of(fingerprint)  # their digests are those of other samples
     taken = create_store(
         None,
         shape=(len(chosen), t, k),
         ids=store.ids[chosen],
         weights=store.weights,
-        fingerprint=store.fingerprint,
+        fingerprint=fingerprint,
         dtype="float32",
         quantities=quantities,
         columns={name: values[chosen] for name, values in store.columns.items()},

@@ -102,3 +102,8 @@ def test_samples_are_taken_from_a_grown_store(tmp_path: Path) -> None:
     np.testing.assert_array_equal(rs.take(taken, [2]).norms("late"), store.norms("late")[[2]])
     answer = rs.build_index(store, rs.ReTrac(pairing="matched"), None).query(taken, 1)
     assert answer.ids.ravel().tolist() == [6, 2]
+    queries = rs.Samples(GENERATED, TASK, STATES, PLANS[1])
+    with pytest.raises(ValueError, match="needs an index of a whole store"):
+        rs.build_index(taken, rs.ReTrac(), None).query(
+            queries, 1, rerank=2, train=rs.Samples(IMAGES, TASK, STATES, PLANS)
+        )
