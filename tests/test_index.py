@@ -97,6 +97,34 @@ def test_a_store_that_changed_is_refused_with_the_reason(tmp_path: Path) -> None
     for opened in (index, rs.open_index(tmp_path / "i")):
         with pytest.raises(rs.StaleIndexError, match="added, deleted or written anew; build the index again"):
             opened.query(queries)
+    again = rs.build_index(store, rs.ReTrac(), tmp_path / "i")
+    assert 5 not in again.query(queries, 299).ids
+    np.testing.assert_array_equal(rs.open_index(tmp_path / "i").ids, again.ids)
+    with pytest.raises(rs.StaleIndexError):
+        index.query(queries)
+    with pytest.raises(ValueError, match=r"estimator\.kind is 'ReTrac' there and 'TracIn' here; choose another path"):
+        rs.build_index(store, rs.TracIn(), tmp_path / "i")
+
+
+def test_a_stale_index_of_another_store_is_not_replaced(tmp_path: Path) -> None:
+    store, _ = stores(tmp_path)
+    rs.build_index(store, rs.ReTrac(), tmp_path / "i")
+    moved = shutil.move(tmp_path / "s", tmp_path / "elsewhere")
+    rs.open_store(moved).delete([5])
+    with pytest.raises(ValueError, match=r"store is .* there and .* here; choose another path"):
+        rs.build_index(rs.open_store(moved), rs.ReTrac(), tmp_path / "i")
+    assert rs.open_index(tmp_path / "i").shape[1] == 300
+
+
+def test_a_stale_index_of_a_store_in_memory_asks_for_another_path(tmp_path: Path) -> None:
+    store, queries = stores(None)
+    index = rs.build_index(store, rs.ReTrac(), tmp_path / "i")
+    store.delete([5])
+    with pytest.raises(rs.StaleIndexError, match="build the index again at another path"):
+        index.query(queries)
+    with pytest.raises(ValueError, match=r"revision is .*; choose another path"):
+        rs.build_index(store, rs.ReTrac(), tmp_path / "i")
+    assert rs.build_index(store, rs.ReTrac(), tmp_path / "j").query(queries, 1).ids.shape == (3, 1)
 
 
 @pytest.mark.parametrize("change", ["deleted", "uncommitted"])
