@@ -195,12 +195,15 @@ class _Scan:
     mask: Bools | None
     client: Client | None
 
+    @property
+    def _matching(self) -> list[int]:
+        """Numbers of the chunks that hold a sample that counts."""
+        mask = self.mask
+        return [i for i, samples in enumerate(self.index.chunks) if mask is None or mask[samples].any()]
+
     def samples(self, k: int) -> Found:
         """The k best samples of each lane."""
-        index, question = self.index, self.question
-        chunks = [
-            number for number, samples in enumerate(index.chunks) if self.mask is None or self.mask[samples].any()
-        ]
+        question, chunks = self.question, self._matching
         workers = torch.get_num_threads() if self.client is None else sum(self.client.nthreads().values())
         count = min(len(chunks), max(workers, -(-len(chunks) // RUN_CHUNKS) if self.client else 1))
         floor = None if self.client else np.full(len(question.signs) * self.rows.shape[1], -np.inf)
@@ -216,11 +219,11 @@ class _Scan:
     def groups(self, group_by: str | npt.ArrayLike) -> tuple[npt.NDArray[Any], Float64]:
         """Labels and scores of all groups in each lane, `[lane, g]` both, best first; -inf for groups without samples.
 
-        Sums are formed in an order that depends on the index's chunks alone.
+        Sums are formed in an order that depends on the index's chunks and the mask alone.
         """
         labels, codes = np.unique(_labels(group_by, self.index), return_inverse=True)
-        chunks = range(len(self.index.chunks))
-        runs = [list(chunks[i : i + GROUP_CHUNKS]) for i in range(0, len(chunks), GROUP_CHUNKS)]
+        chunks = self._matching
+        runs = [chunks[i : i + GROUP_CHUNKS] for i in range(0, len(chunks), GROUP_CHUNKS)]
         question = self.question
         excluded = self.query_ids if question.exclude_self else None
         common = (question.signs, excluded, question.reduce, len(labels))

@@ -169,6 +169,18 @@ def test_a_damaged_or_missing_chunk_is_never_scored(tmp_path: Path) -> None:
         remote.query(queries)
 
 
+@pytest.mark.parametrize("options", [{}, {"group_by": "artist"}])
+def test_chunks_that_cannot_match_are_not_read(tmp_path: Path, options: dict[str, Any]) -> None:
+    store, queries = stores(tmp_path)
+    index = rs.build_index(store, rs.ReTrac(), tmp_path / "i")
+    few = index.query(queries, 5, where="id < 64 or id >= 192", **options)
+    (tmp_path / "i" / "row" / "c" / "1" / "2" / "0").unlink()  # samples 128 .. 191
+    index = rs.open_index(tmp_path / "i")
+    np.testing.assert_array_equal(index.query(queries, 5, where="id < 64 or id >= 192", **options).ids, few.ids)
+    with pytest.raises(DamagedStoreError, match="is missing"):
+        index.query(queries, 5, where="id < 129", **options)
+
+
 def test_workers_build_the_same_files_and_give_the_same_answers(tmp_path: Path) -> None:
     store, queries = stores(tmp_path)
     here = rs.build_index(store, rs.ReTrac(), tmp_path / "here")
