@@ -390,10 +390,11 @@ def _build_chunk(
     rows = np.empty((len(kept), estimator.width(store)), np.float32)
     _, t, k = store.shape
     step = max(1, PIECE_BYTES // (4 * t * k))
-    for start in range(0, len(kept), step):
-        places = kept[start : start + step]
-        piece = slice(int(places[0]), int(places[-1]) + 1)
-        rows[start : start + step] = estimator.rows(store, name, piece)[places - piece.start]
+    stop = 0
+    while (start := stop) < len(kept):  # a piece is at most `step` samples of the store, deleted ones included
+        stop = int(np.searchsorted(kept, kept[start] + step))
+        piece = slice(int(kept[start]), int(kept[stop - 1]) + 1)
+        rows[start:stop] = estimator.rows(store, name, piece)[kept[start:stop] - piece.start]
     write_rows(root, checkpoint, samples, rows, store.weights[name], dtype)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,20 @@ def test_deleted_samples_are_left_out_of_an_index(tmp_path: Path) -> None:
     store.delete(np.arange(300))
     with pytest.raises(ValueError, match="there is nothing to index"):
         rs.build_index(store, rs.ReTrac(), None)
+
+
+def test_memory_of_building_does_not_grow_with_deletions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("retrac_scale.index.PIECE_BYTES", 2**16)
+    rows = np.random.default_rng(0).standard_normal((8192, 1, 512), dtype=np.float32)
+    store = rs.write_store(tmp_path / "s", {"a": rows}, dtype="float32")
+    store.delete(np.flatnonzero(np.arange(8192) % 64))
+    tracemalloc.start()
+    index = rs.build_index(store, rs.TracIn(), tmp_path / "i", dtype="float32")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**21, f"{peak} bytes to build an index of 256 kB out of a store of 16 MB"
+    stored = np.concatenate([index.chunk(number).rows[0] for number in range(len(index.chunks))])
+    np.testing.assert_array_equal(stored, rows[::64, 0])
 
 
 def test_a_store_that_changed_is_refused_with_the_reason(tmp_path: Path) -> None:
