@@ -314,6 +314,20 @@ def test_self_influence_is_the_score_of_a_sample_with_itself() -> None:
     np.testing.assert_allclose(rs.self_influence(store, rs.ReTrac(), queries=other), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_self_influence_of_deleted_samples_is_nan() -> None:
+    store, _, weights, *_ = pair_of_stores(2, 130, 2)
+    expected = np.diag(brute_force(oracle.retrac, store, store, weights)).copy()
+    queries = rs.write_store(None, {c: store.sketches(c) for c in weights}, dtype="float32")
+    store.delete([3, 129])
+    expected[[3, 129]] = np.nan
+    np.testing.assert_allclose(rs.self_influence(store, rs.ReTrac()), expected, rtol=1e-4, atol=1e-5)
+    queries.delete([64])
+    expected[64] = np.nan
+    found = rs.self_influence(store, rs.ReTrac(), queries=queries)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert not set(np.argsort(-found)[:127].tolist()) & {3, 64, 129}
+
+
 def test_a_gradient_of_norm_zero_scores_zero_under_retrac() -> None:
     store = rs.write_store(None, {"c": np.zeros((2, 1, 4))})
     queries = rs.write_store(None, {"c": np.ones((1, 1, 4))})

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from distributed import Client
 
 import retrac_scale as rs
 from tests import oracle
@@ -87,6 +88,17 @@ def test_rerank_refuses_another_training_record(tmp_path: Path) -> None:
     assert index.query(queries, 2, rerank=4, train=same).ids.shape == (2, 2)
     with pytest.raises(ValueError, match=r"other timesteps or noise than Recorded\(.*two.*use the same record"):
         index.query(queries, 2, rerank=4, train=other)
+
+
+def test_workers_know_which_measure_self_influence_is_asked_of(tmp_path: Path) -> None:
+    grow(tmp_path / "s", 5, PLANS[1], grow=False)
+    task = rs.DiffusionTask(tiny_unet(), SCHEDULER, measure="l1")
+    options: dict[str, Any] = {"projection": rs.CountSketch(16), "checkpoints": STATES, "progress": False}
+    store = rs.sketch(task, Labelled(IMAGES[:5]), tmp_path / "s", timesteps=PLANS[1], grow=True, **options)
+    assert store.fingerprint["measure"] == "l1"
+    with Client(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0") as client:
+        there = rs.self_influence(store, rs.TracIn(), client=client)
+    np.testing.assert_array_equal(there, rs.self_influence(store, rs.TracIn()))
 
 
 def test_samples_are_taken_from_a_grown_store(tmp_path: Path) -> None:
