@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from distributed import Client
 import retrac_scale as rs
 from tests import oracle
 from tests.conftest import Labelled, random_images, tiny_unet
+from tests.test_query import ESTIMATORS
 from tests.test_sketching import SCHEDULER
 
 IMAGES, GENERATED = random_images(7, 3), random_images(2, 13)
@@ -26,10 +28,35 @@ def grow(out: Any, n: int, plan: Any, **options: Any) -> rs.SketchStore:
     return rs.sketch(TASK, Labelled(IMAGES[:n]), out, timesteps=plan, progress=False, **arguments)
 
 
+FIRST: dict[str, Any] = {"n": 4, "plan": PLANS[0], "names": ["early"]}
+GROWTHS: dict[str, list[dict[str, Any]]] = {
+    "samples": [{"n": 7}],
+    "checkpoints": [{"names": ["early", "late"]}],
+    "timesteps": [{"plan": PLANS[1]}],
+    "all": [{"n": 7}, {"n": 7, "names": ["early", "late"]}, {"n": 7, "names": ["early", "late"], "plan": PLANS[1]}],
+}
+
+
+def grown(out: Path, steps: list[dict[str, Any]]) -> rs.SketchStore:
+    """A store of unprojected gradients that has grown so."""
+    for number, step in enumerate([{}, *steps]):
+        how = {**FIRST, **step}
+        checkpoints = {name: STATES[name] for name in how["names"]}
+        options: dict[str, Any] = {"projection": rs.Identity(), "dtype": "float32", "grow": number > 0}
+        store = grow(out, how["n"], how["plan"], checkpoints=checkpoints, **options)
+    return store
+
+
 def grown_by_timesteps(out: Path) -> rs.SketchStore:
     """Seven images at three timesteps, two of them with two noise draws."""
     grow(out, 7, PLANS[0], grow=False)
     return grow(out, 7, PLANS[1])
+
+
+@functools.cache
+def train_gradients() -> dict[str, Any]:
+    """Those of the images at the timesteps of both plans, `{c: [7, 3, P]}`."""
+    return gradients(IMAGES, PLANS)
 
 
 def gradients(samples: Any, plans: Any) -> dict[str, Any]:
@@ -42,11 +69,35 @@ def gradients(samples: Any, plans: Any) -> dict[str, Any]:
     return {name: np.array([row(state, x, i) for i, x in enumerate(samples)]) for name, state in STATES.items()}
 
 
+@pytest.mark.parametrize("growth", GROWTHS)
+def test_queries_of_a_grown_store_equal_brute_force(tmp_path: Path, growth: str) -> None:
+    store = grown(tmp_path / "s", GROWTHS[growth])
+    n, t, _ = store.shape
+    train = {name: train_gradients()[name][:n, :t] for name in store.checkpoints}
+    store.delete([2])
+    alive = np.flatnonzero(np.arange(n) != 2)
+    kept = {name: x[alive] for name, x in train.items()}
+    weights = dict.fromkeys(train, 1.0)
+    queries = rs.take(store, [3, 0])
+    asked = {name: x[[3, 0]] for name, x in train.items()}
+    for estimator, reference in ESTIMATORS.values():
+        expected = reference(kept, asked, weights)
+        tolerance = 1e-4 * np.abs(expected).max()
+        answer = rs.build_index(store, estimator, None, dtype="float32").query(queries, n, side="both")
+        best = -np.sort(-expected, axis=1)
+        np.testing.assert_allclose(answer.scores, np.hstack([best, best[:, ::-1]]), atol=tolerance)
+        found = np.searchsorted(alive, answer.ids)
+        np.testing.assert_allclose(answer.scores, np.take_along_axis(expected, found, 1), atol=tolerance)
+        diagonal = np.diag(reference(train, train, weights)).copy()
+        diagonal[2] = np.nan
+        np.testing.assert_allclose(rs.self_influence(store, estimator), diagonal, rtol=1e-3)
+
+
 def test_rerank_recomputes_the_pairs_that_a_store_grew_by(tmp_path: Path) -> None:
     store = grown_by_timesteps(tmp_path / "s")
     asked = rs.Explicit([30, 60])
     queries = rs.Samples(GENERATED, TASK, STATES, asked)
-    expected = oracle.retrac(gradients(IMAGES, PLANS), gradients(GENERATED, [asked]), {"early": 1, "late": 1})
+    expected = oracle.retrac(train_gradients(), gradients(GENERATED, [asked]), {"early": 1, "late": 1})
     index = rs.build_index(store, rs.ReTrac(), None)
     for plans in (PLANS, PLANS[::-1]):
         answer = index.query(queries, 7, rerank=7, train=rs.Samples(IMAGES, TASK, STATES, plans))
@@ -55,7 +106,7 @@ def test_rerank_recomputes_the_pairs_that_a_store_grew_by(tmp_path: Path) -> Non
     matched = rs.build_index(store, rs.ReTrac(pairing="matched"), None)
     queries = rs.Samples(GENERATED, TASK, STATES, rs.Explicit([20, 70, 50]))
     answer = matched.query(queries, 7, rerank=7, train=rs.Samples(IMAGES, TASK, STATES, PLANS[::-1]))
-    both = gradients(IMAGES, PLANS), gradients(GENERATED, [queries.timesteps])
+    both = train_gradients(), gradients(GENERATED, [queries.timesteps])
     expected = oracle.retrac_matched(*both, {"early": 1, "late": 1})
     np.testing.assert_allclose(answer.scores, -np.sort(-expected, axis=1), atol=1e-4 * np.abs(expected).max())
 
