@@ -73,7 +73,7 @@ class LiveCapture(GradientCapture):
         def on_gradient(grad: Tensor) -> None:
             if self._backward is None:
                 sink, self._end = self._begin(self._samples)
-                self._backward = _Backward(self._samples, sink, self._mixers, self._shared)
+                self._backward = _Backward(self._samples, sink, self._mixers, self._shared, self.single_position)
                 Variable._execution_engine.queue_callback(self._finish)
             call.grads[place] = grad
             if layer.rule is not None and len(layer.calls) == 1:

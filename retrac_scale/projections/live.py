@@ -33,9 +33,10 @@ class LiveSketcher(GradientSketcher):
         self._live = LiveCapture(model, parameters=parameters)
         self._capture = self._live
         self._projector = projection.bind(self._live.shapes, self._live.mixable, next(model.parameters()).device)
+        self._projector.whole = self._live.single_position
         self.passes: list[tuple[Tensor, Tensor]] = []
         """Sketches `[n, k]` and norms `[n]` of the backward passes since this was last emptied."""
-        self._whole: Tensor | None = None
+        self._gradients: dict[str, Tensor] = {}
         self._handles: list[Any] = []
         self._half = False  # whether gradients came in 16 bits
         self._watch()
@@ -69,24 +70,24 @@ class LiveSketcher(GradientSketcher):
         return add, end
 
     def _watch(self) -> None:
-        """Sketch the weights' own gradient once."""
+        """Keep the weights' own gradients of the first pass."""
+
+        def keep(name: str, gradient: Tensor) -> None:
+            if self.recording:
+                self._gradients[name] = gradient
+
         for name in self.shapes:
             parameter = self._live.model.get_parameter(name)
-            self._handles.append(parameter.register_hook(partial(self._add_whole, name)))  # type: ignore[no-untyped-call]
-
-    def _add_whole(self, name: str, gradient: Tensor) -> None:
-        if self.recording:
-            if self._whole is None:
-                self._whole = self._projector.start(1)
-            self._projector.add(self._whole, name, self._projector.mixed(name, gradient[None]))
+            self._handles.append(parameter.register_hook(partial(keep, name)))  # type: ignore[no-untyped-call]
 
     def _compare(self, summed: Tensor) -> None:
-        whole, self._whole = self._whole, None
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if whole is None:
-            return
+        whole = self._projector.start(1)
+        for name, gradient in self._gradients.items():
+            self._projector.add(whole, name, self._projector.mixed(name, gradient[None]))
+        self._gradients.clear()
         expected = self._projector.finish(whole)[0]
         tolerance = BFLOAT16_TOLERANCE if self._half else FLOAT32_TOLERANCE
         off = float((summed - expected).norm() / expected.norm().clamp_min(1e-30))
