@@ -7,6 +7,7 @@ from retrac_scale.explain import Explanation
 from retrac_scale.index import Index, StaleIndexError, build_index, open_index
 from retrac_scale.projections import CountSketch, Dense, GradientSketcher, Identity, LowRank
 from retrac_scale.query import TopK
+from retrac_scale.record import TrainingRecord, read_record
 from retrac_scale.samples import Samples, take
 from retrac_scale.sketching import sketch
 from retrac_scale.store import IncompleteStoreError, SketchStore, open_store, write_store
@@ -36,6 +37,7 @@ __all__ = [
     "StaleIndexError",
     "TopK",
     "TracIn",
+    "TrainingRecord",
     "TrainingRecorder",
     "build_index",
     "datasets",
@@ -46,6 +48,7 @@ __all__ = [
     "open_index",
     "open_store",
     "projections",
+    "read_record",
     "self_influence",
     "sketch",
     "take",
