@@ -231,13 +231,16 @@ def test_transformers_trainer_records_through_the_callback_and_resumes(tmp_path:
         denoising = Denoising(recorder)
 
         class Trainer(transformers.Trainer):  # type: ignore[misc, name-defined]
-            def compute_loss(self, model: Any, inputs: Any, denoising: Any = denoising, **kwargs: Any) -> Any:
-                return denoising.loss(model, inputs["id"], inputs["clean"])
+            def compute_loss(
+                self, model: Any, inputs: Any, return_outputs: bool = False, denoising: Any = denoising, **kwargs: Any
+            ) -> Any:
+                loss = denoising.loss(model, inputs["id"], inputs["clean"])
+                return (loss, {}) if return_outputs else loss
 
         arguments = transformers.TrainingArguments(
             str(tmp_path / "out"), use_cpu=True, max_steps=6 if resume else 4, per_device_train_batch_size=2,
             gradient_accumulation_steps=2, learning_rate=0.1, lr_scheduler_type="constant", save_steps=2,
-            eval_strategy="steps", eval_steps=1,
+            eval_strategy="steps", eval_steps=1, label_names=["clean"], prediction_loss_only=True,
             remove_unused_columns=False, report_to="none", disable_tqdm=True,
         )  # fmt: skip
         trainer = Trainer(
