@@ -2,7 +2,7 @@
 
 from retrac_scale import evaluate, gradients, projections
 from retrac_scale.diagonal import self_influence
-from retrac_scale.estimators import GradCos, GradDot, ReTrac, TracIn
+from retrac_scale.estimators import DAS, DTRAK, TRAK, GradCos, GradDot, RelatIF, RenormIF, ReTrac, TracIn
 from retrac_scale.explain import Explanation
 from retrac_scale.index import Index, StaleIndexError, build_index, open_index
 from retrac_scale.projections import CountSketch, Dense, GradientSketcher, Identity, LowRank
@@ -14,6 +14,9 @@ from retrac_scale.task import DiffusionTask
 from retrac_scale.timesteps import EvenlySpaced, Explicit, Recorded, TrainingRecorder, draw_noise
 
 __all__ = [
+    "DAS",
+    "DTRAK",
+    "TRAK",
     "CountSketch",
     "Dense",
     "DiffusionTask",
@@ -29,6 +32,8 @@ __all__ = [
     "LowRank",
     "ReTrac",
     "Recorded",
+    "RelatIF",
+    "RenormIF",
     "Samples",
     "SketchStore",
     "StaleIndexError",

@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from retrac_scale.estimators import Estimator, common_timesteps
+from retrac_scale.fitting import fitted
+from retrac_scale.ridge import Ridge
 from retrac_scale.store import SketchStore, open_store
 from retrac_scale.store.compatibility import check_compatible
 from retrac_scale.store.encoding import Float32
@@ -29,11 +31,11 @@ def self_influence(
 
     Args:
         store: the training side.
-        estimator: TracIn(), ReTrac(), ...
+        estimator: TracIn(), ReTrac(), ...; one that fits a ridge fits it to the samples that are not deleted.
         queries: the query side, with the same ids in the same order; default: the store itself.
         client: a `distributed.Client` whose workers reach the stores; None computes on threads here.
     """
-    estimator.check(store)
+    estimator.check_training(store)
     if queries is not None:
         estimator.check(queries)
         check_compatible(store.fingerprint, store.checkpoints, queries.fingerprint, queries.checkpoints)
@@ -46,18 +48,28 @@ def self_influence(
     left: SketchStore | Url = store if client is None else store.url
     right = None if queries is None else queries if client is None else queries.url
     one = dask.delayed(_self_influence_of_block, name="self-influence", pure=False)
-    parts = compute([one(left, right, estimator, samples) for samples in store.blocks], client)
-    return np.concatenate(parts).astype(np.float32)
+    measure = store.fingerprint.get("measure")
+    ridges = fitted(left, measure, estimator, store, np.flatnonzero(store.alive))
+    parts = compute([one(left, measure, right, estimator, samples, ridges) for samples in store.blocks], client)
+    scores: Float32 = np.concatenate(parts).astype(np.float32)
+    return np.square(scores) if estimator.squared else scores
 
 
 def _self_influence_of_block(
-    store: SketchStore | Url, queries: SketchStore | Url | None, estimator: Estimator, samples: slice
+    store: SketchStore | Url,
+    measure: str | None,
+    queries: SketchStore | Url | None,
+    estimator: Estimator,
+    samples: slice,
+    ridges: dict[str, Ridge | None],
 ) -> npt.NDArray[np.float64]:
-    store = store if isinstance(store, SketchStore) else open_store(store)
-    queries = queries if queries is None or isinstance(queries, SketchStore) else open_store(queries)
+    store = store if isinstance(store, SketchStore) else open_store(store, measure=measure)
+    queries = queries if queries is None or isinstance(queries, SketchStore) else open_store(queries, measure=measure)
     total = np.zeros(samples.stop - samples.start)
     for checkpoint, weight in store.weights.items():
-        left = estimator.rows(store, checkpoint, samples)
-        right = left if queries is None else estimator.rows(queries, checkpoint, samples)
+        ridge = ridges[checkpoint]
+        left = estimator.train_rows(store, checkpoint, samples, ridge)
+        alike = queries is None and ridge is None
+        right = left if alike else estimator.rows(queries or store, checkpoint, samples)
         total += weight * np.einsum("nk,nk->n", left, right, dtype=np.float64)
     return total

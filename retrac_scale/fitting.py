@@ -1,0 +1,84 @@
+"""Ridges fitted to the training rows, out of core, and rows a few at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import dask
+import numpy as np
+import numpy.typing as npt
+
+from retrac_scale.estimators import Estimator
+from retrac_scale.ridge import Damping, Moments, Ridge, moments, solve
+from retrac_scale.store import SketchStore, open_store
+from retrac_scale.store.encoding import Float32
+from retrac_scale.store.schema import Url, blocks
+
+PIECE_BYTES = 64 * 2**20
+RUN_ROWS = 16384
+"""Rows whose moments one task adds up, however many workers there are, so that the sums are the same everywhere."""
+
+Places = npt.NDArray[np.int64]
+
+
+def rows_at(store: SketchStore, places: Places, make: Callable[[slice], Float32]) -> Iterator[tuple[slice, Float32]]:
+    """Rows of the samples at some ascending places of a store, and which of the places they are, some at a time.
+
+    Args:
+        store: whose samples.
+        places: `[n]`.
+        make: gives the rows of a range of samples.
+    """
+    _, t, k = store.shape
+    step = max(1, PIECE_BYTES // (4 * t * k))
+    for start in range(0, len(places), step):
+        some = places[start : start + step]
+        piece = slice(int(some[0]), int(some[-1]) + 1)
+        yield slice(start, start + len(some)), make(piece)[some - piece.start]
+
+
+def fitted(
+    source: SketchStore | Url, measure: str | None, estimator: Estimator, store: SketchStore, places: Places
+) -> dict[str, Any]:
+    """For each checkpoint the ridge over an estimator's rows, as a delayed object; None where it has no damping.
+
+    Args:
+        source: the store, or where a worker finds it.
+        measure: which of the measurements there.
+        estimator: makes the rows.
+        store: the store, here.
+        places: of the samples that count, `[n]`.
+    """
+    if estimator.damping is None:
+        return dict.fromkeys(store.checkpoints)
+    run, add, finish = (
+        dask.delayed(task, name=task.__name__.strip("_"), pure=False) for task in (_moments_of_run, _sum, _solve)
+    )
+    dual = len(places) < estimator.width(store)
+    found = {}
+    for name in store.checkpoints:
+        level = [run(source, measure, estimator, name, places[part], dual) for part in blocks(len(places), RUN_ROWS)]
+        while len(level) > 1:
+            level = [add(level[i : i + 2]) for i in range(0, len(level), 2)]
+        found[name] = finish(level[0], estimator.damping, name)
+    return found
+
+
+def _moments_of_run(
+    source: SketchStore | Url, measure: str | None, estimator: Estimator, name: str, places: Places, dual: bool
+) -> Moments:
+    store = source if isinstance(source, SketchStore) else open_store(source, measure=measure)
+    rows = (rows for _, rows in rows_at(store, places, lambda samples: estimator.rows(store, name, samples)))
+    return moments(rows, estimator.width(store), dual=dual)
+
+
+def _sum(parts: list[Moments]) -> Moments:
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+
+def _solve(total: Moments, damping: Damping, name: str) -> Ridge:
+    try:
+        return solve(total, damping)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {name!r}: {error}") from None
