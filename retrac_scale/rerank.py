@@ -11,7 +11,7 @@ import numpy.typing as npt
 from retrac_scale.estimators import Estimator
 from retrac_scale.projections import GradientSketcher, Identity
 from retrac_scale.samples import Samples
-from retrac_scale.sketching import pair_losses
+from retrac_scale.sketching import measured_pairs
 from retrac_scale.store.encoding import Float32
 from retrac_scale.timesteps import Pairs
 
@@ -87,7 +87,7 @@ def _full_rows(
                 norms = np.empty(len(items) * t, np.float32)
                 for first in range(0, len(gradients), pairs):
                     some = np.arange(first, min(first + pairs, len(gradients)))
-                    gradient, norm = sketcher(pair_losses(task, items, ids[batch], part, some))
+                    gradient, norm = sketcher(measured_pairs(task, items, ids[batch], part, some)[0])
                     gradients[some], norms[some] = gradient.cpu().numpy(), norm.cpu().numpy()
                 shape = (len(items), t)
                 yield batch, estimator.collapse(gradients.reshape(*shape, -1), norms.reshape(shape))

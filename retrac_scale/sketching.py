@@ -231,17 +231,19 @@ def _sketch_block(
     for start in range(0, n * t, size):
         part = slice(start, min(start + size, n * t))
 
-        def value(pairs: slice = part) -> torch.Tensor:
-            return pair_losses(task, items, ids, plan, np.arange(pairs.start, pairs.stop))
+        def measured(pairs: slice = part) -> tuple[torch.Tensor, torch.Tensor]:
+            return measured_pairs(task, items, ids, plan, np.arange(pairs.start, pairs.stop))
 
         with _threads(store.plan["threads"]):
             with sketcher:
-                loss = value()
-                sketched, norm = sketcher(loss)
+                value, loss = measured()
+                sketched, norm = sketcher(value)
             if check and start == 0:
                 where = f"checkpoint {checkpoint!r}, sample {ids[0]}, timestep {plan.timesteps[0, 0]}"
                 tolerance = BFLOAT16_TOLERANCE if task.autocast else FLOAT32_TOLERANCE
-                sketcher.check((sketched, norm), value, lambda: value(slice(0, 1)), where, tolerance)
+                sketcher.check(
+                    (sketched, norm), lambda: measured()[0], lambda: measured(slice(0, 1))[0], where, tolerance
+                )
         sketches[part], norms[part], losses[part] = sketched.cpu(), norm.cpu(), loss.detach().float().cpu()
         yield part.stop - part.start
     write_block(
@@ -255,8 +257,10 @@ def _sketch_block(
     )
 
 
-def pair_losses(task: DiffusionTask, items: list[Any], ids: Ids, plan: Pairs, pairs: Any) -> torch.Tensor:
-    """The losses of some pairs of a block, each the mean over its noise draws, `[pairs]`."""
+def measured_pairs(
+    task: DiffusionTask, items: list[Any], ids: Ids, plan: Pairs, pairs: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values to be differentiated and losses of some pairs of a block, means over their noise draws, `[pairs]` each."""
     rows, columns = np.divmod(pairs, plan.timesteps.shape[1])
     steps, seeds = plan.timesteps[rows, columns], plan.seeds[rows, columns]
     images = torch.stack([items[row][0] for row in rows])
@@ -268,13 +272,13 @@ def pair_losses(task: DiffusionTask, items: list[Any], ids: Ids, plan: Pairs, pa
     def repeat(x: torch.Tensor) -> torch.Tensor:
         return x.repeat_interleave(plan.draws, 0)
 
-    losses = task.losses(
+    values, losses = task.measured(
         repeat(images),
         repeat(torch.from_numpy(steps)),
         noise.flatten(0, 1).to(images.dtype),
         {key: repeat(value) for key, value in conditioning.items()},
     )
-    return losses.reshape(len(pairs), plan.draws).mean(1)
+    return values.reshape(len(pairs), plan.draws).mean(1), losses.reshape(len(pairs), plan.draws).mean(1)
 
 
 @contextlib.contextmanager
@@ -305,9 +309,9 @@ def _fastest_batch(job: _Job, sketcher: GradientSketcher, checkpoint: str) -> in
     def run(rows: int) -> torch.Tensor:
         pairs = np.arange(max(1, rows // plan.draws)) % plan.timesteps.size
         with sketcher:
-            losses = pair_losses(job.task, items, ids, plan, pairs)
-            sketcher(losses)
-        return losses
+            values, _ = measured_pairs(job.task, items, ids, plan, pairs)
+            sketcher(values)
+        return values
 
     pairs = len(job.ids) * plan.timesteps.shape[1]
     return fastest_batch(run, pairs * plan.draws, job.task.device)

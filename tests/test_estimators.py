@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,10 @@ import retrac_scale as rs
 from retrac_scale import fitting
 from retrac_scale.projections import TrakProjector
 from retrac_scale.ridge import moments, solve
+from tests import oracle
+from tests.conftest import random_images, tiny_unet
 from tests.test_dense import SquaredError
+from tests.test_sketching import SCHEDULER, run
 
 K, DAMPING = 12, 0.3
 
@@ -238,3 +242,50 @@ def test_what_a_ridge_cannot_do_is_refused_with_the_reason() -> None:
         index.query(queries, side="opponents")
     with pytest.raises(ValueError, match="TRAK mixes the timesteps of all samples"):
         index.explain(rs.take(queries, [0]), 0)
+
+
+OUTPUTS: dict[str, Callable[[Any], Any]] = {
+    "mean_output": lambda x: x.mean(),
+    "mean_squared_output": lambda x: (x**2).mean(),
+    "output_l1": lambda x: x.abs().sum(),
+    "output_l2": lambda x: (x**2).sum().sqrt(),
+    "output_linf": lambda x: x.abs().max(),
+}
+
+
+@pytest.mark.parametrize("measure", OUTPUTS)
+def test_measured_functions_of_the_output_equal_autograd_and_keep_the_squared_error(measure: str) -> None:
+    model, images = tiny_unet(), random_images(2)
+    store = run(model, images, rs.Explicit([40, 7]), measure=measure)
+    reference = copy.deepcopy(model).double()
+    for sample in range(2):
+        for column, timestep in enumerate([40, 7]):
+            noise = rs.draw_noise(images.shape[1:], [sample], [timestep], 0).double()
+            noisy = SCHEDULER.add_noise(images[[sample]].double(), noise, torch.tensor([timestep]))
+            output = reference(noisy, timestep).sample
+            expected = oracle.gradient(reference, OUTPUTS[measure](output)).numpy()
+            found = store.sketches("last")[sample, column]
+            assert np.linalg.norm(found - expected) < 1e-4 * np.linalg.norm(expected)
+            error = float(((output - noise) ** 2).mean().detach())
+            np.testing.assert_allclose(store.losses("last")[sample, column], error, rtol=1e-5)
+
+
+def test_dtrak_and_das_refuse_a_store_that_was_measured_with_another_function(tmp_path: Path) -> None:
+    model, images = tiny_unet(), random_images(4)
+    sketch: dict[str, Any] = {"projection": rs.CountSketch(8), "out": tmp_path / "s"}
+    store = run(model, images, rs.Explicit([40, 7]), **sketch)
+    for measure in ("mean_output", "output_l2"):
+        run(model, images, rs.Explicit([40, 7]), measure=measure, grow=True, **sketch)
+    for estimator, functions in (
+        (rs.DTRAK(), "mean_squared_output or output_l1 or output_l2 or output_linf"),
+        (rs.DAS(), "mean_output"),
+    ):
+        message = f"{type(estimator).__name__} differentiates {functions}, but .* was measured with 'mse'; sketch with"
+        for action in (rs.self_influence, lambda s, e: rs.build_index(s, e, None)):
+            with pytest.raises(ValueError, match=message):
+                action(store, estimator)
+    means, norms = (rs.open_store(tmp_path / "s", measure=measure) for measure in ("mean_output", "output_l2"))
+    assert (rs.build_index(means, rs.DAS(), tmp_path / "i").query(means, 4).scores >= 0).all()
+    assert rs.self_influence(norms, rs.DTRAK()).shape == (4,)
+    with pytest.raises(ValueError, match="measure is 'mean_output' there and 'mse' here"):
+        rs.open_index(tmp_path / "i").query(store)
