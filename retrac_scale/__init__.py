@@ -5,6 +5,7 @@ from retrac_scale.diagonal import self_influence
 from retrac_scale.estimators import DAS, DTRAK, TRAK, GradCos, GradDot, RelatIF, RenormIF, ReTrac, TracIn
 from retrac_scale.explain import Explanation
 from retrac_scale.index import Index, StaleIndexError, build_index, open_index
+from retrac_scale.journey import Journey, sample_journey, sketch_journey
 from retrac_scale.projections import CountSketch, Dense, GradientSketcher, Identity, LowRank
 from retrac_scale.query import TopK
 from retrac_scale.samples import Samples, take
@@ -29,6 +30,7 @@ __all__ = [
     "Identity",
     "IncompleteStoreError",
     "Index",
+    "Journey",
     "LowRank",
     "ReTrac",
     "Recorded",
@@ -47,8 +49,10 @@ __all__ = [
     "open_index",
     "open_store",
     "projections",
+    "sample_journey",
     "self_influence",
     "sketch",
+    "sketch_journey",
     "take",
     "write_store",
 ]
