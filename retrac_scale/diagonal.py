@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import dask
 import numpy as np
 import numpy.typing as npt
 
 from retrac_scale.estimators import Estimator, common_timesteps
-from retrac_scale.fitting import fitted
+from retrac_scale.fitting import fit
 from retrac_scale.ridge import Ridge
 from retrac_scale.store import SketchStore, open_store
 from retrac_scale.store.compatibility import check_compatible
@@ -49,8 +50,9 @@ def self_influence(
     right = None if queries is None else queries if client is None else queries.url
     one = dask.delayed(_self_influence_of_block, name="self-influence", pure=False)
     measure = store.fingerprint.get("measure")
-    ridges = fitted(left, measure, estimator, store, np.flatnonzero(store.alive))
-    parts = compute([one(left, measure, right, estimator, samples, ridges) for samples in store.blocks], client)
+    ridges = fit(store, estimator, np.flatnonzero(store.alive), client)
+    shared: Any = ridges if client is None or not ridges else client.scatter(ridges, broadcast=True, hash=False)
+    parts = compute([one(left, measure, right, estimator, samples, shared) for samples in store.blocks], client)
     scores: Float32 = np.concatenate(parts).astype(np.float32)
     return np.square(scores) if estimator.squared else scores
 
@@ -61,13 +63,13 @@ def _self_influence_of_block(
     queries: SketchStore | Url | None,
     estimator: Estimator,
     samples: slice,
-    ridges: dict[str, Ridge | None],
+    ridges: Mapping[str, Ridge],
 ) -> npt.NDArray[np.float64]:
     store = store if isinstance(store, SketchStore) else open_store(store, measure=measure)
     queries = queries if queries is None or isinstance(queries, SketchStore) else open_store(queries, measure=measure)
     total = np.zeros(samples.stop - samples.start)
     for checkpoint, weight in store.weights.items():
-        ridge = ridges[checkpoint]
+        ridge = ridges.get(checkpoint)
         left = estimator.train_rows(store, checkpoint, samples, ridge)
         alike = queries is None and ridge is None
         right = left if alike else estimator.rows(queries or store, checkpoint, samples)

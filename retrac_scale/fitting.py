@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import dask
 import numpy as np
@@ -14,6 +14,10 @@ from retrac_scale.ridge import Damping, Moments, Ridge, moments, solve
 from retrac_scale.store import SketchStore, open_store
 from retrac_scale.store.encoding import Float32
 from retrac_scale.store.schema import Url, blocks
+from retrac_scale.tasks import compute
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 PIECE_BYTES = 64 * 2**20
 RUN_ROWS = 16384
@@ -38,31 +42,32 @@ def rows_at(store: SketchStore, places: Places, make: Callable[[slice], Float32]
         yield slice(start, start + len(some)), make(piece)[some - piece.start]
 
 
-def fitted(
-    source: SketchStore | Url, measure: str | None, estimator: Estimator, store: SketchStore, places: Places
-) -> dict[str, Any]:
-    """For each checkpoint the ridge over an estimator's rows, as a delayed object; None where it has no damping.
+def fit(store: SketchStore, estimator: Estimator, places: Places, client: Client | None) -> dict[str, Ridge]:
+    """For each checkpoint the ridge over an estimator's rows; nothing where it has no damping.
 
     Args:
-        source: the store, or where a worker finds it.
-        measure: which of the measurements there.
+        store: the training side.
         estimator: makes the rows.
-        store: the store, here.
         places: of the samples that count, `[n]`.
+        client: a `distributed.Client` whose workers reach the store; None computes on threads here.
     """
     if estimator.damping is None:
-        return dict.fromkeys(store.checkpoints)
+        return {}
+    source: SketchStore | Url = store if client is None else store.url
     run, add, finish = (
         dask.delayed(task, name=task.__name__.strip("_"), pure=False) for task in (_moments_of_run, _sum, _solve)
     )
     dual = len(places) < estimator.width(store)
-    found = {}
+    found = []
     for name in store.checkpoints:
-        level = [run(source, measure, estimator, name, places[part], dual) for part in blocks(len(places), RUN_ROWS)]
+        level = [
+            run(source, store.fingerprint.get("measure"), estimator, name, places[part], dual)
+            for part in blocks(len(places), RUN_ROWS)
+        ]
         while len(level) > 1:
             level = [add(level[i : i + 2]) for i in range(0, len(level), 2)]
-        found[name] = finish(level[0], estimator.damping, name)
-    return found
+        found.append(finish(level[0], estimator.damping, name))
+    return dict(zip(store.checkpoints, compute(found, client), strict=True))
 
 
 def _moments_of_run(

@@ -15,7 +15,7 @@ import zarr
 from zarr.storage import LocalStore
 
 from retrac_scale.estimators import Estimator, common_timesteps, estimator_from_spec
-from retrac_scale.fitting import fitted, rows_at
+from retrac_scale.fitting import fit, rows_at
 from retrac_scale.ridge import Ridge
 from retrac_scale.scan import Chunk
 from retrac_scale.store import DamagedStoreError, IncompleteStoreError, SketchStore, open_store
@@ -332,15 +332,16 @@ def build_index(
     source: SketchStore | Url = store if client is None else store.url
     target: zarr.Group | Url = root if client is None else out
     one = dask.delayed(_build_chunk, name="build-index", pure=False)
-    ridges = fitted(source, meta["measure"], estimator, store, kept)
+    ridges = fit(store, estimator, kept, client)
+    shared: Any = ridges if client is None or not ridges else client.scatter(ridges, broadcast=True, hash=False)
     tasks = [
-        one(source, meta["measure"], target, estimator, checkpoint, samples, kept[samples], ridge, dtype)
-        for checkpoint, ridge in enumerate(ridges.values())
+        one(source, meta["measure"], target, estimator, checkpoint, samples, kept[samples], shared, dtype)
+        for checkpoint in range(len(store.checkpoints))
         for samples in chunks
     ]
-    described = [] if estimator.damping is None else [ridge.describe() for ridge in ridges.values()]
-    fit = compute(tasks + described, client)[len(tasks) :]
-    root.attrs[ATTRIBUTE] = {**meta, "fit": dict(zip(ridges, fit, strict=False)), "complete": True}
+    compute(tasks, client)
+    described = {name: ridge.describe() for name, ridge in ridges.items()}
+    root.attrs[ATTRIBUTE] = {**meta, "fit": described, "complete": True}
     return Index(root, out, store)
 
 
@@ -381,7 +382,7 @@ def _build_chunk(
     checkpoint: int,
     samples: slice,
     kept: npt.NDArray[np.int64],
-    ridge: Ridge | None,
+    ridges: Mapping[str, Ridge],
     dtype: IndexDtype,
 ) -> None:
     """Collapse one chunk: the samples of an index that stand at places `kept` of the store."""
@@ -389,7 +390,7 @@ def _build_chunk(
     root = target if isinstance(target, zarr.Group) else zarr.open_group(zarr_location(target), mode="r+")
     name = store.checkpoints[checkpoint]
     rows = np.empty((len(kept), estimator.width(store)), np.float32)
-    for some, values in rows_at(store, kept, lambda piece: estimator.train_rows(store, name, piece, ridge)):
+    for some, values in rows_at(store, kept, lambda piece: estimator.train_rows(store, name, piece, ridges.get(name))):
         rows[some] = values
     write_rows(root, checkpoint, samples, rows, store.weights[name], dtype)
 
