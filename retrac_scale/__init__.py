@@ -6,6 +6,7 @@ from retrac_scale.estimators import DAS, DTRAK, TRAK, GradCos, GradDot, RelatIF,
 from retrac_scale.explain import Explanation
 from retrac_scale.index import Index, StaleIndexError, build_index, open_index
 from retrac_scale.journey import Journey, sample_journey, sketch_journey
+from retrac_scale.preconditioning import adam_divisors
 from retrac_scale.projections import CountSketch, Dense, GradientSketcher, Identity, LowRank
 from retrac_scale.query import TopK
 from retrac_scale.samples import Samples, take
@@ -42,6 +43,7 @@ __all__ = [
     "TopK",
     "TracIn",
     "TrainingRecorder",
+    "adam_divisors",
     "build_index",
     "draw_noise",
     "evaluate",

@@ -310,6 +310,8 @@ def build_index(
         "measure": store.fingerprint.get("measure"),
         "fingerprint": {key: store.fingerprint.get(key) for key in COMPARED},
     }
+    if "precondition" in store.fingerprint:
+        meta["precondition"] = store.fingerprint["precondition"]
     location = zarr_location(out)
     try:
         stored = zarr.open_group(location, mode="r").attrs.get(ATTRIBUTE)

@@ -168,6 +168,8 @@ def answer(index: Index, queries: SketchStore | Samples, question: Question, cli
             f"{index.meta['estimator']['kind']} has no exact scores: its ridge over full gradients cannot be solved; "
             "rerank an index of TracIn, ReTrac, GradDot or GradCos."
         )
+    if question.rerank and "precondition" in index.meta:
+        raise ValueError("rerank computes plain gradients, but the store's were preconditioned; leave out rerank=.")
     if estimator.squared and question.side != "proponents":
         raise ValueError("a squared score is never negative, so it has no opponents; ask for side='proponents'.")
     samples = queries if isinstance(queries, Samples) else None
