@@ -1,6 +1,7 @@
 """Training-data attribution for diffusion models at scale: Diffusion-TracIn and Diffusion-ReTrac (arXiv 2401.09031)."""
 
 from retrac_scale import evaluate, gradients, projections
+from retrac_scale.curvature import fisher_divisors, kronecker_divisors
 from retrac_scale.diagonal import self_influence
 from retrac_scale.estimators import DAS, DTRAK, TRAK, GradCos, GradDot, RelatIF, RenormIF, ReTrac, TracIn
 from retrac_scale.explain import Explanation
@@ -47,7 +48,9 @@ __all__ = [
     "build_index",
     "draw_noise",
     "evaluate",
+    "fisher_divisors",
     "gradients",
+    "kronecker_divisors",
     "open_index",
     "open_store",
     "projections",

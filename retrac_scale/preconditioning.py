@@ -1,15 +1,44 @@
-"""Divisors of gradients: Adam's second-moment root, the diagonal of the empirical Fisher."""
+"""What gradients are divided by before they are projected."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-Divisors = Mapping[str, Tensor]
-"""Parameter name -> positive tensor of its shape, which its gradients are divided by before they are projected."""
+
+@dataclass(frozen=True, eq=False)
+class Kronecker:
+    """Divides a weight's gradients in a Kronecker product of two bases.
+
+    Attributes:
+        left: orthonormal columns over the output features, `[o, o]`.
+        right: orthonormal columns over everything else, `[p, p]`.
+        values: positive, what the entries in these bases are divided by, `[o, p]`.
+    """
+
+    left: Tensor
+    right: Tensor
+    values: Tensor
+
+    def solve(self, gradient: Tensor) -> Tensor:
+        """Gradients `[n, *shape]`, rotated, divided and rotated back."""
+        rotated = self.left.T @ gradient.flatten(2).float() @ self.right
+        return (self.left @ (rotated / self.values) @ self.right.T).reshape(gradient.shape)
+
+    def to(self, device: torch.device) -> Kronecker:
+        """On another device."""
+        return Kronecker(self.left.to(device), self.right.to(device), self.values.to(device))
+
+
+Divisors = Mapping[str, Tensor | Kronecker]
+"""Parameter name -> what its gradients are divided by before they are projected: a positive tensor of its shape, entry
+by entry, or a `Kronecker`, in other bases."""
 
 
 def adam_divisors(model: nn.Module, optimizer: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -50,13 +79,19 @@ def adam_divisors(model: nn.Module, optimizer: Mapping[str, Any]) -> dict[str, T
     return divisors
 
 
+def divided(gradient: Tensor, by: Tensor | Kronecker) -> Tensor:
+    """A parameter's gradients `[n, *shape]`, preconditioned."""
+    return gradient / by if isinstance(by, Tensor) else by.solve(gradient)
+
+
 def check_divisors(divisors: Divisors, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
     """Raise ValueError, naming the parameter, unless every one has positive divisors of its shape."""
     for name, shape in shapes.items():
-        if name not in divisors or tuple(divisors[name].shape) != shape:
-            found = f"of shape {tuple(divisors[name].shape)}" if name in divisors else "missing"
-            raise ValueError(f"{where}: the divisors of {name!r} are {found}; they need shape {shape}.")
-        if not bool((divisors[name] > 0).all() & divisors[name].isfinite().all()):
+        by = divisors.get(name, torch.empty(0))
+        values, size = (by, shape) if isinstance(by, Tensor) else (by.values, (shape[0], math.prod(shape[1:])))
+        if tuple(values.shape) != size:
+            raise ValueError(f"{where}: the divisors of {name!r} have shape {tuple(values.shape)}, they need {size}.")
+        if not bool((values > 0).all() & values.isfinite().all()):
             raise ValueError(f"{where}: the divisors of {name!r} must be finite and positive; add a small number.")
 
 
@@ -64,5 +99,8 @@ def digest_of(divisors: Divisors) -> str:
     """Hex digest for the fingerprint of a store."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(divisors):
-        digest.update(name.encode() + divisors[name].detach().float().cpu().contiguous().numpy().tobytes())
+        by = divisors[name]
+        digest.update(name.encode())
+        for tensor in (by,) if isinstance(by, Tensor) else (by.values, by.left, by.right):
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

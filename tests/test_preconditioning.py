@@ -109,7 +109,7 @@ def test_divisors_that_do_not_fit_are_named_before_any_work() -> None:
     def sketch(changed: Any, projection: Any = None, name: str = "last") -> None:
         run(model, images, rs.Explicit([9]), projection, precondition={name: {**divisors, **changed}})
 
-    with pytest.raises(ValueError, match=rf"precondition\['last'\]: the divisors of '{first}' are of shape \(3,\)"):
+    with pytest.raises(ValueError, match=rf"precondition\['last'\]: the divisors of '{first}' have shape \(3,\)"):
         sketch({first: torch.ones(3)})
     with pytest.raises(ValueError, match="must be finite and positive"):
         sketch({first: torch.zeros_like(divisors[first])})
@@ -122,3 +122,33 @@ def test_divisors_that_do_not_fit_are_named_before_any_work() -> None:
         rs.adam_divisors(model, optimizer.state_dict())
     with pytest.raises(ValueError, match="the optimizer's state holds 2 parameters"):
         rs.adam_divisors(model, torch.optim.Adam(nn.Linear(2, 2).parameters()).state_dict())
+
+
+def test_curvature_is_the_empirical_fisher_diagonal_as_it_is_and_in_eigenbases() -> None:
+    model, images = tiny_unet(), random_images(6)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    samples = rs.Samples(images, rs.DiffusionTask(model, SCHEDULER), {"last": state}, rs.Explicit([9, 60]))
+    full = run(model, images, rs.Explicit([9, 60])).sketches("last").reshape(12, -1).astype(np.float64)
+    mean = 0.2 * (full**2).mean()
+    found = rs.fisher_divisors(samples, damping=0.2)["last"]
+    np.testing.assert_allclose(flat(found), (full**2).mean(0) + mean, rtol=1e-3, atol=1e-4 * mean)
+    rotated: Any = rs.kronecker_divisors(samples, damping=0.2)["last"]
+    asked = run(model, images[:1], rs.Explicit([30])).sketches("last")[0, 0].astype(np.float64)
+    precondition = {"last": rotated}
+    solved = run(model, images[:1], rs.Explicit([30]), precondition=precondition).sketches("last")[0, 0]
+    start = 0
+    for name, value in model.named_parameters():
+        part = slice(start, start := start + value.numel())
+        g, x = full[:, part].reshape(12, len(value), -1), asked[part].reshape(len(value), -1)
+        if value.ndim > 1:
+            left, right = rotated[name].left.double().numpy(), rotated[name].right.double().numpy()
+            for basis, gram in ((left, g @ g.swapaxes(1, 2)), (right, g.swapaxes(1, 2) @ g)):
+                diagonal = basis.T @ gram.mean(0) @ basis
+                np.fill_diagonal(diagonal, 0)
+                assert np.abs(diagonal).max() < 1e-4 * np.trace(gram.mean(0))
+            values = ((left.T @ g @ right) ** 2).mean(0) + mean
+            expected = left @ (left.T @ x @ right / values) @ right.T
+        else:
+            expected = x / ((g**2).mean(0) + mean)
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(solved[part], expected.ravel(), rtol=0, atol=1e-3 * scale)

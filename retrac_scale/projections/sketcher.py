@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from retrac_scale.gradients import GradientCapture, ParameterFilter
-from retrac_scale.preconditioning import Divisors, check_divisors
+from retrac_scale.preconditioning import Divisors, Kronecker, check_divisors, divided
 from retrac_scale.projections.base import Projection
 
 
@@ -44,7 +44,7 @@ class GradientSketcher:
         self._capture = GradientCapture(model, parameters=parameters)
         self._device = next(model.parameters()).device
         self._projector = projection.bind(self._capture.shapes, self._capture.mixable, self._device)
-        self._divisors: dict[str, Tensor] = {}
+        self._divisors: dict[str, Tensor | Kronecker] = {}
         self.precondition(precondition)
 
     def precondition(self, divisors: Divisors | None, where: str = "precondition") -> None:
@@ -65,7 +65,7 @@ class GradientSketcher:
                     "use CountSketch(dim), or LowRank(rank, dim, norm='exact')."
                 )
             check_divisors(divisors, self.shapes, where)
-        self._divisors = {name: divisors[name].to(self._device).float() for name in self.shapes} if divisors else {}
+        self._divisors = {name: divisors[name].to(self._device) for name in self.shapes} if divisors else {}
 
     @property
     def dim(self) -> int:
@@ -102,7 +102,7 @@ class GradientSketcher:
         return self._finished(accumulator, squares)
 
     def _divided(self, name: str, gradient: Tensor) -> Tensor:
-        return gradient / self._divisors[name] if self._divisors else gradient
+        return divided(gradient, self._divisors[name]) if self._divisors else gradient
 
     def _finished(self, accumulator: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
         sketch = self._projector.finish(accumulator)
