@@ -1,7 +1,7 @@
 """Which curvature on the query side comes nearest to the influence function of the full empirical Fisher matrix.
 
-A small U-Net is trained on scikit-learn's digits. The reference is g_q^T (F + lambda I)^-1 g_i over all parameters, F the
-mean of g g^T over all pairs of the training samples, solved exactly in the space that the pairs span. Every estimator
+A small U-Net is trained on scikit-learn's digits. The reference is g_q^T (F + lambda I)^-1 g_i over all parameters, F
+the mean of g g^T over all pairs of the training samples, solved exactly in the space that the pairs span. Every route
 has the same lambda = damping x trace(F) / parameters; what is compared is the rank correlation, query by query.
 """
 
