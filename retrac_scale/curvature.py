@@ -112,20 +112,22 @@ def _at_checkpoints(
 def _mean(samples: Samples, checkpoint: str, capture: GradientCapture, moment: Moment) -> dict[str, Tensor]:
     """The mean over all pairs of a moment of every parameter's gradients."""
     task, ids = samples.task, samples.ids
-    plan = samples.timesteps.pairs(checkpoint, ids, task.num_train_timesteps)
-    t = plan.timesteps.shape[1]
     nothing = {name: torch.zeros(1, *shape, device=task.device) for name, shape in capture.shapes.items()}
     totals = {name: moment(name, gradient) for name, gradient in nothing.items()}
+    pairs = 0
 
     def add(name: str, gradient: Tensor, _: slice) -> None:
         totals[name] += moment(name, gradient.float())
 
-    size = max(1, BATCH_PAIRS // (plan.draws * t))
-    for start in range(0, len(ids), size):
-        some = slice(start, min(start + size, len(ids)))
-        part = Pairs(plan.timesteps[some], plan.seeds[some], plan.draws)
-        items = [task.check_item(ids[row], samples.dataset[row]) for row in range(some.start, some.stop)]
-        with capture:
-            values, _ = measured_pairs(task, items, ids[some], part, np.arange(len(items) * t))
-            capture.backward(values, add)
-    return {name: total / plan.timesteps.size for name, total in totals.items()}
+    for plan in (one.pairs(checkpoint, ids, task.num_train_timesteps) for one in samples.plans):
+        t = plan.timesteps.shape[1]
+        size = max(1, BATCH_PAIRS // (plan.draws * t))
+        for start in range(0, len(ids), size):
+            some = slice(start, min(start + size, len(ids)))
+            part = Pairs(plan.timesteps[some], plan.seeds[some], plan.draws)
+            items = [task.check_item(ids[row], samples.dataset[row]) for row in range(some.start, some.stop)]
+            with capture:
+                values, _ = measured_pairs(task, items, ids[some], part, np.arange(len(items) * t))
+                capture.backward(values, add)
+            pairs += len(values)
+    return {name: total / pairs for name, total in totals.items()}

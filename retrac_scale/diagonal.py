@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 def self_influence(
     store: SketchStore, estimator: Estimator, *, queries: SketchStore | None = None, client: Client | None = None
 ) -> Float32:
-    """Score of every sample with itself as the query, float32 `[n]`, block by block.
+    """Score of every sample with itself as the query, float32 `[n]`, block by block; NaN for deleted samples.
+
+    Values stand in the order of `store.ids`. NumPy sorts NaN behind all numbers; `store.alive` tells the others.
 
     With one recorded timestep per sample, ReTrac's direction is compared with itself and carries no information; give
     `queries`, the same samples sketched at the query timesteps, to have the paper's score.
@@ -46,21 +48,23 @@ def self_influence(
             raise ValueError("matched pairing needs the same timesteps on both sides; use pairing='cross'.")
     if client is not None and (store.url is None or (queries is not None and queries.url is None)):
         raise ValueError("workers cannot reach this process's memory; give the stores paths or URLs.")
+    measure = store.fingerprint.get("measure")
     left: SketchStore | Url = store if client is None else store.url
     right = None if queries is None else queries if client is None else queries.url
     one = dask.delayed(_self_influence_of_block, name="self-influence", pure=False)
     measure = store.fingerprint.get("measure")
     ridges = fit(store, estimator, np.flatnonzero(store.alive), client)
     shared: Any = ridges if client is None or not ridges else client.scatter(ridges, broadcast=True, hash=False)
-    parts = compute([one(left, measure, right, estimator, samples, shared) for samples in store.blocks], client)
-    scores: Float32 = np.concatenate(parts).astype(np.float32)
-    return np.square(scores) if estimator.squared else scores
+    parts = compute([one(left, right, measure, estimator, samples, shared) for samples in store.blocks], client)
+    values: Float32 = np.concatenate(parts).astype(np.float32)
+    values[store.deleted if queries is None else store.deleted | queries.deleted] = np.nan
+    return np.square(values) if estimator.squared else values
 
 
 def _self_influence_of_block(
     store: SketchStore | Url,
-    measure: str | None,
     queries: SketchStore | Url | None,
+    measure: str | None,
     estimator: Estimator,
     samples: slice,
     ridges: Mapping[str, Ridge],

@@ -36,10 +36,11 @@ def rows_at(store: SketchStore, places: Places, make: Callable[[slice], Float32]
     """
     _, t, k = store.shape
     step = max(1, PIECE_BYTES // (4 * t * k))
-    for start in range(0, len(places), step):
-        some = places[start : start + step]
-        piece = slice(int(some[0]), int(some[-1]) + 1)
-        yield slice(start, start + len(some)), make(piece)[some - piece.start]
+    stop = 0
+    while (start := stop) < len(places):  # a piece is at most `step` samples of the store, others between them included
+        stop = int(np.searchsorted(places, places[start] + step))
+        piece = slice(int(places[start]), int(places[stop - 1]) + 1)
+        yield slice(start, stop), make(piece)[places[start:stop] - piece.start]
 
 
 def fit(store: SketchStore, estimator: Estimator, places: Places, client: Client | None) -> dict[str, Ridge]:

@@ -55,6 +55,8 @@ MIN_CHUNKS = 8
 MIN_CHUNK_SAMPLES = 64
 NORM_ROWS = 256
 SETTLED_NS = 10**9
+ASKED = ("format", "store", "measure", "estimator", "dtype")
+"""What of an index's description was asked for; the rest is what its store was when it was built."""
 Stamp = tuple[int, ...]
 UNWRITTEN = -128
 """Fill value of int8 rows, which no row holds; those of floats are NaN: a missing chunk is never data."""
@@ -168,9 +170,10 @@ class Index:
         if not found and store.revision != self.meta["revision"]:
             found = ["samples, checkpoints or blocks were added, deleted or written anew"]
         if found:
+            known = url is not None or self.url is None  # else build_index cannot tell whose index it would replace
             raise StaleIndexError(
                 f"the store {url or 'in memory'} has changed since the index was built: {'; '.join(found)}; "
-                "build the index again."
+                f"build the index again{'' if known else ' at another path'}."
             )
         stamp = _stamp(store)
         self._checked = None if stamp is None else (store, stamp)
@@ -271,6 +274,7 @@ def build_index(
 ) -> Index:
     """Collapse a complete store for one estimator; an index of the same store and estimator at `out` is kept.
 
+    When the store has changed since, the index at `out` is replaced; those who have it open are refused from then on.
     Deleted samples are left out. Memory stays below a few blocks of the store per thread; an estimator that fits a
     ridge takes a few float64 matrices of min(n, k) x k per checkpoint and thread besides. Rows in int8 change a score
     by at most sum_c |w_c| max_k |row_k| sum_k |query_k| / 254.
@@ -322,9 +326,12 @@ def build_index(
             raise ValueError(f"{out} holds something that is no index; choose another path.")
         if stored.get("complete"):
             found = differences({k: v for k, v in stored.items() if k not in ("complete", "fit")}, meta)
-            if found:
-                raise ValueError(f"{out} already holds a different index: {'; '.join(found)}; choose another path.")
-            return Index(open_root(out, "index"), out, store)
+            if not found:
+                return Index(open_root(out, "index"), out, store)
+            other = differences({key: stored[key] for key in ASKED}, {key: meta[key] for key in ASKED})
+            if other or meta["store"] is None:
+                what = "; ".join(other or found)
+                raise ValueError(f"{out} already holds a different index: {what}; choose another path.")
     root = zarr.open_group(location, mode="a")
     root.attrs[ATTRIBUTE] = {"what": "index", "format": FORMAT_VERSION}
     chunks = create_arrays(root, len(store.checkpoints), store.ids[kept], estimator.width(store), dtype)

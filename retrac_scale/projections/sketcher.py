@@ -44,6 +44,7 @@ class GradientSketcher:
         self._capture = GradientCapture(model, parameters=parameters)
         self._device = next(model.parameters()).device
         self._projector = projection.bind(self._capture.shapes, self._capture.mixable, self._device)
+        self._projector.whole = self._capture.single_position
         self._divisors: dict[str, Tensor | Kronecker] = {}
         self.precondition(precondition)
 
