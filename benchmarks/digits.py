@@ -17,6 +17,8 @@ from torch.nn import functional as F
 
 import retrac_scale as rs
 
+SAMPLING_STEPS = 50
+
 
 @dataclass(frozen=True)
 class Training:
@@ -145,17 +147,25 @@ class Losses:
         return (total / (self.timesteps * self.draws)).numpy()
 
 
+def sampler() -> Any:
+    """DDIM."""
+    return DDIMScheduler.from_config(scheduler().config)
+
+
+def start(count: int, size: int) -> Tensor:
+    """The noise that generated images begin with, `[count, 1, size, size]`."""
+    return torch.randn(count, 1, size, size, generator=torch.Generator().manual_seed(1))
+
+
 def generate(model: nn.Module, weights: Any, count: int, file: Path) -> Tensor:
-    """`count` images from 50 steps of DDIM, `[count, ...]`, that are kept in `file`."""
+    """`count` images, `[count, 1, size, size]`, that are kept in `file`."""
     if not file.exists():
         model.load_state_dict(weights)
-        sampler = DDIMScheduler.from_config(scheduler().config)
-        sampler.set_timesteps(50)
-        size = model.config.sample_size
-        images = torch.randn(count, 1, size, size, generator=torch.Generator().manual_seed(1))
+        steps, images = sampler(), start(count, model.config.sample_size)
+        steps.set_timesteps(SAMPLING_STEPS)
         with torch.no_grad():
-            for step in sampler.timesteps:
-                images = sampler.step(model.eval()(images, step).sample, step, images).prev_sample
+            for step in steps.timesteps:
+                images = steps.step(model.eval()(images, step).sample, step, images).prev_sample
         save(images.clamp(-1, 1), file)
     loaded: Tensor = torch.load(file, weights_only=True)
     return loaded

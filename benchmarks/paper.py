@@ -27,7 +27,18 @@ import torch
 from torch import Tensor
 
 import retrac_scale as rs
-from benchmarks.digits import Losses, Trainer, Training, build, digits, generate, scheduler
+from benchmarks.digits import (
+    SAMPLING_STEPS,
+    Losses,
+    Trainer,
+    Training,
+    build,
+    digits,
+    generate,
+    sampler,
+    scheduler,
+    start,
+)
 from benchmarks.paper_page import draw, page, table
 from retrac_scale import demo, evaluate
 from retrac_scale.evaluate import Interval
@@ -351,6 +362,44 @@ def estimators() -> Iterable[tuple[str, Any, str, bool]]:
     yield "DAS", rs.DAS(), "mean_output", False
 
 
+def by_other_queries(study: Study) -> Iterable[tuple[str, dict[str, Any]]]:
+    """Label and scores by kind of query of estimators whose queries are not measured as the training side is."""
+    if not hasattr(rs, "Journey"):
+        return
+    stored, _ = study.averaged("mse", study.last, "-last")
+    task = rs.DiffusionTask(study.model, scheduler())
+    samples = rs.Samples(Images(study.train), task, study.last, study.grid)
+    for label, divisors in (
+        ("influence function, diagonal Fisher", rs.fisher_divisors(samples)),
+        ("influence function, Fisher in eigenbases", rs.kronecker_divisors(samples)),
+    ):
+        asked = {
+            kind: rs.sketch(
+                task,
+                Images(images, kind),
+                None,
+                checkpoints=study.last,
+                timesteps=study.grid,
+                batch_size=64,
+                like=stored,
+                precondition=divisors,
+                progress=False,
+            )
+            for kind, images in study.queries.items()
+        }
+        yield label, {kind: scores(stored, rs.GradDot(), queries) for kind, queries in asked.items()}
+    task.load("last", next(iter(study.last.values())))
+    images = study.queries["generated"]
+    whole = rs.sample_journey(task, sampler(), start(len(images), images.shape[-1]), SAMPLING_STEPS)
+    if not torch.allclose(whole.samples.clamp(-1, 1), images, atol=1e-3):
+        raise RuntimeError("the journey leads to other images than those that were generated.")
+    some = slice(0, None, SAMPLING_STEPS // 10)
+    ids = Images(images, "journey").ids
+    journey = rs.Journey(whole.images[:, some].clamp(-1, 1), whole.timesteps[some], whole.samples, ids=ids)
+    queries = rs.sketch_journey(task, journey, checkpoints=study.last, like=stored)
+    yield "Journey-TRAK, 10 steps", {"generated": scores(stored, rs.TRAK(), queries)}
+
+
 def datamodels(lab: Lab) -> list[dict[str, Any]]:
     """(e) LDS of every estimator over half-size subsets."""
     members, losses = lab.subsets
@@ -359,7 +408,7 @@ def datamodels(lab: Lab) -> list[dict[str, Any]]:
     def line(label: str, checkpoints: str, values: dict[str, Any]) -> dict[str, Any]:
         return (
             {"estimator": label, "checkpoints": checkpoints}
-            | {kind: evaluate.lds_mean(values[kind], members, losses[kind], draws=500) for kind in losses}
+            | {kind: evaluate.lds_mean(values[kind], members, losses[kind], draws=500) for kind in values}
             | {"unique fraction at 10": evaluate.jackknife(evaluate.unique_fraction, top(values["generated"], 10))}
         )
 
@@ -371,7 +420,7 @@ def datamodels(lab: Lab) -> list[dict[str, Any]]:
         for checkpoints, chosen, tag in (("last", study.last, "-last"), ("all", None, ""))[: 1 + every]:
             stored, queries = study.averaged(measure, chosen, tag)
             lines.append(line(label, checkpoints, {k: scores(stored, estimator, queries[k]) for k in losses}))
-    return lines
+    return lines + [line(label, "last", values) for label, values in by_other_queries(study)]
 
 
 def dampings(lab: Lab) -> list[dict[str, Any]]:

@@ -72,8 +72,9 @@ def draw(results: dict[str, list[dict[str, Any]]], dampings: list[float], out: P
     if lines := results.get("datamodels"):
         figure, axes = plt.subplots(1, 2, figsize=(9, 0.28 * len(lines) + 1), sharey=True, layout="constrained")
         for axis, word in zip(axes, ("validation", "generated"), strict=True):
-            value, low, high = (np.array([line[word][key] for line in lines]) for key in ("value", "low", "high"))
-            axis.errorbar(value, range(len(lines)), xerr=np.abs([value - low, high - value]), fmt="o", ms=4, capsize=2)
+            rows = [row for row, line in enumerate(lines) if word in line]
+            value, low, high = (np.array([lines[row][word][key] for row in rows]) for key in ("value", "low", "high"))
+            axis.errorbar(value, rows, xerr=np.abs([value - low, high - value]), fmt="o", ms=4, capsize=2)
             axis.axvline(0, color="#bbb", lw=1)
             axis.set(title=f"{word} queries", xlabel="LDS, 95 % interval")
         axes[0].set_yticks(range(len(lines)), [f"{line['estimator']} ({line['checkpoints']})" for line in lines])
