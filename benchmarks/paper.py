@@ -1,8 +1,9 @@
 """The experiments of arXiv 2401.09031 at digits size, and LDS for every estimator.
 
-    python -m benchmarks.paper            # everything; run again, it trains and sketches only what is missing
-    python -m benchmarks.paper --only ab  # some parts
-    python -m benchmarks.paper --tiny     # minutes: does it run?
+    python -m benchmarks.paper                        # everything; again, it trains and sketches only what is missing
+    python -m benchmarks.paper --only ab              # some parts
+    python -m benchmarks.paper --setting tiny-digits  # a minute: does it run?
+    python -m benchmarks.paper --setting cifar-10 --folder /data/cifar-10-batches-py
 
 (a) gradient norm against timestep; (b) specificity and hubness of TracIn and ReTrac; (c) planted outliers by
 self-influence; (d) training images as their own queries; (e) LDS of every estimator, and of 27 dampings; (f) retraining
@@ -27,13 +28,14 @@ import torch
 from torch import Tensor
 
 import retrac_scale as rs
-from benchmarks.digits import (
+from benchmarks.paper_data import LOADERS, Data
+from benchmarks.paper_models import (
+    DEVICE,
     SAMPLING_STEPS,
     Losses,
     Trainer,
     Training,
     build,
-    digits,
     generate,
     sampler,
     scheduler,
@@ -53,12 +55,13 @@ TRACED = {"TracIn": rs.TracIn(), "ReTrac": rs.ReTrac()}
 class Setting:
     """All parameters of a run."""
 
+    data: str = "digits"  # one of paper_data.LOADERS
     seed: int = 0
-    samples: int = 1000  # digits to train on; the others are held out
-    queries: int = 100  # validation digits, and as many generated ones
+    samples: int | None = None  # to train on, the first of the data set; None for all
+    queries: int = 100  # held-out images, and as many generated ones
     training: Training = field(default_factory=Training)
     timesteps: int = 10  # evenly spaced, of queries and of training samples that have none recorded
-    demo_timesteps: int = 5  # the same for the demo's model
+    demo_timesteps: int | None = None  # the same for the demo's model, which is studied besides; None leaves it out
     dim: int = 4096
     lengths: tuple[int, ...] = (5, 10, 50)
     share: float = 0.2  # of the lists, from which on a sample counts as generally influential
@@ -67,7 +70,21 @@ class Setting:
     removal_queries: int = 3
 
 
-TINY = Setting(samples=100, queries=8, training=Training(epochs=4, kept=(2, 4)), timesteps=4, subsets=4, removed=10)
+def published(data: str, channels: tuple[int, ...], epochs: int = 500) -> Setting:
+    """A run on one of the paper's data sets, of its size: a checkpoint every 50 epochs."""
+    kept = tuple(range(50, epochs + 1, 50))
+    training = Training(epochs, kept, batch=128, learning_rate=2e-4, warmup_steps=500, channels=channels)
+    return Setting(data, training=training, timesteps=100, dim=8192, removed=1000)
+
+
+SETTINGS = {
+    "digits": Setting(demo_timesteps=5),
+    "tiny-digits": Setting(
+        samples=100, queries=8, training=Training(epochs=4, kept=(2, 4)), timesteps=4, subsets=4, removed=10
+    ),
+    **{data: published(data, (128, 256, 256)) for data in ("cifar-10", "cifar-mnist", "artbench-2", "artbench-10")},
+    **{data: published(data, (128, 256, 256, 512), 400) for data in ("artbench-10-64", "tiny-imagenet")},
+}
 
 
 @dataclass(frozen=True)
@@ -103,6 +120,7 @@ class Study:
         grid: the averaged timesteps.
         queries: {kind: images}.
         dim: of the sketches.
+        planted: which training images are outliers, bool `[n]`, where some are.
     """
 
     name: str
@@ -114,6 +132,7 @@ class Study:
     grid: rs.EvenlySpaced
     queries: dict[str, Tensor]
     dim: int
+    planted: Any = None
 
     @property
     def last(self) -> dict[str, Any]:
@@ -131,7 +150,7 @@ class Study:
     ) -> rs.SketchStore:
         """Sketches of some images, kept under the name."""
         return rs.sketch(
-            rs.DiffusionTask(self.model, scheduler(), measure=measure),
+            rs.DiffusionTask(self.model, scheduler(), measure=measure, device=DEVICE),
             data,
             self.folder / f"{name}.zarr",
             checkpoints=checkpoints or self.checkpoints,
@@ -171,51 +190,67 @@ class Study:
 
 
 class Lab:
-    """The two models, and the many that are trained on subsets; made once and kept in a folder."""
+    """The trained models, and the many that are trained on subsets; made once and kept in a folder."""
 
-    def __init__(self, setting: Setting, folder: Path) -> None:
-        self.setting, self.folder = setting, folder
-        self.images = digits(setting.seed)
-        self.trainer = Trainer(self.images[: setting.samples], setting.training, folder / "models")
-        self.ids = np.arange(setting.samples)
+    def __init__(self, setting: Setting, data: Data, folder: Path) -> None:
+        self.setting, self.data, self.folder = setting, data, folder
+        self.trainer = Trainer(data.train[: setting.samples], setting.training, folder / "models")
+        self.ids = np.arange(len(self.trainer.images))
 
     @cached_property
-    def small(self) -> Study:
-        """8 x 8 digits, a U-Net of 0.18 M parameters: one of many trainings."""
-        how = self.setting
-        checkpoints = self.trainer.checkpoints(self.ids, how.seed, self.folder / "record")
-        weights, model = list(checkpoints.values())[-1], build(how.training)
+    def main(self) -> Study:
+        """The setting's data and training."""
+        how, record = self.setting, self.folder / "record"
+        checkpoints = self.trainer.checkpoints(self.ids, how.seed, record)
+        images, weights = self.trainer.images, list(checkpoints.values())[-1]
+        model = build(how.training, images.shape[1:])
         queries = {
-            "validation": self.images[how.samples :][: how.queries],
+            "validation": self.data.validation[: how.queries],
             "generated": generate(model, weights, how.queries, self.folder / "generated.pt"),
         }
-        record, grid = self.folder / "record", rs.EvenlySpaced(how.timesteps)
-        return Study("8 x 8", self.folder, model, self.trainer.images, checkpoints, record, grid, queries, how.dim)
-
-    @cached_property
-    def scans(self) -> demo.Scans:
-        """The demo's 1,797 digits and 36 photograph patches at 16 x 16."""
-        return demo.load_scans()
-
-    @cached_property
-    def large(self) -> Study:
-        """The demo's model and training."""
-        folder, how = self.folder / "demo", self.setting
-        model = demo.build_model()
-        files = demo.train(model, scheduler(), self.scans, folder)
-        weights = torch.load(list(files.values())[-1], weights_only=True)["model"]
-        queries = {"generated": generate(model, weights, how.queries, folder / "generated.pt")}
-        grid = rs.EvenlySpaced(how.demo_timesteps)
         return Study(
-            "16 x 16", folder, model, self.scans.images, dict(files), folder / "recorded", grid, queries, how.dim
+            name=f"{images.shape[-1]} x {images.shape[-1]}",
+            folder=self.folder,
+            model=model,
+            train=images,
+            checkpoints=checkpoints,
+            record=record,
+            grid=rs.EvenlySpaced(how.timesteps),
+            queries=queries,
+            dim=how.dim,
+            planted=self.data.planted,
+        )
+
+    @cached_property
+    def studies(self) -> list[Study]:
+        """The main one, perhaps after the demo's model and training."""
+        timesteps = self.setting.demo_timesteps
+        return [self.main] if timesteps is None else [self._demo(timesteps), self.main]
+
+    def _demo(self, timesteps: int) -> Study:
+        folder, how, scans = self.folder / "demo", self.setting, demo.load_scans()
+        model = demo.build_model()
+        files = demo.train(model, scheduler(), scans, folder)
+        weights = torch.load(list(files.values())[-1], weights_only=True)["model"]
+        return Study(
+            name="16 x 16",
+            folder=folder,
+            model=model,
+            train=scans.images,
+            checkpoints=dict(files),
+            record=folder / "recorded",
+            grid=rs.EvenlySpaced(timesteps),
+            queries={"generated": generate(model, weights, how.queries, folder / "generated.pt")},
+            dim=how.dim,
+            planted=scans.is_outlier,
         )
 
     @cached_property
     def subsets(self) -> tuple[Any, dict[str, Any]]:
-        """Members `[m, n]` of half-size subsets, and the losses `[m, q]` of each kind of query of the small model."""
+        """Members `[m, n]` of half-size subsets, and the losses `[m, q]` of each kind of query."""
         how = self.setting
-        members = evaluate.random_subsets(how.samples, how.subsets, seed=how.seed)
-        queries = self.small.queries
+        members = evaluate.random_subsets(len(self.ids), how.subsets, seed=how.seed)
+        queries = self.main.queries
         measure = Losses(torch.cat(list(queries.values())), how.training)
         chosen = [self.ids[row] for row in members]
         losses = evaluate.retrain(chosen, self.trainer, measure, self.folder / "subsets", seed=how.seed)
@@ -241,7 +276,7 @@ def norms(lab: Lab) -> list[dict[str, Any]]:
     """(a) Gradient norm by timestep."""
     return [
         {"model": study.name, "timestep": round(float(t)), "mean": float(m), "standard deviation": float(d)}
-        for study in (lab.large, lab.small)
+        for study in lab.studies
         for t, m, d in zip(*norm_curve(study.recorded), strict=True)
     ]
 
@@ -250,7 +285,7 @@ def specificity(lab: Lab) -> list[dict[str, Any]]:
     """(b) TracIn against ReTrac on generated queries."""
     share = lab.setting.share
     lines: list[dict[str, Any]] = []
-    for study in (lab.large, lab.small):
+    for study in lab.studies:
         for mode, store in (("recorded", study.recorded), ("averaged", study.averaged()[0])):
             values = {name: study.scores[name, mode, "generated"] for name in TRACED}
             length = mean_norms(store)
@@ -290,24 +325,27 @@ def specificity(lab: Lab) -> list[dict[str, Any]]:
 
 
 def outliers(lab: Lab) -> list[dict[str, Any]]:
-    """(c) Photograph patches among the digits, found by self-influence."""
-    planted, study = lab.scans.is_outlier, lab.large
-    recorded, averaged = study.recorded, study.averaged()[0]
-    measured = {
-        f"{name}, {mode}": rs.self_influence(store, estimator, queries=queries)
-        for name, estimator in TRACED.items()
-        for mode, store, queries in (
-            ("recorded timesteps against the grid", recorded, averaged),
-            ("averaged timesteps", averaged, None),
-        )
-    }
-    measured["TracIn, recorded timesteps"] = rs.self_influence(recorded, rs.TracIn())
-    every = [averaged.losses(name).mean(1) for name in averaged.checkpoints]
-    measured["mean loss, no attribution"] = np.mean(every, axis=0)
-    return [
-        {"score": name} | {metric: over_both_kinds(metric, values, planted) for metric in ("auroc", "auprc", "recall")}
-        for name, values in measured.items()
-    ]
+    """(c) Planted samples, found by self-influence."""
+    lines = []
+    for study in lab.studies:
+        if study.planted is None:
+            continue
+        recorded, averaged = study.recorded, study.averaged()[0]
+        measured = {
+            f"{name}, {mode}": rs.self_influence(store, estimator, queries=queries)
+            for name, estimator in TRACED.items()
+            for mode, store, queries in (
+                ("recorded timesteps against the grid", recorded, averaged),
+                ("averaged timesteps", averaged, None),
+            )
+        }
+        measured["TracIn, recorded timesteps"] = rs.self_influence(recorded, rs.TracIn())
+        every = [averaged.losses(name).mean(1) for name in averaged.checkpoints]
+        measured["mean loss, no attribution"] = np.mean(every, axis=0)
+        for name, values in measured.items():
+            metrics = {m: over_both_kinds(m, values, study.planted) for m in ("auroc", "auprc", "recall")}
+            lines.append({"model": study.name, "score": name} | metrics)
+    return lines
 
 
 def over_both_kinds(metric: str, values: Any, planted: Any) -> Interval:
@@ -325,7 +363,7 @@ def tracing(lab: Lab) -> list[dict[str, Any]]:
     """(d) Training images as queries with noise of their own: where does each stand in its own list?"""
     own = np.arange(lab.setting.queries)
     lines = []
-    for study in (lab.large, lab.small):
+    for study in lab.studies:
         stored = study.averaged()[0]
         queries = study.sketch("traced", Images(study.train[own], "traced"), like=stored)
         for mode, store in (("recorded", study.recorded), ("averaged", stored)):
@@ -367,7 +405,7 @@ def by_other_queries(study: Study) -> Iterable[tuple[str, dict[str, Any]]]:
     if not hasattr(rs, "Journey"):
         return
     stored, _ = study.averaged("mse", study.last, "-last")
-    task = rs.DiffusionTask(study.model, scheduler())
+    task = rs.DiffusionTask(study.model, scheduler(), device=DEVICE)
     samples = rs.Samples(Images(study.train), task, study.last, study.grid)
     for label, divisors in (
         ("influence function, diagonal Fisher", rs.fisher_divisors(samples)),
@@ -390,7 +428,7 @@ def by_other_queries(study: Study) -> Iterable[tuple[str, dict[str, Any]]]:
         yield label, {kind: scores(stored, rs.GradDot(), queries) for kind, queries in asked.items()}
     task.load("last", next(iter(study.last.values())))
     images = study.queries["generated"]
-    whole = rs.sample_journey(task, sampler(), start(len(images), images.shape[-1]), SAMPLING_STEPS)
+    whole = rs.sample_journey(task, sampler(), start(len(images), study.model), SAMPLING_STEPS)
     if not torch.allclose(whole.samples.clamp(-1, 1), images, atol=1e-3):
         raise RuntimeError("the journey leads to other images than those that were generated.")
     some = slice(0, None, SAMPLING_STEPS // 10)
@@ -403,7 +441,7 @@ def by_other_queries(study: Study) -> Iterable[tuple[str, dict[str, Any]]]:
 def datamodels(lab: Lab) -> list[dict[str, Any]]:
     """(e) LDS of every estimator over half-size subsets."""
     members, losses = lab.subsets
-    study = lab.small
+    study = lab.main
 
     def line(label: str, checkpoints: str, values: dict[str, Any]) -> dict[str, Any]:
         return (
@@ -428,7 +466,7 @@ def dampings(lab: Lab) -> list[dict[str, Any]]:
     if not hasattr(rs, "TRAK"):
         return []
     members, losses = lab.subsets
-    stored, queries = lab.small.averaged("mse", lab.small.last, "-last")
+    stored, queries = lab.main.averaged("mse", lab.main.last, "-last")
     lines: list[dict[str, Any]] = []
     for damping in ("auto", *DAMPINGS):
         values = {kind: scores(stored, rs.TRAK(damping), queries[kind]) for kind in losses}
@@ -442,13 +480,13 @@ def dampings(lab: Lab) -> list[dict[str, Any]]:
 
 def removals(lab: Lab) -> list[dict[str, Any]]:
     """(f) The top samples of a generated query removed, the model trained again with the same seed."""
-    how, study = lab.setting, lab.small
+    how, study = lab.setting, lab.main
     values = {name: study.scores[name, "recorded", "generated"] for name in TRACED}
     if hasattr(rs, "TRAK"):
         stored, queries = study.averaged("mse", study.last, "-last")
         values["TRAK"] = scores(stored, rs.TRAK(), queries["generated"])
     lists = {name: top(found, how.removed)[: how.removal_queries] for name, found in values.items()}
-    random = np.random.default_rng(how.seed).permutation(how.samples)[: how.removed]
+    random = np.random.default_rng(how.seed).permutation(lab.ids)[: how.removed]
     lists["random, the same for all"] = np.tile(random, (how.removal_queries, 1))
     measure = Losses(study.queries["generated"][: how.removal_queries], how.training)
     lines = []
@@ -462,7 +500,7 @@ def removals(lab: Lab) -> list[dict[str, Any]]:
 PARTS = {
     "a": [("Gradient norm against timestep, recorded pairs of all checkpoints", norms)],
     "b": [("Specificity: TracIn against ReTrac, generated queries", specificity)],
-    "c": [("36 photograph patches planted among the digits, found by self-influence", outliers)],
+    "c": [("Planted outliers (of 16 x 16: 36 photograph patches among digits), found by self-influence", outliers)],
     "d": [("Training images as their own queries: the rank of the image itself", tracing)],
     "e": [
         ("LDS over half-size subsets, mean over queries", datamodels),
@@ -480,21 +518,24 @@ def plain(value: Any) -> Any:
 def main() -> None:
     """Run the parts and write what they found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--setting", default="digits", choices=SETTINGS, help="what to run on")
+    parser.add_argument("--folder", type=Path, help="of the data set, unless it is digits")
     parser.add_argument("--only", default="abcdef", help="letters of parts")
-    parser.add_argument("--tiny", action="store_true", help="a run of minutes, into a folder of its own")
-    parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--out", type=Path, help="for the tables and figures; benchmarks/results is that of digits")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    setting = TINY if options.tiny else Setting()
-    work = HERE / ".cache" / ("paper-tiny" if options.tiny else "paper")
-    out = work if options.tiny else options.out
-    lab = Lab(setting, work)
+    setting = SETTINGS[options.setting]
+    if setting.data != "digits" and options.folder is None:
+        parser.error(f"say where {setting.data} is: --folder PATH")
+    work = HERE / ".cache" / ("paper" if options.setting == "digits" else f"paper-{options.setting}")
+    out = options.out or (HERE / "results" if options.setting == "digits" else work)
+    lab = Lab(setting, LOADERS[setting.data](options.folder), work)
     file = out / "paper.json"
     report: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"results": {}}
     if report.get("setting", json.loads(json.dumps(asdict(setting)))) != json.loads(json.dumps(asdict(setting))):
         report = {"results": {}}
     report |= {
-        "command": "python -m benchmarks.paper",
+        "command": f"python -m benchmarks.paper --setting {options.setting}",
         "setting": asdict(setting),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, one torch thread; torch {torch.__version__}",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

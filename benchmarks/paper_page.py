@@ -12,15 +12,16 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from retrac_scale.demo import EPOCHS
+
 INTRODUCTION = """`{command}`, seed {seed}, {machine}, {date}. Written by that command.
 
-Two models. "16 x 16": the demo's, a U-Net of 0.40 M parameters trained for 40 epochs on 1,797 digits and 36 photograph
-patches. "8 x 8": one that can be trained many times, a U-Net of 0.18 M parameters on {samples} of scikit-learn's digits
-at their native size, {epochs} epochs, checkpoints after {kept}; the LDS and removals are its. Queries: {queries} images
-that the last checkpoint generates and, at 8 x 8, {queries} held-out digits (validation), averaged over {demo_timesteps}
-(16 x 16) and {timesteps} (8 x 8) evenly spaced timesteps, with noise of their own. Training side, "recorded": each
-sample at the timestep and noise that it was last trained at, checkpoints weighted by their learning rates; "averaged":
-over the grid of the queries, checkpoints weighted alike. Sketches: CountSketch({dim}).
+Data: {data}. The model of the LDS and removals is a U-Net with {channels} channels, trained on {size} images for
+{epochs} epochs, checkpoints after {kept}.{demo} Queries: {queries} images that the last checkpoint generates and,
+of this model, as many held-out ones (validation), averaged over {timesteps} evenly spaced timesteps, with noise of
+their own. Training side, "recorded": each sample at the timestep and noise that it was last trained at, checkpoints
+weighted by their learning rates; "averaged": over the grid of the queries, checkpoints weighted alike. Sketches:
+CountSketch({dim}).
 
 Brackets: 95 % intervals; of unique fractions by the jackknife over queries, of LDS by a bootstrap over queries and
 subsets together, of norm correlations by one over samples, of detection by one over planted and other samples
@@ -28,12 +29,17 @@ apart, of the rest by one over queries. Hubs: samples that stand in at least {sh
 {subsets} subsets of half the samples, one model each, all of one seed; a query's loss is averaged over 50 timesteps
 and 2 noises; larger is better. Removal: of {removed} samples; a positive change means that the query's loss rose."""
 
+DEMO = """ "16 x 16" is the demo's model and data, digits and 36 photograph patches, {epochs} epochs; its averages are
+over {timesteps} timesteps."""
+
 
 def page(report: dict[str, Any], titles: dict[str, str]) -> str:
     """Markdown of the parts that there are, in the order of the titles."""
     how = report["setting"]
-    training = how["training"] | {"kept": ", ".join(map(str, how["training"]["kept"]))}
-    introduction = INTRODUCTION.format(**report, **how, **training)
+    training = {key: ", ".join(map(str, x)) if isinstance(x, list) else x for key, x in how["training"].items()}
+    size = "all" if how["samples"] is None else how["samples"]
+    demo = DEMO.format(epochs=EPOCHS, timesteps=how["demo_timesteps"]) if how["demo_timesteps"] else ""
+    introduction = INTRODUCTION.format(**report, **how, **training, size=size, demo=demo)
     paragraphs = [textwrap.fill(" ".join(part.split()), 120) for part in introduction.split("\n\n")]
     sections = [
         f"## {titles[name]}\n\n{table(report['results'][name])}" for name in titles if report["results"].get(name)

@@ -1,9 +1,10 @@
-"""Diffusion models trained on 8 x 8 digits, quickly."""
+"""The models of `benchmarks.paper`: trained on any of their images, sampled, measured."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
-from sklearn.datasets import load_digits
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 import retrac_scale as rs
 
 SAMPLING_STEPS = 50
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)
@@ -32,31 +33,26 @@ class Training:
     channels: tuple[int, ...] = (16, 32)
 
 
-def digits(seed: int = 0) -> Tensor:
-    """scikit-learn's 1,797 digits at their native 8 x 8, shuffled, in -1 .. 1, `[n, 1, 8, 8]`."""
-    images = torch.from_numpy(load_digits().images).float().unsqueeze(1) / 8 - 1
-    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))]
-
-
 def scheduler() -> Any:
     """The paper's cosine schedule."""
     return DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2")
 
 
-def build(training: Training, seed: int = 0) -> UNet2DModel:
-    """A U-Net of 0.18 M parameters (with the default channels) for 8 x 8 grey images."""
+def build(training: Training, shape: Sequence[int], seed: int = 0) -> UNet2DModel:
+    """A U-Net for images of one shape (c, size, size) with attention at its lowest resolution."""
     torch.manual_seed(seed)
+    plain = len(training.channels) - 1
     return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
+        sample_size=shape[-1],
+        in_channels=shape[0],
+        out_channels=shape[0],
         block_out_channels=training.channels,
         layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        down_block_types=("DownBlock2D",) * plain + ("AttnDownBlock2D",),
+        up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * plain,
         norm_num_groups=8,
         attention_head_dim=16,
-    )
+    ).to(DEVICE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +88,7 @@ class Trainer:
 
     def _train(self, ids: Any, seed: int, record: Path | None) -> dict[str, dict[str, Tensor]]:
         how, noising = self.training, scheduler()
-        model = build(how, seed).train()
+        model = build(how, self.images.shape[1:], seed).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=how.learning_rate, weight_decay=0, fused=True)
         recorder = None if record is None else rs.TrainingRecorder(record, len(self.images), noising)
         batches = -(-len(ids) // how.batch)
@@ -109,7 +105,7 @@ class Trainer:
                 timesteps, noise_seed = torch.from_numpy(steps_of[batch]), seed * how.epochs + epoch
                 noise = rs.draw_noise(self.images.shape[1:], batch, timesteps, noise_seed)
                 noisy = noising.add_noise(self.images[batch], noise, timesteps)
-                loss = F.mse_loss(model(noisy, timesteps).sample, noise)
+                loss = F.mse_loss(model(noisy.to(DEVICE), timesteps.to(DEVICE)).sample, noise.to(DEVICE))
                 optimizer.zero_grad()
                 torch.autograd.backward(loss)
                 optimizer.step()
@@ -117,7 +113,7 @@ class Trainer:
                     recorder.step(batch, timesteps, noise_seed, rate)
             if epoch in how.kept:
                 name = f"epoch-{epoch:03d}"
-                kept[name] = {key: value.detach().clone() for key, value in model.state_dict().items()}
+                kept[name] = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
                 if recorder is not None:
                     recorder.checkpoint(name)
         return kept
@@ -134,16 +130,16 @@ class Losses:
 
     def __call__(self, weights: dict[str, Tensor]) -> Any:
         """Means over `timesteps * draws` pairs."""
-        model = build(self.training)
+        model = build(self.training, self.images.shape[1:])
         model.load_state_dict(weights)
-        task, ids = rs.DiffusionTask(model, scheduler()), np.arange(len(self.images))
+        task, ids = rs.DiffusionTask(model, scheduler(), device=DEVICE), np.arange(len(self.images))
         plan = rs.EvenlySpaced(self.timesteps, self.draws).pairs("", ids, task.num_train_timesteps)
         total = torch.zeros(len(ids), dtype=torch.float64)
         with torch.no_grad():
             for steps, seeds in zip(plan.timesteps.T, plan.seeds.T, strict=True):
                 for draw in range(self.draws):
                     noise = rs.draw_noise(self.images.shape[1:], ids, steps, seeds, draw=draw)
-                    total += task.losses(self.images, torch.from_numpy(steps), noise, {})
+                    total += task.losses(self.images, torch.from_numpy(steps), noise, {}).cpu()
         return (total / (self.timesteps * self.draws)).numpy()
 
 
@@ -152,21 +148,23 @@ def sampler() -> Any:
     return DDIMScheduler.from_config(scheduler().config)
 
 
-def start(count: int, size: int) -> Tensor:
-    """The noise that generated images begin with, `[count, 1, size, size]`."""
-    return torch.randn(count, 1, size, size, generator=torch.Generator().manual_seed(1))
+def start(count: int, model: UNet2DModel) -> Tensor:
+    """The noise that a model's generated images begin with, `[count, c, size, size]`."""
+    size = model.config.sample_size
+    return torch.randn(count, model.config.in_channels, size, size, generator=torch.Generator().manual_seed(1))
 
 
-def generate(model: nn.Module, weights: Any, count: int, file: Path) -> Tensor:
-    """`count` images, `[count, 1, size, size]`, that are kept in `file`."""
+def generate(model: UNet2DModel, weights: Any, count: int, file: Path) -> Tensor:
+    """`count` images, `[count, c, size, size]`, that are kept in `file`."""
     if not file.exists():
         model.load_state_dict(weights)
-        steps, images = sampler(), start(count, model.config.sample_size)
+        model.to(DEVICE).eval()
+        steps, images = sampler(), start(count, model).to(DEVICE)
         steps.set_timesteps(SAMPLING_STEPS)
         with torch.no_grad():
             for step in steps.timesteps:
-                images = steps.step(model.eval()(images, step).sample, step, images).prev_sample
-        save(images.clamp(-1, 1), file)
+                images = steps.step(model(images, step).sample, step, images).prev_sample
+        save(images.clamp(-1, 1).cpu(), file)
     loaded: Tensor = torch.load(file, weights_only=True)
     return loaded
 
