@@ -35,11 +35,10 @@ from benchmarks.paper_models import (
     Losses,
     Trainer,
     Training,
+    beginning,
     build,
     generate,
-    sampler,
     scheduler,
-    start,
 )
 from benchmarks.paper_page import draw, page, table
 from retrac_scale import demo, evaluate
@@ -282,46 +281,48 @@ def norms(lab: Lab) -> list[dict[str, Any]]:
 
 
 def specificity(lab: Lab) -> list[dict[str, Any]]:
-    """(b) TracIn against ReTrac on generated queries."""
-    share = lab.setting.share
-    lines: list[dict[str, Any]] = []
-    for study in lab.studies:
-        for mode, store in (("recorded", study.recorded), ("averaged", study.averaged()[0])):
-            values = {name: study.scores[name, mode, "generated"] for name in TRACED}
-            length = mean_norms(store)
-            correlation = {
-                name: evaluate.bootstrap(
-                    lambda x, y: evaluate.norm_correlation(x.T, y), values[name].T, length, draws=300
-                )
-                for name in TRACED
-            }
-            for k in lab.setting.lengths:
-                lists = {name: top(values[name], k) for name in TRACED}
-                where = {"model": study.name, "timesteps": mode, "k": k}
-                for name, ids in lists.items():
-                    lines.append(
-                        where
-                        | {
-                            "estimator": name,
-                            "unique fraction": evaluate.jackknife(evaluate.unique_fraction, ids),
-                            "hubs": evaluate.bootstrap(lambda x: evaluate.hubs(x, share), ids),
-                            "largest share": evaluate.largest_share(ids),
-                            "norm correlation": correlation[name],
-                        }
-                    )
-                lines.append(
-                    where
-                    | {
-                        "estimator": "ReTrac / TracIn",
-                        "unique fraction": evaluate.jackknife(
-                            lambda a, b: evaluate.unique_fraction(b) / evaluate.unique_fraction(a), *lists.values()
-                        ),
-                        "hubs": evaluate.bootstrap(
-                            lambda a, b: evaluate.hubs(b, share) / max(1, evaluate.hubs(a, share)), *lists.values()
-                        ),
-                    }
-                )
-    return lines
+    """(b) TracIn against ReTrac."""
+    return [
+        line
+        for study in lab.studies
+        for kind in study.queries
+        for mode, store in (("recorded", study.recorded), ("averaged", study.averaged()[0]))
+        for k in lab.setting.lengths
+        for line in compared(
+            {"model": study.name, "queries": kind, "timesteps": mode, "k": k},
+            {name: study.scores[name, mode, kind] for name in TRACED},
+            mean_norms(store),
+            lab.setting.share,
+        )
+    ]
+
+
+def compared(where: dict[str, Any], values: dict[str, Any], length: Any, share: float) -> list[dict[str, Any]]:
+    """One line for TracIn, one for ReTrac, one for their ratio; `values` are scores `[q, n]`, `length` norms `[n]`."""
+    lists = {name: top(found, where["k"]) for name, found in values.items()}
+    lines = [
+        where
+        | {
+            "estimator": name,
+            "unique fraction": evaluate.jackknife(evaluate.unique_fraction, ids),
+            "hubs": evaluate.bootstrap(lambda x: evaluate.hubs(x, share), ids),
+            "largest share": evaluate.largest_share(ids),
+            "norm correlation": evaluate.bootstrap(
+                lambda x, y: evaluate.norm_correlation(x.T, y), values[name].T, length, draws=200
+            ),
+        }
+        for name, ids in lists.items()
+    ]
+    ratio = {
+        "estimator": "ReTrac / TracIn",
+        "unique fraction": evaluate.jackknife(
+            lambda a, b: evaluate.unique_fraction(b) / evaluate.unique_fraction(a), *lists.values()
+        ),
+        "hubs": evaluate.bootstrap(
+            lambda a, b: evaluate.hubs(b, share) / max(1, evaluate.hubs(a, share)), *lists.values()
+        ),
+    }
+    return [*lines, where | ratio]
 
 
 def outliers(lab: Lab) -> list[dict[str, Any]]:
@@ -428,7 +429,8 @@ def by_other_queries(study: Study) -> Iterable[tuple[str, dict[str, Any]]]:
         yield label, {kind: scores(stored, rs.GradDot(), queries) for kind, queries in asked.items()}
     task.load("last", next(iter(study.last.values())))
     images = study.queries["generated"]
-    whole = rs.sample_journey(task, sampler(), start(len(images), study.model), SAMPLING_STEPS)
+    noise, random = beginning(len(images), study.model)
+    whole = rs.sample_journey(task, scheduler(), noise, SAMPLING_STEPS, generator=random)
     if not torch.allclose(whole.samples.clamp(-1, 1), images, atol=1e-3):
         raise RuntimeError("the journey leads to other images than those that were generated.")
     some = slice(0, None, SAMPLING_STEPS // 10)
@@ -499,7 +501,7 @@ def removals(lab: Lab) -> list[dict[str, Any]]:
 
 PARTS = {
     "a": [("Gradient norm against timestep, recorded pairs of all checkpoints", norms)],
-    "b": [("Specificity: TracIn against ReTrac, generated queries", specificity)],
+    "b": [("Specificity: TracIn against ReTrac", specificity)],
     "c": [("Planted outliers (of 16 x 16: 36 photograph patches among digits), found by self-influence", outliers)],
     "d": [("Training images as their own queries: the rank of the image itself", tracing)],
     "e": [
