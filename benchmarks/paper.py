@@ -252,7 +252,9 @@ class Lab:
         queries = self.main.queries
         measure = Losses(torch.cat(list(queries.values())), how.training)
         chosen = [self.ids[row] for row in members]
-        losses = evaluate.retrain(chosen, self.trainer, measure, self.folder / "subsets", seed=how.seed)
+        losses = evaluate.retrain(
+            chosen, self.trainer, measure, self.folder / "subsets", seed=how.seed, key=measure.key
+        )
         return members, dict(zip(queries, np.split(losses, len(queries), axis=1), strict=True))
 
 
@@ -493,7 +495,9 @@ def removals(lab: Lab) -> list[dict[str, Any]]:
     measure = Losses(study.queries["generated"][: how.removal_queries], how.training)
     lines = []
     for name, ids in lists.items():
-        change = evaluate.counterfactual(ids, lab.ids, lab.trainer, measure, lab.folder / "removals", seed=how.seed)
+        change = evaluate.counterfactual(
+            ids, lab.ids, lab.trainer, measure, lab.folder / "removals", seed=how.seed, key=measure.key
+        )
         every = {f"query {number}": float(value) for number, value in enumerate(change)}
         lines.append({"removed": name} | every | {"mean": float(change.mean())})
     return lines

@@ -128,6 +128,11 @@ class Losses:
     timesteps: int = 50
     draws: int = 2
 
+    @property
+    def key(self) -> str:
+        """A digest of the queries."""
+        return hashlib.blake2b(self.images.numpy().tobytes(), digest_size=12).hexdigest()
+
     def __call__(self, weights: dict[str, Tensor]) -> Any:
         """Means over `timesteps * draws` pairs."""
         model = build(self.training, self.images.shape[1:])

@@ -179,12 +179,14 @@ def test_retraining_continues_where_it_stopped(tmp_path: Path) -> None:
     assert (tmp_path / "trained").read_text().splitlines() == ["[0, 1]", "[2, 7]", "[2, 7]", "[4, 5]"]
 
 
-def test_retraining_with_another_seed_is_another_result(tmp_path: Path) -> None:
+def test_retraining_with_another_seed_or_key_is_another_result(tmp_path: Path) -> None:
     run = functools.partial(train, tmp_path)
     first = evaluate.retrain(SUBSETS[:1], run, measure, tmp_path / "out", progress=False)
     other = evaluate.retrain(SUBSETS[:1], run, measure, tmp_path / "out", seed=1, progress=False)
+    asked = evaluate.retrain(SUBSETS[:1], run, lambda model: [model], tmp_path / "out", key="mean", progress=False)
     assert first.tolist() == [[0.5**2, 6.5**2]]
     assert other.tolist() == [[1.5**2, 5.5**2]]
+    assert asked.tolist() == [[0.5]]
 
 
 def test_retraining_on_workers_gives_the_same(tmp_path: Path) -> None:

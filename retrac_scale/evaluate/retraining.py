@@ -43,12 +43,13 @@ def retrain(
     out: str | os.PathLike[str],
     *,
     seed: int = 0,
+    key: str = "",
     client: Client | None = None,
     progress: bool = True,
 ) -> Float64:
     """Train on every subset and measure the queries; run again, it trains only what is missing.
 
-    One file per subset, named after its ids and the seed, is written atomically, so that runs that are interrupted,
+    One file per subset, named after ids, seed and key, is written atomically, so that runs that are interrupted,
     repeated or spread over workers end with the same folder. Subsets that occur twice are trained once.
 
     Args:
@@ -57,6 +58,8 @@ def retrain(
         measure: called with what `train` returned.
         out: a folder for results; with a client, one that its workers reach.
         seed: handed to every `train`.
+        key: says what else a result depends on, such as a digest of the queries; with another key, results that are
+            there are left alone and not read.
         client: a `distributed.Client`; `train` and `measure` must then be picklable. None trains one after the other.
         progress: show a bar.
 
@@ -72,7 +75,7 @@ def retrain(
     empty = [number for number, subset in enumerate(chosen) if not len(subset)]
     if empty:
         raise ValueError(f"subset {empty[0]} has no samples; there is nothing to train on.")
-    files = [folder / f"{_name(subset, seed)}.npy" for subset in chosen]
+    files = [folder / f"{_name(subset, seed, key)}.npy" for subset in chosen]
     todo = {file: subset for file, subset in zip(files, chosen, strict=True) if not file.exists()}
     with tqdm(total=len(todo), unit="model", desc="retrain", disable=not progress) as bar:
         if client is None:
@@ -107,6 +110,7 @@ def counterfactual(
     out: str | os.PathLike[str],
     *,
     seed: int = 0,
+    key: str = "",
     client: Client | None = None,
     progress: bool = True,
 ) -> Float64:
@@ -122,6 +126,7 @@ def counterfactual(
         measure: losses of these q queries, in the order of `removed`.
         out: see `retrain`; the same folder serves all removals from one training set, since files know their subset.
         seed: see `retrain`.
+        key: see `retrain`.
         client: see `retrain`.
         progress: show a bar.
 
@@ -129,7 +134,7 @@ def counterfactual(
         loss without minus loss with them, float64 `[q]`.
     """
     subsets = [ids, *(ids[~np.isin(ids, row)] for row in removed)]
-    losses = retrain(subsets, train, measure, out, seed=seed, client=client, progress=progress)
+    losses = retrain(subsets, train, measure, out, seed=seed, key=key, client=client, progress=progress)
     if losses.shape[1] != len(removed):
         raise ValueError(
             f"measure gave {losses.shape[1]} losses for {len(removed)} queries; give one per row of removed."
@@ -159,6 +164,6 @@ def _remotely(subset: Ids, seed: int, shared: tuple[Train, Measure], file: Path)
     _one(subset, seed, *shared, file)
 
 
-def _name(subset: Ids, seed: int) -> str:
-    listed = repr((seed, subset.tolist())).encode()
+def _name(subset: Ids, seed: int, key: str) -> str:
+    listed = repr((key, seed, subset.tolist())).encode()
     return hashlib.blake2b(listed, digest_size=12).hexdigest()
