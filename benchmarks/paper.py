@@ -450,7 +450,7 @@ def datamodels(lab: Lab) -> list[dict[str, Any]]:
     def line(label: str, checkpoints: str, values: dict[str, Any]) -> dict[str, Any]:
         return (
             {"estimator": label, "checkpoints": checkpoints}
-            | {kind: evaluate.lds_mean(values[kind], members, losses[kind], draws=500) for kind in values}
+            | {kind: evaluate.lds_mean(values[kind], members, losses[kind], draws=200) for kind in values}
             | {"unique fraction at 10": evaluate.jackknife(evaluate.unique_fraction, top(values["generated"], 10))}
         )
 
@@ -536,27 +536,28 @@ def main() -> None:
     work = HERE / ".cache" / ("paper" if options.setting == "digits" else f"paper-{options.setting}")
     out = options.out or (HERE / "results" if options.setting == "digits" else work)
     lab = Lab(setting, LOADERS[setting.data](options.folder), work)
+    titles = {part.__name__: f"({letter}) {title}" for letter, parts in PARTS.items() for title, part in parts}
+    described = json.loads(json.dumps(asdict(setting)))
     file = out / "paper.json"
-    report: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"results": {}}
-    if report.get("setting", json.loads(json.dumps(asdict(setting)))) != json.loads(json.dumps(asdict(setting))):
-        report = {"results": {}}
+    report: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    if report.get("setting") != described:
+        report = {"results": {}, "dates": {}}
     report |= {
         "command": f"python -m benchmarks.paper --setting {options.setting}",
-        "setting": asdict(setting),
+        "setting": described,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, one torch thread; torch {torch.__version__}",
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
     for letter in options.only:
         for title, part in PARTS[letter]:
             print(f"({letter}) {title}", flush=True)
             lines = json.loads(json.dumps(part(lab), default=plain))
-            report["results"][part.__name__] = lines
             print(table(lines), flush=True)
+            report["results"][part.__name__] = lines
+            report["dates"][part.__name__] = datetime.datetime.now(datetime.UTC).date().isoformat()
             out.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(report, indent=1) + "\n")
-    draw(report["results"], DAMPINGS, out)
-    titles = {part.__name__: f"({letter}) {title}" for letter, parts in PARTS.items() for title, part in parts}
-    (out / "paper.md").write_text(page(report, titles))
+            draw(report["results"], DAMPINGS, out)
+            (out / "paper.md").write_text(page(report, titles))
 
 
 if __name__ == "__main__":

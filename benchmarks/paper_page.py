@@ -14,7 +14,7 @@ import numpy as np
 
 from retrac_scale.demo import EPOCHS
 
-INTRODUCTION = """`{command}`, seed {seed}, {machine}, {date}. Written by that command.
+INTRODUCTION = """`{command}`, seed {seed}, {machine}. Written by that command.
 
 Data: {data}. The model of the LDS and removals is a U-Net with {channels} channels, trained on {size} images for
 {epochs} epochs, checkpoints after {kept}.{demo} Queries: {queries} images that the last checkpoint generates and,
@@ -42,7 +42,9 @@ def page(report: dict[str, Any], titles: dict[str, str]) -> str:
     introduction = INTRODUCTION.format(**report, **how, **training, size=size, demo=demo)
     paragraphs = [textwrap.fill(" ".join(part.split()), 120) for part in introduction.split("\n\n")]
     sections = [
-        f"## {titles[name]}\n\n{table(report['results'][name])}" for name in titles if report["results"].get(name)
+        f"## {titles[name]}\n\n{report['dates'][name]}\n\n{table(report['results'][name])}"
+        for name in titles
+        if report["results"].get(name)
     ]
     return "\n\n".join(["# The paper's experiments at digits size", *paragraphs, *sections]) + "\n"
 
@@ -96,3 +98,4 @@ def draw(results: dict[str, list[dict[str, Any]]], dampings: list[float], out: P
         axes.set(xlabel="damping, relative to the mean eigenvalue", ylabel="LDS of TRAK")
         axes.legend(fontsize=8)
         figure.savefig(out / "paper-damping.png", dpi=110)
+    plt.close("all")
