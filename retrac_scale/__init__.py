@@ -1,6 +1,6 @@
 """Training-data attribution for diffusion models at scale: Diffusion-TracIn and Diffusion-ReTrac (arXiv 2401.09031)."""
 
-from retrac_scale import evaluate, gradients, projections
+from retrac_scale import datasets, evaluate, gradients, projections
 from retrac_scale.curvature import fisher_divisors, kronecker_divisors
 from retrac_scale.diagonal import self_influence
 from retrac_scale.estimators import DAS, DTRAK, TRAK, GradCos, GradDot, RelatIF, RenormIF, ReTrac, TracIn
@@ -14,7 +14,9 @@ from retrac_scale.samples import Samples, take
 from retrac_scale.sketching import sketch
 from retrac_scale.store import IncompleteStoreError, SketchStore, open_store, write_store
 from retrac_scale.task import DiffusionTask
-from retrac_scale.timesteps import EvenlySpaced, Explicit, Recorded, TrainingRecorder, draw_noise
+from retrac_scale.timesteps import EvenlySpaced, Explicit, Recorded, draw_noise
+from retrac_scale.training import TrainingRecorder
+from retrac_scale.training_callbacks import lightning_callback, transformers_callback
 
 __all__ = [
     "DAS",
@@ -46,11 +48,13 @@ __all__ = [
     "TrainingRecorder",
     "adam_divisors",
     "build_index",
+    "datasets",
     "draw_noise",
     "evaluate",
     "fisher_divisors",
     "gradients",
     "kronecker_divisors",
+    "lightning_callback",
     "open_index",
     "open_store",
     "projections",
@@ -59,5 +63,6 @@ __all__ = [
     "sketch",
     "sketch_journey",
     "take",
+    "transformers_callback",
     "write_store",
 ]

@@ -295,7 +295,8 @@ def _queries(index: Index, arguments: argparse.Namespace) -> SketchStore | Sampl
     """What is asked: stored ids, a store of sketches, or images, measured as the index's store was."""
     import diffusers
 
-    from retrac_scale.images import SUFFIXES, ImageFiles
+    from retrac_scale.datasets import ImageFiles
+    from retrac_scale.datasets.base import SUFFIXES
     from retrac_scale.samples import Samples, take
     from retrac_scale.store import open_store
     from retrac_scale.task import DiffusionTask

@@ -32,7 +32,7 @@ def as_measured(train: Samples, store: SketchStore) -> Samples:
     Raises:
         ValueError: they would be measured otherwise than the store's; says what differs.
     """
-    given = {"measure": train.task.measure, "scheduler": scheduler_spec(train.task)}
+    given = {"measure": train.task.measure, "scheduler": scheduler_spec(train.task.scheduler)}
     found = differences({key: store.fingerprint.get(key) for key in given}, given)
     stored, specs = plans_of(store.fingerprint), [plan.spec() for plan in train.plans]
     if len(specs) != len(stored) or any(spec not in specs for spec in stored):

@@ -131,7 +131,7 @@ def sketch(
             "projection": projection.spec(),
             "parameters": {name: list(shape) for name, shape in sketcher.shapes.items()},
             "checkpoints": digests,
-            "scheduler": scheduler_spec(task),
+            "scheduler": scheduler_spec(task.scheduler),
             "measure": task.measure,
             "autocast": task.autocast,
             "timesteps": {**timesteps.spec(), "digest": plan_digest(plans)},
@@ -357,9 +357,9 @@ def _check_items(task: DiffusionTask, dataset: Any, ids: Ids) -> None:
             )
 
 
-def scheduler_spec(task: DiffusionTask) -> dict[str, Any]:
+def scheduler_spec(scheduler: Any) -> dict[str, Any]:
     """What of the scheduler determines the noisy images."""
-    config = dict(task.scheduler.config)
+    config = dict(scheduler.config)
     keys = (
         "num_train_timesteps",
         "beta_schedule",
@@ -368,7 +368,7 @@ def scheduler_spec(task: DiffusionTask) -> dict[str, Any]:
         "prediction_type",
         "rescale_betas_zero_snr",
     )
-    return {"class": type(task.scheduler).__name__, **{key: config[key] for key in keys if key in config}}
+    return {"class": type(scheduler).__name__, **{key: config[key] for key in keys if key in config}}
 
 
 def plan_digest(plans: Mapping[str, Pairs]) -> str:

@@ -129,7 +129,7 @@ class DiffusionTask:
                 "build the model with the configuration that the checkpoint was trained with."
             )
         self.model.load_state_dict(state)
-        return _digest(self.model.state_dict())
+        return weights_digest(self.model.state_dict())
 
     def check_item(self, sample: Any, item: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Split a dataset item into image and conditioning, and check the image against the model's configuration.
@@ -215,7 +215,8 @@ def read_checkpoint(name: str, checkpoint: Checkpoint) -> StateDict:
     return weights
 
 
-def _digest(state: StateDict) -> str:
+def weights_digest(state: StateDict) -> str:
+    """Hex digest of names and values."""
     digest = hashlib.blake2b(digest_size=16)
     for name, value in state.items():
         digest.update(name.encode())
