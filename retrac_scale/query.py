@@ -175,9 +175,11 @@ def answer(index: Index, queries: SketchStore | Samples, question: Question, cli
     samples = queries if isinstance(queries, Samples) else None
     if question.rerank and samples is None:
         raise ValueError("rerank computes full gradients: give the queries as rs.Samples(...), not as a store.")
+    train = None
     if samples is not None:
         if store is None:
             raise ValueError("to sketch the queries, the store that the index was built from is needed.")
+        train = as_measured(question.train, store) if question.rerank and question.train is not None else None
         queries = samples.sketch(like=store)
     if not isinstance(queries, SketchStore):
         raise ValueError(
@@ -189,8 +191,8 @@ def answer(index: Index, queries: SketchStore | Samples, question: Question, cli
         return _topk(scan, Found(values, labels, np.zeros_like(values)), question.k)
     found = scan.samples(max(question.rerank or 0, question.k + 1))
     ranks = None
-    if question.rerank and samples is not None and question.train is not None and store is not None:
-        found, ranks = _rerank(scan, found, samples, as_measured(question.train, store))
+    if samples is not None and train is not None:
+        found, ranks = _rerank(scan, found, samples, train)
     return _topk(scan, found, question.k, ranks)
 
 
@@ -231,6 +233,8 @@ class _Scan:
         floor = None if self.client else np.full(len(signs) * self.rows.shape[1], -np.inf)
         excluded = self.query_ids if question.exclude_self else None
         common = (k, signs, excluded, floor)
+        if self.client is None and count == 1:  # one thread: a graph of one task would cost a millisecond
+            return _scan_run(self.index, chunks, self._share(self.mask, chunks), self.rows, common)
         runs = self._tasks("scan", _scan_run, [list(run) for run in np.array_split(chunks, count)], common)
         while len(runs) > 1:
             merged = dask.delayed(merge, name="merge", pure=False)
@@ -265,17 +269,17 @@ class _Scan:
         self, name: str, function: Any, runs: list[list[int]], common: tuple[Any, ...], codes: Any = None
     ) -> list[Any]:
         """One delayed task per run of chunks, with its share of the mask and of the group codes."""
-        index = self.index
-        source = index if self.client is None else _for_workers(index)
+        source = self.index if self.client is None else _for_workers(self.index)
         rows: Any = self.rows if self.client is None else self.client.scatter(self.rows, broadcast=True)
-        task = dask.delayed(function, name=name, pure=False)
-
-        def share(values: npt.NDArray[Any] | None, run: list[int]) -> list[Any]:
-            return [None if values is None else values[index.chunks[number]] for number in run]
-
+        task, share = dask.delayed(function, name=name, pure=False), self._share
         if codes is not None:
             return [task(source, run, share(self.mask, run), rows, common, share(codes, run)) for run in runs]
         return [task(source, run, share(self.mask, run), rows, common) for run in runs]
+
+    def _share(self, values: npt.NDArray[Any] | None, run: list[int]) -> list[Any]:
+        """For each chunk of a run, its part of values `[n]`."""
+        chunks = self.index.chunks
+        return [None if values is None else values[chunks[number]] for number in run]
 
 
 def _for_workers(index: Index) -> Source:
