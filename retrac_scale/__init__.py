@@ -1,6 +1,7 @@
 """Training-data attribution for diffusion models at scale: Diffusion-TracIn and Diffusion-ReTrac (arXiv 2401.09031)."""
 
 from retrac_scale import evaluate, gradients, projections
+from retrac_scale.check import ModelCheck, check_model
 from retrac_scale.diagonal import self_influence
 from retrac_scale.estimators import GradCos, GradDot, ReTrac, TracIn
 from retrac_scale.explain import Explanation
@@ -27,6 +28,7 @@ __all__ = [
     "IncompleteStoreError",
     "Index",
     "LowRank",
+    "ModelCheck",
     "ReTrac",
     "Recorded",
     "Samples",
@@ -36,6 +38,7 @@ __all__ = [
     "TracIn",
     "TrainingRecorder",
     "build_index",
+    "check_model",
     "draw_noise",
     "evaluate",
     "gradients",

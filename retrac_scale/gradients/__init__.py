@@ -2,6 +2,7 @@
 
 from retrac_scale.gradients import convolution, embedding, linear, normalization  # noqa: F401  (they register rules)
 from retrac_scale.gradients.capture import GradientCapture, ParameterFilter
+from retrac_scale.gradients.errors import UncapturableError
 from retrac_scale.gradients.registry import Rule, register
 
-__all__ = ["GradientCapture", "ParameterFilter", "Rule", "register"]
+__all__ = ["GradientCapture", "ParameterFilter", "Rule", "UncapturableError", "register"]

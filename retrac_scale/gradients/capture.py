@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from retrac_scale.gradients.errors import UncapturableError
 from retrac_scale.gradients.memory import keep_freed_pages
 from retrac_scale.gradients.nested import detached, mapped, tensors
 from retrac_scale.gradients.recompute import recomputed
@@ -77,6 +78,15 @@ class GradientCapture:
         self._frozen: list[nn.Parameter] = []
         self._recording = False
         self._backward: _Backward | None = None
+
+    @property
+    def users(self) -> dict[str, tuple[nn.Module, LayerRule | None]]:
+        """The (first) layer that uses each selected parameter, and its rule; None is per-sample autograd."""
+        found: dict[str, tuple[nn.Module, LayerRule | None]] = {}
+        for layer in self._layers:
+            for name in layer.parameters.values():
+                found.setdefault(name, (layer.module, layer.rule))
+        return found
 
     @property
     def mixable(self) -> dict[str, int]:
@@ -204,9 +214,10 @@ class _Backward:
         layer.calls.clear()
         for call in calls:
             if _versions(call.args, call.kwargs) != call.versions:
-                raise ValueError(
+                raise UncapturableError(
                     f"an input of layer {layer.name!r} was changed in place after the layer had used it, so its "
-                    "gradient cannot be formed; use the out-of-place operation in the model's forward."
+                    "gradient cannot be formed; use the out-of-place operation in the model's forward.",
+                    layer.parameters.values(),
                 )
             _check_rows(layer, call, self.n)
             self._mix(layer, call)
@@ -223,9 +234,10 @@ class _Backward:
                         total[own] = gradient if len(calls) == 1 else gradient.clone()
             for own, name in layer.parameters.items():
                 if own not in total:
-                    raise ValueError(
+                    raise UncapturableError(
                         f"the rule for {type(layer.module).__name__} gives no gradient for {name!r}; return one for "
-                        "every parameter of the layer."
+                        "every parameter of the layer.",
+                        [name],
                     )
                 self._deliver(name, total[own], samples)
 
@@ -269,9 +281,10 @@ class _Backward:
 
 def _refuse(name: str) -> Callable[[Tensor], None]:
     def hook(grad: Tensor) -> None:
-        raise ValueError(
+        raise UncapturableError(
             f"parameter {name!r} is used outside its own layer's forward, where its per-sample gradient cannot be "
-            "captured; leave it out with parameters=, or call its layer."
+            "captured; leave it out with parameters=, or call its layer.",
+            [name],
         )
 
     return hook
@@ -285,9 +298,10 @@ def _versions(*values: Any) -> list[int]:
 def _check_rows(layer: _Layer, call: _Call, n: int) -> None:
     rows = call.grads[min(call.grads)].shape[0]
     if rows < n or rows % n:
-        raise ValueError(
+        raise UncapturableError(
             f"layer {layer.name!r} ran on {rows} rows for {n} losses, so its gradient cannot be told apart by sample; "
-            "give the model one row (or a fixed number of rows) per sample, or leave the layer out with parameters=."
+            "give the model one row (or a fixed number of rows) per sample, or leave the layer out with parameters=.",
+            layer.parameters.values(),
         )
 
 
