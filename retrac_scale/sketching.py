@@ -16,13 +16,14 @@ from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from retrac_scale.calibration import fastest_batch
+from retrac_scale.checkpoints import Checkpoint
 from retrac_scale.gradients import ParameterFilter
 from retrac_scale.projections import GradientSketcher, LowRank, Projection, from_spec
 from retrac_scale.store import Dtype, Layout, SketchStore, create_store, grow_store, open_store, write_block
 from retrac_scale.store.compatibility import check_compatible
 from retrac_scale.store.encoding import check_dtype
 from retrac_scale.store.schema import Url, check_columns, check_ids
-from retrac_scale.task import Checkpoint, DiffusionTask
+from retrac_scale.task import DiffusionTask
 from retrac_scale.timesteps import Ids, Pairs, TimestepPlan, draw_noise
 
 if TYPE_CHECKING:
@@ -345,6 +346,10 @@ def _scheduler_spec(task: DiffusionTask) -> dict[str, Any]:
         "beta_end",
         "prediction_type",
         "rescale_betas_zero_snr",
+        "shift",
+        "flow_shift",
+        "use_flow_sigmas",
+        "use_dynamic_shifting",
     )
     return {"class": type(task.scheduler).__name__, **{key: config[key] for key in keys if key in config}}
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import os
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-Measure = Literal["mse", "l1"]
-StateDict = Mapping[str, Tensor]
-Checkpoint = StateDict | str | os.PathLike[str] | Callable[[], StateDict]
+from retrac_scale.calling import Call, call_model
+from retrac_scale.checkpoints import Checkpoint, load_checkpoint
+from retrac_scale.noising import noising_of
+from retrac_scale.weighting import Huber, PseudoHuber, Weighting
 
-WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "model.safetensors")
+Measure = Literal["mse", "l1"]
 IMAGE_KEYS = ("image", "images", "pixel_values", "sample", "input")
 
 
@@ -26,11 +24,18 @@ class DiffusionTask:
     The model is put into eval mode on `device`; its gradients and weights are left alone.
 
     Args:
-        model: a diffusers denoiser called as `model(noisy, timesteps, **conditioning)`.
-        scheduler: its noise scheduler (`add_noise`, `config.num_train_timesteps`, `config.prediction_type`).
-        measure: "mse" or "l1", the mean over all entries of the prediction error (the paper's own code uses L1).
+        model: a denoiser, called as `call` does.
+        scheduler: its noise scheduler, of diffusion (`alphas_cumprod`, `config.prediction_type`) or flow matching;
+            what a sampler changes in it does not matter.
+        measure: "mse" or "l1", the mean over all entries of the prediction error (the paper's own code uses L1), or
+            `Huber(delta)` or `PseudoHuber(c)`.
         device: where to compute.
         autocast: None, or "bfloat16" for mixed precision.
+        weighting: of the losses over timesteps, `MinSNR(gamma)`, `SD3Weighting(scheme)`; None is 1.
+        call: how the model is called, `call(model, noisy, times, conditioning) -> prediction`.
+
+    Raises:
+        ValueError: an option is unknown, or does not fit the scheduler.
     """
 
     def __init__(
@@ -38,19 +43,31 @@ class DiffusionTask:
         model: nn.Module,
         scheduler: Any,
         *,
-        measure: Measure = "mse",
+        measure: Measure | Huber | PseudoHuber = "mse",
         device: str = "cpu",
         autocast: Literal["bfloat16"] | None = None,
+        weighting: Weighting | None = None,
+        call: Call = call_model,
     ) -> None:
-        if measure not in get_args(Measure):
-            raise ValueError(f"measure must be one of {get_args(Measure)}, got {measure!r}.")
+        if not isinstance(measure, (Huber, PseudoHuber)) and measure not in get_args(Measure):
+            raise ValueError(f"measure must be Huber(), PseudoHuber() or one of {get_args(Measure)}, got {measure!r}.")
         if autocast not in (None, "bfloat16"):
             raise ValueError(f"autocast must be None or 'bfloat16', got {autocast!r}.")
         self.model = model.to(device).eval()
         self.scheduler = scheduler
-        self.measure: Measure = measure
+        self.noising = noising_of(scheduler, model)
+        self.weighting = weighting
+        if weighting is not None:
+            weighting(self.noising, torch.zeros(1, dtype=torch.int64))
+        self.call = call
+        self._measure = measure
         self.device = torch.device(device)
         self.autocast = autocast
+
+    @property
+    def measure(self) -> str:
+        """What is measured, in words for the fingerprint of a store."""
+        return str(self._measure) if self.weighting is None else f"{self._measure} x {self.weighting}"
 
     @property
     def num_train_timesteps(self) -> int:
@@ -71,53 +88,26 @@ class DiffusionTask:
         """
         images, noise, timesteps = (x.to(self.device) for x in (images, noise, timesteps))
         conditioning = {name: value.to(self.device) for name, value in conditioning.items()}
-        noisy = self.scheduler.add_noise(images, noise, timesteps)
+        noisy = self.noising.noisy(images, noise, timesteps)
         with self._precision():
-            prediction = self.model(noisy, timesteps, **conditioning, return_dict=False)[0]
-        error = (prediction.float() if self.autocast else prediction) - self._target(images, noise, timesteps)
-        entries = error.square() if self.measure == "mse" else error.abs()
-        losses: Tensor = entries.flatten(1).mean(1)
-        return losses
+            prediction = self.call(self.model, noisy, self.noising.times(timesteps), conditioning)
+        error = (prediction.float() if self.autocast else prediction) - self.noising.target(images, noise, timesteps)
+        losses: Tensor = self._entries(error).flatten(1).mean(1)
+        return losses if self.weighting is None else losses * self.weighting(self.noising, timesteps).to(losses.dtype)
+
+    def _entries(self, error: Tensor) -> Tensor:
+        if not isinstance(self._measure, str):
+            return self._measure(error)
+        return error.square() if self._measure == "mse" else error.abs()
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         if self.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
-    def _target(self, images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        kind = self.scheduler.config.get("prediction_type", "epsilon")
-        if kind == "epsilon":
-            return noise
-        if kind == "sample":
-            return images
-        if kind == "v_prediction":
-            velocity: Tensor = self.scheduler.get_velocity(images, noise, timesteps)
-            return velocity
-        raise ValueError(f"the scheduler's prediction_type {kind!r} is none of 'epsilon', 'sample', 'v_prediction'.")
-
     def load(self, name: str, checkpoint: Checkpoint) -> str:
-        """Load a checkpoint into the model and return the hex digest of its weights.
-
-        Raises:
-            ValueError: it does not fit the model; names the checkpoint and the first parameters that differ.
-        """
-        state = read_checkpoint(name, checkpoint)
-        own = self.model.state_dict()
-        missing = [key for key in own if key not in state]
-        unknown = [key for key in state if key not in own]
-        shapes = [
-            f"{key} is {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-            for key in own
-            if key in state and state[key].shape != own[key].shape
-        ]
-        if missing or unknown or shapes:
-            faults = [f"it lacks {missing[0]}"] * bool(missing) + [f"it has an unknown {unknown[0]}"] * bool(unknown)
-            raise ValueError(
-                f"checkpoint {name!r} does not fit the model: {'; '.join(faults + shapes[:1])}; "
-                "build the model with the configuration that the checkpoint was trained with."
-            )
-        self.model.load_state_dict(state)
-        return _digest(self.model.state_dict())
+        """Load a checkpoint into the model and return the hex digest of its weights; see `load_checkpoint`."""
+        return load_checkpoint(self.model, name, checkpoint)
 
     def check_item(self, sample: Any, item: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Split a dataset item into image and conditioning, and check the image against the model's configuration.
@@ -177,35 +167,3 @@ class DiffusionTask:
     def _config(self) -> Mapping[str, Any]:
         config: Mapping[str, Any] = getattr(self.model, "config", {})
         return config if isinstance(config, Mapping) else {}
-
-
-def read_checkpoint(name: str, checkpoint: Checkpoint) -> StateDict:
-    """The state dict of a checkpoint given as such, as a file or diffusers folder, or as a callable that returns it."""
-    if isinstance(checkpoint, Mapping):
-        return checkpoint
-    if callable(checkpoint):
-        return checkpoint()
-    path = Path(checkpoint)
-    if path.is_dir():
-        file = next((path / file for file in WEIGHT_FILES if (path / file).exists()), None)
-        if file is None:
-            raise ValueError(f"checkpoint {name!r}: the folder {path} holds none of {', '.join(WEIGHT_FILES)}.")
-        path = file
-    if not path.exists():
-        raise ValueError(f"checkpoint {name!r}: there is no file {path}.")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        tensors: StateDict = load_file(path)
-        return tensors
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    weights: StateDict = state.get("model", state)
-    return weights
-
-
-def _digest(state: StateDict) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name, value in state.items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

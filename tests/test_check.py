@@ -29,8 +29,7 @@ def test_shares_tell_rules_from_the_per_sample_fallback_and_count_what_the_examp
     assert check.share("linear") == pytest.approx(20 / 26)
     assert check.share("per-sample autograd") == pytest.approx(6 / 26)
     assert [p.name for p in check.parameters if not p.reached] == ["idle"]
-    assert all(p.error is not None and p.error < 1e-5 for p in check.parameters)
-    assert "7.7% of them have no gradient in the example: nothing is shown" in str(check)
+    assert "7.7% of them have no gradient in the example" in str(check)
 
 
 def test_parameters_left_out_are_counted_as_frozen() -> None:
