@@ -5,6 +5,7 @@ from retrac_scale.calling import ThroughUNet
 from retrac_scale.check import ModelCheck, check_model
 from retrac_scale.checkpoints import find_checkpoints
 from retrac_scale.diagonal import self_influence
+from retrac_scale.encoded import EncodedDataset, encode
 from retrac_scale.estimators import GradCos, GradDot, ReTrac, TracIn
 from retrac_scale.explain import Explanation
 from retrac_scale.index import Index, StaleIndexError, build_index, open_index
@@ -22,6 +23,7 @@ __all__ = [
     "CountSketch",
     "Dense",
     "DiffusionTask",
+    "EncodedDataset",
     "EvenlySpaced",
     "Explanation",
     "Explicit",
@@ -49,6 +51,7 @@ __all__ = [
     "build_index",
     "check_model",
     "draw_noise",
+    "encode",
     "evaluate",
     "find_checkpoints",
     "gradients",

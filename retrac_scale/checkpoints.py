@@ -107,7 +107,9 @@ def load_checkpoint(model: nn.Module, name: str, checkpoint: Checkpoint) -> str:
         ValueError: it does not fit the model; names the checkpoint and the first parameters that differ.
     """
     own = model.state_dict()
-    state = _named_as(own, read_checkpoint(name, checkpoint))
+    state = read_checkpoint(name, checkpoint)
+    _refuse_text_encoders(name, state)
+    state = _named_as(own, state)
     adapters = {key for key in own if _is_adapter(key)}
     needed = adapters if adapters and all(map(_is_adapter, state)) else set(own)
     missing = [key for key in own if key in needed and key not in state]
@@ -127,6 +129,31 @@ def load_checkpoint(model: nn.Module, name: str, checkpoint: Checkpoint) -> str:
         )
     model.load_state_dict(state, strict=False)
     return _digest(model.state_dict())
+
+
+def add_adapters(model: Any, component: str, path: str | os.PathLike[str]) -> None:
+    """Give a diffusers model the LoRA adapters of a file or folder, and make them its only trainable parameters.
+
+    Raises:
+        ValueError: there is no such file, or it holds no adapters for this component of the pipeline.
+    """
+    file = weight_file(str(path), Path(path)) if Path(path).is_dir() else Path(path)
+    if not file.exists():
+        raise ValueError(f"lora: there is no file {file}.")
+    _refuse_text_encoders(str(path), read_checkpoint(str(path), file))
+    model.load_lora_adapter(file.parent, weight_name=file.name, prefix=component, adapter_name="default")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(_is_adapter(name))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"{file} holds no adapters under {component!r}.")
+
+
+def _refuse_text_encoders(name: str, state: StateDict) -> None:
+    if any(key.startswith("text_encoder") for key in state):
+        raise ValueError(
+            f"checkpoint {name!r} has weights of a text encoder too, and a task has one text encoder for all "
+            "checkpoints; compute the prompt embeddings with it, and give the denoiser's weights alone."
+        )
 
 
 def _is_adapter(key: str) -> bool:

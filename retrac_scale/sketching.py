@@ -328,7 +328,7 @@ def _check_items(task: DiffusionTask, dataset: Any, ids: Ids) -> None:
     stride = max(1, len(ids) // FULL_CHECK_SAMPLES)
     first: tuple[int, ...] | None = None
     for row in range(0, len(ids), stride):
-        image, _ = task.check_item(ids[row], dataset[row])
+        image = task.read_item(ids[row], dataset[row]).sample
         first = first or tuple(image.shape)
         if tuple(image.shape) != first:
             raise ValueError(

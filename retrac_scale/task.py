@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import os
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from retrac_scale.calling import Call, call_model
-from retrac_scale.checkpoints import Checkpoint, load_checkpoint
+from retrac_scale.calling import LAYOUTS, Call, ThroughUNet, call_model
+from retrac_scale.checkpoints import COMPONENTS, Checkpoint, add_adapters, load_checkpoint
+from retrac_scale.encoding import Encoder, load_pipeline
+from retrac_scale.items import Item, take_apart
 from retrac_scale.noising import noising_of
 from retrac_scale.weighting import Huber, PseudoHuber, Weighting
 
 Measure = Literal["mse", "l1"]
-IMAGE_KEYS = ("image", "images", "pixel_values", "sample", "input")
 
 
 class DiffusionTask:
@@ -32,6 +35,7 @@ class DiffusionTask:
         device: where to compute.
         autocast: None, or "bfloat16" for mixed precision.
         weighting: of the losses over timesteps, `MinSNR(gamma)`, `SD3Weighting(scheme)`; None is 1.
+        encoder: VAE and text encoders, for items with pixels and prompts in place of latents and embeddings.
         call: how the model is called, `call(model, noisy, times, conditioning) -> prediction`.
 
     Raises:
@@ -47,6 +51,7 @@ class DiffusionTask:
         device: str = "cpu",
         autocast: Literal["bfloat16"] | None = None,
         weighting: Weighting | None = None,
+        encoder: Encoder | None = None,
         call: Call = call_model,
     ) -> None:
         if not isinstance(measure, (Huber, PseudoHuber)) and measure not in get_args(Measure):
@@ -59,6 +64,7 @@ class DiffusionTask:
         self.weighting = weighting
         if weighting is not None:
             weighting(self.noising, torch.zeros(1, dtype=torch.int64))
+        self.encoder = encoder
         self.call = call
         self._measure = measure
         self.device = torch.device(device)
@@ -109,46 +115,94 @@ class DiffusionTask:
         """Load a checkpoint into the model and return the hex digest of its weights; see `load_checkpoint`."""
         return load_checkpoint(self.model, name, checkpoint)
 
-    def check_item(self, sample: Any, item: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Split a dataset item into image and conditioning, and check the image against the model's configuration.
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        component: str | None = None,
+        lora: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> DiffusionTask:
+        """The task of a diffusers folder: its denoiser and scheduler, with VAE and text encoders for the items.
+
+        Args:
+            path: a folder with model_index.json, or a name on the hub.
+            component: which part is differentiated: "unet", "transformer", "controlnet" (beside a frozen U-Net),
+                "transformer_2"; None takes the U-Net or the transformer.
+            lora: a file or folder of LoRA adapters; they alone are differentiated, and checkpoints may be such files.
+                As in diffusers, alpha is the rank where the file's metadata do not tell it.
+            options: as for `DiffusionTask`.
 
         Raises:
-            ValueError: naming the sample, the shape found and the shape expected.
+            ValueError: the folder holds no pipeline, or it has no such component.
         """
-        image, conditioning = self._split(sample, item)
+        pipeline = load_pipeline(path)
+        parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+        name = component or next((name for name in COMPONENTS if name in parts), "")
+        if name not in parts:
+            raise ValueError(f"{path} has no {name or ' or '.join(COMPONENTS)}; its parts are {', '.join(parts)}.")
+        for part in parts.values():
+            part.requires_grad_(part is parts[name])
+        if name == "controlnet":
+            options.setdefault("call", ThroughUNet(parts["unet"]))
+        if lora is not None:
+            add_adapters(parts[name], name, lora)
+        return cls(parts[name], pipeline.scheduler, encoder=Encoder(pipeline), **options)
+
+    @property
+    def encoder_name(self) -> str:
+        """Which pipeline encodes samples and prompts."""
+        pipeline = None if self.encoder is None else self.encoder.pipeline
+        return f"{type(pipeline).__name__} {getattr(pipeline, 'name_or_path', '')}"
+
+    def read_item(self, number: Any, item: Any) -> Item:
+        """Take a dataset item apart and check it, without encoding anything.
+
+        Args:
+            number: names the item in errors.
+            item: see `take_apart`.
+
+        Raises:
+            ValueError: naming the item, the shape found and the shape expected.
+        """
+        found = take_apart(number, item)
         expected = self._image_shape()
-        if expected is not None and tuple(image.shape) != expected:
+        if expected is not None and not self._encodes(found) and tuple(found.sample.shape) != expected:
             raise ValueError(
-                f"dataset item {sample} has shape {tuple(image.shape)}, but the model takes {expected}; "
+                f"dataset item {number} has shape {tuple(found.sample.shape)}, but the model takes {expected}; "
                 "resize or convert it in the dataset."
             )
-        if not image.is_floating_point():
+        if found.prompt is not None and self._takes_prompts() and self.encoder is None:
             raise ValueError(
-                f"dataset item {sample} has dtype {image.dtype}; give floating point in the range that the model was "
-                "trained on, usually -1 .. 1."
+                f"dataset item {number} brings a prompt, but the task has no text encoder; use "
+                "DiffusionTask.from_pretrained, or give the embeddings by the names of the model's arguments."
             )
-        if not torch.isfinite(image).all():
-            raise ValueError(f"dataset item {sample} has NaN or infinite entries; repair it or leave it out.")
-        return image, conditioning
+        return found
 
-    def _split(self, sample: Any, item: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        extra: Any = None
-        if isinstance(item, Mapping):
-            key = next((key for key in IMAGE_KEYS if key in item), None)
-            if key is None:
-                raise ValueError(f"dataset item {sample} has keys {list(item)}; name the image one of {IMAGE_KEYS}.")
-            image, extra = item[key], {k: v for k, v in item.items() if k not in (key, "id")}
-        elif isinstance(item, (tuple, list)):
-            image, extra = item[0], item[1] if len(item) > 1 else None
-        else:
-            image = item
-        if not isinstance(image, Tensor):
-            raise ValueError(
-                f"dataset item {sample} gives a {type(image).__name__} for the image; give a torch tensor."
-            )
-        if extra is not None and not isinstance(extra, Mapping):
-            extra = {"class_labels": extra} if self._takes_labels() else None
-        return image, {name: torch.as_tensor(value) for name, value in (extra or {}).items()}
+    def check_item(self, number: Any, item: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the model takes of a dataset item: the clean sample and its conditioning.
+
+        Pixels are encoded by the VAE unless they come under the key "latents", prompts by the text encoders.
+
+        Raises:
+            ValueError: see `read_item`.
+        """
+        found = self.read_item(number, item)
+        sample, conditioning = found.sample, dict(found.conditioning)
+        if not self._takes_labels():
+            conditioning.pop("class_labels", None)
+        if self.encoder is not None and found.prompt is not None and self._takes_prompts():
+            conditioning = {**self.encoder.embeddings(found.prompt, sample, self.device), **conditioning}
+        if self.encoder is not None and self._encodes(found):
+            sample = self.encoder.latents(sample, self.device)
+        return sample, conditioning
+
+    def _encodes(self, item: Item) -> bool:
+        return self.encoder is not None and self.encoder.vae is not None and not item.encoded
+
+    def _takes_prompts(self) -> bool:
+        return "encoder_hidden_states" in inspect.signature(self.model.forward).parameters
 
     def _takes_labels(self) -> bool:
         config = self._config()
@@ -157,9 +211,10 @@ class DiffusionTask:
         )
 
     def _image_shape(self) -> tuple[int, ...] | None:
+        """The one shape that samples must have; None where the model takes several."""
         config = self._config()
         channels, size = config.get("in_channels"), config.get("sample_size")
-        if channels is None or size is None:
+        if channels is None or size is None or self._takes_prompts() or type(self.model).__name__ in LAYOUTS:
             return None
         height, width = (size, size) if isinstance(size, int) else size
         return int(channels), int(height), int(width)
