@@ -16,7 +16,7 @@ from retrac_scale.gradients.errors import UncapturableError
 from retrac_scale.gradients.memory import keep_freed_pages
 from retrac_scale.gradients.nested import detached, mapped, tensors
 from retrac_scale.gradients.recompute import recomputed
-from retrac_scale.gradients.registry import LayerRule, rule_for
+from retrac_scale.gradients.registry import LayerRule, is_whole, rule_for
 
 ParameterFilter = Iterable[str] | Callable[[str], bool] | None
 Sink = Callable[[str, Tensor, slice], None]
@@ -27,7 +27,7 @@ CHUNK_BYTES = 24 << 20
 
 @dataclass
 class _Layer:
-    """A module with parameters of its own, the names they go by, and its calls in the current forward pass."""
+    """A module, the parameters captured at it by the names they go by, and its calls in the current forward pass."""
 
     name: str
     module: nn.Module
@@ -107,7 +107,7 @@ class GradientCapture:
             else:
                 parameter.requires_grad_(False)
         for layer in self._layers:
-            self._handles.append(layer.module.register_forward_pre_hook(self._freeze))
+            self._handles.append(layer.module.register_forward_pre_hook(self._freeze(layer)))
             self._handles.append(layer.module.register_forward_hook(self._hook(layer), with_kwargs=True))
         self._recording = True
         return self
@@ -155,10 +155,13 @@ class GradientCapture:
         for layer in self._layers:
             layer.calls.clear()
 
-    def _freeze(self, module: nn.Module, args: Any) -> None:
-        if self._recording:
-            for parameter in module.parameters(recurse=False):
-                parameter.requires_grad_(False)
+    def _freeze(self, layer: _Layer) -> Callable[[nn.Module, Any], None]:
+        def freeze(module: nn.Module, args: Any) -> None:
+            if self._recording:
+                for own in layer.parameters:
+                    module.get_parameter(own).requires_grad_(False)
+
+        return freeze
 
     def _hook(self, layer: _Layer) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -222,7 +225,7 @@ class _Backward:
             _check_rows(layer, call, self.n)
             self._mix(layer, call)
         numel = sum(layer.module.get_parameter(own).numel() for own in layer.parameters)
-        size = max(1, CHUNK_BYTES // (4 * numel))
+        size = max(1, CHUNK_BYTES // (4 * max(1, numel)))
         for start in range(0, self.n if calls else 0, size):
             samples = slice(start, min(start + size, self.n))
             total: dict[str, Tensor] = {}
@@ -308,14 +311,21 @@ def _check_rows(layer: _Layer, call: _Call, n: int) -> None:
 def _layers(model: nn.Module, names: list[str]) -> list[_Layer]:
     canonical = {id(model.get_parameter(name)): name for name in names}
     layers = []
+    whole: list[str] = []
     for name, module in model.named_modules():
+        if any(name.startswith(container) for container in whole):
+            continue
+        if is_whole(module):
+            whole.append(f"{name}." if name else "")
         own = {
-            key: canonical[id(value)] for key, value in module.named_parameters(recurse=False) if id(value) in canonical
+            key: canonical[id(value)]
+            for key, value in module.named_parameters(recurse=is_whole(module))
+            if id(value) in canonical
         }
         if own:
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
                 raise ValueError(f"layer {name!r} is a batch norm in training mode, which mixes samples; call eval().")
-            layers.append(_Layer(name, module, own, rule_for(module)))
+            layers.append(_Layer(name, module, own, None if is_whole(module) else rule_for(module)))
     return layers
 
 
