@@ -33,9 +33,9 @@ per-sample gradients, captured in a batch of two, against autograd of one sample
 own code allows it). **{exact} of {total} classes ({share:.1%}) are exact**, that is, within {tolerance:.0e} in relative
 L2 norm. The others were not compared, for the reason given, which was read from their code.
 
-Shares of P are those of the tiny configuration: tables of positions or modulation weigh less in a large model. Parameters
-under *per-sample autograd* are exact too, at the speed of batches of one for the module that holds them; where that is the
-whole model, [a rule](writing-a-rule.md) is worth writing.
+Shares of P are those of the tiny configuration: tables of positions or modulation weigh less in a large model.
+Parameters under *per-sample autograd* are exact too, at the speed of batches of one for the module that holds them;
+where that is the whole model, [a rule](writing-a-rule.md) is worth writing.
 
 `rs.check_model(model, example)` says the same of your own model, before a long run.
 
