@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from retrac_scale.gradients import GradientCapture, ParameterFilter, UncapturableError
 from retrac_scale.gradients.nested import tensors
 from retrac_scale.gradients.recompute import alone_by, batched_sizes
-from retrac_scale.sketching import BFLOAT16_TOLERANCE, FLOAT32_TOLERANCE, pair_losses
+from retrac_scale.sketching import BFLOAT16_TOLERANCE, FLOAT32_TOLERANCE, measured_pairs
 from retrac_scale.task import DiffusionTask
 from retrac_scale.timesteps import EvenlySpaced
 
@@ -167,14 +167,14 @@ def check_model(
 
 
 def _of_task(task: DiffusionTask, items: Any) -> tuple[Callable[[], Tensor], Callable[[int], Tensor], int]:
-    """The losses of a list of dataset items at two timesteps each, those of one pair alone, and how many there are."""
+    """The values of dataset items at two timesteps each, the value of one pair alone, and how many there are."""
     ids = np.arange(len(items))
     checked = [task.check_item(sample, item) for sample, item in zip(ids, items, strict=True)]
     plan = EvenlySpaced(2).pairs("check", ids, task.num_train_timesteps)
     pairs = np.arange(plan.timesteps.size)
     return (
-        lambda: pair_losses(task, checked, ids, plan, pairs),
-        lambda sample: pair_losses(task, checked, ids, plan, pairs[sample : sample + 1]),
+        lambda: measured_pairs(task, checked, ids, plan, pairs)[0],
+        lambda sample: measured_pairs(task, checked, ids, plan, pairs[sample : sample + 1])[0],
         len(pairs),
     )
 

@@ -128,7 +128,7 @@ def load_checkpoint(model: nn.Module, name: str, checkpoint: Checkpoint) -> str:
             f"{advice or 'build the model with the configuration that the checkpoint was trained with'}."
         )
     model.load_state_dict(state, strict=False)
-    return _digest(model.state_dict())
+    return weights_digest(model.state_dict())
 
 
 def add_adapters(model: Any, component: str, path: str | os.PathLike[str]) -> None:
@@ -192,7 +192,8 @@ def _adapters_named_as(own: StateDict, state: StateDict) -> StateDict:
     return {plain.get(key, key): value for key, value in state.items()}
 
 
-def _digest(state: StateDict) -> str:
+def weights_digest(state: StateDict) -> str:
+    """Hex digest of names and values."""
     digest = hashlib.blake2b(digest_size=16)
     for name, value in state.items():
         digest.update(name.encode())

@@ -140,7 +140,7 @@ def noising_of(scheduler: Any, model: nn.Module) -> Diffusion | Flow:
     """
     config, kind = scheduler.config, type(scheduler).__name__
     prediction = config.get("prediction_type", "epsilon")
-    if kind.startswith("FlowMatch") or prediction == "flow_prediction" or config.get("use_flow_sigmas"):
+    if is_flow(scheduler):
         name = type(model).__name__
         sigmas = flow_sigmas(config)
         return Flow(sigmas, unit_time=name in UNIT_TIME, data_time=name in DATA_TIME, to_data=name in TO_DATA)
@@ -149,6 +149,13 @@ def noising_of(scheduler: Any, model: nn.Module) -> Diffusion | Flow:
     if getattr(scheduler, "alphas_cumprod", None) is None:
         raise ValueError(f"{kind} is neither a diffusion scheduler with alphas_cumprod nor one of flow matching.")
     return Diffusion(scheduler.alphas_cumprod, prediction)
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether a scheduler is one of flow matching."""
+    config, kind = scheduler.config, type(scheduler).__name__
+    flow = config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas")
+    return bool(flow) or kind.startswith("FlowMatch")
 
 
 def flow_sigmas(config: Any) -> Tensor:

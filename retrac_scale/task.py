@@ -15,14 +15,15 @@ from retrac_scale.calling import LAYOUTS, Call, ThroughUNet, call_model
 from retrac_scale.checkpoints import COMPONENTS, Checkpoint, add_adapters, load_checkpoint
 from retrac_scale.encoding import Encoder, load_pipeline
 from retrac_scale.items import Item, take_apart
+from retrac_scale.measures import OUTPUTS
 from retrac_scale.noising import noising_of
 from retrac_scale.weighting import Huber, PseudoHuber, Weighting
 
-Measure = Literal["mse", "l1"]
+Measure = Literal["mse", "l1", "mean_output", "mean_squared_output", "output_l1", "output_l2", "output_linf"]
 
 
 class DiffusionTask:
-    """What is differentiated: the training loss of one sample at one timestep under one noise draw.
+    """What is differentiated: the training loss, or another function, of one sample, timestep and noise draw.
 
     The model is put into eval mode on `device`; its gradients and weights are left alone.
 
@@ -31,7 +32,8 @@ class DiffusionTask:
         scheduler: its noise scheduler, of diffusion (`alphas_cumprod`, `config.prediction_type`) or flow matching;
             what a sampler changes in it does not matter.
         measure: "mse" or "l1", the mean over all entries of the prediction error (the paper's own code uses L1), or
-            `Huber(delta)` or `PseudoHuber(c)`.
+            `Huber(delta)` or `PseudoHuber(c)`; or a function of the prediction alone: its mean ("mean_output", for
+            DAS), mean square ("mean_squared_output", for D-TRAK), or norm ("output_l1", "output_l2", "output_linf").
         device: where to compute.
         autocast: None, or "bfloat16" for mixed precision.
         weighting: of the losses over timesteps, `MinSNR(gamma)`, `SD3Weighting(scheme)`; None is 1.
@@ -80,8 +82,10 @@ class DiffusionTask:
         """Number of timesteps T of the scheduler; valid ones are 0 .. T-1."""
         return int(self.scheduler.config.num_train_timesteps)
 
-    def losses(self, images: Tensor, timesteps: Tensor, noise: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
-        """One loss per pair.
+    def measured(
+        self, images: Tensor, timesteps: Tensor, noise: Tensor, conditioning: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The value to be differentiated and the training loss of each pair, from one forward pass.
 
         Args:
             images: clean samples in the model's range, `[n, ...]`.
@@ -90,21 +94,28 @@ class DiffusionTask:
             conditioning: further arguments of the model's forward, batched alike.
 
         Returns:
-            float32 `[n]`, each the mean over the entries of the prediction; nothing is averaged over the batch.
+            values and losses, float32 `[n]` each; nothing is averaged over the batch. They are the same where the
+            error is measured; for a function of the prediction the loss is the mean squared error.
         """
         images, noise, timesteps = (x.to(self.device) for x in (images, noise, timesteps))
         conditioning = {name: value.to(self.device) for name, value in conditioning.items()}
         noisy = self.noising.noisy(images, noise, timesteps)
         with self._precision():
             prediction = self.call(self.model, noisy, self.noising.times(timesteps), conditioning)
-        error = (prediction.float() if self.autocast else prediction) - self.noising.target(images, noise, timesteps)
-        losses: Tensor = self._entries(error).flatten(1).mean(1)
-        return losses if self.weighting is None else losses * self.weighting(self.noising, timesteps).to(losses.dtype)
+        prediction = prediction.float() if self.autocast else prediction
+        losses = self._entries(prediction - self.noising.target(images, noise, timesteps)).flatten(1).mean(1)
+        if self.weighting is not None:
+            losses = losses * self.weighting(self.noising, timesteps).to(losses.dtype)
+        return OUTPUTS[str(self._measure)](prediction.flatten(1)) if self._measure in OUTPUTS else losses, losses
+
+    def losses(self, images: Tensor, timesteps: Tensor, noise: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+        """The training losses of `measured`, `[n]`."""
+        return self.measured(images, timesteps, noise, conditioning)[1]
 
     def _entries(self, error: Tensor) -> Tensor:
-        if not isinstance(self._measure, str):
+        if isinstance(self._measure, (Huber, PseudoHuber)):
             return self._measure(error)
-        return error.square() if self._measure == "mse" else error.abs()
+        return error.abs() if self._measure == "l1" else error.square()
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         if self.autocast is None:

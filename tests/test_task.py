@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -156,6 +158,14 @@ def test_training_loops_timesteps_become_the_integers_that_stand_for_them() -> N
         7,
         99,
     ]
+
+
+def test_a_flow_matching_loops_timesteps_are_recorded_as_integers(tmp_path: Path) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(100, shift=3.0)
+    recorder = rs.TrainingRecorder(tmp_path, 3, scheduler)
+    recorder.step([0, 1, 2], scheduler.timesteps[torch.tensor([0, 40, 99])], None, 0.1)
+    recorder.checkpoint("last")
+    assert rs.Recorded(tmp_path).pairs("last", np.arange(3), 100).timesteps.flatten().tolist() == [99, 59, 0]
 
 
 def test_huber_losses_equal_torchs_and_the_scheduled_huber_examples() -> None:
