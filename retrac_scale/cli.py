@@ -135,8 +135,10 @@ def _parser() -> argparse.ArgumentParser:
     report = verb("report", _report, "Write a self-contained HTML page of queries and their results.")
     report.add_argument("index", nargs="+", help="paths or URLs of indexes")
     report.add_argument("--queries", required=True, help="store of query sketches")
-    report.add_argument("--images", required=True, help=".npy of training images [n, h, w(, 3)], in the index's order")
-    report.add_argument("--query-images", required=True, help=".npy of query images, in the order of the queries")
+    report.add_argument(
+        "--images", help=".npy of training images [n, h, w(, 3)] in the index's order; default: ids are paths"
+    )
+    report.add_argument("--query-images", help="likewise of query images, in the order of the queries")
     report.add_argument("--out", default="report.html", help="file to write (default: report.html)")
     report.add_argument("-k", type=int, default=10, help="results per query (default: 10)")
     return parser
@@ -332,20 +334,30 @@ def _queries(index: Index, arguments: argparse.Namespace) -> SketchStore | Sampl
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    import numpy as np
-
-    from retrac_scale.index import open_index
-    from retrac_scale.report import Pictures, write_report
+    from retrac_scale.report import Pictures, norm_curve, read_images, write_report
     from retrac_scale.store import open_store
 
-    indexes = [open_index(url) for url in arguments.index]
-    queries = open_store(arguments.queries)
-    images, query_images = (np.load(file, allow_pickle=False) for file in (arguments.images, arguments.query_images))
-    answers = {}
-    for index, url in zip(indexes, arguments.index, strict=True):
-        title = str(index.meta["estimator"]["kind"])
-        answers[title if title not in answers else f"{title} ({url})"] = index.query(queries, arguments.k)
-    print(write_report(arguments.out, answers, Pictures(images, indexes[0].ids, query_images)))
+    indexes, queries = _open_indexes(arguments.index), open_store(arguments.queries)
+    first = next(iter(indexes.values()))
+    pictures = Pictures(
+        read_images(arguments.images, first.ids), first.ids, read_images(arguments.query_images, queries.ids)
+    )
+    store = first.check_store()
+    answers = {name: index.query(queries, arguments.k, side="both") for name, index in indexes.items()}
+    curve = norm_curve(store) if store is not None and store.has("timestep") else None
+    print(write_report(arguments.out, answers, pictures, curve=curve, indexes=indexes, queries=queries))
+
+
+def _open_indexes(urls: Sequence[str]) -> dict[str, Index]:
+    """Indexes by the names of their estimators, with the place where two are of one kind."""
+    from retrac_scale.index import open_index
+
+    indexes: dict[str, Index] = {}
+    for url in urls:
+        index = open_index(url)
+        name = str(index.meta["estimator"]["kind"])
+        indexes[name if name not in indexes else f"{name} ({url})"] = index
+    return indexes
 
 
 if __name__ == "__main__":
