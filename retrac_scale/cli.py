@@ -51,6 +51,11 @@ EXAMPLES = {
       --checkpoint final=google/ddpm-cifar10-32                   image files, sketched here
   retrac-scale query demo/retrac.zarr demo/queries.zarr --group-by artist --reduce mean
   retrac-scale query demo/retrac.zarr demo/queries.zarr --out answers.parquet    or .json, or --json to print it""",
+    "serve": """examples:
+  retrac-scale serve demo/tracin.zarr demo/retrac.zarr --queries demo/queries.zarr \\
+      --images demo/images.npy --query-images demo/generated.npy
+  retrac-scale serve retrac.zarr --model model/unet --checkpoint final=model/unet     uploads are sketched and asked
+  retrac-scale serve retrac.zarr --host 0.0.0.0 --token-file token.txt        others come in with the token""",
     "report": """examples:
   retrac-scale report demo/retrac.zarr --queries demo/queries.zarr \\
       --images demo/images.npy --query-images demo/generated.npy --out report.html
@@ -141,6 +146,25 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--query-images", help="likewise of query images, in the order of the queries")
     report.add_argument("--out", default="report.html", help="file to write (default: report.html)")
     report.add_argument("-k", type=int, default=10, help="results per query (default: 10)")
+    serve = verb(
+        "serve", _serve, "Serve the page and a JSON API over HTTP, for this machine alone unless told otherwise."
+    )
+    serve.add_argument("index", nargs="+", help="paths or URLs of indexes of the same samples")
+    serve.add_argument("--queries", help="store of query sketches to choose from")
+    serve.add_argument("--images", help=".npy of training images, in the index's order; default: ids are paths")
+    serve.add_argument("--query-images", help="likewise of query images, in the order of the queries")
+    serve.add_argument("--model", help="for uploads: diffusers folder or hub name")
+    serve.add_argument("--checkpoint", action="append", default=[], help="for uploads: NAME=weights, for each")
+    serve.add_argument("--timesteps", type=int, default=20, help="for uploads: evenly spaced timesteps (default: 20)")
+    serve.add_argument("--device", default="cpu", help="for uploads: where to sketch (default: cpu)")
+    serve.add_argument("--title", default="Attributions", help="heading of the page")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    serve.add_argument("--port", type=int, default=8000, help="default: 8000")
+    serve.add_argument("--token-file", help="file with the token that clients must send")
+    serve.add_argument("--max-k", type=int, default=100, help="most results per side (default: 100)")
+    serve.add_argument("--max-upload-mb", type=float, default=10, help="largest file (default: 10)")
+    serve.add_argument("--max-megapixels", type=float, default=25, help="largest image (default: 25)")
+    serve.add_argument("--max-concurrent", type=int, default=256, help="most requests at a time (default: 256)")
     return parser
 
 
@@ -295,13 +319,11 @@ def _query(arguments: argparse.Namespace) -> None:
 
 def _queries(index: Index, arguments: argparse.Namespace) -> SketchStore | Samples:
     """What is asked: stored ids, a store of sketches, or images, measured as the index's store was."""
-    import diffusers
+    from dataclasses import replace
 
     from retrac_scale.images import SUFFIXES, ImageFiles
-    from retrac_scale.samples import Samples, take
+    from retrac_scale.samples import take
     from retrac_scale.store import open_store
-    from retrac_scale.task import DiffusionTask
-    from retrac_scale.timesteps import EvenlySpaced
 
     if (arguments.ids is None) == (not arguments.queries):
         raise ValueError("give either queries (a store, or images) or --ids of training samples.")
@@ -315,22 +337,33 @@ def _queries(index: Index, arguments: argparse.Namespace) -> SketchStore | Sampl
         return open_store(arguments.queries[0])
     if arguments.model is None or not arguments.checkpoint:
         raise ValueError("to query with images give --model and a --checkpoint NAME=weights for each checkpoint.")
+    measured = _measured(index, arguments)
+    channels = int(measured.task.model.config.in_channels)  # type: ignore[union-attr, arg-type]
+    return replace(measured, dataset=ImageFiles(arguments.queries, channels))
+
+
+def _measured(index: Index, arguments: argparse.Namespace) -> Samples:
+    """How images are measured as the index's store was; without a dataset."""
+    import diffusers
+
+    from retrac_scale.samples import Samples
+    from retrac_scale.task import DiffusionTask
+    from retrac_scale.timesteps import EvenlySpaced
+
     store = index.check_store()
     if store is None or "scheduler" not in store.fingerprint:
         raise ValueError("images can only be sketched like a store that sketch(...) made and that is still there.")
     config = dict(store.fingerprint["scheduler"])
     scheduler = getattr(diffusers, config.pop("class"))(**config)
-    model = diffusers.AutoModel.from_pretrained(arguments.model)
     task = DiffusionTask(
-        model,
+        diffusers.AutoModel.from_pretrained(arguments.model),
         scheduler,
         measure=store.fingerprint["measure"],
         device=arguments.device,
         autocast=store.fingerprint["autocast"],
     )
     checkpoints = dict(item.split("=", 1) for item in arguments.checkpoint)
-    channels = int(model.config.in_channels)
-    return Samples(ImageFiles(arguments.queries, channels), task, checkpoints, EvenlySpaced(arguments.timesteps))
+    return Samples((), task, checkpoints, EvenlySpaced(arguments.timesteps))
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -346,6 +379,37 @@ def _report(arguments: argparse.Namespace) -> None:
     answers = {name: index.query(queries, arguments.k, side="both") for name, index in indexes.items()}
     curve = norm_curve(store) if store is not None and store.has("timestep") else None
     print(write_report(arguments.out, answers, pictures, curve=curve, indexes=indexes, queries=queries))
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from retrac_scale.report import Pictures, read_images
+    from retrac_scale.store import open_store
+
+    try:
+        from retrac_scale import serve
+        from retrac_scale.serve.library import Library
+    except ModuleNotFoundError as error:
+        raise ValueError(f"serve needs {error.name}; install it with: pip install 'retrac_scale[serve]'.") from None
+    indexes = _open_indexes(arguments.index)
+    first = next(iter(indexes.values()))
+    queries = None if arguments.queries is None else open_store(arguments.queries)
+    shown = [] if queries is None else read_images(arguments.query_images, queries.ids)
+    pictures = Pictures(read_images(arguments.images, first.ids), first.ids, shown)
+    measured = None if arguments.model is None else _measured(first, arguments)
+    token = os.environ.get("RETRAC_SCALE_TOKEN") or None
+    if arguments.token_file is not None:
+        token = Path(arguments.token_file).read_text(encoding="utf-8").strip()
+    limits = serve.Limits(
+        upload_bytes=int(arguments.max_upload_mb * 2**20),
+        pixels=int(arguments.max_megapixels * 1e6),
+        k=arguments.max_k,
+        concurrent=arguments.max_concurrent,
+    )
+    library = Library(indexes, pictures, queries=queries, measured=measured, kept_uploads=limits.kept_uploads)
+    print(f"serving at http://{arguments.host}:{arguments.port}/ ; Ctrl-C ends it", flush=True)
+    serve.run(library, host=arguments.host, port=arguments.port, token=token, limits=limits, title=arguments.title)
 
 
 def _open_indexes(urls: Sequence[str]) -> dict[str, Index]:

@@ -24,7 +24,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("verb", ["", "demo", "index", "info", "verify", "plan", "query", "report"])
+@pytest.mark.parametrize("verb", ["", "demo", "index", "info", "verify", "plan", "query", "report", "serve"])
 def test_help_teaches_by_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*([verb] if verb else []), "--help"])

@@ -67,11 +67,11 @@ class Rows(dict[Any, Json]):
     """The user's columns of each sample, `{id: {column: value}}`, made when they are asked for."""
 
     def __init__(self, index: Index) -> None:
-        self._places = {sample: place for place, sample in enumerate(index.ids.tolist())}
+        self.places = {sample: place for place, sample in enumerate(index.ids.tolist())}
         self._columns = index.columns
 
     def __missing__(self, sample: Any) -> Json:
-        place = self._places[sample]
+        place = self.places[sample]
         return {name: plain(values[place]) for name, values in self._columns.items()}
 
 
