@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 def self_influence(
     store: SketchStore, estimator: Estimator, *, queries: SketchStore | None = None, client: Client | None = None
 ) -> Float32:
-    """Score of every sample with itself as the query, float32 `[n]`, block by block.
+    """Score of every sample with itself as the query, float32 `[n]`, block by block; NaN for deleted samples.
+
+    Values stand in the order of `store.ids`. NumPy sorts NaN behind all numbers; `store.alive` tells the others.
 
     With one recorded timestep per sample, ReTrac's direction is compared with itself and carries no information; give
     `queries`, the same samples sketched at the query timesteps, to have the paper's score.
@@ -43,18 +45,25 @@ def self_influence(
             raise ValueError("matched pairing needs the same timesteps on both sides; use pairing='cross'.")
     if client is not None and (store.url is None or (queries is not None and queries.url is None)):
         raise ValueError("workers cannot reach this process's memory; give the stores paths or URLs.")
+    measure = store.fingerprint.get("measure")
     left: SketchStore | Url = store if client is None else store.url
     right = None if queries is None else queries if client is None else queries.url
     one = dask.delayed(_self_influence_of_block, name="self-influence", pure=False)
-    parts = compute([one(left, right, estimator, samples) for samples in store.blocks], client)
-    return np.concatenate(parts).astype(np.float32)
+    parts = compute([one(left, right, measure, estimator, samples) for samples in store.blocks], client)
+    values: Float32 = np.concatenate(parts).astype(np.float32)
+    values[store.deleted if queries is None else store.deleted | queries.deleted] = np.nan
+    return values
 
 
 def _self_influence_of_block(
-    store: SketchStore | Url, queries: SketchStore | Url | None, estimator: Estimator, samples: slice
+    store: SketchStore | Url,
+    queries: SketchStore | Url | None,
+    measure: str | None,
+    estimator: Estimator,
+    samples: slice,
 ) -> npt.NDArray[np.float64]:
-    store = store if isinstance(store, SketchStore) else open_store(store)
-    queries = queries if queries is None or isinstance(queries, SketchStore) else open_store(queries)
+    store = store if isinstance(store, SketchStore) else open_store(store, measure=measure)
+    queries = queries if queries is None or isinstance(queries, SketchStore) else open_store(queries, measure=measure)
     total = np.zeros(samples.stop - samples.start)
     for checkpoint, weight in store.weights.items():
         left = estimator.rows(store, checkpoint, samples)
