@@ -24,12 +24,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("verb", ["", "demo", "index", "info", "verify", "plan", "query", "report", "serve"])
+@pytest.mark.parametrize(
+    "verb", ["", "demo", "init", "sketch", "index", "info", "verify", "plan", "query", "report", "serve", "completion"]
+)
 def test_help_teaches_by_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*([verb] if verb else []), "--help"])
     assert stop.value.code == 0
-    assert f"examples:\n  retrac-scale {verb or 'demo'}" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"examples:\n  retrac-scale {verb or 'demo'}" in told
+    assert verb or "exit status: 0 done" in told
 
 
 def test_query_prints_a_table_or_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,6 +52,13 @@ def test_info_describes_stores_and_indexes(folder: Path, capsys: pytest.CaptureF
     assert "6 samples x 1 timesteps x 8 entries, int8" in capsys.readouterr().out
     assert main(["info", str(folder / "retrac.zarr")]) == 0
     assert "index of ReTrac" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["s.zarr", "retrac.zarr"])
+def test_info_is_json_when_asked(folder: Path, capsys: pytest.CaptureFixture[str], what: str) -> None:
+    assert main(["info", str(folder / what), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["what"] == ("store" if what == "s.zarr" else "index")
 
 
 def test_failures_are_one_line_and_exit_status_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
