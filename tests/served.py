@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import uvicorn
 from diffusers import DDPMScheduler
 
 import retrac_scale as rs
@@ -50,3 +56,19 @@ def build(folder: Path) -> Library:
     pictures = Pictures(scans.pixels, store.ids, made.pixels)
     measured = rs.Samples((), task, weights, rs.EvenlySpaced(2))
     return Library(indexes, pictures, queries=queries, measured=measured)
+
+
+@contextmanager
+def running(app: Any) -> Iterator[str]:
+    """The address of an application that a real server serves meanwhile."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.02)
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join()

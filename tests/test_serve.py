@@ -19,7 +19,12 @@ from typing import Any
 import httpx2
 import numpy as np
 import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
 from PIL import Image
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import status_code_conformance
 from starlette.testclient import TestClient
 
 import retrac_scale as rs
@@ -29,7 +34,7 @@ from retrac_scale.serve import Limits, create_app
 from retrac_scale.serve.batcher import Batcher
 from retrac_scale.serve.library import Asked, Library
 from retrac_scale.serve.server import is_local
-from tests.served import QUERIES, SAMPLES, build
+from tests.served import QUERIES, SAMPLES, build, running
 
 LIMITS = Limits(upload_bytes=20_000, pixels=10_000, k=20, ids=4, kept_uploads=2)
 
@@ -161,6 +166,23 @@ def test_wrong_questions_are_told_what_is_wrong(client: TestClient, path: str, b
     content = json.dumps(body).encode()
     response = client.post(f"/api/{path}", content=content, headers={"content-type": "application/json"})
     assert (response.status_code, why in response.json()["detail"]) == (422, True), response.text
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
+def test_requests_made_up_from_the_schema_get_an_answer_that_it_names(library: Library, mode: GenerationMode) -> None:
+    with running(create_app(library, limits=LIMITS)) as url:
+        schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
+        for found in schema.get_all_operations():
+            operation = found.ok()
+            if mode is GenerationMode.NEGATIVE and not (operation.body or operation.query):
+                continue  # nothing can be wrong about it
+
+            @given(operation.as_strategy(generation_mode=mode))
+            @settings(max_examples=10, suppress_health_check=list(HealthCheck))
+            def ask(case: Any) -> None:
+                case.call_and_validate(checks=[not_a_server_error, status_code_conformance])
+
+            ask()
 
 
 def test_deep_and_long_json_is_refused(client: TestClient) -> None:

@@ -243,7 +243,7 @@ function strip(query, estimator, side, results, scale) {
       onclick: () => openExplanation(query, estimator, side, result, rank),
     },
     picture(samples.get(result.id).picture, `training sample ${result.id}`),
-    h("span", { className: "name", ariaHidden: "true" }, `#${result.id}`),
+    h("span", { className: "name", ariaHidden: "true" }, `#${result.id.split("/").pop()}`),
     h("span", { className: "score" }, number(result.score)),
     bar(result, scale),
     h("span", { className: "unseen" }, `${error}, rank ${rank}${near ? ", order against the next not resolved" : ""}`));

@@ -45,7 +45,7 @@ class Ask(Body):
     """Which training samples influenced these queries most?"""
 
     source: Stored = Field(description="the store of queries, or training samples, themselves left out")
-    ids: list[Name] = Field(min_length=1, description="of queries in that source")
+    ids: list[Name] = Field(min_length=1, description="of queries in that source", examples=[["0"]])
     k: int = Field(10, ge=1, description="results per side")
     where: Where | None = None
     indexes: list[Name] | None = Field(None, min_length=1, max_length=64, description="which; null for all")
@@ -55,8 +55,8 @@ class Explain(Body):
     """What does each checkpoint and timestep add to this score?"""
 
     source: Literal["queries", "training", "uploads"]
-    id: Name = Field(description="of the query in its source")
-    sample: Name = Field(description="id of the training sample")
+    id: Name = Field(description="of the query in its source", examples=["0"])
+    sample: Name = Field(description="id of the training sample", examples=["0"])
     index: Name
 
 
@@ -64,7 +64,7 @@ class Groups(Body):
     """Which artists, licences, classes, ... influenced this query most?"""
 
     source: Literal["queries", "training", "uploads"]
-    id: Name = Field(description="of the query in its source")
+    id: Name = Field(description="of the query in its source", examples=["0"])
     column: Name
     reduce: Reduce = "sum"
     k: int = Field(10, ge=1, description="groups per side")

@@ -25,7 +25,7 @@ from retrac_scale.where import which
 Source = Literal["queries", "training", "uploads"]
 MOST_CHOICES = 60
 """A column with more distinct values is searched, not chosen from."""
-CACHED_PICTURES, CACHED_ROWS, CACHED_MASKS = 4096, 1024, 32
+CACHED_PICTURES, CACHED_ROWS, CACHED_MASKS = 16_384, 1024, 32
 
 
 @dataclass(frozen=True)
