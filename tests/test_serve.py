@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
+from schemathesis.core.result import Ok
 from schemathesis.specs.openapi.checks import status_code_conformance
 from starlette.testclient import TestClient
 
@@ -173,6 +174,7 @@ def test_requests_made_up_from_the_schema_get_an_answer_that_it_names(library: L
     with running(create_app(library, limits=LIMITS)) as url:
         schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
         for found in schema.get_all_operations():
+            assert isinstance(found, Ok)
             operation = found.ok()
             if mode is GenerationMode.NEGATIVE and not (operation.body or operation.query):
                 continue  # nothing can be wrong about it
