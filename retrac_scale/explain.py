@@ -65,6 +65,11 @@ def explain_lists(index: Index, queries: SketchStore, lists: Sequence[Sequence[A
         queries: `q` queries; their vectors of one checkpoint at a time are held.
         lists: ids of training samples, for each query.
     """
+    if index.estimator.damping is not None:
+        raise ValueError(
+            f"{index.meta['estimator']['kind']} mixes the timesteps of all samples, so that its scores cannot be taken "
+            "apart; explain an index of TracIn, ReTrac, GradDot or GradCos."
+        )
     store = index.check_store()
     if store is None:
         raise ValueError("an explanation needs the store that the index was built from, which was in memory.")

@@ -12,7 +12,7 @@ from retrac_scale.cli.verb import Answer, Verb
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", nargs="?", help="path or URL of a complete store")
     parser.add_argument("out", nargs="?", help="path or URL of the index to make")
-    parser.add_argument("--estimator", default="ReTrac", help="TracIn, ReTrac, GradDot or GradCos (default: ReTrac)")
+    parser.add_argument("--estimator", default="ReTrac", help="TracIn, TRAK, ... (default: ReTrac)")
     parser.add_argument(
         "--pairing", choices=("cross", "matched"), default="cross", help="of timesteps (default: cross)"
     )

@@ -59,7 +59,7 @@ def _look(project: Project) -> dict[str, str]:
     """
     from PIL import Image
 
-    from retrac_scale.images import ImageFiles
+    from retrac_scale.datasets import ImageFiles
 
     told, shape = {}, None
     if os.path.isdir(project.path(project.model)):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from retrac_scale.images import ImageFiles
+    from retrac_scale.datasets import ImageFiles
     from retrac_scale.index import Index
     from retrac_scale.samples import Samples
     from retrac_scale.task import DiffusionTask
@@ -42,7 +42,7 @@ def load_scheduler(place: str) -> Any:
 
 def image_files(paths: Sequence[str], task: DiffusionTask) -> ImageFiles:
     """Image files, and those of folders, in as many channels as the model takes."""
-    from retrac_scale.images import ImageFiles
+    from retrac_scale.datasets import ImageFiles
 
     return ImageFiles(paths, int(task.model.config.in_channels))  # type: ignore[union-attr, arg-type]
 

@@ -21,7 +21,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> Answer:
     from retrac_scale import planner
-    from retrac_scale.images import ImageFiles
+    from retrac_scale.datasets import ImageFiles
     from retrac_scale.projections import CountSketch, LowRank
 
     project = find(arguments.config)

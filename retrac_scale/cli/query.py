@@ -69,7 +69,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
 
 def _queries(index: Index, arguments: argparse.Namespace, project: Project) -> SketchStore | Samples:
     """What is asked: stored ids, a store of sketches, or images, measured as the index's store was."""
-    from retrac_scale.images import SUFFIXES
+    from retrac_scale.datasets.base import SUFFIXES
     from retrac_scale.samples import take
     from retrac_scale.store import open_store
 

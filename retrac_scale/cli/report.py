@@ -28,6 +28,7 @@ def add_sources(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> Answer:
     from retrac_scale.report import Pictures, norm_curve, read_images, write_report
+    from retrac_scale.report.content import sides
     from retrac_scale.store import open_store
 
     project = find(arguments.config)
@@ -40,7 +41,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
     pictures = Pictures(
         read_images(arguments.images, first.ids), first.ids, read_images(arguments.query_images, queries.ids)
     )
-    answers = {name: index.query(queries, arguments.k, side="both") for name, index in indexes.items()}
+    answers = {name: index.query(queries, arguments.k, side=sides(index)) for name, index in indexes.items()}
     curve = norm_curve(store) if store is not None and store.has("timestep") else None
     out = arguments.out or ("report.html" if arguments.index else project.place("report.html"))
     common = {"title": arguments.title, "curve": curve, "indexes": indexes, "queries": queries}

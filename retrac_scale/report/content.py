@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrac_scale.explain import Explanation, explain_lists
-from retrac_scale.index import Index
+from retrac_scale.index import Index, Side
 from retrac_scale.query import TopK
 from retrac_scale.report.pictures import Pictures, data_uri
 from retrac_scale.store import SketchStore
@@ -75,10 +75,15 @@ class Rows(dict[Any, Json]):
         return {name: plain(values[place]) for name, values in self._columns.items()}
 
 
+def sides(index: Index) -> Side:
+    """The sides that an index has: a squared score has no opponents."""
+    return "proponents" if index.estimator.squared else "both"
+
+
 def ranked(answer: TopK) -> list[dict[str, list[Json]]]:
     """For each query the lists of each side, best first: id, score, and where known its error and whether resolved."""
-    sides = ["proponents", "opponents"] if answer.side == "both" else [answer.side]
-    k = answer.ids.shape[1] // len(sides)
+    both = ["proponents", "opponents"] if answer.side == "both" else [answer.side]
+    k = answer.ids.shape[1] // len(both)
     known = {"id": answer.ids, "score": answer.scores, "error": answer.errors, "resolved": answer.resolved}
     fields = {name: values for name, values in known.items() if values is not None}
 
@@ -86,7 +91,7 @@ def ranked(answer: TopK) -> list[dict[str, list[Json]]]:
         return {n: str(x[query, place]) if n == "id" else plain(x[query, place]) for n, x in fields.items()}
 
     return [
-        {side: [result(query, part * k + rank) for rank in range(k)] for part, side in enumerate(sides)}
+        {side: [result(query, part * k + rank) for rank in range(k)] for part, side in enumerate(both)}
         for query in range(len(answer.ids))
     ]
 
@@ -133,7 +138,7 @@ def plain(value: Any) -> Any:
 
 def _add_groups(asked: list[Json], name: str, index: Index, queries: SketchStore) -> None:
     for column in group_columns(index):
-        answer = index.query(queries, GROUPS, side="both", group_by=column)
+        answer = index.query(queries, GROUPS, side=sides(index), group_by=column)
         for query, lists in zip(asked, ranked(answer), strict=True):
             query.setdefault("groups", {}).setdefault(column, {})[name] = lists
 

@@ -18,8 +18,9 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from retrac_scale.index import Reduce, StaleIndexError
+from retrac_scale.index import Index, Reduce, StaleIndexError
 from retrac_scale.query import Question
+from retrac_scale.report.content import sides
 from retrac_scale.report.page import page
 from retrac_scale.serve.batcher import Batcher
 from retrac_scale.serve.guard import Guard
@@ -183,7 +184,7 @@ def create_app(
         found = {}
         for name in indexes:
             own = asked[0].source == "training"
-            question = Question(k, "both", where, None, "sum", own)
+            question = Question(k, sides(library.indexes[name]), where, None, "sum", own)
             found[name] = list(await asyncio.gather(*(batcher.ask(name, one, question) for one in asked)))
         return await asyncio.to_thread(library.fragment, asked, found)
 
@@ -242,8 +243,13 @@ def create_app(
     async def groups(ask: Groups) -> Json:
         asked = Asked(ask.source, ask.id)
         check(ask.k, [asked], [])
-        question = Question(ask.k, "both", ask.where, ask.column, ask.reduce, ask.source == "training")
-        found = await asyncio.gather(*(batcher.ask(name, asked, question) for name in library.indexes))
+        own = ask.source == "training"
+
+        def question(index: Index) -> Question:
+            return Question(ask.k, sides(index), ask.where, ask.column, ask.reduce, own)
+
+        every = library.indexes.items()
+        found = await asyncio.gather(*(batcher.ask(name, asked, question(index)) for name, index in every))
         return dict(zip(library.indexes, found, strict=True))
 
     return app
