@@ -392,8 +392,6 @@ def estimators() -> Iterable[tuple[str, Any, str, bool]]:
     yield "ReTrac", rs.ReTrac(), "mse", True
     yield "ReTrac, matched timesteps", rs.ReTrac("matched"), "mse", True
     yield "GradCos / GAS", rs.GradCos(), "mse", True
-    if not hasattr(rs, "TRAK"):
-        return
     yield "TRAK", rs.TRAK(), "mse", True
     yield "TRAK, squared", rs.TRAK(squared=True), "mse", False
     yield "RelatIF", rs.RelatIF(), "mse", True
@@ -405,8 +403,6 @@ def estimators() -> Iterable[tuple[str, Any, str, bool]]:
 
 def by_other_queries(study: Study) -> Iterable[tuple[str, dict[str, Any]]]:
     """Label and scores by kind of query of estimators whose queries are not measured as the training side is."""
-    if not hasattr(rs, "Journey"):
-        return
     stored, _ = study.averaged("mse", study.last, "-last")
     task = rs.DiffusionTask(study.model, scheduler(), device=DEVICE)
     samples = rs.Samples(Images(study.train), task, study.last, study.grid)
@@ -467,8 +463,6 @@ def datamodels(lab: Lab) -> list[dict[str, Any]]:
 
 def dampings(lab: Lab) -> list[dict[str, Any]]:
     """(e) LDS of TRAK for 27 dampings and for the one that is chosen without labels; last checkpoint."""
-    if not hasattr(rs, "TRAK"):
-        return []
     members, losses = lab.subsets
     stored, queries = lab.main.averaged("mse", lab.main.last, "-last")
     lines: list[dict[str, Any]] = []
@@ -486,9 +480,8 @@ def removals(lab: Lab) -> list[dict[str, Any]]:
     """(f) The top samples of a generated query removed, the model trained again with the same seed."""
     how, study = lab.setting, lab.main
     values = {name: study.scores[name, "recorded", "generated"] for name in TRACED}
-    if hasattr(rs, "TRAK"):
-        stored, queries = study.averaged("mse", study.last, "-last")
-        values["TRAK"] = scores(stored, rs.TRAK(), queries["generated"])
+    stored, queries = study.averaged("mse", study.last, "-last")
+    values["TRAK"] = scores(stored, rs.TRAK(), queries["generated"])
     lists = {name: top(found, how.removed)[: how.removal_queries] for name, found in values.items()}
     random = np.random.default_rng(how.seed).permutation(lab.ids)[: how.removed]
     lists["random, the same for all"] = np.tile(random, (how.removal_queries, 1))
