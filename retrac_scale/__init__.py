@@ -1,19 +1,27 @@
 """Training-data attribution for diffusion models at scale: Diffusion-TracIn and Diffusion-ReTrac (arXiv 2401.09031)."""
 
-from retrac_scale import evaluate, gradients, projections
+from retrac_scale import datasets, evaluate, gradients, projections
+from retrac_scale.curvature import fisher_divisors, kronecker_divisors
 from retrac_scale.diagonal import self_influence
-from retrac_scale.estimators import GradCos, GradDot, ReTrac, TracIn
+from retrac_scale.estimators import DAS, DTRAK, TRAK, GradCos, GradDot, RelatIF, RenormIF, ReTrac, TracIn
 from retrac_scale.explain import Explanation
 from retrac_scale.index import Index, StaleIndexError, build_index, open_index
+from retrac_scale.journey import Journey, sample_journey, sketch_journey
+from retrac_scale.preconditioning import adam_divisors
 from retrac_scale.projections import CountSketch, Dense, GradientSketcher, Identity, LowRank
 from retrac_scale.query import TopK
 from retrac_scale.samples import Samples, take
 from retrac_scale.sketching import sketch
 from retrac_scale.store import IncompleteStoreError, SketchStore, open_store, write_store
 from retrac_scale.task import DiffusionTask
-from retrac_scale.timesteps import EvenlySpaced, Explicit, Recorded, TrainingRecorder, draw_noise
+from retrac_scale.timesteps import EvenlySpaced, Explicit, Recorded, draw_noise
+from retrac_scale.training import TrainingRecorder
+from retrac_scale.training_callbacks import lightning_callback, transformers_callback
 
 __all__ = [
+    "DAS",
+    "DTRAK",
+    "TRAK",
     "CountSketch",
     "Dense",
     "DiffusionTask",
@@ -26,24 +34,35 @@ __all__ = [
     "Identity",
     "IncompleteStoreError",
     "Index",
+    "Journey",
     "LowRank",
     "ReTrac",
     "Recorded",
+    "RelatIF",
+    "RenormIF",
     "Samples",
     "SketchStore",
     "StaleIndexError",
     "TopK",
     "TracIn",
     "TrainingRecorder",
+    "adam_divisors",
     "build_index",
+    "datasets",
     "draw_noise",
     "evaluate",
+    "fisher_divisors",
     "gradients",
+    "kronecker_divisors",
+    "lightning_callback",
     "open_index",
     "open_store",
     "projections",
+    "sample_journey",
     "self_influence",
     "sketch",
+    "sketch_journey",
     "take",
+    "transformers_callback",
     "write_store",
 ]

@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     index = verb("index", _index, "Collapse a store for one estimator, ready for queries.")
     index.add_argument("store", help="path or URL of a complete store")
     index.add_argument("out", help="path or URL of the index to make")
-    index.add_argument("--estimator", default="ReTrac", help="TracIn, ReTrac, GradDot or GradCos (default: ReTrac)")
+    index.add_argument("--estimator", default="ReTrac", help="TracIn, TRAK, ... (default: ReTrac)")
     index.add_argument("--pairing", choices=("cross", "matched"), default="cross", help="of timesteps (default: cross)")
     index.add_argument("--dtype", choices=("int8", "float16", "float32"), default="int8", help="default: int8")
     query = verb("query", _query, "Print the training samples that influenced each query most.")
@@ -295,7 +295,8 @@ def _queries(index: Index, arguments: argparse.Namespace) -> SketchStore | Sampl
     """What is asked: stored ids, a store of sketches, or images, measured as the index's store was."""
     import diffusers
 
-    from retrac_scale.images import SUFFIXES, ImageFiles
+    from retrac_scale.datasets import ImageFiles
+    from retrac_scale.datasets.base import SUFFIXES
     from retrac_scale.samples import Samples, take
     from retrac_scale.store import open_store
     from retrac_scale.task import DiffusionTask

@@ -24,7 +24,8 @@ from retrac_scale.report import Pictures, attribution_figure, norm_curve, write_
 from retrac_scale.sketching import sketch
 from retrac_scale.store import SketchStore
 from retrac_scale.task import DiffusionTask
-from retrac_scale.timesteps import EvenlySpaced, Recorded, TrainingRecorder, draw_noise
+from retrac_scale.timesteps import EvenlySpaced, Recorded, draw_noise
+from retrac_scale.training import TrainingRecorder
 
 # The paper's cosine schedule and evenly spaced checkpoints: a checkpoint's weight counts all steps since the one before
 # it, so that with late checkpoints alone the first of them would decide everything.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import dask
 import numpy as np
 import numpy.typing as npt
 
 from retrac_scale.estimators import Estimator, common_timesteps
+from retrac_scale.fitting import fit
+from retrac_scale.ridge import Ridge
 from retrac_scale.store import SketchStore, open_store
 from retrac_scale.store.compatibility import check_compatible
 from retrac_scale.store.encoding import Float32
@@ -31,11 +34,11 @@ def self_influence(
 
     Args:
         store: the training side.
-        estimator: TracIn(), ReTrac(), ...
+        estimator: TracIn(), ReTrac(), ...; one that fits a ridge fits it to the samples that are not deleted.
         queries: the query side, with the same ids in the same order; default: the store itself.
         client: a `distributed.Client` whose workers reach the stores; None computes on threads here.
     """
-    estimator.check(store)
+    estimator.check_training(store)
     if queries is not None:
         estimator.check(queries)
         check_compatible(store.fingerprint, store.checkpoints, queries.fingerprint, queries.checkpoints)
@@ -49,10 +52,13 @@ def self_influence(
     left: SketchStore | Url = store if client is None else store.url
     right = None if queries is None else queries if client is None else queries.url
     one = dask.delayed(_self_influence_of_block, name="self-influence", pure=False)
-    parts = compute([one(left, right, measure, estimator, samples) for samples in store.blocks], client)
+    measure = store.fingerprint.get("measure")
+    ridges = fit(store, estimator, np.flatnonzero(store.alive), client)
+    shared: Any = ridges if client is None or not ridges else client.scatter(ridges, broadcast=True, hash=False)
+    parts = compute([one(left, right, measure, estimator, samples, shared) for samples in store.blocks], client)
     values: Float32 = np.concatenate(parts).astype(np.float32)
     values[store.deleted if queries is None else store.deleted | queries.deleted] = np.nan
-    return values
+    return np.square(values) if estimator.squared else values
 
 
 def _self_influence_of_block(
@@ -61,12 +67,15 @@ def _self_influence_of_block(
     measure: str | None,
     estimator: Estimator,
     samples: slice,
+    ridges: Mapping[str, Ridge],
 ) -> npt.NDArray[np.float64]:
     store = store if isinstance(store, SketchStore) else open_store(store, measure=measure)
     queries = queries if queries is None or isinstance(queries, SketchStore) else open_store(queries, measure=measure)
     total = np.zeros(samples.stop - samples.start)
     for checkpoint, weight in store.weights.items():
-        left = estimator.rows(store, checkpoint, samples)
-        right = left if queries is None else estimator.rows(queries, checkpoint, samples)
+        ridge = ridges.get(checkpoint)
+        left = estimator.train_rows(store, checkpoint, samples, ridge)
+        alike = queries is None and ridge is None
+        right = left if alike else estimator.rows(queries or store, checkpoint, samples)
         total += weight * np.einsum("nk,nk->n", left, right, dtype=np.float64)
     return total

@@ -50,6 +50,11 @@ class Explanation:
 
 def explain(index: Index, query: SketchStore, id: Any) -> Explanation:
     """See `Index.explain`."""
+    if index.estimator.damping is not None:
+        raise ValueError(
+            f"{index.meta['estimator']['kind']} mixes the timesteps of all samples, so that its scores cannot be taken "
+            "apart; explain an index of TracIn, ReTrac, GradDot or GradCos."
+        )
     store = index.check_store()
     if store is None:
         raise ValueError("an explanation needs the store that the index was built from, which was in memory.")

@@ -50,7 +50,10 @@ class Samples:
             ValueError: they have several timestep plans, or do not fit the other store.
         """
         if len(self.plans) != 1:
-            raise ValueError(f"queries are measured by one timestep plan, got {len(self.plans)}; give one of them.")
+            raise ValueError(
+                f"queries are measured by one timestep plan, got {len(self.plans)}; give one, e.g. Explicit with all "
+                "their timesteps."
+            )
         return sketch(
             self.task,
             self.dataset,

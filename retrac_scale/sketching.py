@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from retrac_scale.calibration import fastest_batch
 from retrac_scale.gradients import ParameterFilter
+from retrac_scale.preconditioning import Divisors, digest_of
 from retrac_scale.projections import GradientSketcher, LowRank, Projection, from_spec
 from retrac_scale.store import Dtype, Layout, SketchStore, create_store, grow_store, open_store, write_block
 from retrac_scale.store.compatibility import check_compatible
@@ -44,6 +45,7 @@ class _Job:
     timesteps: TimestepPlan
     projection: Projection
     parameters: frozenset[str]
+    precondition: Mapping[str, Divisors]
 
 
 def sketch(
@@ -57,6 +59,7 @@ def sketch(
     dtype: Dtype = "int8",
     batch_size: int | Literal["auto"] = "auto",
     parameters: ParameterFilter = None,
+    precondition: Mapping[str, Divisors] | None = None,
     like: SketchStore | None = None,
     grow: bool = False,
     layout: Layout | None = None,
@@ -81,6 +84,8 @@ def sketch(
             fastest in a quarter of the free memory. It stands in the store's plan, with the number of threads, and a
             resumed run or a worker obeys it.
         parameters: glob patterns or a predicate on names; None for all trainable ones, or those of `like`.
+        precondition: {checkpoint: {parameter: what its gradients are divided by before they are projected}}, see
+            `adam_divisors` and `fisher_divisors`. `like` does not pass it on: divide one side of a score, or both.
         like: a store that these sketches will be compared with.
         grow: add what the store at `out` lacks: samples with new ids, checkpoints, timesteps, another measure. Without
             it a call that differs from the one that began the store is refused.
@@ -114,26 +119,34 @@ def sketch(
     plans = {name: timesteps.pairs(name, ids, task.num_train_timesteps) for name in checkpoints}
     _check_items(task, dataset, ids)
     sketcher = GradientSketcher(task.model, projection, parameters=parameters)
+    divisors = dict(precondition or {})
+    if divisors and divisors.keys() != checkpoints.keys():
+        raise ValueError(f"precondition is given for {sorted(divisors)}, checkpoints are {sorted(checkpoints)}.")
+    for name, own in divisors.items():
+        sketcher.precondition(own, f"precondition[{name!r}]")
     before = {name: value.detach().clone() for name, value in task.model.state_dict().items()}
     try:
         digests = {name: task.load(name, checkpoint) for name, checkpoint in checkpoints.items()}
-        fingerprint = {
+        fingerprint: dict[str, Any] = {
             "projection": projection.spec(),
             "parameters": {name: list(shape) for name, shape in sketcher.shapes.items()},
             "checkpoints": digests,
-            "scheduler": scheduler_spec(task),
+            "scheduler": scheduler_spec(task.scheduler),
             "measure": task.measure,
             "autocast": task.autocast,
             "timesteps": {**timesteps.spec(), "digest": plan_digest(plans)},
         }
+        if divisors:
+            fingerprint["precondition"] = {name: digest_of(own) for name, own in divisors.items()}
         if like is not None:
             check_compatible(like.fingerprint, like.checkpoints, fingerprint, list(checkpoints))
 
         def describe_part(some: Ids, names: Sequence[str]) -> dict[str, Any]:
             pairs = {name: timesteps.pairs(name, some, task.num_train_timesteps) for name in names}
+            by_name = {key: fingerprint[key] for key in ("checkpoints", "precondition") if key in fingerprint}
             return {
                 **fingerprint,
-                "checkpoints": {name: digests[name] for name in names},
+                **{key: {name: value[name] for name in names} for key, value in by_name.items()},
                 "timesteps": {**timesteps.spec(), "digest": plan_digest(pairs)},
             }
 
@@ -141,7 +154,7 @@ def sketch(
         weights = {name: timesteps.weight(name) for name in checkpoints}
         plan = _recorded_plan(out)
         if plan is None:
-            one = _Job(task, dataset, ids, checkpoints, timesteps, projection, frozenset(sketcher.shapes))
+            one = _Job(task, dataset, ids, checkpoints, timesteps, projection, frozenset(sketcher.shapes), divisors)
             rows = _fastest_batch(one, sketcher, next(iter(checkpoints))) if batch_size == "auto" else batch_size
             plan = {"batch_rows": rows, "threads": torch.get_num_threads() if client is None else 1}
         kept: dict[str, Any] = {
@@ -163,7 +176,9 @@ def sketch(
                 ]
                 places = {sample: row for row, sample in enumerate(ids.tolist())}
                 part = Subset(dataset, [places[sample] for sample in store.ids.tolist()])
-                job = _Job(task, part, store.ids, checkpoints, timesteps, projection, frozenset(sketcher.shapes))
+                job = _Job(
+                    task, part, store.ids, checkpoints, timesteps, projection, frozenset(sketcher.shapes), divisors
+                )
                 bar.total += len(store.checkpoints) * store.shape[0] * store.shape[1]
                 bar.update(bar.total - bar.n - sum(_pairs_in(store, block) for _, block in todo))
                 done = _run_local(job, sketcher, store, todo) if client is None else _run_on(client, job, store, todo)
@@ -179,6 +194,7 @@ def _run_local(job: _Job, sketcher: GradientSketcher, store: SketchStore, todo: 
     for checkpoint, block in todo:
         if checkpoint != loaded:
             job.task.load(checkpoint, job.checkpoints[checkpoint])
+            sketcher.precondition(job.precondition.get(checkpoint))
             loaded = checkpoint
         yield from _sketch_block(job, sketcher, store, checkpoint, block, check=(checkpoint, block) == todo[0])
 
@@ -210,6 +226,7 @@ def _sketch_remotely(job: _Job, url: Url, part: str, checkpoint: str, block: int
     store = open_store(url, mode="r+", part=part)
     with _model_in_use:
         job.task.load(checkpoint, job.checkpoints[checkpoint])
+        _sketcher(job).precondition(job.precondition.get(checkpoint))
         return sum(_sketch_block(job, _sketcher(job), store, checkpoint, block, check=check))
 
 
@@ -231,17 +248,19 @@ def _sketch_block(
     for start in range(0, n * t, size):
         part = slice(start, min(start + size, n * t))
 
-        def value(pairs: slice = part) -> torch.Tensor:
-            return pair_losses(task, items, ids, plan, np.arange(pairs.start, pairs.stop))
+        def measured(pairs: slice = part) -> tuple[torch.Tensor, torch.Tensor]:
+            return measured_pairs(task, items, ids, plan, np.arange(pairs.start, pairs.stop))
 
         with _threads(store.plan["threads"]):
             with sketcher:
-                loss = value()
-                sketched, norm = sketcher(loss)
+                value, loss = measured()
+                sketched, norm = sketcher(value)
             if check and start == 0:
                 where = f"checkpoint {checkpoint!r}, sample {ids[0]}, timestep {plan.timesteps[0, 0]}"
                 tolerance = BFLOAT16_TOLERANCE if task.autocast else FLOAT32_TOLERANCE
-                sketcher.check((sketched, norm), value, lambda: value(slice(0, 1)), where, tolerance)
+                sketcher.check(
+                    (sketched, norm), lambda: measured()[0], lambda: measured(slice(0, 1))[0], where, tolerance
+                )
         sketches[part], norms[part], losses[part] = sketched.cpu(), norm.cpu(), loss.detach().float().cpu()
         yield part.stop - part.start
     write_block(
@@ -255,8 +274,10 @@ def _sketch_block(
     )
 
 
-def pair_losses(task: DiffusionTask, items: list[Any], ids: Ids, plan: Pairs, pairs: Any) -> torch.Tensor:
-    """The losses of some pairs of a block, each the mean over its noise draws, `[pairs]`."""
+def measured_pairs(
+    task: DiffusionTask, items: list[Any], ids: Ids, plan: Pairs, pairs: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values to be differentiated and losses of some pairs of a block, means over their noise draws, `[pairs]` each."""
     rows, columns = np.divmod(pairs, plan.timesteps.shape[1])
     steps, seeds = plan.timesteps[rows, columns], plan.seeds[rows, columns]
     images = torch.stack([items[row][0] for row in rows])
@@ -268,13 +289,13 @@ def pair_losses(task: DiffusionTask, items: list[Any], ids: Ids, plan: Pairs, pa
     def repeat(x: torch.Tensor) -> torch.Tensor:
         return x.repeat_interleave(plan.draws, 0)
 
-    losses = task.losses(
+    values, losses = task.measured(
         repeat(images),
         repeat(torch.from_numpy(steps)),
         noise.flatten(0, 1).to(images.dtype),
         {key: repeat(value) for key, value in conditioning.items()},
     )
-    return losses.reshape(len(pairs), plan.draws).mean(1)
+    return values.reshape(len(pairs), plan.draws).mean(1), losses.reshape(len(pairs), plan.draws).mean(1)
 
 
 @contextlib.contextmanager
@@ -305,9 +326,9 @@ def _fastest_batch(job: _Job, sketcher: GradientSketcher, checkpoint: str) -> in
     def run(rows: int) -> torch.Tensor:
         pairs = np.arange(max(1, rows // plan.draws)) % plan.timesteps.size
         with sketcher:
-            losses = pair_losses(job.task, items, ids, plan, pairs)
-            sketcher(losses)
-        return losses
+            values, _ = measured_pairs(job.task, items, ids, plan, pairs)
+            sketcher(values)
+        return values
 
     pairs = len(job.ids) * plan.timesteps.shape[1]
     return fastest_batch(run, pairs * plan.draws, job.task.device)
@@ -336,9 +357,9 @@ def _check_items(task: DiffusionTask, dataset: Any, ids: Ids) -> None:
             )
 
 
-def scheduler_spec(task: DiffusionTask) -> dict[str, Any]:
+def scheduler_spec(scheduler: Any) -> dict[str, Any]:
     """What of the scheduler determines the noisy images."""
-    config = dict(task.scheduler.config)
+    config = dict(scheduler.config)
     keys = (
         "num_train_timesteps",
         "beta_schedule",
@@ -347,7 +368,7 @@ def scheduler_spec(task: DiffusionTask) -> dict[str, Any]:
         "prediction_type",
         "rescale_betas_zero_snr",
     )
-    return {"class": type(task.scheduler).__name__, **{key: config[key] for key in keys if key in config}}
+    return {"class": type(scheduler).__name__, **{key: config[key] for key in keys if key in config}}
 
 
 def plan_digest(plans: Mapping[str, Pairs]) -> str:

@@ -12,7 +12,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-Measure = Literal["mse", "l1"]
+from retrac_scale.measures import OUTPUTS
+
+Measure = Literal["mse", "l1", "mean_output", "mean_squared_output", "output_l1", "output_l2", "output_linf"]
 StateDict = Mapping[str, Tensor]
 Checkpoint = StateDict | str | os.PathLike[str] | Callable[[], StateDict]
 
@@ -21,14 +23,16 @@ IMAGE_KEYS = ("image", "images", "pixel_values", "sample", "input")
 
 
 class DiffusionTask:
-    """What is differentiated: the training loss of one sample at one timestep under one noise draw.
+    """What is differentiated: the training loss, or another function, of one sample, timestep and noise draw.
 
     The model is put into eval mode on `device`; its gradients and weights are left alone.
 
     Args:
         model: a diffusers denoiser called as `model(noisy, timesteps, **conditioning)`.
         scheduler: its noise scheduler (`add_noise`, `config.num_train_timesteps`, `config.prediction_type`).
-        measure: "mse" or "l1", the mean over all entries of the prediction error (the paper's own code uses L1).
+        measure: "mse" or "l1", the mean over all entries of the prediction error (the paper's own code uses L1); or a
+            function of the prediction alone: its mean ("mean_output", for DAS), mean square ("mean_squared_output", for
+            D-TRAK), or norm ("output_l1", "output_l2", "output_linf").
         device: where to compute.
         autocast: None, or "bfloat16" for mixed precision.
     """
@@ -57,8 +61,10 @@ class DiffusionTask:
         """Number of timesteps T of the scheduler; valid ones are 0 .. T-1."""
         return int(self.scheduler.config.num_train_timesteps)
 
-    def losses(self, images: Tensor, timesteps: Tensor, noise: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
-        """One loss per pair.
+    def measured(
+        self, images: Tensor, timesteps: Tensor, noise: Tensor, conditioning: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The value to be differentiated and the training loss of each pair, from one forward pass.
 
         Args:
             images: clean samples in the model's range, `[n, ...]`.
@@ -67,17 +73,23 @@ class DiffusionTask:
             conditioning: further arguments of the model's forward, batched alike.
 
         Returns:
-            float32 `[n]`, each the mean over the entries of the prediction; nothing is averaged over the batch.
+            values and losses, float32 `[n]` each; nothing is averaged over the batch. They are the same under "mse" and
+            "l1"; otherwise the loss is the mean squared error.
         """
         images, noise, timesteps = (x.to(self.device) for x in (images, noise, timesteps))
         conditioning = {name: value.to(self.device) for name, value in conditioning.items()}
         noisy = self.scheduler.add_noise(images, noise, timesteps)
         with self._precision():
             prediction = self.model(noisy, timesteps, **conditioning, return_dict=False)[0]
-        error = (prediction.float() if self.autocast else prediction) - self._target(images, noise, timesteps)
-        entries = error.square() if self.measure == "mse" else error.abs()
-        losses: Tensor = entries.flatten(1).mean(1)
-        return losses
+        prediction = prediction.float() if self.autocast else prediction
+        error = prediction - self._target(images, noise, timesteps)
+        entries = error.abs() if self.measure == "l1" else error.square()
+        losses = entries.flatten(1).mean(1)
+        return OUTPUTS[self.measure](prediction.flatten(1)) if self.measure in OUTPUTS else losses, losses
+
+    def losses(self, images: Tensor, timesteps: Tensor, noise: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+        """The training losses of `measured`, `[n]`."""
+        return self.measured(images, timesteps, noise, conditioning)[1]
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         if self.autocast is None:
@@ -117,7 +129,7 @@ class DiffusionTask:
                 "build the model with the configuration that the checkpoint was trained with."
             )
         self.model.load_state_dict(state)
-        return _digest(self.model.state_dict())
+        return weights_digest(self.model.state_dict())
 
     def check_item(self, sample: Any, item: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Split a dataset item into image and conditioning, and check the image against the model's configuration.
@@ -203,7 +215,8 @@ def read_checkpoint(name: str, checkpoint: Checkpoint) -> StateDict:
     return weights
 
 
-def _digest(state: StateDict) -> str:
+def weights_digest(state: StateDict) -> str:
+    """Hex digest of names and values."""
     digest = hashlib.blake2b(digest_size=16)
     for name, value in state.items():
         digest.update(name.encode())

@@ -32,6 +32,7 @@ class _Layer:
     module: nn.Module
     parameters: dict[str, str]  # own name -> full name
     rule: LayerRule | None
+    numel: int
     calls: list[_Call] = field(default_factory=list)
 
     @property
@@ -219,8 +220,7 @@ class _Backward:
         if mixer is not None:
             for call in calls:
                 _mix(layer, call, mixer)
-        numel = sum(layer.module.get_parameter(own).numel() for own in layer.parameters)
-        size = max(1, CHUNK_BYTES // (4 * numel))
+        size = max(1, CHUNK_BYTES // (4 * layer.numel))
         for start in range(0, self.n, size):
             samples = slice(start, min(start + size, self.n))
             total: dict[str, Tensor] = {}
@@ -287,8 +287,8 @@ def _refuse(name: str) -> Callable[[Tensor], None]:
 def _mix(layer: _Layer, call: _Call, mixer: Tensor) -> None:
     grad = call.grads[0]
     mixer = mixer.to(grad.dtype)
-    if isinstance(layer.module, nn.Linear):
-        call.grads[0] = grad @ mixer.T
+    if isinstance(layer.module, nn.Linear):  # with positions last, the product is fast in any memory order
+        call.grads[0] = (mixer @ grad.mT).mT if grad.ndim > 2 else grad @ mixer.T
     else:
         call.grads[0] = (mixer @ grad.flatten(2)).reshape(len(grad), len(mixer), *grad.shape[2:])
 
@@ -317,7 +317,8 @@ def _layers(model: nn.Module, names: list[str]) -> list[_Layer]:
         if own:
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
                 raise ValueError(f"layer {name!r} is a batch norm in training mode, which mixes samples; call eval().")
-            layers.append(_Layer(name, module, own, rule_for(module)))
+            numel = sum(module.get_parameter(key).numel() for key in own)
+            layers.append(_Layer(name, module, own, rule_for(module), numel))
     return layers
 
 
