@@ -1,7 +1,7 @@
 """The experiments of arXiv 2401.09031 at digits size, and LDS for every estimator.
 
     python -m benchmarks.paper                        # everything; again, it trains and sketches only what is missing
-    python -m benchmarks.paper --only ab              # some parts
+    python -m benchmarks.paper --only norms tracing   # some parts
     python -m benchmarks.paper --setting tiny-digits  # a minute: does it run?
     python -m benchmarks.paper --setting cifar-10 --folder /data/cifar-10-batches-py
 
@@ -177,13 +177,23 @@ class Study:
         return self.sketch("recorded", Images(self.train), rs.Recorded(self.record))
 
     @cached_property
-    def scores(self) -> dict[tuple[str, str, str], Any]:
-        """Of TracIn and ReTrac, `[q, n]`, by (estimator, timesteps of the training side, kind of queries)."""
-        stored, queries = self.averaged()
+    def recorded_scores(self) -> dict[tuple[str, str], Any]:
+        """Of TracIn and ReTrac, `[q, n]`, by (estimator, kind of queries), from recorded timesteps."""
+        queries = {
+            kind: self.sketch(f"{kind}-mse", Images(images, kind), like=self.recorded)
+            for kind, images in self.queries.items()
+        }
+        return self._scores(self.recorded, queries)
+
+    @cached_property
+    def averaged_scores(self) -> dict[tuple[str, str], Any]:
+        """The same from averaged timesteps."""
+        return self._scores(*self.averaged())
+
+    def _scores(self, store: rs.SketchStore, queries: dict[str, rs.SketchStore]) -> dict[tuple[str, str], Any]:
         return {
-            (name, mode, kind): scores(store, estimator, asked)
+            (name, kind): scores(store, estimator, asked)
             for name, estimator in TRACED.items()
-            for mode, store in (("recorded", self.recorded), ("averaged", stored))
             for kind, asked in queries.items()
         }
 
@@ -282,19 +292,35 @@ def norms(lab: Lab) -> list[dict[str, Any]]:
     ]
 
 
-def specificity(lab: Lab) -> list[dict[str, Any]]:
-    """(b) TracIn against ReTrac."""
+def recorded_specificity(lab: Lab) -> list[dict[str, Any]]:
+    """(b) TracIn against ReTrac, recorded timesteps."""
     return [
         line
         for study in lab.studies
+        for line in specificity(study, study.recorded_scores, mean_norms(study.recorded), lab.setting)
+    ]
+
+
+def averaged_specificity(lab: Lab) -> list[dict[str, Any]]:
+    """(b) TracIn against ReTrac, averaged timesteps."""
+    return [
+        line
+        for study in lab.studies
+        for line in specificity(study, study.averaged_scores, mean_norms(study.averaged()[0]), lab.setting)
+    ]
+
+
+def specificity(study: Study, values: Any, length: Any, how: Setting) -> list[dict[str, Any]]:
+    """For each kind of query and length of list, TracIn, ReTrac and their ratio."""
+    return [
+        line
         for kind in study.queries
-        for mode, store in (("recorded", study.recorded), ("averaged", study.averaged()[0]))
-        for k in lab.setting.lengths
+        for k in how.lengths
         for line in compared(
-            {"model": study.name, "queries": kind, "timesteps": mode, "k": k},
-            {name: study.scores[name, mode, kind] for name in TRACED},
-            mean_norms(store),
-            lab.setting.share,
+            {"model": study.name, "queries": kind, "k": k},
+            {name: values[name, kind] for name in TRACED},
+            length,
+            how.share,
         )
     ]
 
@@ -392,8 +418,6 @@ def estimators() -> Iterable[tuple[str, Any, str, bool]]:
     yield "ReTrac", rs.ReTrac(), "mse", True
     yield "ReTrac, matched timesteps", rs.ReTrac("matched"), "mse", True
     yield "GradCos / GAS", rs.GradCos(), "mse", True
-    if not hasattr(rs, "TRAK"):
-        return
     yield "TRAK", rs.TRAK(), "mse", True
     yield "TRAK, squared", rs.TRAK(squared=True), "mse", False
     yield "RelatIF", rs.RelatIF(), "mse", True
@@ -405,8 +429,6 @@ def estimators() -> Iterable[tuple[str, Any, str, bool]]:
 
 def by_other_queries(study: Study) -> Iterable[tuple[str, dict[str, Any]]]:
     """Label and scores by kind of query of estimators whose queries are not measured as the training side is."""
-    if not hasattr(rs, "Journey"):
-        return
     stored, _ = study.averaged("mse", study.last, "-last")
     task = rs.DiffusionTask(study.model, scheduler(), device=DEVICE)
     samples = rs.Samples(Images(study.train), task, study.last, study.grid)
@@ -455,7 +477,7 @@ def datamodels(lab: Lab) -> list[dict[str, Any]]:
         )
 
     lines = [
-        line(f"{name}, recorded timesteps", "all", {kind: study.scores[name, "recorded", kind] for kind in losses})
+        line(f"{name}, recorded timesteps", "all", {kind: study.recorded_scores[name, kind] for kind in losses})
         for name in TRACED
     ]
     for label, estimator, measure, every in estimators():
@@ -467,8 +489,6 @@ def datamodels(lab: Lab) -> list[dict[str, Any]]:
 
 def dampings(lab: Lab) -> list[dict[str, Any]]:
     """(e) LDS of TRAK for 27 dampings and for the one that is chosen without labels; last checkpoint."""
-    if not hasattr(rs, "TRAK"):
-        return []
     members, losses = lab.subsets
     stored, queries = lab.main.averaged("mse", lab.main.last, "-last")
     lines: list[dict[str, Any]] = []
@@ -485,10 +505,9 @@ def dampings(lab: Lab) -> list[dict[str, Any]]:
 def removals(lab: Lab) -> list[dict[str, Any]]:
     """(f) The top samples of a generated query removed, the model trained again with the same seed."""
     how, study = lab.setting, lab.main
-    values = {name: study.scores[name, "recorded", "generated"] for name in TRACED}
-    if hasattr(rs, "TRAK"):
-        stored, queries = study.averaged("mse", study.last, "-last")
-        values["TRAK"] = scores(stored, rs.TRAK(), queries["generated"])
+    values = {name: study.recorded_scores[name, "generated"] for name in TRACED}
+    stored, queries = study.averaged("mse", study.last, "-last")
+    values["TRAK"] = scores(stored, rs.TRAK(), queries["generated"])
     lists = {name: top(found, how.removed)[: how.removal_queries] for name, found in values.items()}
     random = np.random.default_rng(how.seed).permutation(lab.ids)[: how.removed]
     lists["random, the same for all"] = np.tile(random, (how.removal_queries, 1))
@@ -504,15 +523,14 @@ def removals(lab: Lab) -> list[dict[str, Any]]:
 
 
 PARTS = {
-    "a": [("Gradient norm against timestep, recorded pairs of all checkpoints", norms)],
-    "b": [("Specificity: TracIn against ReTrac", specificity)],
-    "c": [("Planted outliers (of 16 x 16: 36 photograph patches among digits), found by self-influence", outliers)],
-    "d": [("Training images as their own queries: the rank of the image itself", tracing)],
-    "e": [
-        ("LDS over half-size subsets, mean over queries", datamodels),
-        ("LDS of TRAK by damping, relative to the mean eigenvalue, last checkpoint", dampings),
-    ],
-    "f": [("Change of a query's loss after removing its top samples and training again", removals)],
+    norms: "(a) Gradient norm against timestep, recorded pairs of all checkpoints",
+    recorded_specificity: "(b) Specificity: TracIn against ReTrac, recorded timesteps",
+    averaged_specificity: "(b) Specificity: TracIn against ReTrac, averaged timesteps",
+    outliers: "(c) Planted outliers (of 16 x 16: 36 photograph patches among digits), found by self-influence",
+    tracing: "(d) Training images as their own queries: the rank of the image itself",
+    datamodels: "(e) LDS over half-size subsets, mean over queries",
+    dampings: "(e) LDS of TRAK by damping, relative to the mean eigenvalue, last checkpoint",
+    removals: "(f) Change of a query's loss after removing its top samples and training again",
 }
 
 
@@ -526,7 +544,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setting", default="digits", choices=SETTINGS, help="what to run on")
     parser.add_argument("--folder", type=Path, help="of the data set, unless it is digits")
-    parser.add_argument("--only", default="abcdef", help="letters of parts")
+    names = [part.__name__ for part in PARTS]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="PART", help=f"of {names}")
     parser.add_argument("--out", type=Path, help="for the tables and figures; benchmarks/results is that of digits")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -536,7 +555,7 @@ def main() -> None:
     work = HERE / ".cache" / ("paper" if options.setting == "digits" else f"paper-{options.setting}")
     out = options.out or (HERE / "results" if options.setting == "digits" else work)
     lab = Lab(setting, LOADERS[setting.data](options.folder), work)
-    titles = {part.__name__: f"({letter}) {title}" for letter, parts in PARTS.items() for title, part in parts}
+    titles = {part.__name__: title for part, title in PARTS.items()}
     described = json.loads(json.dumps(asdict(setting)))
     file = out / "paper.json"
     report: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
@@ -547,17 +566,18 @@ def main() -> None:
         "setting": described,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, one torch thread; torch {torch.__version__}",
     }
-    for letter in options.only:
-        for title, part in PARTS[letter]:
-            print(f"({letter}) {title}", flush=True)
-            lines = json.loads(json.dumps(part(lab), default=plain))
-            print(table(lines), flush=True)
-            report["results"][part.__name__] = lines
-            report["dates"][part.__name__] = datetime.datetime.now(datetime.UTC).date().isoformat()
-            out.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(report, indent=1) + "\n")
-            draw(report["results"], DAMPINGS, out)
-            (out / "paper.md").write_text(page(report, titles))
+    out.mkdir(parents=True, exist_ok=True)
+    for part, title in PARTS.items():
+        if part.__name__ not in options.only:
+            continue
+        print(title, flush=True)
+        lines = json.loads(json.dumps(part(lab), default=plain))
+        print(table(lines), flush=True)
+        report["results"][part.__name__] = lines
+        report["dates"][part.__name__] = datetime.datetime.now(datetime.UTC).date().isoformat()
+        file.write_text(json.dumps(report, indent=1) + "\n")
+        draw(report["results"], DAMPINGS, out)
+        (out / "paper.md").write_text(page(report, titles))
 
 
 if __name__ == "__main__":

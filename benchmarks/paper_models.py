@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,8 @@ class Trainer:
         how, noising = self.training, scheduler()
         model = build(how, self.images.shape[1:], seed).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=how.learning_rate, weight_decay=0, fused=True)
+        if record is not None:  # of a training that was interrupted
+            shutil.rmtree(record, ignore_errors=True)
         recorder = None if record is None else rs.TrainingRecorder(record, len(self.images), noising)
         batches = -(-len(ids) // how.batch)
         kept: dict[str, dict[str, Tensor]] = {}
