@@ -130,8 +130,8 @@ class Question:
     group_by: str | npt.ArrayLike | None
     reduce: Reduce
     exclude_self: bool
-    rerank: int | None
-    train: Samples | None
+    rerank: int | None = None
+    train: Samples | None = None
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -185,15 +185,24 @@ def answer(index: Index, queries: SketchStore | Samples, question: Question, cli
         raise ValueError(
             f"queries must be a SketchStore or rs.Samples(dataset, task, checkpoints, timesteps), got {type(queries)}."
         )
-    scan = _Scan(index, index.query_rows(queries), queries.ids, question, which(question.where, index), client)
+    rows = index.query_rows(queries)
+    if samples is not None and train is not None:
+        scan = _Scan(index, rows, queries.ids, question, which(question.where, index), client)
+        found = scan.samples(max(question.rerank or 0, question.k + 1))
+        found, ranks = _rerank(scan, found, samples, train)
+        return _topk(scan, found, question.k, ranks)
+    return answer_rows(index, rows, queries.ids, question, client)
+
+
+def answer_rows(
+    index: Index, rows: Float32, query_ids: npt.NDArray[Any], question: Question, client: Client | None = None
+) -> TopK:
+    """The answer to queries whose rows `[c, q, k]` are known already, without reranking."""
+    scan = _Scan(index, rows, query_ids, question, which(question.where, index), client)
     if question.group_by is not None:
         labels, values = scan.groups(question.group_by)
         return _topk(scan, Found(values, labels, np.zeros_like(values)), question.k)
-    found = scan.samples(max(question.rerank or 0, question.k + 1))
-    ranks = None
-    if samples is not None and train is not None:
-        found, ranks = _rerank(scan, found, samples, train)
-    return _topk(scan, found, question.k, ranks)
+    return _topk(scan, scan.samples(question.k + 1), question.k)
 
 
 @dataclass(frozen=True, eq=False)

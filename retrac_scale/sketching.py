@@ -16,6 +16,7 @@ from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from retrac_scale.calibration import fastest_batch
+from retrac_scale.checkpoints import Checkpoint
 from retrac_scale.gradients import ParameterFilter
 from retrac_scale.preconditioning import Divisors, digest_of
 from retrac_scale.projections import GradientSketcher, LowRank, Projection, from_spec
@@ -23,7 +24,7 @@ from retrac_scale.store import Dtype, Layout, SketchStore, create_store, grow_st
 from retrac_scale.store.compatibility import check_compatible
 from retrac_scale.store.encoding import check_dtype
 from retrac_scale.store.schema import Url, check_columns, check_ids
-from retrac_scale.task import Checkpoint, DiffusionTask
+from retrac_scale.task import DiffusionTask
 from retrac_scale.timesteps import Ids, Pairs, TimestepPlan, draw_noise
 
 if TYPE_CHECKING:
@@ -348,7 +349,7 @@ def _check_items(task: DiffusionTask, dataset: Any, ids: Ids) -> None:
     stride = max(1, len(ids) // FULL_CHECK_SAMPLES)
     first: tuple[int, ...] | None = None
     for row in range(0, len(ids), stride):
-        image, _ = task.check_item(ids[row], dataset[row])
+        image = task.read_item(ids[row], dataset[row]).sample
         first = first or tuple(image.shape)
         if tuple(image.shape) != first:
             raise ValueError(
@@ -367,6 +368,10 @@ def scheduler_spec(scheduler: Any) -> dict[str, Any]:
         "beta_end",
         "prediction_type",
         "rescale_betas_zero_snr",
+        "shift",
+        "flow_shift",
+        "use_flow_sigmas",
+        "use_dynamic_shifting",
     )
     return {"class": type(scheduler).__name__, **{key: config[key] for key in keys if key in config}}
 

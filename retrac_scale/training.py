@@ -12,12 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
+from retrac_scale.checkpoints import StateDict
 from retrac_scale.gradients import ParameterFilter
+from retrac_scale.noising import is_flow, timestep_numbers
 from retrac_scale.projections import Projection
 from retrac_scale.record import IDS, NO_SEED, ROW, SampleRows, TrainingRecord, append, read_record, rows_file
 from retrac_scale.store import Dtype
 from retrac_scale.store.schema import Url, check_columns, check_ids
-from retrac_scale.task import Measure, StateDict
+from retrac_scale.task import Measure
 from retrac_scale.timesteps import check_timesteps
 from retrac_scale.training_sketches import SketchPlan, TrainingSketches, Visits
 
@@ -72,6 +74,7 @@ class TrainingRecorder:
         self.path = Path(path)
         ids = None if isinstance(n_samples, int) else getattr(n_samples, "ids", None)
         self.n_samples = n_samples if isinstance(n_samples, int) else len(n_samples)
+        self._scheduler = scheduler
         self.num_train_timesteps = int(scheduler.config.num_train_timesteps)
         self._ids = None if ids is None else check_ids(ids, self.n_samples)
         self._samples = SampleRows(self.n_samples, self._ids)
@@ -150,7 +153,10 @@ class TrainingRecorder:
                 gradients, and is not needed where the mean itself is differentiated.
         """
         samples = self._samples.rows(_on_host(ids))
-        steps = _on_host(timesteps).astype(np.int64)
+        steps = _on_host(timesteps)
+        if steps.dtype.kind == "f" and is_flow(self._scheduler):
+            steps = timestep_numbers(self._scheduler, torch.from_numpy(steps)).numpy()
+        steps = steps.astype(np.int64)
         if steps.shape != samples.shape:
             raise ValueError(f"got {len(samples)} ids but timesteps of shape {steps.shape}; give one timestep per id.")
         check_timesteps(steps, self.num_train_timesteps)

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
+from retrac_scale.checkpoints import StateDict, weights_digest
 from retrac_scale.gradients import ParameterFilter
 from retrac_scale.projections import Projection
 from retrac_scale.projections.live import LiveSketcher
@@ -33,7 +34,6 @@ from retrac_scale.store import (
 from retrac_scale.store.part import ROOT, group_json
 from retrac_scale.store.schema import Url
 from retrac_scale.store.writer import unfinished
-from retrac_scale.task import StateDict, weights_digest
 
 Visits = int | Literal["sum"]
 KIND = "WhileTraining"
