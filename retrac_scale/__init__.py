@@ -11,6 +11,7 @@ from retrac_scale.samples import Samples, take
 from retrac_scale.sketching import sketch
 from retrac_scale.store import IncompleteStoreError, SketchStore, open_store, write_store
 from retrac_scale.task import DiffusionTask
+from retrac_scale.tasks import FailedTasksError
 from retrac_scale.timesteps import EvenlySpaced, Explicit, Recorded, TrainingRecorder, draw_noise
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "EvenlySpaced",
     "Explanation",
     "Explicit",
+    "FailedTasksError",
     "GradCos",
     "GradDot",
     "GradientSketcher",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import dask
 import numpy as np
 import numpy.typing as npt
 
@@ -13,7 +12,7 @@ from retrac_scale.store import SketchStore, open_store
 from retrac_scale.store.compatibility import check_compatible
 from retrac_scale.store.encoding import Float32
 from retrac_scale.store.schema import Url
-from retrac_scale.tasks import compute
+from retrac_scale.tasks import Task, results
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -45,14 +44,15 @@ def self_influence(
         raise ValueError("workers cannot reach this process's memory; give the stores paths or URLs.")
     left: SketchStore | Url = store if client is None else store.url
     right = None if queries is None else queries if client is None else queries.url
-    one = dask.delayed(_self_influence_of_block, name="self-influence", pure=False)
-    parts = compute([one(left, right, estimator, samples) for samples in store.blocks], client)
+    tasks = [Task(f"self-influence-samples-{block.start}-{block.stop}", (block,)) for block in store.blocks]
+    parts = results(_self_influence_of_block, tasks, client, shared=(left, right, estimator))
     return np.concatenate(parts).astype(np.float32)
 
 
 def _self_influence_of_block(
-    store: SketchStore | Url, queries: SketchStore | Url | None, estimator: Estimator, samples: slice
+    common: tuple[SketchStore | Url, SketchStore | Url | None, Estimator], samples: slice
 ) -> npt.NDArray[np.float64]:
+    store, queries, estimator = common
     store = store if isinstance(store, SketchStore) else open_store(store)
     queries = queries if queries is None or isinstance(queries, SketchStore) else open_store(queries)
     total = np.zeros(samples.stop - samples.start)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -243,14 +244,20 @@ class _Scan:
         index = self.index
         source = index if self.client is None else _for_workers(index)
         rows: Any = self.rows if self.client is None else self.client.scatter(self.rows, broadcast=True)
-        task = dask.delayed(function, name=name, pure=False)
+        task = dask.delayed(function, pure=False)
+
+        def key(run: list[int]) -> str:
+            return f"{name}-chunks-{run[0]}-{run[-1] + 1}-{uuid.uuid4().hex[:8]}"
 
         def share(values: npt.NDArray[Any] | None, run: list[int]) -> list[Any]:
             return [None if values is None else values[index.chunks[number]] for number in run]
 
         if codes is not None:
-            return [task(source, run, share(self.mask, run), rows, common, share(codes, run)) for run in runs]
-        return [task(source, run, share(self.mask, run), rows, common) for run in runs]
+            return [
+                task(source, run, share(self.mask, run), rows, common, share(codes, run), dask_key_name=key(run))
+                for run in runs
+            ]
+        return [task(source, run, share(self.mask, run), rows, common, dask_key_name=key(run)) for run in runs]
 
 
 def _for_workers(index: Index) -> Source:
