@@ -52,7 +52,7 @@ RANKS = (4, 8, 16, 32)
 DENSE_DIMS = (512, 1024, 2048)
 PEER_DIMS = (2048,)
 DTYPES = {"int8": 1, "float16": 2, "float32": 4}
-DEFAULTS = ("LowRank(8, 2048)", "CountSketch(4096)")
+DEFAULTS = ("LowRank(16, 2048)", "CountSketch(4096)")
 
 
 class UnlabelledDiT(nn.Module):

@@ -8,10 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from retrac_scale.estimators import Estimator, common_timesteps
-from retrac_scale.store import SketchStore, open_store
+from retrac_scale.store import SketchStore
 from retrac_scale.store.compatibility import check_compatible
 from retrac_scale.store.encoding import Float32
-from retrac_scale.store.schema import Url
 from retrac_scale.tasks import Task, results
 
 if TYPE_CHECKING:
@@ -21,7 +20,9 @@ if TYPE_CHECKING:
 def self_influence(
     store: SketchStore, estimator: Estimator, *, queries: SketchStore | None = None, client: Client | None = None
 ) -> Float32:
-    """Score of every sample with itself as the query, float32 `[n]`, block by block.
+    """Score of every sample with itself as the query, float32 `[n]`, block by block; NaN for deleted samples.
+
+    Values stand in the order of `store.ids`. NumPy sorts NaN behind all numbers; `store.alive` tells the others.
 
     With one recorded timestep per sample, ReTrac's direction is compared with itself and carries no information; give
     `queries`, the same samples sketched at the query timesteps, to have the paper's score.
@@ -42,19 +43,17 @@ def self_influence(
             raise ValueError("matched pairing needs the same timesteps on both sides; use pairing='cross'.")
     if client is not None and (store.url is None or (queries is not None and queries.url is None)):
         raise ValueError("workers cannot reach this process's memory; give the stores paths or URLs.")
-    left: SketchStore | Url = store if client is None else store.url
-    right = None if queries is None else queries if client is None else queries.url
     tasks = [Task(f"self-influence-samples-{block.start}-{block.stop}", (block,)) for block in store.blocks]
-    parts = results(_self_influence_of_block, tasks, client, shared=(left, right, estimator))
-    return np.concatenate(parts).astype(np.float32)
+    parts = results(_self_influence_of_block, tasks, client, shared=(store, queries, estimator))
+    values: Float32 = np.concatenate(parts).astype(np.float32)
+    values[store.deleted if queries is None else store.deleted | queries.deleted] = np.nan
+    return values
 
 
 def _self_influence_of_block(
-    common: tuple[SketchStore | Url, SketchStore | Url | None, Estimator], samples: slice
+    common: tuple[SketchStore, SketchStore | None, Estimator], samples: slice
 ) -> npt.NDArray[np.float64]:
     store, queries, estimator = common
-    store = store if isinstance(store, SketchStore) else open_store(store)
-    queries = queries if queries is None or isinstance(queries, SketchStore) else open_store(queries)
     total = np.zeros(samples.stop - samples.start)
     for checkpoint, weight in store.weights.items():
         left = estimator.rows(store, checkpoint, samples)

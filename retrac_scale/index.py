@@ -53,6 +53,8 @@ MIN_CHUNK_SAMPLES = 64
 PIECE_BYTES = 64 * 2**20
 NORM_ROWS = 256
 SETTLED_NS = 10**9
+ASKED = ("format", "store", "measure", "estimator", "dtype")
+"""What of an index's description was asked for; the rest is what its store was when it was built."""
 Stamp = tuple[int, ...]
 UNWRITTEN = -128
 """Fill value of int8 rows, which no row holds; those of floats are NaN: a missing chunk is never data."""
@@ -164,9 +166,10 @@ class Index:
         if not found and store.revision != self.meta["revision"]:
             found = ["samples, checkpoints or blocks were added, deleted or written anew"]
         if found:
+            known = url is not None or self.url is None  # else build_index cannot tell whose index it would replace
             raise StaleIndexError(
                 f"the store {url or 'in memory'} has changed since the index was built: {'; '.join(found)}; "
-                "build the index again."
+                f"build the index again{'' if known else ' at another path'}."
             )
         stamp = _stamp(store)
         self._checked = None if stamp is None else (store, stamp)
@@ -267,6 +270,7 @@ def build_index(
 ) -> Index:
     """Collapse a complete store for one estimator; an index of the same store and estimator at `out` is kept.
 
+    When the store has changed since, the index at `out` is replaced; those who have it open are refused from then on.
     Deleted samples are left out. Memory stays below a few blocks of the store per thread. Rows in int8 change a score
     by at most sum_c |w_c| max_k |row_k| sum_k |query_k| / 254.
 
@@ -314,9 +318,12 @@ def build_index(
             raise ValueError(f"{out} holds something that is no index; choose another path.")
         if stored.get("complete"):
             found = differences({k: v for k, v in stored.items() if k != "complete"}, meta)
-            if found:
-                raise ValueError(f"{out} already holds a different index: {'; '.join(found)}; choose another path.")
-            return Index(open_root(out, "index"), out, store)
+            if not found:
+                return Index(open_root(out, "index"), out, store)
+            other = differences({key: stored[key] for key in ASKED}, {key: meta[key] for key in ASKED})
+            if other or meta["store"] is None:
+                what = "; ".join(other or found)
+                raise ValueError(f"{out} already holds a different index: {what}; choose another path.")
     root = zarr.open_group(location, mode="a")
     root.attrs[ATTRIBUTE] = {"what": "index", "format": FORMAT_VERSION}
     chunks = create_arrays(root, len(store.checkpoints), store.ids[kept], estimator.width(store), dtype)
@@ -379,10 +386,11 @@ def _build_chunk(
     rows = np.empty((len(kept), estimator.width(store)), np.float32)
     _, t, k = store.shape
     step = max(1, PIECE_BYTES // (4 * t * k))
-    for start in range(0, len(kept), step):
-        places = kept[start : start + step]
-        piece = slice(int(places[0]), int(places[-1]) + 1)
-        rows[start : start + step] = estimator.rows(store, name, piece)[places - piece.start]
+    stop = 0
+    while (start := stop) < len(kept):  # a piece is at most `step` samples of the store, deleted ones included
+        stop = int(np.searchsorted(kept, kept[start] + step))
+        piece = slice(int(kept[start]), int(kept[stop - 1]) + 1)
+        rows[start:stop] = estimator.rows(store, name, piece)[kept[start:stop] - piece.start]
     write_rows(root, checkpoint, samples, rows, store.weights[name], dtype)
 
 

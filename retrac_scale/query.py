@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 from retrac_scale.index import Index, Reduce, Side, open_on_worker
-from retrac_scale.rerank import exact_scores
+from retrac_scale.rerank import as_measured, exact_scores
 from retrac_scale.samples import Samples
 from retrac_scale.scan import Bools, Chunk, Float64, Found, merge, scores, top
 from retrac_scale.store import SketchStore
@@ -180,8 +180,8 @@ def answer(index: Index, queries: SketchStore | Samples, question: Question, cli
         return _topk(scan, Found(values, labels, np.zeros_like(values)), question.k)
     found = scan.samples(max(question.rerank or 0, question.k + 1))
     ranks = None
-    if question.rerank and samples is not None and question.train is not None:
-        found, ranks = _rerank(scan, found, samples, question.train, store)
+    if question.rerank and samples is not None and question.train is not None and store is not None:
+        found, ranks = _rerank(scan, found, samples, as_measured(question.train, store))
     return _topk(scan, found, question.k, ranks)
 
 
@@ -196,12 +196,15 @@ class _Scan:
     mask: Bools | None
     client: Client | None
 
+    @property
+    def _matching(self) -> list[int]:
+        """Numbers of the chunks that hold a sample that counts."""
+        mask = self.mask
+        return [i for i, samples in enumerate(self.index.chunks) if mask is None or mask[samples].any()]
+
     def samples(self, k: int) -> Found:
         """The k best samples of each lane."""
-        index, question = self.index, self.question
-        chunks = [
-            number for number, samples in enumerate(index.chunks) if self.mask is None or self.mask[samples].any()
-        ]
+        question, chunks = self.question, self._matching
         workers = torch.get_num_threads() if self.client is None else sum(self.client.nthreads().values())
         count = min(len(chunks), max(workers, -(-len(chunks) // RUN_CHUNKS) if self.client else 1))
         floor = None if self.client else np.full(len(question.signs) * self.rows.shape[1], -np.inf)
@@ -217,11 +220,11 @@ class _Scan:
     def groups(self, group_by: str | npt.ArrayLike) -> tuple[npt.NDArray[Any], Float64]:
         """Labels and scores of all groups in each lane, `[lane, g]` both, best first; -inf for groups without samples.
 
-        Sums are formed in an order that depends on the index's chunks alone.
+        Sums are formed in an order that depends on the index's chunks and the mask alone.
         """
         labels, codes = np.unique(_labels(group_by, self.index), return_inverse=True)
-        chunks = range(len(self.index.chunks))
-        runs = [list(chunks[i : i + GROUP_CHUNKS]) for i in range(0, len(chunks), GROUP_CHUNKS)]
+        chunks = self._matching
+        runs = [chunks[i : i + GROUP_CHUNKS] for i in range(0, len(chunks), GROUP_CHUNKS)]
         question = self.question
         excluded = self.query_ids if question.exclude_self else None
         common = (question.signs, excluded, question.reduce, len(labels))
@@ -327,16 +330,9 @@ def _merge_groups(
     return totals, counts
 
 
-def _rerank(
-    scan: _Scan, found: Found, queries: Samples, train: Samples, store: SketchStore | None
-) -> tuple[Found, npt.NDArray[np.int64]]:
+def _rerank(scan: _Scan, found: Found, queries: Samples, train: Samples) -> tuple[Found, npt.NDArray[np.int64]]:
     """The m best by sketch in the order of their exact scores, and their ranks by sketch."""
     index, signs = scan.index, scan.question.signs
-    measured = None if store is None else {k: v for k, v in store.fingerprint["timesteps"].items() if k != "digest"}
-    if measured is not None and measured != train.timesteps.spec():
-        raise ValueError(
-            f"the store was measured at {measured}, but train= is at {train.timesteps.spec()}; use the same."
-        )
     found = _filled(found, scan.question.k)
     candidates = np.unique(found.ids)
     exact = exact_scores(

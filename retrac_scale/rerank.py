@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,44 @@ import numpy.typing as npt
 from retrac_scale.estimators import Estimator
 from retrac_scale.projections import GradientSketcher, Identity
 from retrac_scale.samples import Samples
-from retrac_scale.sketching import pair_losses
+from retrac_scale.sketching import pair_losses, plan_digest, scheduler_spec
+from retrac_scale.store import SketchStore
 from retrac_scale.store.encoding import Float32
+from retrac_scale.store.part import plans_of
+from retrac_scale.store.schema import differences
+from retrac_scale.task import DiffusionTask
 from retrac_scale.timesteps import Pairs
 
 BATCH_PAIRS = 64
 BATCH_BYTES = 256 * 2**20
+
+
+def as_measured(train: Samples, store: SketchStore) -> Samples:
+    """The training samples with their plans in the store's order, once they are known to give the store's pairs.
+
+    Every timestep and noise seed of the store's samples is compared, by the digests in its fingerprint.
+
+    Raises:
+        ValueError: they would be measured otherwise than the store's; says what differs.
+    """
+    given = {"measure": train.task.measure, "scheduler": scheduler_spec(train.task)}
+    found = differences({key: store.fingerprint.get(key) for key in given}, given)
+    stored, specs = plans_of(store.fingerprint), [plan.spec() for plan in train.plans]
+    if len(specs) != len(stored) or any(spec not in specs for spec in stored):
+        found.append(f"timesteps are {stored} there and {specs} here")
+    if found:
+        raise ValueError(f"the store was measured otherwise than train=: {'; '.join(found)}; use the same.")
+    plans = [train.plans[specs.index(spec)] for spec in stored]
+    for part in store.parts:
+        if not isinstance(part.fingerprint["timesteps"], Mapping):
+            raise ValueError("rerank needs an index of a whole store, not of samples taken from one; use where= there.")
+        plan = plans[stored.index(plans_of(part.fingerprint)[0])]
+        pairs = {name: plan.pairs(name, part.ids, train.task.num_train_timesteps) for name in part.checkpoints}
+        if plan_digest(pairs) != part.fingerprint["timesteps"]["digest"]:
+            raise ValueError(
+                f"the store was measured at other timesteps or noise than {plan} gives; use the same record."
+            )
+    return replace(train, timesteps=plans)
 
 
 def exact_scores(
@@ -71,25 +104,36 @@ def _full_rows(
             raise ValueError(f"checkpoint {checkpoint!r} has other weights than the one that the index was made with.")
         sketcher = GradientSketcher(task.model, Identity(), parameters=list(fingerprint["parameters"]).__contains__)
         ids = samples.ids[chosen]
-        plan = samples.timesteps.pairs(checkpoint, ids, task.num_train_timesteps)
-        t = plan.timesteps.shape[1]
-        pairs = max(1, min(BATCH_PAIRS // plan.draws, BATCH_BYTES // (4 * sketcher.dim)))
-        size = max(1, pairs // t)
+        plans = [plan.pairs(checkpoint, ids, task.num_train_timesteps) for plan in samples.plans]
+        t = sum(plan.timesteps.shape[1] for plan in plans)
+        size = max(1, min(BATCH_PAIRS, BATCH_BYTES // (4 * sketcher.dim)) // t)
         with sketcher:
             for start in range(0, len(chosen), size):
                 batch = slice(start, min(start + size, len(chosen)))
-                part = Pairs(plan.timesteps[batch], plan.seeds[batch], plan.draws)
                 items = [
                     task.check_item(i, samples.dataset[int(row)])
                     for i, row in zip(ids[batch], chosen[batch], strict=True)
                 ]
-                gradients = np.empty((len(items) * t, sketcher.dim), np.float32)
-                norms = np.empty(len(items) * t, np.float32)
-                for first in range(0, len(gradients), pairs):
-                    some = np.arange(first, min(first + pairs, len(gradients)))
-                    gradient, norm = sketcher(pair_losses(task, items, ids[batch], part, some))
-                    gradients[some], norms[some] = gradient.cpu().numpy(), norm.cpu().numpy()
-                shape = (len(items), t)
-                yield batch, estimator.collapse(gradients.reshape(*shape, -1), norms.reshape(shape))
+                gradients = np.empty((len(items), t, sketcher.dim), np.float32)
+                norms = np.empty((len(items), t), np.float32)
+                column = 0
+                for plan in plans:
+                    part = Pairs(plan.timesteps[batch], plan.seeds[batch], plan.draws)
+                    for places, gradient, norm in _gradients(sketcher, task, items, ids[batch], part):
+                        rows, steps = np.divmod(places, plan.timesteps.shape[1])
+                        gradients[rows, column + steps], norms[rows, column + steps] = gradient, norm
+                    column += plan.timesteps.shape[1]
+                yield batch, estimator.collapse(gradients, norms)
     finally:
         task.model.load_state_dict(before)
+
+
+def _gradients(
+    sketcher: GradientSketcher, task: DiffusionTask, items: list[Any], ids: npt.NDArray[Any], plan: Pairs
+) -> Iterator[tuple[npt.NDArray[np.int64], Float32, Float32]]:
+    """Places in `plan.timesteps`, full gradients and norms of all pairs of some samples, some at a time."""
+    size = max(1, min(BATCH_PAIRS // plan.draws, BATCH_BYTES // (4 * sketcher.dim)))
+    for first in range(0, plan.timesteps.size, size):
+        some = np.arange(first, min(first + size, plan.timesteps.size))
+        gradient, norm = sketcher(pair_losses(task, items, ids, plan, some))
+        yield some, gradient.cpu().numpy(), norm.cpu().numpy()

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from retrac_scale.sketching import dataset_ids, sketch
 from retrac_scale.store import SketchStore, create_store, write_block
+from retrac_scale.store.part import plans_of
 from retrac_scale.store.schema import check_ids
 from retrac_scale.task import Checkpoint, DiffusionTask
 from retrac_scale.timesteps import TimestepPlan
@@ -24,27 +25,38 @@ class Samples:
         dataset: map-style, as for `sketch`.
         task: what is differentiated.
         checkpoints: {name: state dict, path, or callable}.
-        timesteps: `Recorded(path)`, `EvenlySpaced(count)` or `Explicit([...])`.
+        timesteps: `Recorded(path)`, `EvenlySpaced(count)` or `Explicit([...])`; a list of those that a store grew by.
     """
 
     dataset: Any
     task: DiffusionTask
     checkpoints: Mapping[str, Checkpoint]
-    timesteps: TimestepPlan
+    timesteps: TimestepPlan | Sequence[TimestepPlan]
 
     @property
     def ids(self) -> npt.NDArray[Any]:
         """Sample ids `[n]`."""
         return check_ids(dataset_ids(self.dataset), len(self.dataset))
 
+    @property
+    def plans(self) -> list[TimestepPlan]:
+        """The timestep plans, mostly one."""
+        return list(self.timesteps) if isinstance(self.timesteps, Sequence) else [self.timesteps]
+
     def sketch(self, like: SketchStore) -> SketchStore:
-        """Their sketches in memory, float32, made as those of another store."""
+        """Their sketches in memory, float32, made as those of another store.
+
+        Raises:
+            ValueError: they have several timestep plans, or do not fit the other store.
+        """
+        if len(self.plans) != 1:
+            raise ValueError(f"queries are measured by one timestep plan, got {len(self.plans)}; give one of them.")
         return sketch(
             self.task,
             self.dataset,
             None,
             checkpoints=self.checkpoints,
-            timesteps=self.timesteps,
+            timesteps=self.plans[0],
             dtype="float32",
             like=like,
             progress=False,
@@ -64,12 +76,15 @@ def take(store: SketchStore, ids: Sequence[Any] | npt.NDArray[Any]) -> SketchSto
     chosen = [places[sample] for sample in np.asarray(ids).tolist()]
     _, t, k = store.shape
     quantities = [name for name in ("loss", "timestep") if store.has(name)]
+    fingerprint = store.fingerprint
+    if "timesteps" in fingerprint:
+        fingerprint["timesteps"] = plans_of(fingerprint)  # their digests are those of other samples
     taken = create_store(
         None,
         shape=(len(chosen), t, k),
         ids=store.ids[chosen],
         weights=store.weights,
-        fingerprint=store.fingerprint,
+        fingerprint=fingerprint,
         dtype="float32",
         quantities=quantities,
         columns={name: values[chosen] for name, values in store.columns.items()},

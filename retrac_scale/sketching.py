@@ -126,10 +126,10 @@ def sketch(
             "projection": projection.spec(),
             "parameters": {name: list(shape) for name, shape in sketcher.shapes.items()},
             "checkpoints": digests,
-            "scheduler": _scheduler_spec(task),
+            "scheduler": scheduler_spec(task),
             "measure": task.measure,
             "autocast": task.autocast,
-            "timesteps": {**timesteps.spec(), "digest": _plan_digest(plans)},
+            "timesteps": {**timesteps.spec(), "digest": plan_digest(plans)},
         }
         if like is not None:
             check_compatible(like.fingerprint, like.checkpoints, fingerprint, list(checkpoints))
@@ -139,7 +139,7 @@ def sketch(
             return {
                 **fingerprint,
                 "checkpoints": {name: digests[name] for name in names},
-                "timesteps": {**timesteps.spec(), "digest": _plan_digest(pairs)},
+                "timesteps": {**timesteps.spec(), "digest": plan_digest(pairs)},
             }
 
         pairs = (next(iter(plans.values())).timesteps.shape[1], sketcher.dim)
@@ -369,7 +369,8 @@ def _check_items(task: DiffusionTask, dataset: Any, ids: Ids) -> None:
             )
 
 
-def _scheduler_spec(task: DiffusionTask) -> dict[str, Any]:
+def scheduler_spec(task: DiffusionTask) -> dict[str, Any]:
+    """What of the scheduler determines the noisy images."""
     config = dict(task.scheduler.config)
     keys = (
         "num_train_timesteps",
@@ -382,7 +383,8 @@ def _scheduler_spec(task: DiffusionTask) -> dict[str, Any]:
     return {"class": type(task.scheduler).__name__, **{key: config[key] for key in keys if key in config}}
 
 
-def _plan_digest(plans: Mapping[str, Pairs]) -> str:
+def plan_digest(plans: Mapping[str, Pairs]) -> str:
+    """A digest of every timestep and noise seed of some samples at some checkpoints."""
     digest = hashlib.blake2b(digest_size=16)
     for name, plan in plans.items():
         digest.update(name.encode() + plan.timesteps.tobytes() + plan.seeds.tobytes())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,20 @@ def test_deleted_samples_are_left_out_of_an_index(tmp_path: Path) -> None:
         rs.build_index(store, rs.ReTrac(), None)
 
 
+def test_memory_of_building_does_not_grow_with_deletions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("retrac_scale.index.PIECE_BYTES", 2**16)
+    rows = np.random.default_rng(0).standard_normal((8192, 1, 512), dtype=np.float32)
+    store = rs.write_store(tmp_path / "s", {"a": rows}, dtype="float32")
+    store.delete(np.flatnonzero(np.arange(8192) % 64))
+    tracemalloc.start()
+    index = rs.build_index(store, rs.TracIn(), tmp_path / "i", dtype="float32")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**21, f"{peak} bytes to build an index of 256 kB out of a store of 16 MB"
+    stored = np.concatenate([index.chunk(number).rows[0] for number in range(len(index.chunks))])
+    np.testing.assert_array_equal(stored, rows[::64, 0])
+
+
 def test_a_store_that_changed_is_refused_with_the_reason(tmp_path: Path) -> None:
     store, queries = stores(tmp_path)
     index = rs.build_index(store, rs.ReTrac(), tmp_path / "i")
@@ -97,6 +112,34 @@ def test_a_store_that_changed_is_refused_with_the_reason(tmp_path: Path) -> None
     for opened in (index, rs.open_index(tmp_path / "i")):
         with pytest.raises(rs.StaleIndexError, match="added, deleted or written anew; build the index again"):
             opened.query(queries)
+    again = rs.build_index(store, rs.ReTrac(), tmp_path / "i")
+    assert 5 not in again.query(queries, 299).ids
+    np.testing.assert_array_equal(rs.open_index(tmp_path / "i").ids, again.ids)
+    with pytest.raises(rs.StaleIndexError):
+        index.query(queries)
+    with pytest.raises(ValueError, match=r"estimator\.kind is 'ReTrac' there and 'TracIn' here; choose another path"):
+        rs.build_index(store, rs.TracIn(), tmp_path / "i")
+
+
+def test_a_stale_index_of_another_store_is_not_replaced(tmp_path: Path) -> None:
+    store, _ = stores(tmp_path)
+    rs.build_index(store, rs.ReTrac(), tmp_path / "i")
+    moved = shutil.move(tmp_path / "s", tmp_path / "elsewhere")
+    rs.open_store(moved).delete([5])
+    with pytest.raises(ValueError, match=r"store is .* there and .* here; choose another path"):
+        rs.build_index(rs.open_store(moved), rs.ReTrac(), tmp_path / "i")
+    assert rs.open_index(tmp_path / "i").shape[1] == 300
+
+
+def test_a_stale_index_of_a_store_in_memory_asks_for_another_path(tmp_path: Path) -> None:
+    store, queries = stores(None)
+    index = rs.build_index(store, rs.ReTrac(), tmp_path / "i")
+    store.delete([5])
+    with pytest.raises(rs.StaleIndexError, match="build the index again at another path"):
+        index.query(queries)
+    with pytest.raises(ValueError, match=r"revision is .*; choose another path"):
+        rs.build_index(store, rs.ReTrac(), tmp_path / "i")
+    assert rs.build_index(store, rs.ReTrac(), tmp_path / "j").query(queries, 1).ids.shape == (3, 1)
 
 
 @pytest.mark.parametrize("change", ["deleted", "uncommitted"])
@@ -139,6 +182,18 @@ def test_a_damaged_or_missing_chunk_is_never_scored(tmp_path: Path) -> None:
     fsspec.filesystem("memory").rm("/damaged/row/c/1/2/0")
     with pytest.raises(DamagedStoreError, match=r"samples 128 \.\. 191 of the index memory://damaged are missing"):
         remote.query(queries)
+
+
+@pytest.mark.parametrize("options", [{}, {"group_by": "artist"}])
+def test_chunks_that_cannot_match_are_not_read(tmp_path: Path, options: dict[str, Any]) -> None:
+    store, queries = stores(tmp_path)
+    index = rs.build_index(store, rs.ReTrac(), tmp_path / "i")
+    few = index.query(queries, 5, where="id < 64 or id >= 192", **options)
+    (tmp_path / "i" / "row" / "c" / "1" / "2" / "0").unlink()  # samples 128 .. 191
+    index = rs.open_index(tmp_path / "i")
+    np.testing.assert_array_equal(index.query(queries, 5, where="id < 64 or id >= 192", **options).ids, few.ids)
+    with pytest.raises(DamagedStoreError, match="is missing"):
+        index.query(queries, 5, where="id < 129", **options)
 
 
 def test_workers_build_the_same_files_and_give_the_same_answers(tmp_path: Path) -> None:

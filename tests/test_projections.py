@@ -77,12 +77,12 @@ def test_sketches_of_different_seeds_and_parameters_are_independent() -> None:
 @pytest.mark.parametrize("seeds", [range(300)])
 def test_lowrank_inner_products_are_unbiased(seeds: range) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(2, 12, 3), nn.SiLU(), nn.Flatten(), nn.Linear(12 * 16, 10))
+    model = nn.Sequential(nn.Conv2d(2, 16, 3), nn.SiLU(), nn.Flatten(2), nn.Linear(16, 20))
     x = torch.randn(2, 2, 6, 6)
 
     def sketches(projection: Any) -> Tensor:
         with rs.GradientSketcher(model, projection) as sketcher:
-            sketch: Tensor = sketcher(model(x).square().sum(1))[0]
+            sketch: Tensor = sketcher(model(x).square().sum((1, 2)))[0]
         return sketch
 
     full = sketches(rs.Identity())
@@ -108,6 +108,26 @@ def test_lowrank_norm_is_that_of_the_sketch_and_countsketch_norm_is_exact() -> N
     torch.testing.assert_close(sketched(rs.CountSketch(16))[1], full.norm(dim=1), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("norm", ["estimate", "exact"])
+def test_lowrank_mixes_a_linear_layer_over_positions_and_keeps_one_that_sees_a_vector_whole(norm: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 24), nn.SiLU(), nn.Linear(24, 16))
+
+    def sketched(projection: Any, x: Tensor) -> Tensor:
+        sketcher = rs.GradientSketcher(model, projection)
+        with sketcher:
+            found = sketcher(model(x).square().flatten(1).sum(1))
+        sketcher.check(
+            found, lambda: model(x).square().flatten(1).sum(1), lambda: model(x[:1]).square().sum()[None], "sample 0"
+        )
+        return found[0]
+
+    vectors, sequences = torch.randn(3, 5), torch.randn(3, 7, 5)
+    lowrank, countsketch = rs.LowRank(4, 64, norm=norm), rs.CountSketch(64)
+    torch.testing.assert_close(sketched(lowrank, vectors), sketched(countsketch, vectors))
+    assert not torch.allclose(sketched(lowrank, sequences), sketched(countsketch, sequences), rtol=0.1)
+
+
 @pytest.mark.parametrize("projection", [rs.CountSketch(64, 3), rs.LowRank(4, 64, 1), rs.Identity()])
 def test_a_projection_is_rebuilt_from_its_description(projection: Projection) -> None:
     assert from_spec(projection.spec()) == projection
@@ -123,13 +143,13 @@ def test_a_dimension_below_one_is_refused(dim: int) -> None:
 def test_lowrank_with_exact_norm_is_the_same_sketch_with_the_full_norm(rank: int) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(2, 12, 3, stride=2), nn.SiLU(), nn.Conv2d(12, 8, 3, padding=1), nn.Flatten(), nn.Linear(32, 20)
+        nn.Conv2d(2, 12, 3, stride=2), nn.SiLU(), nn.Conv2d(12, 8, 3, padding=1), nn.Flatten(2), nn.Linear(4, 20)
     )
     x = torch.randn(3, 2, 6, 6)
 
     def sketched(projection: Any) -> tuple[Tensor, Tensor]:
         with rs.GradientSketcher(model, projection) as sketcher:
-            return sketcher(model(x).square().sum(1))
+            return sketcher(model(x).square().sum((1, 2)))
 
     estimate, exact = sketched(rs.LowRank(rank, 128)), sketched(rs.LowRank(rank, 128, norm="exact"))
     torch.testing.assert_close(exact[0], estimate[0], rtol=1e-4, atol=1e-4)

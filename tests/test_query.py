@@ -92,6 +92,26 @@ def test_scores_and_order_equal_float64_brute_force(name: str) -> None:
     np.testing.assert_allclose(index.scores(queries).compute(), scores, atol=3e-6 * np.abs(scores).max())
 
 
+@pytest.mark.parametrize("name", sorted(ESTIMATORS))
+def test_a_bfloat16_store_is_queried_as_what_it_holds(name: str) -> None:
+    """Entries of eight bits, which bfloat16 holds exactly, so that the rows as they were given are the oracle."""
+    estimator, reference = ESTIMATORS[name]
+    rng = np.random.default_rng(0)
+    train, asked = (
+        {c: np.concatenate([rng.integers(-127, 128, (n, 2, 15)), np.full((n, 2, 1), 128)], 2) / 8.0 for c in ("a", "b")}
+        for n in (150, 3)
+    )
+    weights = {"a": 0.25, "b": -1.5}
+    store = rs.write_store(None, train, weights=weights, dtype="bfloat16")
+    queries = rs.write_store(None, asked, dtype="bfloat16")
+    scores = reference(train, asked, weights)
+    answer = rs.build_index(store, estimator, None, dtype="float32").query(queries, 150)
+    np.testing.assert_array_equal(answer.ids, expected_order(scores, np.arange(150), 150))
+    np.testing.assert_allclose(answer.scores, -np.sort(-scores, axis=1), atol=3e-6 * np.abs(scores).max())
+    expected = np.diag(reference(train, train, weights))
+    np.testing.assert_allclose(rs.self_influence(store, estimator), expected, rtol=1e-5)
+
+
 @given(name=st.sampled_from(sorted(ESTIMATORS)), seed=st.integers(0, 99), n=st.integers(1, 150), t=st.integers(1, 3))
 def test_int8_scores_are_within_the_documented_bound(name: str, seed: int, n: int, t: int) -> None:
     estimator, _ = ESTIMATORS[name]
@@ -312,6 +332,20 @@ def test_self_influence_is_the_score_of_a_sample_with_itself() -> None:
     other = rs.write_store(None, {c: x[:, :1] for c, x in sketches.items()}, dtype="float32")
     expected = np.diag(oracle.retrac(sketches, {c: x[:, :1] for c, x in sketches.items()}, weights))
     np.testing.assert_allclose(rs.self_influence(store, rs.ReTrac(), queries=other), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_self_influence_of_deleted_samples_is_nan() -> None:
+    store, _, weights, *_ = pair_of_stores(2, 130, 2)
+    expected = np.diag(brute_force(oracle.retrac, store, store, weights)).copy()
+    queries = rs.write_store(None, {c: store.sketches(c) for c in weights}, dtype="float32")
+    store.delete([3, 129])
+    expected[[3, 129]] = np.nan
+    np.testing.assert_allclose(rs.self_influence(store, rs.ReTrac()), expected, rtol=1e-4, atol=1e-5)
+    queries.delete([64])
+    expected[64] = np.nan
+    found = rs.self_influence(store, rs.ReTrac(), queries=queries)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert not set(np.argsort(-found)[:127].tolist()) & {3, 64, 129}
 
 
 def test_a_gradient_of_norm_zero_scores_zero_under_retrac() -> None:

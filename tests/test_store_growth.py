@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,15 @@ def test_a_grown_store_equals_one_sketched_at_once_and_keeps_every_file(tmp_path
     after = contents(tmp_path / "s")
     sketch(tmp_path / "s", **GROWTHS[growth], grow=True)
     assert contents(tmp_path / "s") == after
+
+
+def test_every_slice_of_a_store_grown_by_samples_is_that_of_the_whole(tmp_path: Path) -> None:
+    sketch(tmp_path / "s", n=5)
+    sketch(tmp_path / "s", n=7, grow=True)
+    grown = sketch(tmp_path / "s", n=9, grow=True)
+    whole = sketch(None, n=9).sketches("a")
+    for start, stop in itertools.combinations_with_replacement(range(10), 2):
+        np.testing.assert_array_equal(grown.sketches("a", slice(start, stop)), whole[start:stop])
 
 
 def test_a_checkpoint_is_added_without_the_earlier_ones(tmp_path: Path) -> None:

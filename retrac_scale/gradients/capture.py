@@ -73,6 +73,8 @@ class GradientCapture:
             for name in layer.parameters.values():
                 users[name] += 1
         self._shared = {name for name, count in users.items() if count > 1}
+        self.single_position: set[str] = set()
+        """Weights of the linear layers that saw every row of the last batch as one vector."""
         self._handles: list[Any] = []
         self._frozen: list[nn.Parameter] = []
         self._recording = False
@@ -119,7 +121,8 @@ class GradientCapture:
             sink: called with a parameter's name, the gradients of some samples `[m, ...]` and which samples; every
                 sample of every parameter comes once.
             mixers: for the weight of a mixable layer, a matrix `[rank, o]` that its output gradients are multiplied
-                with, so that the gradients of the layer's parameters have `rank` in place of `o`.
+                with, so that the gradients of the layer's parameters have `rank` in place of `o`; layers in
+                `single_position` are left as they are.
         """
         if losses.ndim != 1:
             raise ValueError(f"losses must hold one value per sample, shape [n]; got shape {tuple(losses.shape)}.")
@@ -128,7 +131,7 @@ class GradientCapture:
                 "the losses do not depend on any captured layer; run the forward pass inside the context, with "
                 "gradients enabled."
             )
-        self._backward = _Backward(len(losses), sink, mixers or {}, self._shared)
+        self._backward = _Backward(len(losses), sink, mixers or {}, self._shared, self.single_position)
         try:
             torch.autograd.backward(losses.sum())
             self._recording = False
@@ -196,12 +199,15 @@ class _Backward:
     sink: Sink
     mixers: Mapping[str, Tensor]
     shared: set[str]
+    single_position: set[str]
     waiting: dict[str, Tensor] = field(default_factory=dict)
 
     def finish(self, layer: _Layer) -> None:
         """Form the gradients of a layer from all its calls and deliver them, some samples at a time."""
         calls = [call for call in layer.calls if call.grads]
         layer.calls.clear()
+        if not calls:
+            return
         for call in calls:
             if _versions(call.args, call.kwargs) != call.versions:
                 raise ValueError(
@@ -209,14 +215,17 @@ class _Backward:
                     "gradient cannot be formed; use the out-of-place operation in the model's forward."
                 )
             _check_rows(layer, call, self.n)
-            self._mix(layer, call)
+        mixer = self._mixer(layer, calls)
+        if mixer is not None:
+            for call in calls:
+                _mix(layer, call, mixer)
         numel = sum(layer.module.get_parameter(own).numel() for own in layer.parameters)
         size = max(1, CHUNK_BYTES // (4 * numel))
-        for start in range(0, self.n if calls else 0, size):
+        for start in range(0, self.n, size):
             samples = slice(start, min(start + size, self.n))
             total: dict[str, Tensor] = {}
             for call in calls:
-                for own, gradient in self._form(layer, call, samples).items():
+                for own, gradient in self._form(layer, call, samples, mixer is not None).items():
                     if own in total:
                         total[own] += gradient
                     else:
@@ -229,17 +238,16 @@ class _Backward:
                     )
                 self._deliver(name, total[own], samples)
 
-    def _mix(self, layer: _Layer, call: _Call) -> None:
-        mixer = self.mixers.get(layer.parameters.get("weight", ""))
-        if mixer is not None:
-            grad = call.grads[0]
-            mixer = mixer.to(grad.dtype)
-            if isinstance(layer.module, nn.Linear):
-                call.grads[0] = grad @ mixer.T
-            else:
-                call.grads[0] = (mixer @ grad.flatten(2)).reshape(len(grad), len(mixer), *grad.shape[2:])
+    def _mixer(self, layer: _Layer, calls: list[_Call]) -> Tensor | None:
+        """What the layer's output gradients are to be multiplied with; also notes whether it is `single_position`."""
+        weight = layer.parameters.get("weight", "")
+        if layer.mixable and isinstance(layer.module, nn.Linear) and all(call.grads[0].ndim == 2 for call in calls):
+            self.single_position.add(weight)
+            return None
+        self.single_position.discard(weight)
+        return self.mixers.get(weight)
 
-    def _form(self, layer: _Layer, call: _Call, samples: slice) -> dict[str, Tensor]:
+    def _form(self, layer: _Layer, call: _Call, samples: slice, mixed: bool) -> dict[str, Tensor]:
         if layer.rule is None:
             own, numbers = list(layer.parameters), range(samples.start, samples.stop)
             return recomputed(
@@ -249,7 +257,6 @@ class _Backward:
         each = len(grad) // self.n
         rows = slice(samples.start * each, samples.stop * each)
         kept = [value[rows] for value in call.kept]
-        mixed = layer.parameters.get("weight") in self.mixers
         rule = layer.rule.mixed if mixed and layer.rule.mixed is not None else layer.rule.form
         return rule(layer.module, activation[rows], grad[rows], samples.stop - samples.start, *kept)
 
@@ -275,6 +282,15 @@ def _refuse(name: str) -> Callable[[Tensor], None]:
         )
 
     return hook
+
+
+def _mix(layer: _Layer, call: _Call, mixer: Tensor) -> None:
+    grad = call.grads[0]
+    mixer = mixer.to(grad.dtype)
+    if isinstance(layer.module, nn.Linear):
+        call.grads[0] = grad @ mixer.T
+    else:
+        call.grads[0] = (mixer @ grad.flatten(2)).reshape(len(grad), len(mixer), *grad.shape[2:])
 
 
 def _versions(*values: Any) -> list[int]:

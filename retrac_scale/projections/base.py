@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict
 from typing import Any, ClassVar
 
@@ -18,6 +18,8 @@ class Projector(ABC):
 
     dim: int
     mixers: Mapping[str, Tensor] = {}
+    whole: Set[str] = frozenset()
+    """Weights whose gradients are never mixed, because their layers see a sample at one position."""
     exact_norm: bool = True
     """Whether `add` gives the squared norms of the full gradient."""
 
@@ -35,8 +37,8 @@ class Projector(ABC):
 
     def mixed(self, name: str, gradient: Tensor) -> Tensor:
         """A parameter's gradients `[n, *shape]` as `add` takes them: of a mixed layer, with r in place of o."""
-        mixer = self.mixers.get(weight_beside(name))
-        return gradient if mixer is None else mix(mixer, gradient)
+        weight = weight_beside(name)
+        return mix(self.mixers[weight], gradient) if weight in self.mixers.keys() - self.whole else gradient
 
 
 def weight_beside(name: str) -> str:

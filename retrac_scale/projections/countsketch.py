@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from retrac_scale.projections import random
-from retrac_scale.projections.base import Projection, Projector, Shapes, check_dim, squared_norm
+from retrac_scale.projections.base import Projection, Projector, Shapes, check_dim, squared_norm, weight_beside
 
 
 class SignedFold(Projector):
@@ -22,20 +21,25 @@ class SignedFold(Projector):
     """
 
     def __init__(
-        self,
-        dim: int,
-        seed: int,
-        sizes: Mapping[str, int],
-        device: torch.device,
-        scales: Mapping[str, float] = MappingProxyType({}),
+        self, dim: int, seed: int, device: torch.device, scales: Mapping[str, float] = MappingProxyType({})
     ) -> None:
         self.dim = dim
+        self.seed = seed
         self.device = device
-        self._signs = {}
-        for name, size in sizes.items():
-            signs = torch.from_numpy(random.signs(seed, name, size)) * scales.get(name, 1)
-            self._signs[name] = torch.split(signs.to(device), dim)
-        self._shifts = {name: random.shifts(seed, name, -(-size // dim), dim) for name, size in sizes.items()}
+        self.scales = scales
+        self._rounds: dict[tuple[str, int], list[tuple[int, Tensor]]] = {}
+
+    def _blocks(self, name: str, size: int) -> list[tuple[int, Tensor]]:
+        """Shift and signs of every block of a parameter's entries."""
+        if (name, size) not in self._rounds:
+            scale = 1 if weight_beside(name) in self.whole else self.scales.get(name, 1)
+            signs = torch.split(
+                (torch.from_numpy(random.signs(self.seed, name, size)) * scale).to(self.device), self.dim
+            )
+            self._rounds[name, size] = list(
+                zip(random.shifts(self.seed, name, len(signs), self.dim), signs, strict=True)
+            )
+        return self._rounds[name, size]
 
     def start(self, n: int) -> Tensor:
         """Two rounds wide, so that a rotated block is one contiguous addition."""
@@ -46,7 +50,7 @@ class SignedFold(Projector):
         entries = gradient.flatten(1)
         squares = accumulator.new_zeros(len(entries))
         pieces = torch.split(entries, self.dim, 1)
-        for shift, piece, signs in zip(self._shifts[name], pieces, self._signs[name], strict=True):
+        for (shift, signs), piece in zip(self._blocks(name, entries.shape[1]), pieces, strict=True):
             wide = piece.to(accumulator.dtype)  # piece by piece: a wide copy of the whole would leave the cache
             accumulator.narrow(1, shift, wide.shape[1]).addcmul_(wide, signs)
             if self.exact_norm and wide is not piece:
@@ -72,4 +76,4 @@ class CountSketch(Projection):
 
     def bind(self, shapes: Shapes, mixable: Mapping[str, int], device: torch.device) -> Projector:
         """See `Projection.bind`."""
-        return SignedFold(self.dim, self.seed, {name: prod(shape) for name, shape in shapes.items()}, device)
+        return SignedFold(self.dim, self.seed, device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Literal
 
 import torch
@@ -28,8 +27,9 @@ class LowRank(Projection):
     """One-sided random projection of every layer, folded to `dim` buckets.
 
     Output gradients are multiplied with a random matrix R `[rank, o]` of entries +-1/sqrt(rank), for which E[R^T R] is
-    the identity, so inner products stay unbiased. Per-sample gradients shrink by o / rank; layers with fewer than
-    4 rank outputs, where little would be saved, stay whole.
+    the identity, so inner products stay unbiased. Per-sample gradients shrink by o / rank. Layers with fewer than
+    4 rank outputs, where little would be saved, stay whole; so do linear layers that see a sample at one position
+    (timestep embeddings, adaptive norms): their gradient has rank 1 and costs little, and mixing hurts it most.
 
     Args:
         rank: channels r that each layer's outputs are mixed into.
@@ -39,7 +39,7 @@ class LowRank(Projection):
             "exact", the full gradient's, at the cost of forming it (about that of `CountSketch`).
     """
 
-    rank: int = 8
+    rank: int = 16
     dim: int = 2048
     seed: int = 0
     norm: Literal["estimate", "exact"] = "estimate"
@@ -53,22 +53,20 @@ class LowRank(Projection):
 
     def bind(self, shapes: Shapes, mixable: Mapping[str, int], device: torch.device) -> Projector:
         """See `Projection.bind`."""
-        mixers, sizes, scales = {}, {}, {}
-        for name, shape in shapes.items():
+        mixers, scales = {}, {}
+        for name in shapes:
             out_features = mixable.get(name, 0)
-            sizes[name] = prod(shape)
             weight = weight_beside(name)
             if out_features >= 4 * self.rank and weight in mixable:
-                sizes[name] = sizes[name] // out_features * self.rank
                 scales[name] = self.rank**-0.5  # with the signs, so that mixing multiplies by +-1, exact in bfloat16
                 if name == weight:
                     entries = random.signs(self.seed, f"{name} mixer", self.rank * out_features)
                     mixers[name] = torch.from_numpy(entries).reshape(self.rank, out_features).to(device)
         if self.norm == "exact":
-            whole = _ExactNorm(self.dim, self.seed, sizes, device, scales)
+            whole = _ExactNorm(self.dim, self.seed, device, scales)
             whole.own_mixers = mixers
             return whole
-        projector = SignedFold(self.dim, self.seed, sizes, device, scales)
+        projector = SignedFold(self.dim, self.seed, device, scales)
         projector.mixers = mixers
         projector.exact_norm = False
         return projector
@@ -81,6 +79,7 @@ class _ExactNorm(SignedFold):
 
     def add(self, accumulator: Tensor, name: str, gradient: Tensor) -> Tensor | None:
         """Mix, then fold."""
-        mixer = self.own_mixers.get(weight_beside(name))
+        weight = weight_beside(name)
+        mixer = None if weight in self.whole else self.own_mixers.get(weight)
         super().add(accumulator, name, gradient if mixer is None else mix(mixer, gradient))
         return squared_norm(gradient.flatten(1))

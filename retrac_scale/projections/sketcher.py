@@ -35,6 +35,7 @@ class GradientSketcher:
         self._capture = GradientCapture(model, parameters=parameters)
         device = next(model.parameters()).device
         self._projector = projection.bind(self._capture.shapes, self._capture.mixable, device)
+        self._projector.whole = self._capture.single_position
 
     @property
     def dim(self) -> int:

@@ -11,7 +11,7 @@ import zarr
 
 from retrac_scale.store import objects
 from retrac_scale.store.encoding import Dtype
-from retrac_scale.store.part import ROOT, digest_of, group_json, lay_out, plan_of
+from retrac_scale.store.part import ROOT, digest_of, group_json, lay_out, plans_of
 from retrac_scale.store.reader import PARTS, WHAT, SketchStore, open_parts, open_root
 from retrac_scale.store.schema import Layout, Url, check_columns, column_types, differences
 from retrac_scale.store.writer import begin, describe, mismatch, unfinished
@@ -126,7 +126,7 @@ def _refuse(out: Url, found: Sequence[str]) -> None:
 
 
 def _same_pairs(stored: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
-    return plan_of(stored) == plan_of(given) and stored.get("measure") == given.get("measure")
+    return plans_of(stored) == plans_of(given) and stored.get("measure") == given.get("measure")
 
 
 def _segments(parts: Sequence[SketchStore], ids: npt.NDArray[Any], out: Url) -> list[npt.NDArray[np.int64]]:

@@ -145,7 +145,7 @@ class Part:
     @property
     def same_pairs(self) -> str:
         """Equal for parts that measure at the same timestep plan."""
-        return json.dumps(plan_of(self.meta["fingerprint"]), sort_keys=True)
+        return json.dumps(plans_of(self.meta["fingerprint"]), sort_keys=True)
 
     @cached_property
     def ids(self) -> npt.NDArray[Any]:
@@ -264,9 +264,11 @@ class Part:
             ) from error
 
 
-def plan_of(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    """The timestep plan in a fingerprint, without the digest over its samples."""
-    return {key: value for key, value in dict(fingerprint.get("timesteps") or {}).items() if key != "digest"}
+def plans_of(fingerprint: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The timestep plans in a fingerprint, several where a store grew by timesteps, without digests over samples."""
+    given = fingerprint.get("timesteps") or []
+    plans = [given] if isinstance(given, Mapping) else given
+    return [{key: value for key, value in plan.items() if key != "digest"} for plan in plans]
 
 
 def encode_chunk(array: zarr.Array[Any], chunk: tuple[int, ...], values: npt.NDArray[Any]) -> Buffer:

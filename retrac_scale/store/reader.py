@@ -15,7 +15,7 @@ from zarr.errors import GroupNotFoundError
 from retrac_scale.store import commits, objects
 from retrac_scale.store.encoding import Float32, decode
 from retrac_scale.store.errors import DamagedStoreError, IncompleteStoreError
-from retrac_scale.store.part import ROOT, Part, check_root, digest_of, plan_of
+from retrac_scale.store.part import ROOT, Part, check_root, digest_of, plans_of
 from retrac_scale.store.schema import ATTRIBUTE, FORMAT_VERSION, Url, get_group, zarr_location
 
 ALL = slice(None)
@@ -69,13 +69,17 @@ class SketchStore:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What the sketches are a function of: projection, parameters, checkpoints, scheduler, measure, timesteps."""
+        """What the sketches are a function of: projection, parameters, checkpoints, scheduler, measure, timesteps.
+
+        The timestep plan is a list of plans where the store grew by timesteps, in the order of its timesteps.
+        """
         merged = dict(self.meta["fingerprint"])
         if len(self._parts) > 1:
             every = [part.meta["fingerprint"] for part in self._parts]
             merged["checkpoints"] = {name: value for one in every for name, value in one.get("checkpoints", {}).items()}
-            plans = {part.same_pairs: plan_of(part.meta["fingerprint"]) for part in self._parts}
-            merged["timesteps"] = next(iter(plans.values())) if len(plans) == 1 else list(plans.values())
+            plans = {part.same_pairs: plans_of(part.meta["fingerprint"]) for part in self._parts}
+            each = [plan for some in plans.values() for plan in some]
+            merged["timesteps"] = each[0] if len(each) == 1 else each
         return merged
 
     @property
@@ -301,7 +305,7 @@ class SketchStore:
         for first in self._segments:
             size = first.meta["block_samples"]
             start, stop = max(samples.start - offset, 0), min(samples.stop - offset, first.shape[0])
-            for number in range(start // size, -(-stop // size)):
+            for number in range(start // size, -(-stop // size)) if start < stop else ():
                 block = first.blocks[number]
                 rows = slice(max(start, block.start) - block.start, min(stop, block.stop) - block.start)
                 yield first, number, rows, slice(offset + block.start, offset + block.stop)
