@@ -70,7 +70,7 @@ def sketch(dataset: Any, out: Any, client: Client | None = None) -> rs.SketchSto
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
     with (
-        LocalCluster(n_workers=2, threads_per_worker=1, resources={"GPU": 1}, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=2, threads_per_worker=1, resources={"GPU": 1}, dashboard_address=":0") as cluster,
         Client(cluster) as client,
     ):
         yield client

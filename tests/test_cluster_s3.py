@@ -62,7 +62,7 @@ def test_workers_without_a_shared_disk_give_the_same_answers_through_failing_req
     queries = rs.take(here, [3, 20])
     expected = rs.build_index(here, rs.ReTrac(), tmp_path / "i").query(queries, 4)
     with (
-        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
         Client(cluster) as client,
     ):
         store = sketch(Logged(tmp_path / "log"), "s3://cluster/s", client)
