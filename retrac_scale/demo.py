@@ -24,7 +24,8 @@ from retrac_scale.report import Pictures, attribution_figure, norm_curve, write_
 from retrac_scale.sketching import sketch
 from retrac_scale.store import SketchStore
 from retrac_scale.task import DiffusionTask
-from retrac_scale.timesteps import EvenlySpaced, Recorded, TrainingRecorder, draw_noise
+from retrac_scale.timesteps import EvenlySpaced, Recorded, draw_noise
+from retrac_scale.training import TrainingRecorder
 
 # The paper's cosine schedule and evenly spaced checkpoints: a checkpoint's weight counts all steps since the one before
 # it, so that with late checkpoints alone the first of them would decide everything.
@@ -45,12 +46,18 @@ class Scans:
     """Images in -1 .. 1, `[n, 1, 16, 16]`; the last `OUTLIERS` are photograph patches, the others digits."""
 
     images: Tensor
+    digits: npt.NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, row: int) -> Tensor:
         return self.images[row]
+
+    @property
+    def columns(self) -> dict[str, npt.NDArray[Any]]:
+        """What each scan shows."""
+        return {"shows": np.array([f"digit {digit}" for digit in self.digits] + ["photograph"] * OUTLIERS)}
 
     @property
     def is_outlier(self) -> npt.NDArray[np.bool_]:
@@ -62,7 +69,8 @@ def load_scans() -> Scans:
     """scikit-learn's 1,797 digits at 16 x 16, and patches of its two sample photographs."""
     from sklearn.datasets import load_digits, load_sample_images
 
-    digits = torch.from_numpy(load_digits().images).float().unsqueeze(1) / 8 - 1
+    scanned = load_digits()
+    digits = torch.from_numpy(scanned.images).float().unsqueeze(1) / 8 - 1
     digits = F.interpolate(digits, size=16, mode="bilinear", align_corners=False)
     rng = np.random.default_rng(0)
     photos = [photo.mean(2) for photo in load_sample_images().images]
@@ -72,7 +80,7 @@ def load_scans() -> Scans:
         top, left = (int(rng.integers(0, size - 64)) for size in photo.shape)
         patch = torch.from_numpy(photo[top : top + 64, left : left + 64]).float()
         patches.append(F.avg_pool2d(patch[None], 4) / 127.5 - 1)
-    return Scans(torch.cat([digits, torch.stack(patches)]))
+    return Scans(torch.cat([digits, torch.stack(patches)]), scanned.target)
 
 
 def build_model() -> UNet2DModel:
@@ -183,10 +191,16 @@ def run(out: str | os.PathLike[str]) -> None:
     np.save(folder / "generated.npy", _grey(generated))
     pictures = Pictures(_grey(scans.images), store.ids, _grey(generated))
     curve = norm_curve(store)
-    fractions = {name: unique_fraction(answer.ids) for name, answer in answers.items()}
     report = write_report(
-        folder / "report.html", answers, pictures, title="Which scans made the model draw these digits?", curve=curve
+        folder / "report.html",
+        {name: index.query(queries, k=10, side="both") for name, index in indexes.items()},
+        pictures,
+        title="Which scans made the model draw these digits?",
+        curve=curve,
+        indexes=indexes,
+        queries=queries,
     )
+    fractions = {name: unique_fraction(answer.ids) for name, answer in answers.items()}
     captions = {name: f"unique fraction {value:.3f}" for name, value in fractions.items()}
     attribution_figure(answers, pictures, curve, captions).savefig(folder / "report.png", dpi=110)
     _print_findings(scans, store, answers, fractions, curve)

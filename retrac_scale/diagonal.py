@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from retrac_scale.estimators import Estimator, common_timesteps
-from retrac_scale.store import SketchStore
+from retrac_scale.fitting import fit
+from retrac_scale.ridge import Ridge
+from retrac_scale.store import SketchStore, open_store
 from retrac_scale.store.compatibility import check_compatible
 from retrac_scale.store.encoding import Float32
+from retrac_scale.store.schema import Url
 from retrac_scale.tasks import Task, results
 
 if TYPE_CHECKING:
@@ -29,11 +33,11 @@ def self_influence(
 
     Args:
         store: the training side.
-        estimator: TracIn(), ReTrac(), ...
+        estimator: TracIn(), ReTrac(), ...; one that fits a ridge fits it to the samples that are not deleted.
         queries: the query side, with the same ids in the same order; default: the store itself.
         client: a `distributed.Client` whose workers reach the stores; None computes on threads here.
     """
-    estimator.check(store)
+    estimator.check_training(store)
     if queries is not None:
         estimator.check(queries)
         check_compatible(store.fingerprint, store.checkpoints, queries.fingerprint, queries.checkpoints)
@@ -43,20 +47,29 @@ def self_influence(
             raise ValueError("matched pairing needs the same timesteps on both sides; use pairing='cross'.")
     if client is not None and (store.url is None or (queries is not None and queries.url is None)):
         raise ValueError("workers cannot reach this process's memory; give the stores paths or URLs.")
+    measure = store.fingerprint.get("measure")
+    left: SketchStore | Url = store if client is None else store.url
+    right = None if queries is None else queries if client is None else queries.url
+    ridges = fit(store, estimator, np.flatnonzero(store.alive), client)
     tasks = [Task(f"self-influence-samples-{block.start}-{block.stop}", (block,)) for block in store.blocks]
-    parts = results(_self_influence_of_block, tasks, client, shared=(store, queries, estimator))
+    parts = results(_self_influence_of_block, tasks, client, shared=(left, right, measure, estimator, ridges))
     values: Float32 = np.concatenate(parts).astype(np.float32)
     values[store.deleted if queries is None else store.deleted | queries.deleted] = np.nan
-    return values
+    return np.square(values) if estimator.squared else values
 
 
 def _self_influence_of_block(
-    common: tuple[SketchStore, SketchStore | None, Estimator], samples: slice
+    common: tuple[SketchStore | Url, SketchStore | Url | None, str | None, Estimator, Mapping[str, Ridge]],
+    samples: slice,
 ) -> npt.NDArray[np.float64]:
-    store, queries, estimator = common
+    left, right, measure, estimator, ridges = common
+    store = left if isinstance(left, SketchStore) else open_store(left, measure=measure)
+    queries = right if right is None or isinstance(right, SketchStore) else open_store(right, measure=measure)
     total = np.zeros(samples.stop - samples.start)
     for checkpoint, weight in store.weights.items():
-        left = estimator.rows(store, checkpoint, samples)
-        right = left if queries is None else estimator.rows(queries, checkpoint, samples)
-        total += weight * np.einsum("nk,nk->n", left, right, dtype=np.float64)
+        ridge = ridges.get(checkpoint)
+        rows = estimator.train_rows(store, checkpoint, samples, ridge)
+        alike = queries is None and ridge is None
+        other = rows if alike else estimator.rows(queries or store, checkpoint, samples)
+        total += weight * np.einsum("nk,nk->n", rows, other, dtype=np.float64)
     return total

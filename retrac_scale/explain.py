@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import numpy.typing as npt
 
 from retrac_scale.index import Index
 from retrac_scale.store import SketchStore
+from retrac_scale.store.encoding import Float32
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,33 +52,68 @@ class Explanation:
 
 def explain(index: Index, query: SketchStore, id: Any) -> Explanation:
     """See `Index.explain`."""
+    if query.shape[0] != 1:
+        raise ValueError(f"explain one query at a time, got {query.shape[0]}; choose one with rs.take(queries, [id]).")
+    return explain_lists(index, query, [[id]])[0][0]
+
+
+def explain_lists(index: Index, queries: SketchStore, lists: Sequence[Sequence[Any]]) -> list[list[Explanation]]:
+    """The explanations of each query's results, every sample read once.
+
+    Args:
+        index: whose scores are taken apart.
+        queries: `q` queries; their vectors of one checkpoint at a time are held.
+        lists: ids of training samples, for each query.
+    """
+    if index.estimator.damping is not None:
+        raise ValueError(
+            f"{index.meta['estimator']['kind']} mixes the timesteps of all samples, so that its scores cannot be taken "
+            "apart; explain an index of TracIn, ReTrac, GradDot or GradCos."
+        )
     store = index.check_store()
     if store is None:
         raise ValueError("an explanation needs the store that the index was built from, which was in memory.")
-    if query.shape[0] != 1:
-        raise ValueError(f"explain one query at a time, got {query.shape[0]}; choose one with rs.take(queries, [id]).")
-    rows = index.query_rows(query)
-    found = np.flatnonzero(index.ids == id)
-    if not len(found):
-        raise ValueError(f"there is no sample {id!r} in the index.")
-    estimator, place = index.estimator, int(found[0])
-    number = next(i for i, samples in enumerate(index.chunks) if place < samples.stop)
-    chunk, row = index.chunk(number), place - index.chunks[number].start
-    score = sum(
-        float(chunk.scale[c, row]) * float(chunk.rows[c][row].astype(np.float64) @ rows[c, 0].astype(np.float64))
-        for c in range(len(rows))
-    )
-    here = slice(position := int(np.flatnonzero(store.ids == id)[0]), position + 1)
-    parts = []
+    rows = index.query_rows(queries).astype(np.float64)
+    places, positions = ({sample: place for place, sample in enumerate(side.ids.tolist())} for side in (index, store))
+    wanted: dict[Any, list[int]] = {}
+    for query, ids in enumerate(lists):
+        for id in ids:
+            if id not in places:
+                raise ValueError(f"there is no sample {id!r} in the index.")
+            wanted.setdefault(id, []).append(query)
+    matched = index.estimator.pairing == "matched"
+    parts: dict[tuple[int, Any], list[npt.NDArray[np.float64]]] = {}
     for name, weight in index.meta["checkpoints"].items():
-        left, right = (
-            estimator.vectors(side.sketches(name, samples), side.norms(name, samples))[0].astype(np.float64)
-            for side, samples in ((store, here), (query, slice(0, 1)))
+        asked = _vectors(index, queries, name, slice(None))
+        for id, its_queries in wanted.items():
+            own = _vectors(index, store, name, slice(positions[id], positions[id] + 1))[0].astype(np.float64)
+            for query in its_queries:
+                products = weight * (own @ asked[query].astype(np.float64).T)
+                part = np.diag(np.diag(products)) if matched else products / products.size
+                parts.setdefault((query, id), []).append(part)
+    steps = {id: _timesteps(index, store, positions[id]) for id in wanted}
+    query_steps = [_timesteps(index, queries, query) for query in range(len(lists))]
+
+    def one(query: int, id: Any) -> Explanation:
+        number = next(i for i, samples in enumerate(index.chunks) if places[id] < samples.stop)
+        chunk, row = index.chunk(number), places[id] - index.chunks[number].start
+        score = sum(
+            float(scale[row]) * float(stored[row].astype(np.float64) @ asked[query])
+            for scale, stored, asked in zip(chunk.scale, chunk.rows, rows, strict=True)
         )
-        products = weight * (left @ right.T)
-        parts.append(np.diag(np.diag(products)) if estimator.pairing == "matched" else products / products.size)
-    steps, asked = (
-        np.concatenate([side.timesteps(name, samples) for name in index.checkpoints]) if side.has("timestep") else None
-        for side, samples in ((store, here), (query, slice(0, 1)))
-    )
-    return Explanation(query.ids[0], id, score, np.stack(parts), index.checkpoints, steps, asked)
+        contributions = np.stack(parts[query, id])
+        name = queries.ids[query]
+        return Explanation(name, id, score, contributions, index.checkpoints, steps[id], query_steps[query])
+
+    return [[one(query, id) for id in ids] for query, ids in enumerate(lists)]
+
+
+def _vectors(index: Index, side: SketchStore, checkpoint: str, samples: slice) -> Float32:
+    """What each pair of some samples contributes, `[n, t, k]`."""
+    return index.estimator.vectors(side.sketches(checkpoint, samples), side.norms(checkpoint, samples))
+
+
+def _timesteps(index: Index, side: SketchStore, place: int) -> Ints | None:
+    if not side.has("timestep"):
+        return None
+    return np.concatenate([side.timesteps(name, slice(place, place + 1)) for name in index.checkpoints])

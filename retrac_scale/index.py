@@ -14,6 +14,8 @@ import zarr
 from zarr.storage import LocalStore
 
 from retrac_scale.estimators import Estimator, common_timesteps, estimator_from_spec
+from retrac_scale.fitting import fit, rows_at
+from retrac_scale.ridge import Ridge
 from retrac_scale.scan import Chunk
 from retrac_scale.store import DamagedStoreError, IncompleteStoreError, SketchStore, open_store
 from retrac_scale.store.compatibility import COMPARED, check_compatible
@@ -50,7 +52,6 @@ Reduce = Literal["sum", "mean", "max"]
 CHUNK_BYTES = 32 * 2**20
 MIN_CHUNKS = 8
 MIN_CHUNK_SAMPLES = 64
-PIECE_BYTES = 64 * 2**20
 NORM_ROWS = 256
 SETTLED_NS = 10**9
 ASKED = ("format", "store", "measure", "estimator", "dtype")
@@ -67,7 +68,9 @@ class StaleIndexError(ValueError):
 class Index:
     """Rows `[c, n, k]` of one estimator, their scales `[c, n]` with the checkpoint weights in them, and the ids.
 
-    Get one from `build_index` or `open_index`. A stored row times its scale is w_c times the estimator's row.
+    Get one from `build_index` or `open_index`. A stored row times its scale is w_c times the estimator's training row:
+    preconditioned, where the estimator does that, so that a query's own row is plain and the score an inner product.
+    `meta["fit"]` then says how each checkpoint's ridge was damped.
     """
 
     def __init__(self, root: zarr.Group, url: Url, store: SketchStore | None = None) -> None:
@@ -271,7 +274,8 @@ def build_index(
     """Collapse a complete store for one estimator; an index of the same store and estimator at `out` is kept.
 
     When the store has changed since, the index at `out` is replaced; those who have it open are refused from then on.
-    Deleted samples are left out. Memory stays below a few blocks of the store per thread. Rows in int8 change a score
+    Deleted samples are left out. Memory stays below a few blocks of the store per thread; an estimator that fits a
+    ridge takes a few float64 matrices of min(n, k) x k per checkpoint and thread besides. Rows in int8 change a score
     by at most sum_c |w_c| max_k |row_k| sum_k |query_k| / 254.
 
     Args:
@@ -283,7 +287,8 @@ def build_index(
 
     Raises:
         IncompleteStoreError: blocks are missing.
-        ValueError: `out` holds something else, or the store lacks what the estimator needs.
+        ValueError: `out` holds something else, the store lacks what the estimator needs or was measured otherwise, or
+            the estimator's ridge is singular.
     """
     if dtype not in ("int8", "float16", "float32"):
         raise ValueError(f"an index's dtype must be 'int8', 'float16' or 'float32', got {dtype!r}.")
@@ -291,7 +296,7 @@ def build_index(
         raise IncompleteStoreError(f"{store.url} is not complete; run its sketch(...) again before building an index.")
     if client is not None and (out is None or store.url is None):
         raise ValueError("workers cannot reach this process's memory; give store and index a path or URL.")
-    estimator.check(store)
+    estimator.check_training(store)
     kept = np.flatnonzero(~store.deleted)
     if not len(kept):
         raise ValueError(f"all samples of {store.url} are deleted; there is nothing to index.")
@@ -308,6 +313,8 @@ def build_index(
         "measure": store.fingerprint.get("measure"),
         "fingerprint": {key: store.fingerprint.get(key) for key in COMPARED},
     }
+    if "precondition" in store.fingerprint:
+        meta["precondition"] = store.fingerprint["precondition"]
     location = zarr_location(out)
     try:
         stored = zarr.open_group(location, mode="r").attrs.get(ATTRIBUTE)
@@ -317,7 +324,7 @@ def build_index(
         if not isinstance(stored, dict) or stored.get("what") != "index":
             raise ValueError(f"{out} holds something that is no index; choose another path.")
         if stored.get("complete"):
-            found = differences({k: v for k, v in stored.items() if k != "complete"}, meta)
+            found = differences({k: v for k, v in stored.items() if k not in ("complete", "fit")}, meta)
             if not found:
                 return Index(open_root(out, "index"), out, store)
             other = differences({key: stored[key] for key in ASKED}, {key: meta[key] for key in ASKED})
@@ -332,14 +339,16 @@ def build_index(
         _write_list(columns, name, values[kept])
     source: SketchStore | Url = store if client is None else store.url
     target: zarr.Group | Url = root if client is None else out
-    common = source, meta["measure"], target, estimator, dtype
+    ridges = fit(store, estimator, kept, client)
+    common = source, meta["measure"], target, estimator, ridges, dtype
     tasks = [
         Task(f"build-index-{name}-samples-{samples.start}-{samples.stop}", (checkpoint, samples, kept[samples]))
         for checkpoint, name in enumerate(store.checkpoints)
         for samples in chunks
     ]
     results(_build_chunk, tasks, client, shared=common)
-    root.attrs[ATTRIBUTE] = {**meta, "complete": True}
+    described = {name: ridge.describe() for name, ridge in ridges.items()}
+    root.attrs[ATTRIBUTE] = {**meta, "fit": described, "complete": True}
     return Index(root, out, store)
 
 
@@ -373,24 +382,19 @@ def write_rows(
 
 
 def _build_chunk(
-    common: tuple[SketchStore | Url, str | None, zarr.Group | Url, Estimator, IndexDtype],
+    common: tuple[SketchStore | Url, str | None, zarr.Group | Url, Estimator, Mapping[str, Ridge], IndexDtype],
     checkpoint: int,
     samples: slice,
     kept: npt.NDArray[np.int64],
 ) -> None:
     """Collapse one chunk: the samples of an index that stand at places `kept` of the store."""
-    source, measure, target, estimator, dtype = common
+    source, measure, target, estimator, ridges, dtype = common
     store = source if isinstance(source, SketchStore) else open_store(source, measure=measure)
     root = target if isinstance(target, zarr.Group) else zarr.open_group(zarr_location(target), mode="r+")
     name = store.checkpoints[checkpoint]
     rows = np.empty((len(kept), estimator.width(store)), np.float32)
-    _, t, k = store.shape
-    step = max(1, PIECE_BYTES // (4 * t * k))
-    stop = 0
-    while (start := stop) < len(kept):  # a piece is at most `step` samples of the store, deleted ones included
-        stop = int(np.searchsorted(kept, kept[start] + step))
-        piece = slice(int(kept[start]), int(kept[stop - 1]) + 1)
-        rows[start:stop] = estimator.rows(store, name, piece)[kept[start:stop] - piece.start]
+    for some, values in rows_at(store, kept, lambda piece: estimator.train_rows(store, name, piece, ridges.get(name))):
+        rows[some] = values
     write_rows(root, checkpoint, samples, rows, store.weights[name], dtype)
 
 

@@ -56,9 +56,9 @@ class TopK:
         estimator: JSON description of the estimator.
         errors: standard error of each score that comes from a projection to k entries, float64 `[q, k]`: what a
             CountSketch or a Gaussian matrix of that size would give; the mixing of a LowRank comes on top. None for
-            groups.
+            groups, and for estimators with a ridge.
         resolved: whether a result stands more than two standard errors of the difference before the next one, bool
-            `[q, k]`. None for groups.
+            `[q, k]`. None where there are no errors.
         sketch_rank: after `rerank`, the rank (from 1) that the sketch gave to the result, `[q, k]`; where it is not
             the result's rank, the place has changed.
     """
@@ -131,8 +131,8 @@ class Question:
     group_by: str | npt.ArrayLike | None
     reduce: Reduce
     exclude_self: bool
-    rerank: int | None
-    train: Samples | None
+    rerank: int | None = None
+    train: Samples | None = None
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -163,26 +163,47 @@ def answer(index: Index, queries: SketchStore | Samples, question: Question, cli
     if client is not None and not isinstance(index.url, str | os.PathLike):
         raise ValueError("workers cannot reach an index in this process's memory; build it at a path or URL.")
     store = index.check_store()
+    estimator = index.estimator
+    if question.rerank and estimator.damping is not None:
+        raise ValueError(
+            f"{index.meta['estimator']['kind']} has no exact scores: its ridge over full gradients cannot be solved; "
+            "rerank an index of TracIn, ReTrac, GradDot or GradCos."
+        )
+    if question.rerank and "precondition" in index.meta:
+        raise ValueError("rerank computes plain gradients, but the store's were preconditioned; leave out rerank=.")
+    if estimator.squared and question.side != "proponents":
+        raise ValueError("a squared score is never negative, so it has no opponents; ask for side='proponents'.")
     samples = queries if isinstance(queries, Samples) else None
     if question.rerank and samples is None:
         raise ValueError("rerank computes full gradients: give the queries as rs.Samples(...), not as a store.")
+    train = None
     if samples is not None:
         if store is None:
             raise ValueError("to sketch the queries, the store that the index was built from is needed.")
+        train = as_measured(question.train, store) if question.rerank and question.train is not None else None
         queries = samples.sketch(like=store)
     if not isinstance(queries, SketchStore):
         raise ValueError(
             f"queries must be a SketchStore or rs.Samples(dataset, task, checkpoints, timesteps), got {type(queries)}."
         )
-    scan = _Scan(index, index.query_rows(queries), queries.ids, question, which(question.where, index), client)
+    rows = index.query_rows(queries)
+    if samples is not None and train is not None:
+        scan = _Scan(index, rows, queries.ids, question, which(question.where, index), client)
+        found = scan.samples(max(question.rerank or 0, question.k + 1))
+        found, ranks = _rerank(scan, found, samples, train)
+        return _topk(scan, found, question.k, ranks)
+    return answer_rows(index, rows, queries.ids, question, client)
+
+
+def answer_rows(
+    index: Index, rows: Float32, query_ids: npt.NDArray[Any], question: Question, client: Client | None = None
+) -> TopK:
+    """The answer to queries whose rows `[c, q, k]` are known already, without reranking."""
+    scan = _Scan(index, rows, query_ids, question, which(question.where, index), client)
     if question.group_by is not None:
         labels, values = scan.groups(question.group_by)
         return _topk(scan, Found(values, labels, np.zeros_like(values)), question.k)
-    found = scan.samples(max(question.rerank or 0, question.k + 1))
-    ranks = None
-    if question.rerank and samples is not None and question.train is not None and store is not None:
-        found, ranks = _rerank(scan, found, samples, as_measured(question.train, store))
-    return _topk(scan, found, question.k, ranks)
+    return _topk(scan, scan.samples(question.k + 1), question.k)
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,13 +224,27 @@ class _Scan:
         return [i for i, samples in enumerate(self.index.chunks) if mask is None or mask[samples].any()]
 
     def samples(self, k: int) -> Found:
-        """The k best samples of each lane."""
+        """The k best samples of each lane; of a squared score, those of the largest squares."""
+        if not self.index.estimator.squared:
+            return self._best(k, self.question.signs)
+        both = self._best(k, (1, -1))
+        q = self.rows.shape[1]
+        up, down = (
+            Found(both.scores[lanes], both.ids[lanes], both.errors[lanes]) for lanes in (slice(q), slice(q, None))
+        )
+        up.scores[up.scores < 0], down.scores[down.scores <= 0] = -np.inf, -np.inf  # each sample on one side
+        best = merge([up, down], k)
+        return replace(best, scores=np.where(best.scores == -np.inf, -np.inf, best.scores**2))
+
+    def _best(self, k: int, signs: tuple[int, ...]) -> Found:
         question, chunks = self.question, self._matching
         workers = torch.get_num_threads() if self.client is None else sum(self.client.nthreads().values())
         count = min(len(chunks), max(workers, -(-len(chunks) // RUN_CHUNKS) if self.client else 1))
-        floor = None if self.client else np.full(len(question.signs) * self.rows.shape[1], -np.inf)
+        floor = None if self.client else np.full(len(signs) * self.rows.shape[1], -np.inf)
         excluded = self.query_ids if question.exclude_self else None
-        common = (k, question.signs, excluded, floor)
+        common = (k, signs, excluded, floor)
+        if self.client is None and count == 1:  # one thread: a graph of one task would cost a millisecond
+            return _scan_run(self.index, chunks, self._share(self.mask, chunks), self.rows, common)
         runs = self._tasks("scan", _scan_run, [list(run) for run in np.array_split(chunks, count)], common)
         while len(runs) > 1:
             merged = dask.delayed(merge, name="merge", pure=False)
@@ -244,16 +279,12 @@ class _Scan:
         self, name: str, function: Any, runs: list[list[int]], common: tuple[Any, ...], codes: Any = None
     ) -> list[Any]:
         """One delayed task per run of chunks, with its share of the mask and of the group codes."""
-        index = self.index
-        source = index if self.client is None else _for_workers(index)
+        source = self.index if self.client is None else _for_workers(self.index)
         rows: Any = self.rows if self.client is None else self.client.scatter(self.rows, broadcast=True)
-        task = dask.delayed(function, pure=False)
+        task, share = dask.delayed(function, pure=False), self._share
 
         def key(run: list[int]) -> str:
             return f"{name}-chunks-{run[0]}-{run[-1] + 1}-{uuid.uuid4().hex[:8]}"
-
-        def share(values: npt.NDArray[Any] | None, run: list[int]) -> list[Any]:
-            return [None if values is None else values[index.chunks[number]] for number in run]
 
         if codes is not None:
             return [
@@ -262,13 +293,21 @@ class _Scan:
             ]
         return [task(source, run, share(self.mask, run), rows, common, dask_key_name=key(run)) for run in runs]
 
+    def _share(self, values: npt.NDArray[Any] | None, run: list[int]) -> list[Any]:
+        """For each chunk of a run, its part of values `[n]`."""
+        chunks = self.index.chunks
+        return [None if values is None else values[chunks[number]] for number in run]
+
 
 def _for_workers(index: Index) -> Source:
     return os.fspath(index.url or ""), json.dumps(index.meta, sort_keys=True)
 
 
-def _chunks(source: Source, run: list[int], masks: list[Bools | None]) -> Iterator[Chunk]:
-    index = source if isinstance(source, Index) else open_on_worker(*source)
+def _opened(source: Source) -> Index:
+    return source if isinstance(source, Index) else open_on_worker(*source)
+
+
+def _chunks(index: Index, run: list[int], masks: list[Bools | None]) -> Iterator[Chunk]:
     for number, mask in zip(run, masks, strict=True):
         chunk = index.chunk(int(number))
         yield chunk if mask is None else replace(chunk, mask=mask)
@@ -278,9 +317,9 @@ def _scan_run(
     source: Source, run: list[int], masks: list[Bools | None], rows: Float32, common: tuple[Any, ...]
 ) -> Found:
     k, signs, excluded, floor = common
-    index = source if isinstance(source, Index) else open_on_worker(*source)
+    index = _opened(source)
     return top(
-        _chunks(source, run, masks),
+        _chunks(index, run, masks),
         rows,
         k,
         signs=signs,
@@ -300,15 +339,16 @@ def _group_run(
 ) -> tuple[Float64, npt.NDArray[np.int64]]:
     """Totals `[lane, g]` and counts `[q, g]` of a run of chunks."""
     signs, excluded, reduce, groups = common
+    index = _opened(source)
     q = rows.shape[1]
     combine: Any = np.maximum if reduce == "max" else np.add
     neutral = -np.inf if reduce == "max" else 0.0
     totals, counts = np.full((len(signs) * q, groups), neutral), np.zeros((q, groups), np.int64)
-    for chunk, code in zip(_chunks(source, run, masks), codes, strict=True):
+    for chunk, code in zip(_chunks(index, run, masks), codes, strict=True):
         counted = np.ones((q, len(code)), dtype=bool) if chunk.mask is None else np.tile(chunk.mask, (q, 1))
         if excluded is not None:
             counted &= chunk.ids[None] != excluded[:, None]
-        values = scores(chunk, rows)
+        values = _readout(index, scores(chunk, rows))
         order = np.argsort(code, kind="stable")
         starts = np.flatnonzero(np.diff(code[order], prepend=-1))
         present = code[order][starts]
@@ -373,14 +413,15 @@ def _topk(scan: _Scan, found: Found, k: int, ranks: npt.NDArray[np.int64] | None
         return np.concatenate(np.split(values[:, :k], len(values) // q), axis=1)
 
     signs = np.repeat(question.signs, q)[:, None]
+    has_errors = question.group_by is None and scan.index.estimator.damping is None
     return TopK(
         beside(found.ids),
         beside(signs * found.scores),
         scan.query_ids,
         question.side,
         scan.index.meta["estimator"],
-        errors=None if question.group_by is not None else beside(found.errors),
-        resolved=None if question.group_by is not None else beside(resolved),
+        errors=beside(found.errors) if has_errors else None,
+        resolved=beside(resolved) if has_errors else None,
         sketch_rank=None if ranks is None else beside(ranks),
     )
 
@@ -411,5 +452,10 @@ def all_scores(index: Index, queries: SketchStore) -> dask.array.Array:
 
 
 def _chunk_scores(source: Source, number: int, rows: Float32) -> Float64:
-    (chunk,) = _chunks(source, [number], [None])
-    return scores(chunk, rows)
+    index = _opened(source)
+    (chunk,) = _chunks(index, [number], [None])
+    return _readout(index, scores(chunk, rows))
+
+
+def _readout(index: Index, values: Float64) -> Float64:
+    return np.square(values) if index.estimator.squared else values

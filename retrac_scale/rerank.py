@@ -12,7 +12,7 @@ import numpy.typing as npt
 from retrac_scale.estimators import Estimator
 from retrac_scale.projections import GradientSketcher, Identity
 from retrac_scale.samples import Samples
-from retrac_scale.sketching import pair_losses, plan_digest, scheduler_spec
+from retrac_scale.sketching import measured_pairs, plan_digest, scheduler_spec
 from retrac_scale.store import SketchStore
 from retrac_scale.store.encoding import Float32
 from retrac_scale.store.part import plans_of
@@ -32,7 +32,7 @@ def as_measured(train: Samples, store: SketchStore) -> Samples:
     Raises:
         ValueError: they would be measured otherwise than the store's; says what differs.
     """
-    given = {"measure": train.task.measure, "scheduler": scheduler_spec(train.task)}
+    given = {"measure": train.task.measure, "scheduler": scheduler_spec(train.task.scheduler)}
     found = differences({key: store.fingerprint.get(key) for key in given}, given)
     stored, specs = plans_of(store.fingerprint), [plan.spec() for plan in train.plans]
     if len(specs) != len(stored) or any(spec not in specs for spec in stored):
@@ -135,5 +135,5 @@ def _gradients(
     size = max(1, min(BATCH_PAIRS // plan.draws, BATCH_BYTES // (4 * sketcher.dim)))
     for first in range(0, plan.timesteps.size, size):
         some = np.arange(first, min(first + size, plan.timesteps.size))
-        gradient, norm = sketcher(pair_losses(task, items, ids, plan, some))
+        gradient, norm = sketcher(measured_pairs(task, items, ids, plan, some)[0])
         yield some, gradient.cpu().numpy(), norm.cpu().numpy()

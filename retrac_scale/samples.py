@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from retrac_scale.checkpoints import Checkpoint
 from retrac_scale.sketching import dataset_ids, sketch
 from retrac_scale.store import SketchStore, create_store, write_block
 from retrac_scale.store.part import plans_of
 from retrac_scale.store.schema import check_ids
-from retrac_scale.task import Checkpoint, DiffusionTask
+from retrac_scale.task import DiffusionTask
 from retrac_scale.timesteps import TimestepPlan
 
 
@@ -50,7 +51,10 @@ class Samples:
             ValueError: they have several timestep plans, or do not fit the other store.
         """
         if len(self.plans) != 1:
-            raise ValueError(f"queries are measured by one timestep plan, got {len(self.plans)}; give one of them.")
+            raise ValueError(
+                f"queries are measured by one timestep plan, got {len(self.plans)}; give one, e.g. Explicit with all "
+                "their timesteps."
+            )
         return sketch(
             self.task,
             self.dataset,

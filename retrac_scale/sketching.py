@@ -17,13 +17,15 @@ from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from retrac_scale.calibration import fastest_batch
+from retrac_scale.checkpoints import Checkpoint
 from retrac_scale.gradients import ParameterFilter
+from retrac_scale.preconditioning import Divisors, digest_of
 from retrac_scale.projections import GradientMismatchError, GradientSketcher, LowRank, Projection, from_spec
 from retrac_scale.store import Dtype, Layout, SketchStore, create_store, grow_store, open_store, write_block
 from retrac_scale.store.compatibility import check_compatible
 from retrac_scale.store.encoding import check_dtype
 from retrac_scale.store.schema import Url, check_columns, check_ids
-from retrac_scale.task import Checkpoint, DiffusionTask
+from retrac_scale.task import DiffusionTask
 from retrac_scale.tasks import Task, gpu_label, run
 from retrac_scale.timesteps import Ids, Pairs, TimestepPlan, draw_noise
 
@@ -46,6 +48,7 @@ class _Job:
     timesteps: TimestepPlan
     projection: Projection
     parameters: frozenset[str]
+    precondition: Mapping[str, Divisors]
 
 
 def sketch(
@@ -59,6 +62,7 @@ def sketch(
     dtype: Dtype = "int8",
     batch_size: int | Literal["auto"] = "auto",
     parameters: ParameterFilter = None,
+    precondition: Mapping[str, Divisors] | None = None,
     like: SketchStore | None = None,
     grow: bool = False,
     layout: Layout | None = None,
@@ -83,6 +87,8 @@ def sketch(
             fastest in a quarter of the free memory. It stands in the store's plan, with the number of threads, and a
             resumed run or a worker obeys it.
         parameters: glob patterns or a predicate on names; None for all trainable ones, or those of `like`.
+        precondition: {checkpoint: {parameter: what its gradients are divided by before they are projected}}, see
+            `adam_divisors` and `fisher_divisors`. `like` does not pass it on: divide one side of a score, or both.
         like: a store that these sketches will be compared with.
         grow: add what the store at `out` lacks: samples with new ids, checkpoints, timesteps, another measure. Without
             it a call that differs from the one that began the store is refused.
@@ -119,26 +125,34 @@ def sketch(
     plans = {name: timesteps.pairs(name, ids, task.num_train_timesteps) for name in checkpoints}
     _check_items(task, dataset, ids)
     sketcher = GradientSketcher(task.model, projection, parameters=parameters)
+    divisors = dict(precondition or {})
+    if divisors and divisors.keys() != checkpoints.keys():
+        raise ValueError(f"precondition is given for {sorted(divisors)}, checkpoints are {sorted(checkpoints)}.")
+    for name, own in divisors.items():
+        sketcher.precondition(own, f"precondition[{name!r}]")
     before = {name: value.detach().clone() for name, value in task.model.state_dict().items()}
     try:
         digests = {name: task.load(name, checkpoint) for name, checkpoint in checkpoints.items()}
-        fingerprint = {
+        fingerprint: dict[str, Any] = {
             "projection": projection.spec(),
             "parameters": {name: list(shape) for name, shape in sketcher.shapes.items()},
             "checkpoints": digests,
-            "scheduler": scheduler_spec(task),
+            "scheduler": scheduler_spec(task.scheduler),
             "measure": task.measure,
             "autocast": task.autocast,
             "timesteps": {**timesteps.spec(), "digest": plan_digest(plans)},
         }
+        if divisors:
+            fingerprint["precondition"] = {name: digest_of(own) for name, own in divisors.items()}
         if like is not None:
             check_compatible(like.fingerprint, like.checkpoints, fingerprint, list(checkpoints))
 
         def describe_part(some: Ids, names: Sequence[str]) -> dict[str, Any]:
             pairs = {name: timesteps.pairs(name, some, task.num_train_timesteps) for name in names}
+            by_name = {key: fingerprint[key] for key in ("checkpoints", "precondition") if key in fingerprint}
             return {
                 **fingerprint,
-                "checkpoints": {name: digests[name] for name in names},
+                **{key: {name: value[name] for name in names} for key, value in by_name.items()},
                 "timesteps": {**timesteps.spec(), "digest": plan_digest(pairs)},
             }
 
@@ -148,7 +162,7 @@ def sketch(
         if plan is None:
             rows = batch_size
             if rows == "auto":
-                one = _Job(task, dataset, ids, checkpoints, timesteps, projection, frozenset(sketcher.shapes))
+                one = _Job(task, dataset, ids, checkpoints, timesteps, projection, frozenset(sketcher.shapes), divisors)
                 first = next(iter(checkpoints))
                 if client is None:
                     rows = _fastest_batch(one, sketcher, first)
@@ -175,7 +189,9 @@ def sketch(
                 ]
                 places = {sample: row for row, sample in enumerate(ids.tolist())}
                 part = Subset(dataset, [places[sample] for sample in store.ids.tolist()])
-                job = _Job(task, part, store.ids, checkpoints, timesteps, projection, frozenset(sketcher.shapes))
+                job = _Job(
+                    task, part, store.ids, checkpoints, timesteps, projection, frozenset(sketcher.shapes), divisors
+                )
                 bar.total += len(store.checkpoints) * store.shape[0] * store.shape[1]
                 bar.update(bar.total - bar.n - sum(_pairs_in(store, block) for _, block in todo))
                 blocks = (_block_task(store, *block) for block in todo)
@@ -188,7 +204,7 @@ def sketch(
                         _sketch_there,
                         blocks,
                         client,
-                        shared=(job, store),
+                        shared=(job, str(store.url), store.only_part.name),
                         resources=resources,
                         fatal=(GradientMismatchError,),
                     )
@@ -227,6 +243,7 @@ class _Share:
                     f"checkpoint {checkpoint!r} has other weights on {platform.node()} than where sketch(...) was "
                     "called; give a state dict, or the same file on all machines."
                 )
+            self._sketcher.precondition(job.precondition.get(checkpoint))
             self._loaded = checkpoint
         samples = store.blocks[block]
         ids = job.ids[samples]
@@ -239,17 +256,19 @@ class _Share:
         for start in range(0, n * t, size):
             part = slice(start, min(start + size, n * t))
 
-            def value(pairs: slice = part) -> torch.Tensor:
-                return pair_losses(task, items, ids, plan, np.arange(pairs.start, pairs.stop))
+            def measured(pairs: slice = part) -> tuple[torch.Tensor, torch.Tensor]:
+                return measured_pairs(task, items, ids, plan, np.arange(pairs.start, pairs.stop))
 
             with _threads(store.plan["threads"]):
                 with self._sketcher as sketcher:
-                    loss = value()
-                    sketched, norm = sketcher(loss)
+                    value, loss = measured()
+                    sketched, norm = sketcher(value)
                 if not self._checked:
                     where = f"checkpoint {checkpoint!r}, sample {ids[0]}, timestep {plan.timesteps[0, 0]}"
                     tolerance = BFLOAT16_TOLERANCE if task.autocast else FLOAT32_TOLERANCE
-                    sketcher.check((sketched, norm), value, lambda: value(slice(0, 1)), where, tolerance)
+                    sketcher.check(
+                        (sketched, norm), lambda: measured()[0], lambda: measured(slice(0, 1))[0], where, tolerance
+                    )
                     self._checked = True
             sketches[part], norms[part], losses[part] = sketched.cpu(), norm.cpu(), loss.detach().float().cpu()
             self._advance(part.stop - part.start)
@@ -269,8 +288,9 @@ _model_in_use = threading.Lock()
 
 
 @lru_cache(maxsize=1)
-def _share(job: _Job, store: SketchStore) -> _Share:
+def _share(job: _Job, url: str, part: str) -> _Share:
     """One per worker process and run: the random signs are as large as the model."""
+    store = open_store(url, mode="r+", part=part)
     return _Share(job, store, _new_sketcher(job), advance=lambda pairs: None)
 
 
@@ -278,9 +298,10 @@ def _new_sketcher(job: _Job) -> GradientSketcher:
     return GradientSketcher(job.task.model, job.projection, parameters=job.parameters.__contains__)
 
 
-def _sketch_there(shared: tuple[_Job, SketchStore], checkpoint: str, block: int) -> int:
+def _sketch_there(shared: tuple[_Job, str, str], checkpoint: str, block: int) -> int:
     with _model_in_use:
-        return _share(*shared).sketch(checkpoint, block)
+        job, url, part = shared
+        return _share(job, url, part).sketch(checkpoint, block)
 
 
 def _fastest_batch_there(job: _Job, checkpoint: str) -> int:
@@ -288,8 +309,10 @@ def _fastest_batch_there(job: _Job, checkpoint: str) -> int:
         return _fastest_batch(job, _new_sketcher(job), checkpoint)
 
 
-def pair_losses(task: DiffusionTask, items: list[Any], ids: Ids, plan: Pairs, pairs: Any) -> torch.Tensor:
-    """The losses of some pairs of a block, each the mean over its noise draws, `[pairs]`."""
+def measured_pairs(
+    task: DiffusionTask, items: list[Any], ids: Ids, plan: Pairs, pairs: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values to be differentiated and losses of some pairs of a block, means over their noise draws, `[pairs]` each."""
     rows, columns = np.divmod(pairs, plan.timesteps.shape[1])
     steps, seeds = plan.timesteps[rows, columns], plan.seeds[rows, columns]
     images = torch.stack([items[row][0] for row in rows])
@@ -301,13 +324,13 @@ def pair_losses(task: DiffusionTask, items: list[Any], ids: Ids, plan: Pairs, pa
     def repeat(x: torch.Tensor) -> torch.Tensor:
         return x.repeat_interleave(plan.draws, 0)
 
-    losses = task.losses(
+    values, losses = task.measured(
         repeat(images),
         repeat(torch.from_numpy(steps)),
         noise.flatten(0, 1).to(images.dtype),
         {key: repeat(value) for key, value in conditioning.items()},
     )
-    return losses.reshape(len(pairs), plan.draws).mean(1)
+    return values.reshape(len(pairs), plan.draws).mean(1), losses.reshape(len(pairs), plan.draws).mean(1)
 
 
 @contextlib.contextmanager
@@ -338,9 +361,9 @@ def _fastest_batch(job: _Job, sketcher: GradientSketcher, checkpoint: str) -> in
     def run(rows: int) -> torch.Tensor:
         pairs = np.arange(max(1, rows // plan.draws)) % plan.timesteps.size
         with sketcher:
-            losses = pair_losses(job.task, items, ids, plan, pairs)
-            sketcher(losses)
-        return losses
+            values, _ = measured_pairs(job.task, items, ids, plan, pairs)
+            sketcher(values)
+        return values
 
     pairs = len(job.ids) * plan.timesteps.shape[1]
     return fastest_batch(run, pairs * plan.draws, job.task.device)
@@ -360,7 +383,7 @@ def _check_items(task: DiffusionTask, dataset: Any, ids: Ids) -> None:
     stride = max(1, len(ids) // FULL_CHECK_SAMPLES)
     first: tuple[int, ...] | None = None
     for row in range(0, len(ids), stride):
-        image, _ = task.check_item(ids[row], dataset[row])
+        image = task.read_item(ids[row], dataset[row]).sample
         first = first or tuple(image.shape)
         if tuple(image.shape) != first:
             raise ValueError(
@@ -369,9 +392,9 @@ def _check_items(task: DiffusionTask, dataset: Any, ids: Ids) -> None:
             )
 
 
-def scheduler_spec(task: DiffusionTask) -> dict[str, Any]:
+def scheduler_spec(scheduler: Any) -> dict[str, Any]:
     """What of the scheduler determines the noisy images."""
-    config = dict(task.scheduler.config)
+    config = dict(scheduler.config)
     keys = (
         "num_train_timesteps",
         "beta_schedule",
@@ -379,8 +402,12 @@ def scheduler_spec(task: DiffusionTask) -> dict[str, Any]:
         "beta_end",
         "prediction_type",
         "rescale_betas_zero_snr",
+        "shift",
+        "flow_shift",
+        "use_flow_sigmas",
+        "use_dynamic_shifting",
     )
-    return {"class": type(task.scheduler).__name__, **{key: config[key] for key in keys if key in config}}
+    return {"class": type(scheduler).__name__, **{key: config[key] for key in keys if key in config}}
 
 
 def plan_digest(plans: Mapping[str, Pairs]) -> str:

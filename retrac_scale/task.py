@@ -3,34 +3,45 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import inspect
 import os
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-Measure = Literal["mse", "l1"]
-StateDict = Mapping[str, Tensor]
-Checkpoint = StateDict | str | os.PathLike[str] | Callable[[], StateDict]
+from retrac_scale.calling import LAYOUTS, Call, ThroughUNet, call_model
+from retrac_scale.checkpoints import COMPONENTS, Checkpoint, add_adapters, load_checkpoint
+from retrac_scale.encoding import Encoder, load_pipeline
+from retrac_scale.items import Item, take_apart
+from retrac_scale.measures import OUTPUTS
+from retrac_scale.noising import noising_of
+from retrac_scale.weighting import Huber, PseudoHuber, Weighting
 
-WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "model.safetensors")
-IMAGE_KEYS = ("image", "images", "pixel_values", "sample", "input")
+Measure = Literal["mse", "l1", "mean_output", "mean_squared_output", "output_l1", "output_l2", "output_linf"]
 
 
 class DiffusionTask:
-    """What is differentiated: the training loss of one sample at one timestep under one noise draw.
+    """What is differentiated: the training loss, or another function, of one sample, timestep and noise draw.
 
     The model is put into eval mode on `device`; its gradients and weights are left alone.
 
     Args:
-        model: a diffusers denoiser called as `model(noisy, timesteps, **conditioning)`.
-        scheduler: its noise scheduler (`add_noise`, `config.num_train_timesteps`, `config.prediction_type`).
-        measure: "mse" or "l1", the mean over all entries of the prediction error (the paper's own code uses L1).
+        model: a denoiser, called as `call` does.
+        scheduler: its noise scheduler, of diffusion (`alphas_cumprod`, `config.prediction_type`) or flow matching;
+            what a sampler changes in it does not matter.
+        measure: "mse" or "l1", the mean over all entries of the prediction error (the paper's own code uses L1), or
+            `Huber(delta)` or `PseudoHuber(c)`; or a function of the prediction alone: its mean ("mean_output", for
+            DAS), mean square ("mean_squared_output", for D-TRAK), or norm ("output_l1", "output_l2", "output_linf").
         device: where to compute.
         autocast: None, or "bfloat16" for mixed precision.
+        weighting: of the losses over timesteps, `MinSNR(gamma)`, `SD3Weighting(scheme)`; None is 1.
+        encoder: VAE and text encoders, for items with pixels and prompts in place of latents and embeddings.
+        call: how the model is called, `call(model, noisy, times, conditioning) -> prediction`.
+
+    Raises:
+        ValueError: an option is unknown, or does not fit the scheduler.
     """
 
     def __init__(
@@ -38,27 +49,43 @@ class DiffusionTask:
         model: nn.Module,
         scheduler: Any,
         *,
-        measure: Measure = "mse",
+        measure: Measure | Huber | PseudoHuber = "mse",
         device: str = "cpu",
         autocast: Literal["bfloat16"] | None = None,
+        weighting: Weighting | None = None,
+        encoder: Encoder | None = None,
+        call: Call = call_model,
     ) -> None:
-        if measure not in get_args(Measure):
-            raise ValueError(f"measure must be one of {get_args(Measure)}, got {measure!r}.")
+        if not isinstance(measure, (Huber, PseudoHuber)) and measure not in get_args(Measure):
+            raise ValueError(f"measure must be Huber(), PseudoHuber() or one of {get_args(Measure)}, got {measure!r}.")
         if autocast not in (None, "bfloat16"):
             raise ValueError(f"autocast must be None or 'bfloat16', got {autocast!r}.")
         self.model = model.to(device).eval()
         self.scheduler = scheduler
-        self.measure: Measure = measure
+        self.noising = noising_of(scheduler, model)
+        self.weighting = weighting
+        if weighting is not None:
+            weighting(self.noising, torch.zeros(1, dtype=torch.int64))
+        self.encoder = encoder
+        self.call = call
+        self._measure = measure
         self.device = torch.device(device)
         self.autocast = autocast
+
+    @property
+    def measure(self) -> str:
+        """What is measured, in words for the fingerprint of a store."""
+        return str(self._measure) if self.weighting is None else f"{self._measure} x {self.weighting}"
 
     @property
     def num_train_timesteps(self) -> int:
         """Number of timesteps T of the scheduler; valid ones are 0 .. T-1."""
         return int(self.scheduler.config.num_train_timesteps)
 
-    def losses(self, images: Tensor, timesteps: Tensor, noise: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
-        """One loss per pair.
+    def measured(
+        self, images: Tensor, timesteps: Tensor, noise: Tensor, conditioning: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The value to be differentiated and the training loss of each pair, from one forward pass.
 
         Args:
             images: clean samples in the model's range, `[n, ...]`.
@@ -67,98 +94,126 @@ class DiffusionTask:
             conditioning: further arguments of the model's forward, batched alike.
 
         Returns:
-            float32 `[n]`, each the mean over the entries of the prediction; nothing is averaged over the batch.
+            values and losses, float32 `[n]` each; nothing is averaged over the batch. They are the same where the
+            error is measured; for a function of the prediction the loss is the mean squared error.
         """
         images, noise, timesteps = (x.to(self.device) for x in (images, noise, timesteps))
         conditioning = {name: value.to(self.device) for name, value in conditioning.items()}
-        noisy = self.scheduler.add_noise(images, noise, timesteps)
+        noisy = self.noising.noisy(images, noise, timesteps)
         with self._precision():
-            prediction = self.model(noisy, timesteps, **conditioning, return_dict=False)[0]
-        error = (prediction.float() if self.autocast else prediction) - self._target(images, noise, timesteps)
-        entries = error.square() if self.measure == "mse" else error.abs()
-        losses: Tensor = entries.flatten(1).mean(1)
-        return losses
+            prediction = self.call(self.model, noisy, self.noising.times(timesteps), conditioning)
+        prediction = prediction.float() if self.autocast else prediction
+        losses = self._entries(prediction - self.noising.target(images, noise, timesteps)).flatten(1).mean(1)
+        if self.weighting is not None:
+            losses = losses * self.weighting(self.noising, timesteps).to(losses.dtype)
+        return OUTPUTS[str(self._measure)](prediction.flatten(1)) if self._measure in OUTPUTS else losses, losses
+
+    def losses(self, images: Tensor, timesteps: Tensor, noise: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+        """The training losses of `measured`, `[n]`."""
+        return self.measured(images, timesteps, noise, conditioning)[1]
+
+    def _entries(self, error: Tensor) -> Tensor:
+        if isinstance(self._measure, (Huber, PseudoHuber)):
+            return self._measure(error)
+        return error.abs() if self._measure == "l1" else error.square()
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         if self.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
-    def _target(self, images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        kind = self.scheduler.config.get("prediction_type", "epsilon")
-        if kind == "epsilon":
-            return noise
-        if kind == "sample":
-            return images
-        if kind == "v_prediction":
-            velocity: Tensor = self.scheduler.get_velocity(images, noise, timesteps)
-            return velocity
-        raise ValueError(f"the scheduler's prediction_type {kind!r} is none of 'epsilon', 'sample', 'v_prediction'.")
-
     def load(self, name: str, checkpoint: Checkpoint) -> str:
-        """Load a checkpoint into the model and return the hex digest of its weights.
+        """Load a checkpoint into the model and return the hex digest of its weights; see `load_checkpoint`."""
+        return load_checkpoint(self.model, name, checkpoint)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        component: str | None = None,
+        lora: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> DiffusionTask:
+        """The task of a diffusers folder: its denoiser and scheduler, with VAE and text encoders for the items.
+
+        Args:
+            path: a folder with model_index.json, or a name on the hub.
+            component: which part is differentiated: "unet", "transformer", "controlnet" (beside a frozen U-Net),
+                "transformer_2"; None takes the U-Net or the transformer.
+            lora: a file or folder of LoRA adapters; they alone are differentiated, and checkpoints may be such files.
+                As in diffusers, alpha is the rank where the file's metadata do not tell it.
+            options: as for `DiffusionTask`.
 
         Raises:
-            ValueError: it does not fit the model; names the checkpoint and the first parameters that differ.
+            ValueError: the folder holds no pipeline, or it has no such component.
         """
-        state = read_checkpoint(name, checkpoint)
-        own = self.model.state_dict()
-        missing = [key for key in own if key not in state]
-        unknown = [key for key in state if key not in own]
-        shapes = [
-            f"{key} is {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-            for key in own
-            if key in state and state[key].shape != own[key].shape
-        ]
-        if missing or unknown or shapes:
-            faults = [f"it lacks {missing[0]}"] * bool(missing) + [f"it has an unknown {unknown[0]}"] * bool(unknown)
-            raise ValueError(
-                f"checkpoint {name!r} does not fit the model: {'; '.join(faults + shapes[:1])}; "
-                "build the model with the configuration that the checkpoint was trained with."
-            )
-        self.model.load_state_dict(state)
-        return _digest(self.model.state_dict())
+        pipeline = load_pipeline(path)
+        parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+        name = component or next((name for name in COMPONENTS if name in parts), "")
+        if name not in parts:
+            raise ValueError(f"{path} has no {name or ' or '.join(COMPONENTS)}; its parts are {', '.join(parts)}.")
+        for part in parts.values():
+            part.requires_grad_(part is parts[name])
+        if name == "controlnet":
+            options.setdefault("call", ThroughUNet(parts["unet"]))
+        if lora is not None:
+            add_adapters(parts[name], name, lora)
+        return cls(parts[name], pipeline.scheduler, encoder=Encoder(pipeline), **options)
 
-    def check_item(self, sample: Any, item: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Split a dataset item into image and conditioning, and check the image against the model's configuration.
+    @property
+    def encoder_name(self) -> str:
+        """Which pipeline encodes samples and prompts."""
+        pipeline = None if self.encoder is None else self.encoder.pipeline
+        return f"{type(pipeline).__name__} {getattr(pipeline, 'name_or_path', '')}"
+
+    def read_item(self, number: Any, item: Any) -> Item:
+        """Take a dataset item apart and check it, without encoding anything.
+
+        Args:
+            number: names the item in errors.
+            item: see `take_apart`.
 
         Raises:
-            ValueError: naming the sample, the shape found and the shape expected.
+            ValueError: naming the item, the shape found and the shape expected.
         """
-        image, conditioning = self._split(sample, item)
+        found = take_apart(number, item)
         expected = self._image_shape()
-        if expected is not None and tuple(image.shape) != expected:
+        if expected is not None and not self._encodes(found) and tuple(found.sample.shape) != expected:
             raise ValueError(
-                f"dataset item {sample} has shape {tuple(image.shape)}, but the model takes {expected}; "
+                f"dataset item {number} has shape {tuple(found.sample.shape)}, but the model takes {expected}; "
                 "resize or convert it in the dataset."
             )
-        if not image.is_floating_point():
+        if found.prompt is not None and self._takes_prompts() and self.encoder is None:
             raise ValueError(
-                f"dataset item {sample} has dtype {image.dtype}; give floating point in the range that the model was "
-                "trained on, usually -1 .. 1."
+                f"dataset item {number} brings a prompt, but the task has no text encoder; use "
+                "DiffusionTask.from_pretrained, or give the embeddings by the names of the model's arguments."
             )
-        if not torch.isfinite(image).all():
-            raise ValueError(f"dataset item {sample} has NaN or infinite entries; repair it or leave it out.")
-        return image, conditioning
+        return found
 
-    def _split(self, sample: Any, item: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        extra: Any = None
-        if isinstance(item, Mapping):
-            key = next((key for key in IMAGE_KEYS if key in item), None)
-            if key is None:
-                raise ValueError(f"dataset item {sample} has keys {list(item)}; name the image one of {IMAGE_KEYS}.")
-            image, extra = item[key], {k: v for k, v in item.items() if k not in (key, "id")}
-        elif isinstance(item, (tuple, list)):
-            image, extra = item[0], item[1] if len(item) > 1 else None
-        else:
-            image = item
-        if not isinstance(image, Tensor):
-            raise ValueError(
-                f"dataset item {sample} gives a {type(image).__name__} for the image; give a torch tensor."
-            )
-        if extra is not None and not isinstance(extra, Mapping):
-            extra = {"class_labels": extra} if self._takes_labels() else None
-        return image, {name: torch.as_tensor(value) for name, value in (extra or {}).items()}
+    def check_item(self, number: Any, item: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the model takes of a dataset item: the clean sample and its conditioning.
+
+        Pixels are encoded by the VAE unless they come under the key "latents", prompts by the text encoders.
+
+        Raises:
+            ValueError: see `read_item`.
+        """
+        found = self.read_item(number, item)
+        sample, conditioning = found.sample, dict(found.conditioning)
+        if not self._takes_labels():
+            conditioning.pop("class_labels", None)
+        if self.encoder is not None and found.prompt is not None and self._takes_prompts():
+            conditioning = {**self.encoder.embeddings(found.prompt, sample, self.device), **conditioning}
+        if self.encoder is not None and self._encodes(found):
+            sample = self.encoder.latents(sample, self.device)
+        return sample, conditioning
+
+    def _encodes(self, item: Item) -> bool:
+        return self.encoder is not None and self.encoder.vae is not None and not item.encoded
+
+    def _takes_prompts(self) -> bool:
+        return "encoder_hidden_states" in inspect.signature(self.model.forward).parameters
 
     def _takes_labels(self) -> bool:
         config = self._config()
@@ -167,9 +222,10 @@ class DiffusionTask:
         )
 
     def _image_shape(self) -> tuple[int, ...] | None:
+        """The one shape that samples must have; None where the model takes several."""
         config = self._config()
         channels, size = config.get("in_channels"), config.get("sample_size")
-        if channels is None or size is None:
+        if channels is None or size is None or self._takes_prompts() or type(self.model).__name__ in LAYOUTS:
             return None
         height, width = (size, size) if isinstance(size, int) else size
         return int(channels), int(height), int(width)
@@ -177,35 +233,3 @@ class DiffusionTask:
     def _config(self) -> Mapping[str, Any]:
         config: Mapping[str, Any] = getattr(self.model, "config", {})
         return config if isinstance(config, Mapping) else {}
-
-
-def read_checkpoint(name: str, checkpoint: Checkpoint) -> StateDict:
-    """The state dict of a checkpoint given as such, as a file or diffusers folder, or as a callable that returns it."""
-    if isinstance(checkpoint, Mapping):
-        return checkpoint
-    if callable(checkpoint):
-        return checkpoint()
-    path = Path(checkpoint)
-    if path.is_dir():
-        file = next((path / file for file in WEIGHT_FILES if (path / file).exists()), None)
-        if file is None:
-            raise ValueError(f"checkpoint {name!r}: the folder {path} holds none of {', '.join(WEIGHT_FILES)}.")
-        path = file
-    if not path.exists():
-        raise ValueError(f"checkpoint {name!r}: there is no file {path}.")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        tensors: StateDict = load_file(path)
-        return tensors
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    weights: StateDict = state.get("model", state)
-    return weights
-
-
-def _digest(state: StateDict) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name, value in state.items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

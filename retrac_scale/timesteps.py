@@ -1,4 +1,4 @@
-"""Which (timestep, noise) pairs a sample is measured at, and the record of those it was trained at."""
+"""Which (timestep, noise) pairs a sample is measured at."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from retrac_scale.record import NO_SEED, SampleRows, TrainingRecord, read_record
+
 Ids = npt.NDArray[Any]
 Int64 = npt.NDArray[np.int64]
-
-NO_SEED = -1
 
 
 def draw_noise(
@@ -150,26 +149,24 @@ class Recorded:
     """
 
     path: str | os.PathLike[str]
-    _cache: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
+    _cache: dict[str, _Seen] = field(default_factory=dict, repr=False, compare=False)
 
-    def _record(self, checkpoint: str) -> dict[str, Any]:
+    def _seen(self, checkpoint: str) -> _Seen:
         if checkpoint not in self._cache:
-            file = _record_file(self.path, checkpoint)
-            if not file.exists():
-                known = sorted(p.stem for p in Path(self.path).glob("*.npz"))
+            record = read_record(self.path)
+            if record is None:
                 raise ValueError(
-                    f"no training record for checkpoint {checkpoint!r} in {self.path} (it has {known or 'none'}); "
-                    "name the checkpoints as in TrainingRecorder.checkpoint(name), or use EvenlySpaced(count)."
+                    f"no training record for checkpoint {checkpoint!r} in {self.path} (it has none); "
+                    "record the training with TrainingRecorder, or use EvenlySpaced(count)."
                 )
-            with np.load(file, allow_pickle=False) as data:
-                self._cache[checkpoint] = {key: data[key] for key in data.files}
+            self._cache[checkpoint] = _last_seen(record, checkpoint)
         return self._cache[checkpoint]
 
     def pairs(self, checkpoint: str, ids: Ids, num_train_timesteps: int) -> Pairs:
         """One pair per sample, `[n, 1]`."""
-        record = self._record(checkpoint)
-        rows = _record_rows(ids, len(record["timestep"]))
-        steps = record["timestep"][rows]
+        seen = self._seen(checkpoint)
+        rows = seen.samples.rows(ids)
+        steps = seen.timestep[rows]
         if (steps < 0).any():
             culprit = ids[int(np.argmax(steps < 0))]
             raise ValueError(
@@ -177,104 +174,35 @@ class Recorded:
                 "it; leave it out of the dataset or use EvenlySpaced(count)."
             )
         check_timesteps(steps, num_train_timesteps)
-        seeds = record["noise_seed"][rows]
+        seeds = seen.seed[rows]
         return Pairs(steps[:, None], np.where(seeds == NO_SEED, 0, seeds)[:, None], 1)
 
     def weight(self, checkpoint: str) -> float:
         """w_c: the sum over the steps since the previous checkpoint of learning rate x batch size / N."""
-        return float(self._record(checkpoint)["weight"])
+        return self._seen(checkpoint).weight
 
     def spec(self) -> dict[str, Any]:
         """JSON description; the recorded timesteps themselves stand in the store."""
         return {"kind": "Recorded"}
 
 
-class TrainingRecorder:
-    """Notes in the training loop which timestep and noise each sample was trained at.
+@dataclass(frozen=True)
+class _Seen:
+    """The last timestep (-1: none) and noise seed of every sample before a checkpoint, int64 `[n]`, and w_c."""
 
-    One call per optimizer step and one per kept checkpoint; a folder of small .npz files results, which
-    `Recorded(path)` reads. An existing folder is continued from its newest checkpoint.
-
-    Args:
-        path: folder to write to.
-        n_samples: size of the training set; ids are 0 .. n_samples - 1.
-        scheduler: the diffusers scheduler in use; gives the range of valid timesteps.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], n_samples: int, scheduler: Any) -> None:
-        self.path = Path(path)
-        self.n_samples = n_samples
-        self.num_train_timesteps = int(scheduler.config.num_train_timesteps)
-        self._timestep = np.full(n_samples, -1, dtype=np.int64)
-        self._seed = np.full(n_samples, NO_SEED, dtype=np.int64)
-        self._weight = 0.0
-        self._steps = 0
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._continue()
-
-    def step(
-        self, ids: Sequence[int] | Int64 | torch.Tensor, timesteps: Any, noise_seed: int | None, lr: float
-    ) -> None:
-        """Record one optimizer step.
-
-        Args:
-            ids: samples of the batch, `[n]`.
-            timesteps: their diffusion timesteps, `[n]`.
-            noise_seed: the seed given to `draw_noise` for this batch (0 or more), or None when the noise came from
-                elsewhere: a fresh draw then stands in for it, as in the paper's own code.
-            lr: learning rate of the step.
-        """
-        rows = _record_rows(np.asarray(ids), self.n_samples)
-        steps = np.asarray(timesteps, dtype=np.int64)
-        if steps.shape != rows.shape:
-            raise ValueError(f"got {len(rows)} ids but timesteps of shape {steps.shape}; give one timestep per id.")
-        check_timesteps(steps, self.num_train_timesteps)
-        if noise_seed is not None and noise_seed < 0:
-            raise ValueError(f"noise_seed must be 0 or more, got {noise_seed}.")
-        self._timestep[rows] = steps
-        self._seed[rows] = NO_SEED if noise_seed is None else noise_seed
-        self._weight += lr * len(rows) / self.n_samples
-        self._steps += 1
-
-    def checkpoint(self, name: str) -> None:
-        """Write what was recorded up to here under the checkpoint's name; call it where the weights are saved."""
-        if self._steps == 0:
-            raise ValueError(f"checkpoint {name!r} has no step before it; call step() in the training loop.")
-        final = _record_file(self.path, name)
-        partial = final.with_suffix(".partial")
-        with open(partial, "wb") as file:
-            np.savez(file, timestep=self._timestep, noise_seed=self._seed, weight=self._weight, steps=self._steps)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, final)
-        self._weight, self._steps = 0.0, 0
-
-    def _continue(self) -> None:
-        files = sorted(self.path.glob("*.npz"), key=lambda file: file.stat().st_mtime_ns)
-        if not files:
-            return
-        with np.load(files[-1], allow_pickle=False) as data:
-            if len(data["timestep"]) != self.n_samples:
-                raise ValueError(
-                    f"{self.path} holds the record of {len(data['timestep'])} samples, not {self.n_samples}; "
-                    "give each training set its own folder."
-                )
-            self._timestep, self._seed = data["timestep"], data["noise_seed"]
+    samples: SampleRows
+    timestep: Int64
+    seed: Int64
+    weight: float
 
 
-def _record_file(path: str | os.PathLike[str], checkpoint: str) -> Path:
-    if not checkpoint or "/" in checkpoint or checkpoint.startswith("."):
-        raise ValueError(f"{checkpoint!r} cannot name a checkpoint; use letters, digits, '-' and '_'.")
-    return Path(path) / f"{checkpoint}.npz"
-
-
-def _record_rows(ids: Ids, n_samples: int) -> Int64:
-    if ids.dtype.kind not in "iu":
-        raise ValueError(f"recorded sample ids are the integers 0 .. {n_samples - 1}, got dtype {ids.dtype}.")
-    bad = (ids < 0) | (ids >= n_samples)
-    if bad.any():
-        raise ValueError(f"sample id {ids[bad][0]} is outside the recorded training set 0 .. {n_samples - 1}.")
-    return ids.astype(np.int64)
+def _last_seen(record: TrainingRecord, checkpoint: str) -> _Seen:
+    previous, until = record.before(checkpoint)
+    rows = record.rows(record.begun, until)
+    timestep, seed = np.full((2, record.n_samples), -1, dtype=np.int64)
+    timestep[rows["sample"]], seed[rows["sample"]] = rows["timestep"], rows["noise_seed"]  # the last of a sample stays
+    weight = float(rows["lr"][rows["step"] > previous].sum() / record.n_samples)
+    return _Seen(SampleRows(record.n_samples, record.ids), timestep, seed, weight)
 
 
 def check_timesteps(timesteps: Int64, num_train_timesteps: int) -> None:

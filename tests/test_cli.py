@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +24,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("verb", ["", "demo", "index", "info", "verify", "plan", "query", "report"])
+@pytest.mark.parametrize(
+    "verb", ["", "demo", "init", "sketch", "index", "info", "verify", "plan", "query", "report", "serve", "completion"]
+)
 def test_help_teaches_by_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*([verb] if verb else []), "--help"])
     assert stop.value.code == 0
-    assert f"examples:\n  retrac-scale {verb or 'demo'}" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"examples:\n  retrac-scale {verb or 'demo'}" in told
+    assert verb or "exit status: 0 done" in told
 
 
 def test_query_prints_a_table_or_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,43 +54,15 @@ def test_info_describes_stores_and_indexes(folder: Path, capsys: pytest.CaptureF
     assert "index of ReTrac" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("what", ["s.zarr", "retrac.zarr"])
+def test_info_is_json_when_asked(folder: Path, capsys: pytest.CaptureFixture[str], what: str) -> None:
+    assert main(["info", str(folder / what), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["what"] == ("store" if what == "s.zarr" else "index")
+
+
 def test_failures_are_one_line_and_exit_status_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", str(folder / "nothing")]) == 1
     assert main(["query", str(folder / "s.zarr"), str(folder / "q.zarr")]) == 1
     error = capsys.readouterr().err.splitlines()
     assert [line.split(":")[0] for line in error] == ["retrac-scale"] * 2
-
-
-class Page(HTMLParser):
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.images: list[tuple[str, str]] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag == "img":
-            given = dict(attrs)
-            self.images.append((given["alt"] or "", given["src"] or ""))
-
-
-def test_report_shows_every_result_and_needs_no_network(folder: Path) -> None:
-    out = folder / "page.html"
-    indexes = [str(folder / "tracin.zarr"), str(folder / "retrac.zarr")]
-    files = ["--images", str(folder / "images.npy"), "--query-images", str(folder / "queries.npy")]
-    assert main(["report", *indexes, "--queries", str(folder / "q.zarr"), *files, "-k", "3", "--out", str(out)]) == 0
-    text = out.read_text()
-    page = Page(text)
-    assert all(source.startswith("data:image/png;base64,") for _, source in page.images)
-    shown = [int(alt.split()[-1]) for alt, _ in page.images if alt.startswith("training sample")]
-    queries = rs.open_store(folder / "q.zarr")
-    answers = [rs.open_index(url).query(queries, 3) for url in indexes]
-    assert shown == [sample for q in range(2) for answer in answers for sample in answer.ids[q].tolist()]
-    assert not re.search(r"https?://", text)
-
-
-def test_topk_writes_its_own_report_and_names_a_missing_picture(folder: Path) -> None:
-    answer = rs.open_index(folder / "retrac.zarr").query(rs.open_store(folder / "q.zarr"), 3)
-    images, queries = np.load(folder / "images.npy"), np.load(folder / "queries.npy")
-    assert answer.report(folder / "own.html", images, queries, ids=range(6)).exists()
-    with pytest.raises(ValueError, match="no picture of sample"):
-        answer.report(folder / "own.html", images[:1], queries, ids=[99])

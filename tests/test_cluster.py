@@ -94,7 +94,8 @@ def test_store_and_index_are_bit_identical_and_answers_equal(client: Client, who
     for asked in ({"side": "both"}, {"where": "id > 7"}, {"group_by": np.arange(N) % 5}):
         one, two = here.query(queries, 4, **asked), there.query(queries, 4, client=client, **asked)
         np.testing.assert_array_equal(one.ids, two.ids)
-        np.testing.assert_array_equal(one.scores, two.scores)
+        rounding = 1e-6 if "group_by" in asked else 0  # sums of float32 products, whose order is BLAS's own
+        np.testing.assert_allclose(one.scores, two.scores, rtol=rounding, atol=0)
     np.testing.assert_array_equal(
         rs.self_influence(store, rs.ReTrac(), client=client), rs.self_influence(store, rs.ReTrac())
     )

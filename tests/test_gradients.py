@@ -174,15 +174,50 @@ def test_a_layer_that_does_not_see_the_batch_is_refused_by_name() -> None:
         sketcher(model(torch.randn(2, 3)).sum(1))
 
 
+class Around(nn.Module):
+    """Multiplies with a weight of a layer that it never calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x) @ self.second.weight + self.second.bias  # type: ignore[no-any-return]
+
+
 def test_a_parameter_used_around_its_layer_is_refused_by_name() -> None:
-    model = nn.MultiheadAttention(4, 2, batch_first=True)  # multiplies with out_proj.weight, never calls out_proj
-    x = torch.randn(2, 3, 4)
+    model = Around()
     with (
         rs.GradientSketcher(model, rs.Identity()) as sketcher,
-        pytest.raises(ValueError, match=r"'out_proj\.(weight|bias)' is used outside its own layer's forward"),
+        pytest.raises(ValueError, match=r"'second\.(weight|bias)' is used outside its own layer's forward"),
     ):
-        sketcher(model(x, x, x)[0].square().sum((1, 2)))
-    assert model.out_proj.weight.requires_grad
+        sketcher(model(torch.randn(2, 3, 4)).square().sum((1, 2)))
+    assert model.second.weight.requires_grad
+
+
+def test_a_module_taken_whole_equals_autograd() -> None:
+    class AroundWhole(Around):
+        pass
+
+    rs.gradients.recompute_whole(AroundWhole)
+    check(nn.Sequential(nn.Linear(4, 4), AroundWhole(), nn.Linear(4, 2)), torch.randn(3, 5, 4))
+
+
+def test_multihead_attention_equals_autograd_and_is_refused_where_samples_come_second() -> None:
+    class Attention(nn.Module):
+        def __init__(self, batch_first: bool) -> None:
+            super().__init__()
+            self.inner = nn.MultiheadAttention(4, 2, batch_first=batch_first)
+            self.flip = not batch_first
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.transpose(0, 1) if self.flip else x
+            y = self.inner(x, x, x)[0]
+            return y.transpose(0, 1) if self.flip else y  # type: ignore[no-any-return]
+
+    check(Attention(True), torch.randn(3, 5, 4))
+    with pytest.raises(ValueError, match=r"'inner' .* gives another output for one sample alone"):
+        check(Attention(False), torch.randn(2, 6, 4))
 
 
 def test_an_input_changed_in_place_is_refused_by_layer() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -411,3 +412,19 @@ def test_no_answer_is_cut_short_by_what_another_query_leaves_out() -> None:
     with pytest.raises(ValueError, match=r"k = 4 is more than every query has: .* ask for at most 3"):
         index.query(queries, 4, exclude_self=True)
     assert index.query(queries, 3, exclude_self=True).ids.shape == (2, 3)
+
+
+def test_answers_do_not_depend_on_threads() -> None:
+    store, queries, *_ = pair_of_stores(4, 700, 2)
+    index = rs.build_index(store, rs.ReTrac(), None)
+    options: list[dict[str, Any]] = [{"side": "both"}, {"where": "id > 80"}, {"where": [3, 650]}]
+    one = [index.query(queries, 20, **chosen) for chosen in options]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        several = [index.query(queries, 20, **chosen) for chosen in options]
+    finally:
+        torch.set_num_threads(before)
+    for left, right in zip(one, several, strict=True):
+        np.testing.assert_array_equal(left.ids, right.ids)
+        np.testing.assert_array_equal(left.scores, right.scores)

@@ -14,7 +14,7 @@ from PIL import Image
 
 import retrac_scale as rs
 from retrac_scale.cli import main
-from retrac_scale.images import ImageFiles
+from retrac_scale.datasets import ImageFiles
 from tests.conftest import tiny_unet
 
 

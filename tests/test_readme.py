@@ -1,4 +1,4 @@
-"""The README's program runs as printed, on a folder of PNG files and a model in diffusers layout."""
+"""The programs of the documentation run as printed."""
 
 from __future__ import annotations
 
@@ -36,3 +36,12 @@ def test_the_program_for_ones_own_images_runs(tmp_path: Path, monkeypatch: pytes
     exec(program, names)
     assert names["answer"].ids.shape == (2, 10)  # type: ignore[attr-defined]
     assert (tmp_path / "report.html").exists()
+
+
+def test_the_rules_of_the_page_on_rules_are_right() -> None:
+    page = (Path(__file__).parent.parent / "docs/writing-a-rule.md").read_text()
+    programs = [block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "class " in block]
+    names: dict[str, object] = {}
+    for program in programs:
+        exec(program, names)
+    assert len(programs) == 2

@@ -1,7 +1,8 @@
 """Per-sample gradients of a batch, layer by layer, from activations and output gradients with frozen weights."""
 
-from retrac_scale.gradients import convolution, embedding, linear, normalization  # noqa: F401  (they register rules)
+from retrac_scale.gradients import convolution, embedding, linear, normalization, whole  # noqa: F401  (they register)
 from retrac_scale.gradients.capture import GradientCapture, ParameterFilter
-from retrac_scale.gradients.registry import Rule, register
+from retrac_scale.gradients.errors import UncapturableError
+from retrac_scale.gradients.registry import Rule, recompute_whole, register
 
-__all__ = ["GradientCapture", "ParameterFilter", "Rule", "register"]
+__all__ = ["GradientCapture", "ParameterFilter", "Rule", "UncapturableError", "recompute_whole", "register"]

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from retrac_scale.gradients.errors import UncapturableError
 from retrac_scale.gradients.memory import keep_freed_pages
 from retrac_scale.gradients.nested import detached, mapped, tensors
 from retrac_scale.gradients.recompute import recomputed
-from retrac_scale.gradients.registry import LayerRule, rule_for
+from retrac_scale.gradients.registry import LayerRule, is_whole, rule_for
 
 ParameterFilter = Iterable[str] | Callable[[str], bool] | None
 Sink = Callable[[str, Tensor, slice], None]
@@ -26,12 +27,13 @@ CHUNK_BYTES = 24 << 20
 
 @dataclass
 class _Layer:
-    """A module with parameters of its own, the names they go by, and its calls in the current forward pass."""
+    """A module, the parameters captured at it by the names they go by, and its calls in the current forward pass."""
 
     name: str
     module: nn.Module
     parameters: dict[str, str]  # own name -> full name
     rule: LayerRule | None
+    numel: int
     calls: list[_Call] = field(default_factory=list)
 
     @property
@@ -81,6 +83,15 @@ class GradientCapture:
         self._backward: _Backward | None = None
 
     @property
+    def users(self) -> dict[str, tuple[nn.Module, LayerRule | None]]:
+        """The (first) layer that uses each selected parameter, and its rule; None is per-sample autograd."""
+        found: dict[str, tuple[nn.Module, LayerRule | None]] = {}
+        for layer in self._layers:
+            for name in layer.parameters.values():
+                found.setdefault(name, (layer.module, layer.rule))
+        return found
+
+    @property
     def mixable(self) -> dict[str, int]:
         """Parameters whose layers' output gradients may be mixed: name -> number of output features."""
         return {
@@ -99,7 +110,7 @@ class GradientCapture:
             else:
                 parameter.requires_grad_(False)
         for layer in self._layers:
-            self._handles.append(layer.module.register_forward_pre_hook(self._freeze))
+            self._handles.append(layer.module.register_forward_pre_hook(self._freeze(layer)))
             self._handles.append(layer.module.register_forward_hook(self._hook(layer), with_kwargs=True))
         self._recording = True
         return self
@@ -148,10 +159,13 @@ class GradientCapture:
         for layer in self._layers:
             layer.calls.clear()
 
-    def _freeze(self, module: nn.Module, args: Any) -> None:
-        if self._recording:
-            for parameter in module.parameters(recurse=False):
-                parameter.requires_grad_(False)
+    def _freeze(self, layer: _Layer) -> Callable[[nn.Module, Any], None]:
+        def freeze(module: nn.Module, args: Any) -> None:
+            if self._recording:
+                for own in layer.parameters:
+                    module.get_parameter(own).requires_grad_(False)
+
+        return freeze
 
     def _hook(self, layer: _Layer) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -210,17 +224,17 @@ class _Backward:
             return
         for call in calls:
             if _versions(call.args, call.kwargs) != call.versions:
-                raise ValueError(
+                raise UncapturableError(
                     f"an input of layer {layer.name!r} was changed in place after the layer had used it, so its "
-                    "gradient cannot be formed; use the out-of-place operation in the model's forward."
+                    "gradient cannot be formed; use the out-of-place operation in the model's forward.",
+                    layer.parameters.values(),
                 )
             _check_rows(layer, call, self.n)
         mixer = self._mixer(layer, calls)
         if mixer is not None:
             for call in calls:
                 _mix(layer, call, mixer)
-        numel = sum(layer.module.get_parameter(own).numel() for own in layer.parameters)
-        size = max(1, CHUNK_BYTES // (4 * numel))
+        size = max(1, CHUNK_BYTES // (4 * max(1, layer.numel)))
         for start in range(0, self.n, size):
             samples = slice(start, min(start + size, self.n))
             total: dict[str, Tensor] = {}
@@ -232,9 +246,10 @@ class _Backward:
                         total[own] = gradient if len(calls) == 1 else gradient.clone()
             for own, name in layer.parameters.items():
                 if own not in total:
-                    raise ValueError(
+                    raise UncapturableError(
                         f"the rule for {type(layer.module).__name__} gives no gradient for {name!r}; return one for "
-                        "every parameter of the layer."
+                        "every parameter of the layer.",
+                        [name],
                     )
                 self._deliver(name, total[own], samples)
 
@@ -276,9 +291,10 @@ class _Backward:
 
 def _refuse(name: str) -> Callable[[Tensor], None]:
     def hook(grad: Tensor) -> None:
-        raise ValueError(
+        raise UncapturableError(
             f"parameter {name!r} is used outside its own layer's forward, where its per-sample gradient cannot be "
-            "captured; leave it out with parameters=, or call its layer."
+            "captured; leave it out with parameters=, or call its layer.",
+            [name],
         )
 
     return hook
@@ -287,8 +303,8 @@ def _refuse(name: str) -> Callable[[Tensor], None]:
 def _mix(layer: _Layer, call: _Call, mixer: Tensor) -> None:
     grad = call.grads[0]
     mixer = mixer.to(grad.dtype)
-    if isinstance(layer.module, nn.Linear):
-        call.grads[0] = grad @ mixer.T
+    if isinstance(layer.module, nn.Linear):  # with positions last, the product is fast in any memory order
+        call.grads[0] = (mixer @ grad.mT).mT if grad.ndim > 2 else grad @ mixer.T
     else:
         call.grads[0] = (mixer @ grad.flatten(2)).reshape(len(grad), len(mixer), *grad.shape[2:])
 
@@ -301,23 +317,32 @@ def _versions(*values: Any) -> list[int]:
 def _check_rows(layer: _Layer, call: _Call, n: int) -> None:
     rows = call.grads[min(call.grads)].shape[0]
     if rows < n or rows % n:
-        raise ValueError(
+        raise UncapturableError(
             f"layer {layer.name!r} ran on {rows} rows for {n} losses, so its gradient cannot be told apart by sample; "
-            "give the model one row (or a fixed number of rows) per sample, or leave the layer out with parameters=."
+            "give the model one row (or a fixed number of rows) per sample, or leave the layer out with parameters=.",
+            layer.parameters.values(),
         )
 
 
 def _layers(model: nn.Module, names: list[str]) -> list[_Layer]:
     canonical = {id(model.get_parameter(name)): name for name in names}
     layers = []
+    whole: list[str] = []
     for name, module in model.named_modules():
+        if any(name.startswith(container) for container in whole):
+            continue
+        if is_whole(module):
+            whole.append(f"{name}." if name else "")
         own = {
-            key: canonical[id(value)] for key, value in module.named_parameters(recurse=False) if id(value) in canonical
+            key: canonical[id(value)]
+            for key, value in module.named_parameters(recurse=is_whole(module))
+            if id(value) in canonical
         }
         if own:
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
                 raise ValueError(f"layer {name!r} is a batch norm in training mode, which mixes samples; call eval().")
-            layers.append(_Layer(name, module, own, rule_for(module)))
+            numel = sum(module.get_parameter(key).numel() for key in own)
+            layers.append(_Layer(name, module, own, None if is_whole(module) else rule_for(module), numel))
     return layers
 
 

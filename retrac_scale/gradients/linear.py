@@ -10,8 +10,9 @@ from retrac_scale.gradients.registry import register
 
 def linear(layer: nn.Linear, activation: Tensor, grad_output: Tensor, n: int) -> dict[str, Tensor]:
     """weight: sum_s grad[n,s,o] activation[n,s,i]; bias: sum_s grad[n,s,o]."""
-    grad = grad_output.reshape(n, -1, grad_output.shape[-1])
-    inputs = activation.reshape(n, -1, activation.shape[-1]).to(grad.dtype)
+    positions = activation.shape[:-1].numel() // n
+    grad = grad_output.reshape(n, positions, grad_output.shape[-1])
+    inputs = activation.reshape(n, positions, activation.shape[-1]).to(grad.dtype)
     weight = scratch("weight", (n, grad.shape[2], inputs.shape[2]), grad)
     gradients = {"weight": batched_product(grad.mT, inputs.mT, weight)}
     if layer.bias is not None:

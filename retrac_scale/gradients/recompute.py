@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from retrac_scale.gradients.errors import UncapturableError
 from retrac_scale.gradients.nested import mapped, tensors
 
 TOLERANCE = 1e-2
@@ -39,15 +40,15 @@ def recomputed(
         samples: which of them.
 
     Raises:
-        ValueError: the module gives another output for one sample alone, so that its samples cannot be told apart.
+        UncapturableError: the module gives another output for one sample alone; its samples cannot be told apart.
     """
     parameters = {key: module.get_parameter(key) for key in own}
-    sizes = _batched_sizes(name, module, parameters, args, kwargs, outputs, n)
+    sizes = batched_sizes(name, module, parameters, args, kwargs, outputs, n)
     gradients: dict[str, list[Tensor]] = {key: [] for key in own}
     for sample in samples:
         with torch.enable_grad():
             weights = {key: value.detach().requires_grad_() for key, value in parameters.items()}
-            found = _alone(module, weights, args, kwargs, n, sample, sizes)
+            found = alone_by(module, weights, args, kwargs, n, sample, sizes)
             places = [place for place in grads if found[place].requires_grad]  # none: the parameters were not used
             formed: Any = (
                 torch.autograd.grad(
@@ -65,7 +66,7 @@ def recomputed(
     return {key: torch.stack(values) for key, values in gradients.items()}
 
 
-def _batched_sizes(
+def batched_sizes(
     name: str,
     module: nn.Module,
     parameters: Mapping[str, Tensor],
@@ -82,14 +83,15 @@ def _batched_sizes(
     expected = [_of_sample(output, n, n - 1) for output in outputs]
     for sizes in ({len(outputs[0])}, {len(outputs[0]), n}, folded):
         try:
-            found = _alone(module, parameters, args, kwargs, n, n - 1, sizes)
+            found = alone_by(module, parameters, args, kwargs, n, n - 1, sizes)
         except (RuntimeError, ValueError, IndexError):
             continue
         if all(_close(a, b) for a, b in zip(found, expected, strict=True)):
             return sizes
-    raise ValueError(
+    raise UncapturableError(
         f"layer {name!r} ({type(module).__name__}) has no gradient rule and gives another output for one sample alone; "
-        "register a rule for it, or leave it out with parameters=."
+        "register a rule for it, or leave it out with parameters=.",
+        [f"{name}.{key}" if name else key for key in parameters],
     )
 
 
@@ -100,10 +102,10 @@ def _close(found: Tensor, expected: Tensor) -> bool:
     return torch.allclose(found, expected, rtol=TOLERANCE, atol=0.1 * TOLERANCE * scale)
 
 
-def _alone(
+def alone_by(
     module: nn.Module, parameters: Mapping[str, Tensor], args: Any, kwargs: Any, n: int, sample: int, sizes: set[int]
 ) -> list[Tensor]:
-    """The outputs for one sample."""
+    """The module's outputs for one sample: tensors of these leading sizes are cut."""
 
     def cut(value: Tensor) -> Tensor:
         return _of_sample(value, n, sample) if value.ndim and value.shape[0] in sizes else value

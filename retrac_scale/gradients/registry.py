@@ -29,6 +29,7 @@ class LayerRule:
 
 
 _rules: dict[str, LayerRule] = {}
+_whole: set[str] = set()
 
 
 def register(
@@ -50,6 +51,23 @@ def register(
             arguments of the rule.
     """
     _rules[layer_type if isinstance(layer_type, str) else _name(layer_type)] = LayerRule(rule, mixed, keep)
+
+
+def recompute_whole(layer_type: type[nn.Module] | str) -> None:
+    """Take modules of exactly this type as one layer, with all that is below it, run again for each sample alone.
+
+    For modules whose parts cannot be told apart by sample: they multiply with a layer's weights without calling it, lay
+    samples out along another axis, or put rows of all samples together. Exact, at the speed of batches of one.
+
+    Args:
+        layer_type: the module class, or its qualified name.
+    """
+    _whole.add(layer_type if isinstance(layer_type, str) else _name(layer_type))
+
+
+def is_whole(module: nn.Module) -> bool:
+    """Whether `recompute_whole` was called for the module's type."""
+    return _name(type(module)) in _whole
 
 
 def rule_for(layer: nn.Module) -> LayerRule | None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from retrac_scale.gradients import GradientCapture, ParameterFilter
+from retrac_scale.preconditioning import Divisors, Kronecker, check_divisors, divided
 from retrac_scale.projections.base import Projection
 
 
@@ -29,13 +30,43 @@ class GradientSketcher:
         model: any torch module whose samples do not interact.
         projection: CountSketch, LowRank, ...
         parameters: glob patterns or a predicate on names; None for all that require a gradient.
+        precondition: parameter name -> divisors of its gradients, see `precondition`.
     """
 
-    def __init__(self, model: nn.Module, projection: Projection, *, parameters: ParameterFilter = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        projection: Projection,
+        *,
+        parameters: ParameterFilter = None,
+        precondition: Divisors | None = None,
+    ) -> None:
         self._capture = GradientCapture(model, parameters=parameters)
-        device = next(model.parameters()).device
-        self._projector = projection.bind(self._capture.shapes, self._capture.mixable, device)
+        self._device = next(model.parameters()).device
+        self._projector = projection.bind(self._capture.shapes, self._capture.mixable, self._device)
         self._projector.whole = self._capture.single_position
+        self._divisors: dict[str, Tensor | Kronecker] = {}
+        self.precondition(precondition)
+
+    def precondition(self, divisors: Divisors | None, where: str = "precondition") -> None:
+        """Divide gradients before they are projected, from now on; None for not at all.
+
+        Args:
+            divisors: parameter name -> positive tensor of its shape, such as `adam_divisors` gives.
+            where: named in errors.
+
+        Raises:
+            ValueError: some are missing, of another shape or not positive, or the projection mixes output gradients
+                before whole gradients are formed.
+        """
+        if divisors is not None:
+            if self._projector.mixers:
+                raise ValueError(
+                    f"{where}: LowRank never forms the whole gradients that are to be divided; "
+                    "use CountSketch(dim), or LowRank(rank, dim, norm='exact')."
+                )
+            check_divisors(divisors, self.shapes, where)
+        self._divisors = {name: divisors[name].to(self._device) for name in self.shapes} if divisors else {}
 
     @property
     def dim(self) -> int:
@@ -64,12 +95,15 @@ class GradientSketcher:
         squares = torch.zeros(len(accumulator), device=accumulator.device)
 
         def add(name: str, gradient: Tensor, samples: slice) -> None:
-            added = projector.add(accumulator[samples], name, gradient)
+            added = projector.add(accumulator[samples], name, self._divided(name, gradient))
             if added is not None:
                 squares[samples] += added
 
         self._capture.backward(losses, add, projector.mixers)
         return self._finished(accumulator, squares)
+
+    def _divided(self, name: str, gradient: Tensor) -> Tensor:
+        return divided(gradient, self._divisors[name]) if self._divisors else gradient
 
     def _finished(self, accumulator: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
         sketch = self._projector.finish(accumulator)
@@ -102,7 +136,8 @@ class GradientSketcher:
         accumulator = self._projector.start(1)
         squares = torch.zeros(1, device=accumulator.device)
         for name, gradient in expected.items():
-            added = self._projector.add(accumulator, name, self._projector.mixed(name, gradient[None]))
+            whole = self._divided(name, gradient[None])
+            added = self._projector.add(accumulator, name, self._projector.mixed(name, whole))
             if added is not None:
                 squares += added
         sketch, norm = self._finished(accumulator, squares)

@@ -2,6 +2,6 @@
 
 from retrac_scale.report.figures import attribution_figure, norm_curve
 from retrac_scale.report.page import write_report
-from retrac_scale.report.pictures import Pictures
+from retrac_scale.report.pictures import Pictures, read_images
 
-__all__ = ["Pictures", "attribution_figure", "norm_curve", "write_report"]
+__all__ = ["Pictures", "attribution_figure", "norm_curve", "read_images", "write_report"]

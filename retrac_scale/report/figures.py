@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,15 +69,6 @@ def attribution_figure(
                 _show(axes[row, column], pictures.image(answer.ids[row, column]))
     _draw_curve(bottom.subplots(), curve)
     return figure
-
-
-def curve_uri(curve: tuple[Any, Any, Any]) -> str:
-    """The norm curve as an SVG data URI."""
-    figure = Figure(figsize=(7, 2.6), layout="constrained")
-    _draw_curve(figure.subplots(), curve)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _draw_curve(axes: Axes, curve: tuple[Any, Any, Any]) -> None:

@@ -4,19 +4,53 @@ from __future__ import annotations
 
 import base64
 import io
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-SHORT_SIDE = 64
+SMALL, LARGEST = 64, 160
+Images = npt.NDArray[Any] | Sequence[npt.NDArray[Any]]
+"""`[n, h, w(, 3)]`, 0 .. 1 or uint8; or as many arrays, read when they are asked for."""
+
+
+class PictureFiles(Sequence[npt.NDArray[Any]]):
+    """Image files as arrays `[h, w, 3]`, read when they are asked for."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, row: Any) -> Any:
+        with Image.open(self.paths[row]) as picture:
+            return np.asarray(picture.convert("RGB"))
+
+
+def read_images(file: str | None, ids: npt.NDArray[Any]) -> Images:
+    """The images of samples: a .npy file `[n, h, w(, 3)]`, or without one the files that their ids name.
+
+    Raises:
+        ValueError: the ids name no files, or the file is no array of images.
+    """
+    if file is None:
+        if ids.dtype.kind != "U" or not os.path.isfile(ids[0]):
+            raise ValueError(f"the ids, such as {ids[0]!r}, are no image files; give the pictures in a .npy file.")
+        return PictureFiles(ids.tolist())
+    images: npt.NDArray[Any] = np.load(file, mmap_mode="r", allow_pickle=False)
+    if images.ndim not in (3, 4):
+        raise ValueError(f"{file} has shape {images.shape}; give images as [n, h, w] or [n, h, w, 3].")
+    return images
 
 
 class Pictures:
-    """Training images `[n, h, w(, 3)]` with their ids `[n]`, and query images `[q, h, w(, 3)]`; 0..1 or uint8."""
+    """Pictures of training samples with their ids `[n]`, and of queries in the order in which they are asked."""
 
-    def __init__(self, images: npt.NDArray[Any], ids: npt.NDArray[Any], queries: npt.NDArray[Any]) -> None:
+    def __init__(self, images: Images, ids: npt.NDArray[Any], queries: Images) -> None:
         if len(images) != len(ids):
             raise ValueError(f"got {len(images)} images for {len(ids)} ids; give one picture per training sample.")
         self.images = images
@@ -44,10 +78,11 @@ def to_uint8(image: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
 
 
 def data_uri(image: npt.NDArray[np.uint8]) -> str:
-    """A PNG data URI, enlarged without smoothing when small."""
+    """A data URI: PNG as it is when small, otherwise a JPEG of at most 160 pixels."""
     picture = Image.fromarray(image)
-    factor = max(1, SHORT_SIDE // min(picture.size))
-    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    small = max(picture.size) <= SMALL
+    picture.thumbnail((LARGEST, LARGEST))
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    picture.save(buffer, **({"format": "PNG"} if small else {"format": "JPEG", "quality": 85}))
+    kind = "png" if small else "jpeg"
+    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()

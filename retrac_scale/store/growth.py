@@ -110,6 +110,7 @@ def _check_alike(
         stored, given = (
             {key: print_.get(key) for key in ALIKE}
             | {"checkpoints": {name: digest.get(name) for name in shared}}
+            | {"precondition": {name: print_.get("precondition", {}).get(name) for name in shared}}
             | {"weights": {name: weights[name] for name in shared}}
             | {key: described[key] for key in ("dtype", "quantities", "columns")}
             for print_, digest, weights, described in (

@@ -214,7 +214,7 @@ class SketchStore:
         return self._plane(checkpoint, "norm", samples)
 
     def losses(self, checkpoint: str, samples: slice = ALL) -> Float32:
-        """The differentiated values, float32 `[n, t]`."""
+        """Training losses, float32 `[n, t]`; mean squared errors where another function was differentiated."""
         return self._plane(checkpoint, "loss", samples)
 
     def timesteps(self, checkpoint: str, samples: slice = ALL) -> npt.NDArray[np.int64]:

@@ -102,7 +102,7 @@ def read(group: zarr.Group, path: str, selection: Any = slice(None)) -> npt.NDAr
 def read_ids(group: zarr.Group) -> npt.NDArray[Any]:
     """The sample ids `[n]` of a store or an index, int64 or str."""
     ids = read(group, "id")
-    return ids if ids.dtype.kind in "iu" else ids.astype(str)
+    return ids if ids.dtype.kind in "iu" else np.array(ids.tolist(), dtype=str)
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,16 @@
-"""What each attribution method makes of a store: one small class each."""
+"""What an estimator is: it makes rows of a store, and scores are their inner products."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from retrac_scale.ridge import Damping, Ridge
 from retrac_scale.store import SketchStore
 from retrac_scale.store.encoding import Float32
 
@@ -19,13 +20,20 @@ Pairing = Literal["cross", "matched"]
 class Estimator(ABC):
     """Collapses a store's sketches into one row per checkpoint and sample; scores are inner products of rows.
 
-    score(q, i) = sum_c w_c <row(c, q), row(c, i)>. Larger means that training on i lowers the loss of q more.
-    A subclass says what one pair contributes, and in `needs` what it takes from a store beyond sketches and norms.
+    score(q, i) = sum_c w_c <row(c, q), train_row(c, i)>, its square where `squared`. Larger means that training on i
+    lowers the loss of q more. Most estimators treat both sides alike; one with a `damping` preconditions the training
+    rows with a ridge over all of them, which is solved when an index is built.
+
+    A subclass says what one pair contributes, in `needs` what it takes from the training store beyond sketches and
+    norms, and in `measures` which measured functions it is defined for (none: any).
     """
 
     kinds: ClassVar[dict[str, type[Estimator]]] = {}
     needs: ClassVar[tuple[str, ...]] = ()
+    measures: ClassVar[tuple[str, ...]] = ()
     pairing: Pairing = "cross"
+    squared: bool = False
+    damping: Damping | None = None
 
     def __init_subclass__(cls) -> None:
         Estimator.kinds[cls.__name__] = cls
@@ -35,15 +43,25 @@ class Estimator(ABC):
         """What one pair contributes, `[n, t, k]`, from raw sketches `[n, t, k]` and norms `[n, t]`."""
 
     def check(self, store: SketchStore) -> None:
-        """Raise ValueError, naming what is missing, unless the store has what the estimator is made of."""
+        """Raise ValueError, saying what to do, unless a store of either side was measured as the estimator wants it."""
+        measure = store.fingerprint.get("measure")
+        if self.measures and measure is not None and measure not in self.measures:
+            raise ValueError(
+                f"{type(self).__name__} differentiates {' or '.join(self.measures)}, but {store.url or 'the store'} "
+                f"was measured with {measure!r}; sketch with DiffusionTask(..., measure={self.measures[0]!r})."
+            )
+        if self.pairing == "matched":
+            common_timesteps(store)
+
+    def check_training(self, store: SketchStore) -> None:
+        """As `check`, and ValueError unless the training side has the quantities that the estimator needs."""
         for quantity in self.needs:
             if not store.has(quantity):
                 raise ValueError(
                     f"{type(self).__name__} needs each pair's {quantity}, which {store.url or 'the store'} lacks; "
                     "sketch the samples with sketch(...), or give it to write_store."
                 )
-        if self.pairing == "matched":
-            common_timesteps(store)
+        self.check(store)
 
     def rows(self, store: SketchStore, checkpoint: str, samples: slice = slice(None)) -> Float32:
         """Rows of some samples at a checkpoint.
@@ -52,6 +70,12 @@ class Estimator(ABC):
         that the inner product is the sum over timesteps.
         """
         return self.collapse(store.sketches(checkpoint, samples), store.norms(checkpoint, samples))
+
+    def train_rows(
+        self, store: SketchStore, checkpoint: str, samples: slice = slice(None), ridge: Ridge | None = None
+    ) -> Float32:
+        """Rows of some training samples at a checkpoint; `ridge` is fitted to its `rows`."""
+        return self.rows(store, checkpoint, samples)
 
     def collapse(self, sketches: Float32, norms: Float32) -> Float32:
         """The rows of samples from their gradients, or sketches of them, `[n, t, k]` and norms `[n, t]`."""
@@ -73,66 +97,6 @@ class Estimator(ABC):
     def _check_pairing(self) -> None:
         if self.pairing not in get_args(Pairing):
             raise ValueError(f"pairing must be one of {get_args(Pairing)}, got {self.pairing!r}.")
-
-
-@dataclass(frozen=True)
-class TracIn(Estimator):
-    """Diffusion-TracIn: sum_c w_c < mean_t g(c,i,t), mean_s g(c,q,s) > (arXiv 2401.09031, after Pruthi et al. 2020).
-
-    With recorded timesteps a sample has one t per checkpoint, the one it was trained at.
-    """
-
-    pairing: Pairing = "cross"
-
-    def __post_init__(self) -> None:
-        self._check_pairing()
-
-    def vectors(self, sketches: Float32, norms: Float32) -> Float32:
-        """The gradients themselves."""
-        return sketches
-
-
-@dataclass(frozen=True)
-class ReTrac(Estimator):
-    """Diffusion-ReTrac: as TracIn, with every gradient divided by its full L2 norm (arXiv 2401.09031).
-
-    Noise draws are averaged before the norm is taken, timesteps after it, and nothing is renormalised then. A gradient
-    of norm zero has no direction and contributes zero.
-    """
-
-    pairing: Pairing = "cross"
-
-    def __post_init__(self) -> None:
-        self._check_pairing()
-
-    def vectors(self, sketches: Float32, norms: Float32) -> Float32:
-        """Directions."""
-        safe = np.where(norms > 0, norms, np.float32(1))
-        directions: Float32 = np.where((norms > 0)[..., None], sketches / safe[..., None], np.float32(0))
-        return directions
-
-
-@dataclass(frozen=True)
-class GradDot(Estimator):
-    """<phi(c,i), phi(c,q)> with phi = mean_t g (Charpiat et al. 2019); over several checkpoints this is TracInCP."""
-
-    def vectors(self, sketches: Float32, norms: Float32) -> Float32:
-        """The gradients themselves."""
-        return sketches
-
-
-@dataclass(frozen=True)
-class GradCos(Estimator):
-    """The cosine of phi(c,i) and phi(c,q), phi = mean_t g (Charpiat et al. 2019); over several checkpoints this is GAS.
-
-    Lengths are those of the mean sketches. A mean of length zero contributes zero.
-    """
-
-    def vectors(self, sketches: Float32, norms: Float32) -> Float32:
-        """The gradients, divided by the length of their mean over timesteps."""
-        length = np.linalg.norm(sketches.mean(1), axis=1)[:, None, None]
-        unit: Float32 = np.divide(sketches, length, out=np.zeros_like(sketches), where=length > 0)
-        return unit
 
 
 def estimator_from_spec(spec: Mapping[str, Any]) -> Estimator:

@@ -1,0 +1,139 @@
+"""How denoisers of different classes are called."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Call = Callable[[nn.Module, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
+"""call(model, noisy [n, c, ...], times [n], conditioning) -> prediction shaped like the clean sample."""
+
+TIMES = ("timestep", "timesteps", "t", "timestep_ratio")
+FLUX_GUIDANCE = 3.5
+"""Default of --guidance_scale in diffusers' train_dreambooth_flux.py."""
+
+
+def call_model(model: nn.Module, noisy: Tensor, times: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+    """Call a denoiser by its own signature.
+
+    Args:
+        model: called with the noisy sample first and the time under its name; classes in `LAYOUTS` get tokens.
+        noisy: `[n, c, ...]`.
+        times: `[n]`.
+        conditioning: further arguments, batched alike; "added_cond_kwargs.text_embeds" goes into a nested dict, and
+            "concatenated" is appended to the noisy sample's channels (inpainting, instruct-pix2pix, depth).
+
+    Returns:
+        the prediction `[n, c, ...]`; variances that some models predict in further channels are left off.
+    """
+    arguments: dict[str, Any] = {}
+    for name, value in conditioning.items():
+        *outer, inner = name.split(".")
+        place = arguments
+        for key in outer:
+            place = place.setdefault(key, {})
+        place[inner] = value
+    concatenated = arguments.pop("concatenated", None)
+    inputs = noisy if concatenated is None else torch.cat([noisy, concatenated.to(noisy.dtype)], 1)
+    layout = LAYOUTS.get(type(model).__name__)
+    if layout is None:
+        prediction = _called(model, inputs, times, arguments)
+    else:
+        tokens, added = layout.arguments(model, inputs, arguments)
+        prediction = layout.unpack(_called(model, tokens, times, {**added, **arguments}), noisy)
+    return prediction.narrow(1, 0, noisy.shape[1]) if prediction.shape[1] == 2 * noisy.shape[1] else prediction
+
+
+def _called(model: nn.Module, inputs: Tensor, times: Tensor, arguments: dict[str, Any]) -> Tensor:
+    parameters = inspect.signature(model.forward).parameters
+    time = next((name for name in TIMES if name in parameters), None)
+    given = arguments if time is None else {time: times, **arguments}
+    if "return_dict" in parameters:
+        given = {**given, "return_dict": False}
+    output = model(inputs, **given) if time is not None else model(inputs, times, **given)
+    prediction: Tensor = output if isinstance(output, Tensor) else output[0]
+    return prediction
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How images become a model's tokens and back.
+
+    Attributes:
+        arguments: (model, images, further arguments) -> tokens `[n, s, c]` and what the model needs to know of them.
+        unpack: (tokens, images of the shape that they should have) -> images.
+    """
+
+    arguments: Callable[[nn.Module, Tensor, Mapping[str, Any]], tuple[Tensor, dict[str, Any]]]
+    unpack: Callable[[Tensor, Tensor], Tensor]
+
+
+def _pack(images: Tensor) -> Tensor:
+    """`[n, c, h, w]` -> `[n, h w / 4, 4 c]`, patches of 2 x 2, channels before positions."""
+    n, c, h, w = images.shape
+    return images.reshape(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, h * w // 4, 4 * c)
+
+
+def _unpack(tokens: Tensor, like: Tensor) -> Tensor:
+    n, c, h, w = like.shape
+    return tokens.reshape(n, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(n, c, h, w)
+
+
+def _flux(model: nn.Module, images: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    n, _, h, w = images.shape
+    rows, columns = torch.meshgrid(torch.arange(h // 2), torch.arange(w // 2), indexing="ij")
+    places = torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3)
+    added = {"img_ids": places.to(images), "txt_ids": images.new_zeros(arguments["encoder_hidden_states"].shape[1], 3)}
+    if getattr(model, "config", {}).get("guidance_embeds"):
+        added["guidance"] = images.new_full((n,), FLUX_GUIDANCE)
+    return _pack(images), added
+
+
+def _qwen(model: nn.Module, images: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    return _pack(images), {"img_shapes": [[(1, images.shape[2] // 2, images.shape[3] // 2)]] * len(images)}
+
+
+def _ltx(model: nn.Module, images: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    frames, height, width = images.shape[2:]
+    return images.flatten(2).mT, {"num_frames": frames, "height": height, "width": width}
+
+
+LAYOUTS = {
+    "FluxTransformer2DModel": Layout(_flux, _unpack),
+    "ChromaTransformer2DModel": Layout(_flux, _unpack),
+    "QwenImageTransformer2DModel": Layout(_qwen, _unpack),
+    "LTXVideoTransformer3DModel": Layout(_ltx, lambda tokens, like: tokens.mT.reshape(like.shape)),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class ThroughUNet:
+    """The call of a ControlNet that is trained beside a frozen U-Net.
+
+    `DiffusionTask(controlnet, scheduler, call=ThroughUNet(unet))`; items bring "controlnet_cond" beside the U-Net's
+    own conditioning.
+    """
+
+    unet: nn.Module
+
+    def __post_init__(self) -> None:
+        self.unet.requires_grad_(False).eval()
+
+    def __call__(self, model: nn.Module, noisy: Tensor, times: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+        """See `Call`."""
+        own = {key: value for key, value in conditioning.items() if key != "controlnet_cond"}
+        down, middle = model(noisy, times, **conditioning, return_dict=False)
+        prediction: Tensor = self.unet.to(noisy.device)(
+            noisy,
+            times,
+            **own,
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=middle,
+            return_dict=False,
+        )[0]
+        return prediction

@@ -1,0 +1,69 @@
+"""Models and images as the library takes them, from what a command says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from retrac_scale.datasets import ImageFiles
+    from retrac_scale.index import Index
+    from retrac_scale.samples import Samples
+    from retrac_scale.task import DiffusionTask
+
+
+def load_denoiser(place: str) -> Any:
+    """A denoiser from a diffusers folder or the hub.
+
+    Raises:
+        ValueError: there is none.
+    """
+    import diffusers
+
+    if os.path.isdir(place) and not os.path.isfile(f"{place}/config.json"):
+        raise ValueError(f"{place} holds no diffusers model: neither config.json, nor unet/ or transformer/.")
+    return diffusers.AutoModel.from_pretrained(place)
+
+
+def load_scheduler(place: str) -> Any:
+    """The noise scheduler of a pipeline, of the kind that its configuration names.
+
+    Raises:
+        ValueError: there is none.
+    """
+    import diffusers
+
+    if os.path.isdir(place) and not os.path.isfile(f"{place}/scheduler_config.json"):
+        raise ValueError(f"there is no scheduler_config.json in {place}, in scheduler/ within it, or beside it.")
+    named = diffusers.DDPMScheduler.load_config(place).get("_class_name", "DDPMScheduler")
+    return getattr(diffusers, named).from_pretrained(place)
+
+
+def image_files(paths: Sequence[str], task: DiffusionTask) -> ImageFiles:
+    """Image files, and those of folders, in as many channels as the model takes."""
+    from retrac_scale.datasets import ImageFiles
+
+    return ImageFiles(paths, int(task.model.config.in_channels))  # type: ignore[union-attr, arg-type]
+
+
+def measured_like(index: Index, model: str, checkpoints: Mapping[str, str], timesteps: int, device: str) -> Samples:
+    """How images are measured as the index's store was; without a dataset.
+
+    Raises:
+        ValueError: that store cannot be had, or was not made by `sketch`.
+    """
+    import diffusers
+
+    from retrac_scale.samples import Samples
+    from retrac_scale.task import DiffusionTask
+    from retrac_scale.timesteps import EvenlySpaced
+
+    store = index.check_store()
+    if store is None or "scheduler" not in store.fingerprint:
+        raise ValueError("images can only be sketched like a store that sketch(...) made and that is still there.")
+    config = dict(store.fingerprint["scheduler"])
+    scheduler = getattr(diffusers, config.pop("class"))(**config)
+    measure, autocast = store.fingerprint["measure"], store.fingerprint["autocast"]
+    task = DiffusionTask(load_denoiser(model), scheduler, measure=measure, device=device, autocast=autocast)
+    return Samples((), task, dict(checkpoints), EvenlySpaced(timesteps))

@@ -1,0 +1,191 @@
+"""The configuration file that the verbs share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+FILE = "retrac-scale.toml"
+DENOISERS = ("unet", "transformer")
+
+
+@dataclass(frozen=True)
+class Project:
+    """Model, data and places; paths are relative to the file's folder.
+
+    Attributes:
+        model: diffusers folder or hub name: a pipeline, or the denoiser itself.
+        images: folder of training images.
+        query_images: folder of images to ask about.
+        out: folder for stores, indexes and the report.
+        checkpoints: {name: weights}; default: the model's own.
+        timesteps: at how many evenly spaced timesteps each image is measured.
+        rank: of the projection; 0 keeps the full gradient (CountSketch).
+        dim: entries of a sketch.
+        measure: "mse" or "l1".
+        device: where to compute.
+        estimators: which indexes are built.
+        folder: of the file.
+    """
+
+    model: str = ""
+    images: str = ""
+    query_images: str = ""
+    out: str = "attribution"
+    checkpoints: Mapping[str, str] = field(default_factory=dict)
+    timesteps: int = 10
+    rank: int = 16
+    dim: int = 2048
+    measure: str = "mse"
+    device: str = "cpu"
+    estimators: tuple[str, ...] = ("TracIn", "ReTrac")
+    folder: str = ""
+
+    def path(self, name: str) -> str:
+        """A path of the file, as it is from here; a hub's name stays."""
+        joined = os.path.join(self.folder, name)
+        return joined if "://" not in name and os.path.exists(joined) else name
+
+    def place(self, name: str) -> str:
+        """Where something stands in the output folder."""
+        out = self.out if "://" in self.out else os.path.join(self.folder, self.out)
+        return f"{out.rstrip('/')}/{name}"
+
+    @property
+    def store(self) -> str:
+        """The store of training sketches."""
+        return self.place("sketches.zarr")
+
+    @property
+    def queries(self) -> str:
+        """The store of query sketches."""
+        return self.place("queries.zarr")
+
+    @property
+    def indexes(self) -> dict[str, str]:
+        """{estimator: where its index stands}."""
+        return {name: self.place(f"{name.lower()}.zarr") for name in self.estimators}
+
+    @property
+    def denoiser(self) -> str:
+        """The folder or hub name that the denoiser is loaded from."""
+        path = self.path(self.model)
+        return next((f"{path}/{name}" for name in DENOISERS if os.path.isdir(f"{path}/{name}")), path)
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """{checkpoint: weights}, the model's own under the name "final" where none is given."""
+        return {name: self.path(path) for name, path in self.checkpoints.items()} or {"final": self.denoiser}
+
+    @property
+    def scheduler(self) -> str:
+        """The folder or hub name that the noise scheduler is loaded from."""
+        path = self.path(self.model)
+        places = (f"{path}/scheduler", path, f"{os.path.dirname(path.rstrip('/'))}/scheduler")
+        return next((one for one in places if os.path.isfile(f"{one}/scheduler_config.json")), path)
+
+    def dumps(self) -> str:
+        """The file's text."""
+        lines = [
+            "# Written by `retrac-scale init`. Options of a command come first; paths are relative to this file.",
+            f"model = {_toml(self.model)}  # diffusers folder or hub name",
+            f"images = {_toml(self.images)}  # folder of training images",
+            f"query_images = {_toml(self.query_images)}  # folder of images to ask about",
+            f"out = {_toml(self.out)}  # folder for stores, indexes and the report",
+            f"timesteps = {self.timesteps}  # evenly spaced, at which each image is measured",
+            f"rank = {self.rank}  # of the projection; 0 keeps the full gradient",
+            f"dim = {self.dim}  # numbers kept of each gradient",
+            f"measure = {_toml(self.measure)}  # the training loss: mse or l1",
+            f"device = {_toml(self.device)}",
+            f"estimators = {_toml(list(self.estimators))}",
+            "",
+            "[checkpoints]  # name = weights; with none, the model's own",
+            *(f"{_toml(name)} = {_toml(path)}" for name, path in self.checkpoints.items()),
+        ]
+        return "\n".join(lines) + "\n"
+
+
+def find(config: str | None) -> Project:
+    """The project in a file, by default that in the working directory; an empty one when there is none.
+
+    Raises:
+        ValueError: the file is damaged, or says something that nobody knows; names it.
+    """
+    file = Path(config or FILE)
+    if not file.exists():
+        if config:
+            raise FileNotFoundError(f"there is no {file}; `retrac-scale init` writes one.")
+        return Project()
+    try:
+        found = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is no TOML: {error}.") from None
+    _check(found, file)
+    estimators = tuple(found.pop("estimators", Project.estimators))
+    return Project(**found, estimators=estimators, folder=str(file.parent) if file.parent != Path() else "")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options that stand for entries of the file."""
+    parser.add_argument("--model", help="diffusers folder or hub name: a pipeline, or the denoiser itself")
+    parser.add_argument("--images", help="folder of training images")
+    parser.add_argument("--query-images", help="folder of images to ask about")
+    parser.add_argument("--out", help="folder for stores, indexes and the report (default: attribution)")
+    parser.add_argument("--checkpoint", action="append", help="NAME=weights, for each (default: the model's own)")
+    parser.add_argument("--timesteps", type=int, help="evenly spaced, at which each image is measured (default: 10)")
+    parser.add_argument("--rank", type=int, help="of the projection; 0 keeps the full gradient (default: 16)")
+    parser.add_argument("--dim", type=int, help="numbers kept of each gradient (default: 2048)")
+    parser.add_argument("--measure", choices=("mse", "l1"), help="the training loss (default: mse)")
+    parser.add_argument("--device", help="where to compute (default: cpu)")
+
+
+def overruled(project: Project, arguments: argparse.Namespace) -> Project:
+    """The project with what the options of `add_options` say."""
+    names = ("model", "images", "query_images", "out", "timesteps", "rank", "dim", "measure", "device")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    checkpoints = parse_checkpoints(arguments.checkpoint) if arguments.checkpoint else project.checkpoints
+    return replace(project, **given, checkpoints=checkpoints)
+
+
+def parse_checkpoints(items: list[str]) -> dict[str, str]:
+    """NAME=weights pairs.
+
+    Raises:
+        ValueError: an item lacks its "=".
+    """
+    for item in items:
+        if "=" not in item:
+            raise ValueError(f"--checkpoint {item}: write NAME=weights.")
+    return dict(item.split("=", 1) for item in items)
+
+
+def need(value: Any, what: str) -> Any:
+    """A value that a command cannot do without.
+
+    Raises:
+        ValueError: it is missing; says how to give it.
+    """
+    if not value:
+        raise ValueError(f"give {what}, or write it into {FILE} with `retrac-scale init`.")
+    return value
+
+
+def _check(found: Mapping[str, Any], file: Path) -> None:
+    default, known = Project(), {one.name for one in fields(Project)} - {"folder"}
+    for name, value in found.items():
+        if name not in known:
+            raise ValueError(f"{file} has an unknown entry {name!r}; known are {', '.join(sorted(known))}.")
+        kind = list if name == "estimators" else dict if name == "checkpoints" else type(getattr(default, name))
+        inner = value if isinstance(value, list) else value.values() if isinstance(value, dict) else ()
+        if type(value) is not kind or not all(isinstance(one, str) for one in inner):
+            raise ValueError(f"{file}: {name} must be like {getattr(default, name)!r}, got {value!r}.")
+
+
+def _toml(value: str | list[str]) -> str:
+    return json.dumps(value, ensure_ascii=False)  # TOML's basic strings and arrays are JSON's

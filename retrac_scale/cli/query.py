@@ -1,0 +1,107 @@
+"""The verb query."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from retrac_scale.cli.indexes import open_indexes
+from retrac_scale.cli.measured import image_files, measured_like
+from retrac_scale.cli.project import Project, find, parse_checkpoints
+from retrac_scale.cli.verb import Answer, Verb
+
+if TYPE_CHECKING:
+    from retrac_scale.index import Index
+    from retrac_scale.samples import Samples
+    from retrac_scale.store import SketchStore
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("index", nargs="?", help="path or URL of an index")
+    parser.add_argument("queries", nargs="*", help="a store of query sketches, or image files and folders of them")
+    parser.add_argument("--ids", nargs="+", help="ids of training samples, to query with them")
+    parser.add_argument("--model", help="for images: diffusers folder or hub name")
+    parser.add_argument("--checkpoint", action="append", default=[], help="for images: NAME=weights, for each")
+    parser.add_argument("--timesteps", type=int, default=20, help="for images: evenly spaced timesteps (default: 20)")
+    parser.add_argument("--device", default="cpu", help="for images: where to sketch (default: cpu)")
+    parser.add_argument("-k", type=int, default=10, help="results per query (default: 10)")
+    parser.add_argument("--side", choices=("proponents", "opponents", "both"), default="proponents")
+    parser.add_argument("--where", help="which samples count: an expression over the columns and id")
+    parser.add_argument("--group-by", help="a column: answer with groups in place of samples")
+    parser.add_argument(
+        "--reduce", choices=("sum", "mean", "max"), default="sum", help="a group's score (default: sum)"
+    )
+    parser.add_argument("--out", help="file to write in place of printing: .json or .parquet")
+
+
+def _run(arguments: argparse.Namespace) -> Answer:
+    project = find(arguments.config)
+    if arguments.index is None:
+        if arguments.ids is None:
+            arguments.queries = [project.queries]
+        index = list(open_indexes([], project).values())[-1]
+    else:
+        (index,) = open_indexes([arguments.index], project).values()
+    answer = index.query(
+        _queries(index, arguments, project),
+        arguments.k,
+        side=arguments.side,
+        where=arguments.where,
+        group_by=arguments.group_by,
+        reduce=arguments.reduce,
+        exclude_self=arguments.ids is not None,
+    )
+    if arguments.out is None:
+        return Answer(answer.to_frame().to_string(index=False), json.loads(answer.to_json()))
+    if arguments.out.endswith(".parquet"):
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(answer.to_arrow(), arguments.out)
+    elif arguments.out.endswith(".json"):
+        Path(arguments.out).write_text(answer.to_json(), encoding="utf-8")
+    else:
+        raise ValueError(f"--out {arguments.out}: the name must end in .json or .parquet.")
+    return Answer(arguments.out, {"out": arguments.out})
+
+
+def _queries(index: Index, arguments: argparse.Namespace, project: Project) -> SketchStore | Samples:
+    """What is asked: stored ids, a store of sketches, or images, measured as the index's store was."""
+    from retrac_scale.datasets.base import SUFFIXES
+    from retrac_scale.samples import take
+    from retrac_scale.store import open_store
+
+    if (arguments.ids is None) == (not arguments.queries):
+        raise ValueError("give either queries (a store, or images) or --ids of training samples.")
+    if arguments.ids is not None:
+        store = index.check_store()
+        if store is None:
+            raise ValueError("the store that the index was built from is needed for --ids; it was in memory.")
+        return take(store, [int(name) if store.ids.dtype.kind in "iu" else name for name in arguments.ids])
+    first = arguments.queries[0]
+    is_store = "://" in first or Path(first, "zarr.json").exists()
+    if len(arguments.queries) == 1 and (is_store or not (Path(first).is_dir() or first.lower().endswith(SUFFIXES))):
+        return open_store(first)
+    model = arguments.model or (project.denoiser if project.model else None)
+    checkpoints = parse_checkpoints(arguments.checkpoint) or (project.weights if project.model else {})
+    if model is None or not checkpoints:
+        raise ValueError("to query with images give --model and a --checkpoint NAME=weights for each checkpoint.")
+    measured = measured_like(index, model, checkpoints, arguments.timesteps, arguments.device)
+    return replace(measured, dataset=image_files(arguments.queries, measured.task))
+
+
+VERB = Verb(
+    "query",
+    "Print the training samples that influenced each query most.",
+    """  retrac-scale query demo/retrac.zarr demo/queries.zarr           a table of the top 10 of every query
+  retrac-scale query demo/retrac.zarr demo/queries.zarr -k 3 --side both --where "id < 1000"
+  retrac-scale query demo/retrac.zarr --ids 3 1800                training samples as queries, themselves left out
+  retrac-scale query retrac.zarr a.png folder/ --model google/ddpm-cifar10-32 --timesteps 20 \\
+      --checkpoint final=google/ddpm-cifar10-32                   image files, sketched here
+  retrac-scale query demo/retrac.zarr demo/queries.zarr --group-by artist --reduce mean
+  retrac-scale query demo/retrac.zarr demo/queries.zarr --out answers.parquet    or .json, or --json to print it""",
+    _options,
+    _run,
+)

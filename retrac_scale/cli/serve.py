@@ -1,0 +1,80 @@
+"""The verb serve."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from retrac_scale.cli.indexes import open_indexes
+from retrac_scale.cli.measured import measured_like
+from retrac_scale.cli.project import find, parse_checkpoints
+from retrac_scale.cli.report import add_sources
+from retrac_scale.cli.verb import Answer, Verb
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    add_sources(parser)
+    parser.add_argument("--model", help="for uploads: diffusers folder or hub name")
+    parser.add_argument("--checkpoint", action="append", default=[], help="for uploads: NAME=weights, for each")
+    parser.add_argument("--timesteps", type=int, default=20, help="for uploads: evenly spaced timesteps (default: 20)")
+    parser.add_argument("--device", default="cpu", help="for uploads: where to sketch (default: cpu)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, help="default: 8000")
+    parser.add_argument("--token-file", help="file with the token that clients must send; or in RETRAC_SCALE_TOKEN")
+    parser.add_argument("--max-k", type=int, default=100, help="most results per side (default: 100)")
+    parser.add_argument("--max-upload-mb", type=float, default=10, help="largest file (default: 10)")
+    parser.add_argument("--max-megapixels", type=float, default=25, help="largest image (default: 25)")
+    parser.add_argument("--max-concurrent", type=int, default=256, help="most requests at a time (default: 256)")
+
+
+def _run(arguments: argparse.Namespace) -> Answer:
+    from retrac_scale.report import Pictures, read_images
+    from retrac_scale.store import open_store
+
+    try:
+        from retrac_scale import serve
+        from retrac_scale.serve.library import Library
+    except ModuleNotFoundError as error:
+        raise ValueError(f"serve needs {error.name}; install it with: pip install 'retrac_scale[serve]'.") from None
+    project = find(arguments.config)
+    indexes = open_indexes(arguments.index, project)
+    first = next(iter(indexes.values()))
+    stored = arguments.queries or (None if arguments.index else project.queries)
+    queries = None if stored is None else open_store(stored)
+    shown = [] if queries is None else read_images(arguments.query_images, queries.ids)
+    pictures = Pictures(read_images(arguments.images, first.ids), first.ids, shown)
+    own = not arguments.index and bool(project.model)
+    model = arguments.model or (project.denoiser if own else None)
+    weights = parse_checkpoints(arguments.checkpoint) or (project.weights if own else {})
+    measured = None
+    if model is not None:
+        measured = measured_like(first, model, weights, arguments.timesteps, arguments.device)
+    token = os.environ.get("RETRAC_SCALE_TOKEN")
+    if arguments.token_file is not None:
+        token = Path(arguments.token_file).read_text(encoding="utf-8").strip()
+    limits = serve.Limits(
+        upload_bytes=int(arguments.max_upload_mb * 2**20),
+        pixels=int(arguments.max_megapixels * 1e6),
+        k=arguments.max_k,
+        concurrent=arguments.max_concurrent,
+    )
+    library = Library(indexes, pictures, queries=queries, measured=measured, kept_uploads=limits.kept_uploads)
+    url = f"http://{arguments.host}:{arguments.port}/"
+    print(json.dumps({"url": url}) if arguments.json else f"serving at {url} ; Ctrl-C ends it", flush=True)
+    serve.run(library, host=arguments.host, port=arguments.port, token=token, limits=limits, title=arguments.title)
+    return Answer("ended", {"ended": url})
+
+
+VERB = Verb(
+    "serve",
+    "Serve the page and a JSON API over HTTP, for this machine alone unless told otherwise.",
+    """  retrac-scale serve                                  what retrac-scale.toml says, at http://127.0.0.1:8000/
+  retrac-scale serve demo/tracin.zarr demo/retrac.zarr --queries demo/queries.zarr \\
+      --images demo/images.npy --query-images demo/generated.npy
+  retrac-scale serve retrac.zarr --model model/unet --checkpoint final=model/unet     uploads are sketched and asked
+  retrac-scale serve retrac.zarr --host 0.0.0.0 --token-file token.txt                others come in with the token""",
+    _options,
+    _run,
+)

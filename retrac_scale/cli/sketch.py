@@ -1,0 +1,47 @@
+"""The verb sketch."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from retrac_scale.cli.measured import image_files, load_denoiser, load_scheduler
+from retrac_scale.cli.project import add_options, find, need, overruled
+from retrac_scale.cli.verb import Answer, Verb
+
+
+def _run(arguments: argparse.Namespace) -> Answer:
+    from retrac_scale.projections import CountSketch, LowRank, Projection
+    from retrac_scale.sketching import sketch
+    from retrac_scale.task import DiffusionTask
+    from retrac_scale.timesteps import EvenlySpaced
+
+    project = overruled(find(arguments.config), arguments)
+    need(project.model, "--model")
+    need(project.images, "--images")
+    model, scheduler = load_denoiser(project.denoiser), load_scheduler(project.scheduler)
+    task = DiffusionTask(model, scheduler, measure=project.measure, device=project.device)  # type: ignore[arg-type]
+    projection: Projection = LowRank(project.rank, project.dim) if project.rank else CountSketch(project.dim)
+    common: dict[str, Any] = {"checkpoints": project.weights, "timesteps": EvenlySpaced(project.timesteps)}
+    training = image_files([project.path(project.images)], task)
+    store = sketch(task, training, project.store, projection=projection, **common)
+    made = [store]
+    if project.query_images:
+        asked = image_files([project.path(project.query_images)], task)
+        made.append(sketch(task, asked, project.queries, like=store, **common))
+    text = "\n".join(str(one) for one in made)
+    data = {"store": project.store, "samples": store.shape[0]}
+    if len(made) > 1:
+        data |= {"queries": project.queries, "query_samples": made[1].shape[0]}
+    return Answer(text, data)
+
+
+VERB = Verb(
+    "sketch",
+    "Sketch the gradients of a folder of images under a model, and of the images to ask about.",
+    """  retrac-scale sketch                           what retrac-scale.toml says; run again, it goes on
+  retrac-scale sketch --model model --images training-images --query-images generated-images
+  retrac-scale sketch --model model --images folder --checkpoint early=epoch-10.pt --checkpoint late=model/unet""",
+    add_options,
+    _run,
+)

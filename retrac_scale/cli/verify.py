@@ -1,0 +1,43 @@
+"""The verb verify."""
+
+from __future__ import annotations
+
+import argparse
+
+from retrac_scale.cli.project import find
+from retrac_scale.cli.verb import Answer, Verb
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("url", nargs="?", help="path or fsspec URL of a store")
+    parser.add_argument("--repair", action="store_true", help="drop what is damaged; no process may be writing")
+
+
+def _run(arguments: argparse.Namespace) -> Answer:
+    from retrac_scale.store import repair_store, verify_store
+
+    url = arguments.url or find(arguments.config).store
+    verdict = verify_store(url)
+    damaged, unwritten = len(verdict.of("metadata", "damaged")), len(verdict.of("unwritten"))
+    lines = [str(finding) for finding in verdict.findings]
+    lines.append(f"{verdict.blocks} blocks: {damaged} damaged objects, {unwritten} blocks not written")
+    data = {"findings": lines[:-1], "blocks": verdict.blocks, "damaged": damaged, "unwritten": unwritten}
+    if arguments.repair and verdict.findings:
+        beyond = [str(finding) for finding in repair_store(url)]
+        lines += [f"beyond repair, restore it from a backup: {finding}" for finding in beyond]
+        if beyond:
+            return Answer("\n".join(lines), data | {"beyond_repair": beyond}, 1)
+        verdict = verify_store(url)
+        lines.append(f"repaired; {len(verdict.of('unwritten'))} blocks to be written by the next sketch(...)")
+        data |= {"repaired": True, "unwritten": len(verdict.of("unwritten"))}
+    return Answer("\n".join(lines), data, 0 if verdict.is_whole else 3 if verdict.is_sound else 1)
+
+
+VERB = Verb(
+    "verify",
+    "Check every byte of a store against what was committed.",
+    """  retrac-scale verify demo/sketches.zarr            exit status 0: whole, 1: damaged, 3: sound but not complete
+  retrac-scale verify demo/sketches.zarr --repair   drops damaged blocks, so that the next sketch(...) computes them""",
+    _options,
+    _run,
+)

@@ -1,0 +1,148 @@
+"""What all image datasets share: ids, columns, pixels, and what happens to a corrupt image."""
+
+from __future__ import annotations
+
+import logging
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from retrac_scale.store.schema import check_columns, check_ids
+
+logger = logging.getLogger(__name__)
+
+Corrupt = Literal["raise", "skip"]
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises for files that are not whole images."""
+
+
+class CorruptImageError(ValueError):
+    """An image of a dataset cannot be read."""
+
+
+class ImageDataset(ABC):
+    """Images as tensors `[channels, h, w]`, float32 in -1 .. 1, with ids and columns that go into the store.
+
+    A subclass sets up ids and columns and says in `raw` where the image of a row is. An item is the tensor, or, with
+    `given`, a dict of "image" and what else the task takes: "label", "prompt", ...
+
+    Args:
+        source: what it is read from, for messages.
+        ids: `[n]` unique integers or strings; None: 0 .. n-1, for `n` samples.
+        columns: {name: `[n]`} of booleans, numbers or strings.
+        given: {name: `[n]`}, handed on with each image.
+        channels: 1 or 3.
+        size: None leaves images as they are; otherwise the shorter side is resized to it (bilinear) and the middle
+            square cut out, as diffusers' training examples do.
+        corrupt: "raise" stops at an image that cannot be read when it is asked for; "skip" reads all of them now,
+            leaves out those that cannot be read and keeps them, with the reason, in `skipped`.
+        n: number of samples when there are no ids.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        ids: Sequence[Any] | npt.NDArray[Any] | None,
+        columns: Mapping[str, Any] | None,
+        given: Mapping[str, Sequence[Any]] | None,
+        channels: int,
+        size: int | None,
+        corrupt: Corrupt,
+        n: int | None = None,
+    ) -> None:
+        check_channels(channels)
+        if corrupt not in ("raise", "skip"):
+            raise ValueError(f"corrupt must be 'raise' or 'skip', got {corrupt!r}.")
+        self.source, self.channels, self.size = source, channels, size
+        count = len(ids) if ids is not None else n or 0
+        self.ids = check_ids(ids, count)
+        self.columns = check_columns(columns, count)
+        self._given = dict(given or {})
+        for name, values in self._given.items():
+            if len(values) != count:
+                raise ValueError(f"{source} gives {len(values)} values of {name!r} for {count} images.")
+        self._rows = np.arange(count)
+        self.skipped: dict[Any, str] = {}
+        if corrupt == "skip":
+            self._leave_out_corrupt()
+
+    @abstractmethod
+    def raw(self, row: int) -> Any:
+        """The image of a row, before any is left out: encoded bytes, a PIL image or an array."""
+
+    def read(self, row: int) -> Tensor:
+        """The image of a row, before any is left out, as a tensor."""
+        return pixels(self.raw(row), self.channels, self.size)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: int) -> Tensor | dict[str, Any]:
+        place = int(self._rows[row])
+        image = self._image(place, self.ids[row])
+        if not self._given:
+            return image
+        return {"image": image, **{name: values[place] for name, values in self._given.items()}}
+
+    def _image(self, place: int, sample: Any) -> Tensor:
+        try:
+            return self.read(place)
+        except UNREADABLE as error:
+            raise CorruptImageError(
+                f"image {sample!s} of {self.source} cannot be read: {error}; repair it, or leave such images out with "
+                "corrupt='skip'."
+            ) from error
+
+    def _leave_out_corrupt(self) -> None:
+        whole = []
+        for place, sample in enumerate(self.ids.tolist()):
+            try:
+                self._image(place, sample)
+                whole.append(place)
+            except CorruptImageError as error:
+                self.skipped[sample] = str(error.__cause__)
+        self._rows = np.array(whole, dtype=np.int64)
+        self.ids = self.ids[self._rows]
+        self.columns = {name: values[self._rows] for name, values in self.columns.items()}
+        if self.skipped:
+            logger.warning("%s: left out %d corrupt images: %s", self.source, len(self.skipped), list(self.skipped))
+
+
+def check_channels(channels: int) -> None:
+    """Raise ValueError unless images have so many channels."""
+    if channels not in (1, 3):
+        raise ValueError(f"the model takes {channels} channels, so images would have to be encoded first.")
+
+
+def pixels(image: Any, channels: int, size: int | None) -> Tensor:
+    """An image as float32 `[channels, h, w]` in -1 .. 1.
+
+    Args:
+        image: encoded bytes, a PIL image, or uint8 `[h, w]` or `[h, w, channels]`.
+        channels: 1 or 3.
+        size: see `ImageDataset`.
+    """
+    if isinstance(image, bytes):
+        with Image.open(BytesIO(image)) as opened:
+            return pixels(opened, channels, size)
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8:
+            raise ValueError(f"an image array has dtype {image.dtype}; give uint8.")
+        image = Image.fromarray(image.squeeze(2) if image.ndim == 3 and image.shape[2] == 1 else image)
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"there is a {type(image).__name__} where an image should be")
+    image = image.convert("L" if channels == 1 else "RGB")
+    if size is not None:
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+    values = torch.from_numpy(np.asarray(image, dtype=np.float32))
+    return values.reshape(*values.shape[:2], channels).permute(2, 0, 1) / 127.5 - 1

@@ -1,0 +1,85 @@
+"""Parquet files with encoded images in a column."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from retrac_scale.datasets.base import Corrupt, ImageDataset
+
+
+class Parquet(ImageDataset):
+    """Rows of Parquet files, in the files' order; the row group of the last image read is kept in memory.
+
+    Args:
+        paths: of the files.
+        image: the column of images: bytes, or a struct with "bytes" as Hugging Face writes them.
+        id: the column of unique ids; None numbers the rows.
+        columns: those that go into the store.
+        given: {name in the item: column}.
+        channels: see `ImageDataset`.
+        size: see `ImageDataset`.
+        corrupt: see `ImageDataset`.
+
+    Raises:
+        ValueError: a file is no Parquet file or lacks a column.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        image: str = "image",
+        *,
+        id: str | None = None,
+        columns: Sequence[str] = (),
+        given: Mapping[str, str] | None = None,
+        channels: int = 3,
+        size: int | None = None,
+        corrupt: Corrupt = "raise",
+    ) -> None:
+        self._column = image
+        self._groups: list[tuple[str, int]] = []
+        sizes: list[int] = []
+        names = list(dict.fromkeys([*([id] if id else []), *columns, *(given or {}).values()]))
+        tables = []
+        for path in map(str, paths):
+            try:
+                file = pq.ParquetFile(path)
+            except pa.ArrowInvalid as error:
+                raise ValueError(f"{path} is no whole Parquet file: {error}.") from error
+            missing = [name for name in (image, *names) if name not in file.schema_arrow.names]
+            if missing:
+                raise ValueError(f"{path} has no column {missing[0]!r}; it has {file.schema_arrow.names}.")
+            groups = range(file.num_row_groups)
+            self._groups += [(path, group) for group in groups]
+            sizes += [file.metadata.row_group(group).num_rows for group in groups]
+            tables.append(file.read(columns=names))
+        self._ends = list(accumulate(sizes))
+        self._held: tuple[int, Any] = (-1, None)
+        rest = pa.concat_tables(tables)
+        super().__init__(
+            ", ".join(map(str, paths)),
+            ids=None if id is None else rest[id].to_pylist(),
+            columns={name: rest[name].to_pylist() for name in columns},
+            given={name: rest[column].to_pylist() for name, column in (given or {}).items()},
+            channels=channels,
+            size=size,
+            corrupt=corrupt,
+            n=self._ends[-1] if self._ends else 0,
+        )
+
+    def raw(self, row: int) -> Any:
+        """See `ImageDataset.raw`."""
+        number = bisect_right(self._ends, row)
+        held, images = self._held
+        if held != number:
+            path, group = self._groups[number]
+            images = pq.ParquetFile(path).read_row_group(group, columns=[self._column])[self._column]
+            self._held = number, images
+        value = images[row - (self._ends[number] - len(images))].as_py()
+        return value["bytes"] if isinstance(value, Mapping) else value

@@ -1,0 +1,83 @@
+"""A dataset's latents and embeddings, encoded once into Zarr."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from retrac_scale.items import LATENTS
+from retrac_scale.sketching import dataset_ids
+from retrac_scale.store.schema import Url, check_ids
+from retrac_scale.task import DiffusionTask
+
+BLOCK = 64
+"""Samples that are encoded, written and counted at a time."""
+
+
+class EncodedDataset:
+    """Map-style: items are dicts with "latents" and the embeddings, as `encode` wrote them.
+
+    Attributes:
+        ids: of the samples, `[n]`.
+        columns: of the dataset that was encoded, None when it has none.
+    """
+
+    def __init__(self, url: Url, group: zarr.Group, ids: Any, columns: Mapping[str, Any] | None) -> None:
+        self.url, self.ids, self.columns = url, ids, columns
+        names: Any = group.attrs["names"]
+        self._arrays: dict[str, Any] = {name: group[name] for name in names}
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        return {name: torch.as_tensor(np.asarray(array[row])) for name, array in self._arrays.items()}
+
+
+def encode(task: DiffusionTask, dataset: Any, out: Url, *, progress: bool = True) -> EncodedDataset:
+    """Pass every sample through the task's VAE and text encoder once, and keep the results.
+
+    Run again, it encodes what is missing and returns at once when nothing is. Sketch the dataset that it returns in
+    place of the one that was encoded.
+
+    Args:
+        task: from `DiffusionTask.from_pretrained`.
+        dataset: map-style, with pixels and prompts.
+        out: a path or fsspec URL for a Zarr group with one array per argument of the denoiser.
+        progress: show a bar.
+
+    Raises:
+        ValueError: a bad item, or `out` holds other samples.
+    """
+    ids = check_ids(dataset_ids(dataset), len(dataset))
+    described = {"ids": json.dumps(ids.tolist()), "encoder": task.encoder_name}
+    group = zarr.open_group(out, mode="a")
+    if "rows_done" not in group.attrs:
+        first, conditioning = task.check_item(ids[0], dataset[0])
+        example = {LATENTS: first, **conditioning}
+        for name, value in example.items():
+            shape = tuple(value.shape)
+            dtype = value.numpy().dtype
+            group.create_array(name, shape=(len(ids), *shape), chunks=(BLOCK, *shape), dtype=dtype, overwrite=True)
+        group.attrs.update(described | {"names": list(example), "rows_done": 0})
+    for key, expected in described.items():
+        if group.attrs[key] != expected:
+            raise ValueError(f"{out} was encoded from other samples or by another pipeline ({key}); give another path.")
+    names: Any = group.attrs["names"]
+    arrays: dict[str, Any] = {name: group[name] for name in names}
+    done: Any = group.attrs["rows_done"]
+    for start in tqdm(range(done, len(ids), BLOCK), desc="encode", unit="block", disable=not progress):
+        rows = range(start, min(start + BLOCK, len(ids)))
+        items = [task.check_item(ids[row], dataset[row]) for row in rows]
+        for name, array in arrays.items():
+            values = [latents if name == LATENTS else conditioning[name] for latents, conditioning in items]
+            array[rows.start : rows.stop] = torch.stack(values).numpy()
+        group.attrs["rows_done"] = rows.stop
+    return EncodedDataset(out, group, ids, getattr(dataset, "columns", None))

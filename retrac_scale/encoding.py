@@ -1,0 +1,137 @@
+"""Pixels to latents and prompts to embeddings, by a diffusers pipeline."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+# what a pipeline's encode_prompt returns, by the names under which the denoiser takes it (diffusers 0.42.1)
+_ONE, _MASKED = ("encoder_hidden_states",), ("encoder_hidden_states", "encoder_attention_mask")
+EMBEDDINGS: dict[str, tuple[str | None, ...]] = {
+    "StableDiffusionPipeline": _ONE,
+    "StableDiffusionControlNetPipeline": _ONE,
+    "StableDiffusionInstructPix2PixPipeline": _ONE,
+    "StableDiffusionXLPipeline": (*_ONE, None, "added_cond_kwargs.text_embeds"),
+    "StableDiffusion3Pipeline": (*_ONE, None, "pooled_projections"),
+    "FluxPipeline": (*_ONE, "pooled_projections"),
+    "PixArtAlphaPipeline": _MASKED,
+    "PixArtSigmaPipeline": _MASKED,
+    "SanaPipeline": _MASKED,
+    "Lumina2Pipeline": _MASKED,
+    "AuraFlowPipeline": _ONE,
+    "CogView4Pipeline": _ONE,
+    "CogVideoXPipeline": _ONE,
+    "LattePipeline": _ONE,
+    "WanPipeline": _ONE,
+    "LTXPipeline": _MASKED,
+    "MochiPipeline": _MASKED,
+    "HunyuanVideoPipeline": (*_ONE, "pooled_projections", "encoder_attention_mask"),
+}
+FRAMES_FIRST = ("CogVideoXPipeline",)
+"""Pipelines whose denoiser takes latents `[f, c, h, w]` where their VAE gives `[c, f, h, w]`."""
+
+
+def load_pipeline(path: str | os.PathLike[str]) -> Any:
+    """A diffusers pipeline in float32; parts that a local folder lacks, text encoders say, are None.
+
+    Raises:
+        ValueError: the folder holds no pipeline.
+    """
+    folder = Path(path)
+    absent = {}
+    if folder.is_dir():
+        if not (folder / "model_index.json").exists():
+            raise ValueError(
+                f"{path} holds no model_index.json; give the folder of a whole pipeline (unet or transformer, "
+                "scheduler, vae, text_encoder), or build DiffusionTask(model, scheduler) from its parts."
+            )
+        parts = json.loads((folder / "model_index.json").read_text())
+        absent = {name: None for name, kind in parts.items() if isinstance(kind, list) and not (folder / name).is_dir()}
+    return DiffusionPipeline.from_pretrained(path, torch_dtype=torch.float32, **absent)
+
+
+@dataclass(frozen=True, eq=False)
+class Encoder:
+    """The VAE, tokenizers and text encoders of a pipeline.
+
+    Attributes:
+        pipeline: as diffusers loads it; a pipeline without VAE leaves samples as they are.
+    """
+
+    pipeline: Any
+
+    @property
+    def vae(self) -> Any:
+        """The VAE, None when the model works on pixels."""
+        return getattr(self.pipeline, "vae", None)
+
+    @torch.no_grad()
+    def latents(self, pixels: Tensor, device: torch.device) -> Tensor:
+        """Pixels `[3, ...]` of one sample in -1 .. 1 become latents `[c, ...]` on the CPU, scaled as for training.
+
+        The mode of the VAE's posterior is taken, where training draws from it anew each time.
+        """
+        vae = self.vae.to(device)
+        encoded = vae.encode(pixels[None].to(device, vae.dtype))
+        if hasattr(encoded, "latent_dist"):
+            latents = encoded.latent_dist.mode()
+        else:
+            latents = encoded.latent if hasattr(encoded, "latent") else encoded.latents
+        shift = _per_channel(vae, "latents_mean", latents, vae.config.get("shift_factor") or 0.0)
+        spread = _per_channel(vae, "latents_std", latents, 1.0)
+        latents = (latents - shift) / spread * (vae.config.get("scaling_factor") or 1.0)
+        if type(self.pipeline).__name__ in FRAMES_FIRST:
+            latents = latents.transpose(1, 2)
+        return latents[0].float().cpu()  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def embeddings(self, prompt: str, pixels: Tensor, device: torch.device) -> dict[str, Tensor]:
+        """What the denoiser is told of a prompt, without the batch axis, on the CPU.
+
+        Raises:
+            ValueError: it is not known how this pipeline's embeddings reach its denoiser.
+        """
+        kind = type(self.pipeline).__name__
+        if kind not in EMBEDDINGS or self.pipeline.tokenizer is None:
+            raise ValueError(
+                f"this {kind} has no tokenizer, or it is not known how its prompts reach the denoiser; compute the "
+                "embeddings with its encode_prompt and give them in the items, named as the denoiser's arguments."
+            )
+        self.pipeline.to(device)
+        options = {
+            "prompt": prompt,
+            "prompt_2": None,
+            "prompt_3": None,
+            "device": device,
+            "num_images_per_prompt": 1,
+            "num_videos_per_prompt": 1,
+            "do_classifier_free_guidance": False,
+        }
+        taken = inspect.signature(self.pipeline.encode_prompt).parameters
+        returned = self.pipeline.encode_prompt(**{name: value for name, value in options.items() if name in taken})
+        found = {
+            name: value[0].cpu()
+            for name, value in zip(EMBEDDINGS[kind], returned, strict=False)
+            if name is not None and value is not None
+        }
+        if "added_cond_kwargs.text_embeds" in found:  # original size, crop, target size: uncropped
+            height, width = pixels.shape[-2:]
+            found["added_cond_kwargs.time_ids"] = torch.tensor([height, width, 0, 0, height, width]).float()
+        return found
+
+
+def _per_channel(vae: Any, name: str, latents: Tensor, otherwise: float) -> Tensor | float:
+    """A statistic that the VAE keeps for each latent channel, in its configuration or as a buffer."""
+    values = vae.config.get(name)
+    values = getattr(vae, name, None) if values is None else values
+    if values is None:
+        return otherwise
+    return torch.as_tensor(values).to(latents).reshape(1, -1, *(1,) * (latents.ndim - 2))

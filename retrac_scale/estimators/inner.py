@@ -1,0 +1,70 @@
+"""Inner products of gradients or of their directions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from retrac_scale.estimators.base import Estimator, Pairing
+from retrac_scale.store.encoding import Float32
+
+
+@dataclass(frozen=True)
+class TracIn(Estimator):
+    """Diffusion-TracIn: sum_c w_c < mean_t g(c,i,t), mean_s g(c,q,s) > (arXiv 2401.09031, after Pruthi et al. 2020).
+
+    With recorded timesteps a sample has one t per checkpoint, the one it was trained at.
+    """
+
+    pairing: Pairing = "cross"
+
+    def __post_init__(self) -> None:
+        self._check_pairing()
+
+    def vectors(self, sketches: Float32, norms: Float32) -> Float32:
+        """The gradients themselves."""
+        return sketches
+
+
+@dataclass(frozen=True)
+class ReTrac(Estimator):
+    """Diffusion-ReTrac: as TracIn, with every gradient divided by its full L2 norm (arXiv 2401.09031).
+
+    Noise draws are averaged before the norm is taken, timesteps after it, and nothing is renormalised then. A gradient
+    of norm zero has no direction and contributes zero.
+    """
+
+    pairing: Pairing = "cross"
+
+    def __post_init__(self) -> None:
+        self._check_pairing()
+
+    def vectors(self, sketches: Float32, norms: Float32) -> Float32:
+        """Directions."""
+        safe = np.where(norms > 0, norms, np.float32(1))
+        directions: Float32 = np.where((norms > 0)[..., None], sketches / safe[..., None], np.float32(0))
+        return directions
+
+
+@dataclass(frozen=True)
+class GradDot(Estimator):
+    """<phi(c,i), phi(c,q)> with phi = mean_t g (Charpiat et al. 2019); over several checkpoints this is TracInCP."""
+
+    def vectors(self, sketches: Float32, norms: Float32) -> Float32:
+        """The gradients themselves."""
+        return sketches
+
+
+@dataclass(frozen=True)
+class GradCos(Estimator):
+    """The cosine of phi(c,i) and phi(c,q), phi = mean_t g (Charpiat et al. 2019); over several checkpoints this is GAS.
+
+    Lengths are those of the mean sketches. A mean of length zero contributes zero.
+    """
+
+    def vectors(self, sketches: Float32, norms: Float32) -> Float32:
+        """The gradients, divided by the length of their mean over timesteps."""
+        length = np.linalg.norm(sketches.mean(1), axis=1)[:, None, None]
+        unit: Float32 = np.divide(sketches, length, out=np.zeros_like(sketches), where=length > 0)
+        return unit

@@ -1,0 +1,87 @@
+"""Linear datamodeling score: do scores predict retraining?"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import rankdata
+
+from retrac_scale.evaluate.intervals import Interval, percentiles
+from retrac_scale.scan import Bools, Float64
+
+
+def lds(scores: npt.ArrayLike, members: npt.ArrayLike, losses: npt.ArrayLike) -> Float64:
+    """Per query, Spearman's correlation over subsets of the sum of its members' scores with minus the query's loss.
+
+    1 when the scores order the retrained models' losses perfectly: a larger score means that training on the sample
+    lowers the query's loss, so a subset with a larger sum should leave a smaller loss. The field reports the mean over
+    queries (Park et al. 2023, arXiv 2303.14186); `lds_mean` adds an interval. TRAK and quanda correlate with an output
+    that grows as the model gets better (the margin, the log-probability of the target), D-TRAK negates the scores and
+    correlates with the loss: all three have this sign.
+
+    Args:
+        scores: `[q, n]`, e.g. `Index.scores(queries)`.
+        members: which samples belong to each of m subsets, bool `[m, n]`.
+        losses: of each query under the model of each subset, `[m, q]`, from `retrain`.
+
+    Returns:
+        float64 `[q]`; NaN for a query whose losses or sums are all equal.
+
+    Raises:
+        ValueError: shapes do not fit, or there are fewer than 2 subsets.
+    """
+    sums, outcome = _both(scores, members, losses)
+    return _correlation(sums, outcome)
+
+
+def lds_mean(
+    scores: npt.ArrayLike,
+    members: npt.ArrayLike,
+    losses: npt.ArrayLike,
+    *,
+    draws: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """The mean of `lds` over queries, with a bootstrap interval over queries and subsets at once.
+
+    All queries share the same few retrained models, so that an interval over queries alone would be too narrow.
+
+    Args:
+        scores: see `lds`.
+        members: see `lds`.
+        losses: see `lds`.
+        draws: how many resamples.
+        level: of the interval.
+        seed: of the resamples.
+    """
+    sums, outcome = _both(scores, members, losses)
+    rng = np.random.default_rng(seed)
+    m, q = sums.shape
+    resampled = []
+    for _ in range(draws):
+        chosen = np.ix_(rng.integers(0, m, m), rng.integers(0, q, q))
+        resampled.append(np.nanmean(_correlation(sums[chosen], outcome[chosen])))
+    return percentiles(float(np.nanmean(_correlation(sums, outcome))), resampled, level)
+
+
+def _both(scores: npt.ArrayLike, members: npt.ArrayLike, losses: npt.ArrayLike) -> tuple[Float64, Float64]:
+    """Sums of scores and minus losses, `[m, q]` both."""
+    values, loss = np.asarray(scores, dtype=np.float64), np.asarray(losses, dtype=np.float64)
+    inside: Bools = np.asarray(members, dtype=bool)
+    if inside.ndim != 2 or loss.ndim != 2 or values.shape != (loss.shape[1], inside.shape[1]):
+        raise ValueError(
+            f"scores [q, n], members [m, n] and losses [m, q] do not fit together: {values.shape}, {inside.shape}, "
+            f"{loss.shape}."
+        )
+    if len(inside) != len(loss) or len(inside) < 2:
+        raise ValueError(f"there are {len(inside)} subsets and losses of {len(loss)}; give at least 2 of both.")
+    return inside.astype(np.float64) @ values.T, -loss
+
+
+def _correlation(a: Float64, b: Float64) -> Float64:
+    """Spearman's correlation along the first axis, `[q]`."""
+    ranks = [rankdata(x, axis=0) - (len(x) + 1) / 2 for x in (a, b)]
+    with np.errstate(invalid="ignore"):
+        result: Float64 = (ranks[0] * ranks[1]).sum(0) / np.sqrt((ranks[0] ** 2).sum(0) * (ranks[1] ** 2).sum(0))
+    return result

@@ -1,0 +1,19 @@
+"""Modules that are recomputed whole, and why."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from retrac_scale.gradients.registry import recompute_whole
+
+# its products use the weights of out_proj, which it never calls
+recompute_whole(nn.MultiheadAttention)
+recompute_whole("diffusers.models.embeddings.HunyuanDiTAttentionPool")
+# positions of the sequence come before samples
+recompute_whole("diffusers.models.transformers.transformer_ernie_image.ErnieImageTransformer2DModel")
+# one row for timestep 0 or for positions is shared by all samples
+recompute_whole("diffusers.models.transformers.transformer_helios.HeliosTransformer3DModel")
+recompute_whole("diffusers.models.transformers.transformer_qwenimage21.QwenImage21Transformer2DModel")
+recompute_whole("diffusers.models.transformers.minimax_music3_rvq_depth_decoder.MiniMaxMusic3RVQDepthDecoder")
+# it encodes faces in runs of some frames, whatever sample they are of
+recompute_whole("diffusers.models.transformers.transformer_wan_animate.WanAnimateTransformer3DModel")

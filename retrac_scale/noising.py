@@ -1,0 +1,187 @@
+"""How samples are noised, and what the model should predict: diffusion and flow matching.
+
+A timestep is an integer t in 0 .. T-1, more noise the larger it is, for either kind.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
+
+
+class Noising(Protocol):
+    """One of `Diffusion` and `Flow`; timesteps are int64 `[n]`, samples and noise `[n, ...]`."""
+
+    def noisy(self, samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the model sees, `[n, ...]`."""
+
+    def target(self, samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What it should predict, `[n, ...]`."""
+
+    def times(self, timesteps: Tensor) -> Tensor:
+        """What it is told of the timesteps, `[n]`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Diffusion:
+    """x_t = sqrt(a_t) x + sqrt(1 - a_t) e (Ho et al. 2020); the target is e, x, or v = sqrt(a_t) e - sqrt(1 - a_t) x.
+
+    Attributes:
+        alphas_cumprod: a_t, `[T]`.
+        prediction_type: "epsilon", "sample" or "v_prediction" (Salimans and Ho 2022).
+    """
+
+    alphas_cumprod: Tensor
+    prediction_type: str
+
+    def noisy(self, samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """See `Noising`."""
+        signal, share = self._roots(samples, timesteps)
+        return signal * samples + share * noise
+
+    def target(self, samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """See `Noising`."""
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type == "sample":
+            return samples
+        signal, share = self._roots(samples, timesteps)
+        return signal * noise - share * samples
+
+    def times(self, timesteps: Tensor) -> Tensor:
+        """The timesteps themselves."""
+        return timesteps
+
+    def snr(self, timesteps: Tensor) -> Tensor:
+        """Signal to noise ratio a_t / (1 - a_t), `[n]`."""
+        signal = self.alphas_cumprod.to(timesteps.device)[timesteps]
+        return signal / (1 - signal)
+
+    def _roots(self, like: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        signal = _as(self.alphas_cumprod, like, timesteps)
+        return signal**0.5, (1 - signal) ** 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class Flow:
+    """x_t = (1 - s_t) x + s_t e with target e - x (Lipman et al. 2023; Esser et al. 2024, section 3).
+
+    The timestep t stands for the noise level s_t = shift u / (1 + (shift - 1) u) with u = (t + 1) / T: entry
+    T - 1 - t of a FlowMatchEulerDiscreteScheduler's training table.
+
+    Attributes:
+        sigmas: s_t, float32 `[T]`, rising.
+        unit_time: the model is told s_t instead of T s_t.
+        data_time: it is told the data's share, 1 - s_t, in place of the noise's.
+        to_data: it predicts x - e.
+    """
+
+    sigmas: Tensor
+    unit_time: bool = False
+    data_time: bool = False
+    to_data: bool = False
+
+    def noisy(self, samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """See `Noising`."""
+        sigma = _as(self.sigmas, samples, timesteps)
+        return (1 - sigma) * samples + sigma * noise
+
+    def target(self, samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """See `Noising`."""
+        return samples - noise if self.to_data else noise - samples
+
+    def times(self, timesteps: Tensor) -> Tensor:
+        """float32 `[n]`."""
+        sigma = self.sigmas.to(timesteps.device)[timesteps]
+        told = 1 - sigma if self.data_time else sigma
+        return told if self.unit_time else told * len(self.sigmas)
+
+
+# what the models' pipelines in diffusers 0.42.1 pass as timestep, and whether they negate the prediction
+UNIT_TIME = frozenset(
+    {
+        "AuraFlowTransformer2DModel",
+        "BriaFibo2Transformer2DModel",
+        "ChromaTransformer2DModel",
+        "FluxTransformer2DModel",
+        "Flux2Transformer2DModel",
+        "Krea2Transformer2DModel",
+        "LongCatImageTransformer2DModel",
+        "Lumina2Transformer2DModel",
+        "LuminaNextDiT2DModel",
+        "NucleusMoEImageTransformer2DModel",
+        "OvisImageTransformer2DModel",
+        "QwenImageTransformer2DModel",
+        "QwenImage21Transformer2DModel",
+        "ZImageTransformer2DModel",
+    }
+)
+DATA_TIME = frozenset(
+    {
+        "LuminaNextDiT2DModel",
+        "Lumina2Transformer2DModel",
+        "MochiTransformer3DModel",
+        "ZImageTransformer2DModel",
+    }
+)
+TO_DATA = DATA_TIME | {"HiDreamImageTransformer2DModel", "NucleusMoEImageTransformer2DModel"}
+
+
+def noising_of(scheduler: Any, model: nn.Module) -> Diffusion | Flow:
+    """How a model with this scheduler is trained.
+
+    Raises:
+        ValueError: the scheduler is of another kind.
+    """
+    config, kind = scheduler.config, type(scheduler).__name__
+    prediction = config.get("prediction_type", "epsilon")
+    if is_flow(scheduler):
+        name = type(model).__name__
+        sigmas = flow_sigmas(config)
+        return Flow(sigmas, unit_time=name in UNIT_TIME, data_time=name in DATA_TIME, to_data=name in TO_DATA)
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"the scheduler's prediction_type {prediction!r} is none of {', '.join(PREDICTIONS)}.")
+    if getattr(scheduler, "alphas_cumprod", None) is None:
+        raise ValueError(f"{kind} is neither a diffusion scheduler with alphas_cumprod nor one of flow matching.")
+    return Diffusion(scheduler.alphas_cumprod, prediction)
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether a scheduler is one of flow matching."""
+    config, kind = scheduler.config, type(scheduler).__name__
+    flow = config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas")
+    return bool(flow) or kind.startswith("FlowMatch")
+
+
+def flow_sigmas(config: Any) -> Tensor:
+    """Noise levels s_t of a flow matching scheduler's training table, float32 `[T]`, rising with t.
+
+    With `use_dynamic_shifting` training shifts nothing, as in diffusers: the shift there is the sampler's.
+    """
+    count = int(config["num_train_timesteps"])
+    sigmas = torch.arange(1, count + 1, dtype=torch.float32) / count
+    shift = 1.0 if config.get("use_dynamic_shifting") else float(config.get("shift", config.get("flow_shift", 1.0)))
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def timestep_numbers(scheduler: Any, times: Tensor) -> Tensor:
+    """The integers t, int64 `[n]`, of what flow matching loops call timesteps: `scheduler.timesteps[indices]`.
+
+    The nearest noise level is taken, so that a loop that draws them from an interval can be recorded too.
+    """
+    sigmas = flow_sigmas(scheduler.config).to(torch.float64)
+    wanted = times.to(torch.float64) / len(sigmas)
+    above = torch.searchsorted(sigmas, wanted).clamp(max=len(sigmas) - 1)
+    below = (above - 1).clamp(min=0)
+    nearer = (wanted - sigmas[below]).abs() < (sigmas[above] - wanted).abs()
+    return torch.where(nearer, below, above)
+
+
+def _as(table: Tensor, like: Tensor, timesteps: Tensor) -> Tensor:
+    """Entries of a table, broadcast over samples."""
+    return table.to(like)[timesteps].reshape(-1, *(1,) * (like.ndim - 1))

@@ -1,0 +1,99 @@
+"""LiveSketcher: sketches of per-sample gradients out of a training loop's own backward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from retrac_scale.gradients import ParameterFilter
+from retrac_scale.gradients.capture import Sink
+from retrac_scale.gradients.live import LiveCapture
+from retrac_scale.projections.base import Projection
+from retrac_scale.projections.sketcher import GradientMismatchError, GradientSketcher
+
+FLOAT32_TOLERANCE, BFLOAT16_TOLERANCE = 1e-3, 0.1
+
+
+class LiveSketcher(GradientSketcher):
+    """Sketches of every sample's part in the gradient that a training step computes anyway.
+
+    The first backward pass is checked: its samples' sketches must add up to the sketch of the weights' gradient.
+
+    Args:
+        model: any torch module whose samples do not interact.
+        projection: LowRank, CountSketch, ...
+        parameters: glob patterns or a predicate on names; None for all that require a gradient.
+    """
+
+    def __init__(self, model: nn.Module, projection: Projection, *, parameters: ParameterFilter = None) -> None:
+        self._live = LiveCapture(model, parameters=parameters)
+        self._capture = self._live
+        self._projector = projection.bind(self._live.shapes, self._live.mixable, next(model.parameters()).device)
+        self._projector.whole = self._live.single_position
+        self.passes: list[tuple[Tensor, Tensor]] = []
+        """Sketches `[n, k]` and norms `[n]` of the backward passes since this was last emptied."""
+        self._gradients: dict[str, Tensor] = {}
+        self._handles: list[Any] = []
+        self._half = False  # whether gradients came in 16 bits
+        self._watch()
+        self._live.attach(self._begin, self._projector.mixers)
+
+    @property
+    def recording(self) -> bool:
+        """Whether forward passes are sketched in their backward pass."""
+        return self._live.recording
+
+    @recording.setter
+    def recording(self, value: bool) -> None:
+        self._live.recording = value
+
+    def _begin(self, n: int) -> tuple[Sink, Callable[[], None]]:
+        projector = self._projector
+        accumulator = projector.start(n)
+        squares = torch.zeros(n, device=accumulator.device)
+
+        def add(name: str, gradient: Tensor, samples: slice) -> None:
+            self._half |= gradient.itemsize < 4
+            added = projector.add(accumulator[samples], name, gradient)
+            if added is not None:
+                squares[samples] += added
+
+        def end() -> None:
+            self.passes.append(self._finished(accumulator, squares))
+            if self._handles:
+                self._compare(self.passes[-1][0].sum(0))
+
+        return add, end
+
+    def _watch(self) -> None:
+        """Keep the weights' own gradients of the first pass."""
+
+        def keep(name: str, gradient: Tensor) -> None:
+            if self.recording:
+                self._gradients[name] = gradient
+
+        for name in self.shapes:
+            parameter = self._live.model.get_parameter(name)
+            self._handles.append(parameter.register_hook(partial(keep, name)))  # type: ignore[no-untyped-call]
+
+    def _compare(self, summed: Tensor) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        whole = self._projector.start(1)
+        for name, gradient in self._gradients.items():
+            self._projector.add(whole, name, self._projector.mixed(name, gradient[None]))
+        self._gradients.clear()
+        expected = self._projector.finish(whole)[0]
+        tolerance = BFLOAT16_TOLERANCE if self._half else FLOAT32_TOLERANCE
+        off = float((summed - expected).norm() / expected.norm().clamp_min(1e-30))
+        if off > tolerance:
+            raise GradientMismatchError(
+                f"the samples' sketches add up to another gradient than the step's own (off by {off:.1%}): a parameter "
+                "is used outside its layer's forward, samples meet in a layer, or activations are checkpointed with "
+                "use_reentrant=True; rs.check_model(model, example) names the parameters to leave out with parameters=."
+            )

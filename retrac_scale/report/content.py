@@ -1,0 +1,152 @@
+"""What the page shows, as plain JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from retrac_scale.explain import Explanation, explain_lists
+from retrac_scale.index import Index, Side
+from retrac_scale.query import TopK
+from retrac_scale.report.pictures import Pictures, data_uri
+from retrac_scale.store import SketchStore
+
+MOST_LABELS = 1000
+"""A column with more distinct values is no grouping."""
+GROUPS = 10
+EXACT_INTEGER = 2**53
+"""Up to here a browser's numbers hold every integer."""
+DIGITS = 5
+Json = dict[str, Any]
+
+
+def content(
+    answers: Mapping[str, TopK],
+    pictures: Pictures,
+    *,
+    title: str,
+    curve: tuple[Any, Any, Any] | None = None,
+    indexes: Mapping[str, Index] | None = None,
+    queries: SketchStore | None = None,
+) -> Json:
+    """All that a page holds; arguments as for `write_report`. Ids are strings, scores numbers or null."""
+    first = next(iter(answers.values()))
+    lists = {name: ranked(answer) for name, answer in answers.items()}
+    asked = [
+        {
+            "id": str(query),
+            "picture": data_uri(pictures.query(place)),
+            "lists": {name: each[place] for name, each in lists.items()},
+        }
+        for place, query in enumerate(first.query_ids.tolist())
+    ]
+    notes: list[str] = []
+    if indexes is not None and queries is not None:
+        for name, index in indexes.items():
+            _add_groups(asked, name, index, queries)
+            try:
+                _add_explanations(asked, name, index, queries)
+            except ValueError as error:  # an estimator or a store that cannot be taken apart
+                notes.append(f"{name} has no explanations: {error}")
+    rows = Rows(next(iter(indexes.values()))) if indexes else None
+    every = np.unique(np.concatenate([answer.ids.ravel() for answer in answers.values()]))
+    return {
+        "title": title,
+        "queries": asked,
+        "samples": samples(every, pictures, rows),
+        "curve": None if curve is None else curve_of(curve),
+        "notes": notes,
+    }
+
+
+class Rows(dict[Any, Json]):
+    """The user's columns of each sample, `{id: {column: value}}`, made when they are asked for."""
+
+    def __init__(self, index: Index) -> None:
+        self.places = {sample: place for place, sample in enumerate(index.ids.tolist())}
+        self._columns = index.columns
+
+    def __missing__(self, sample: Any) -> Json:
+        place = self.places[sample]
+        return {name: plain(values[place]) for name, values in self._columns.items()}
+
+
+def sides(index: Index) -> Side:
+    """The sides that an index has: a squared score has no opponents."""
+    return "proponents" if index.estimator.squared else "both"
+
+
+def ranked(answer: TopK) -> list[dict[str, list[Json]]]:
+    """For each query the lists of each side, best first: id, score, and where known its error and whether resolved."""
+    both = ["proponents", "opponents"] if answer.side == "both" else [answer.side]
+    k = answer.ids.shape[1] // len(both)
+    known = {"id": answer.ids, "score": answer.scores, "error": answer.errors, "resolved": answer.resolved}
+    fields = {name: values for name, values in known.items() if values is not None}
+
+    def result(query: int, place: int) -> Json:
+        return {n: str(x[query, place]) if n == "id" else plain(x[query, place]) for n, x in fields.items()}
+
+    return [
+        {side: [result(query, part * k + rank) for rank in range(k)] for part, side in enumerate(both)}
+        for query in range(len(answer.ids))
+    ]
+
+
+def samples(ids: npt.NDArray[Any], pictures: Pictures, rows: Rows | None) -> dict[str, Json]:
+    """Picture and columns of training samples, by id."""
+    return {
+        str(sample): {"picture": data_uri(pictures.image(sample)), "columns": {} if rows is None else rows[sample]}
+        for sample in ids.tolist()
+    }
+
+
+def explained(explanation: Explanation) -> Json:
+    """Contributions `[c][s]`, summed over the sample's own timesteps, and the timesteps of both sides."""
+    steps, asked = explanation.timesteps, explanation.query_timesteps
+    return {
+        "score": plain(explanation.score),
+        "checkpoints": explanation.checkpoints,
+        "contributions": [[plain(x) for x in row] for row in explanation.contributions.sum(1)],
+        "timesteps": None if steps is None else steps.tolist(),
+        "query_timesteps": None if asked is None or (asked != asked[0]).any() else asked[0].tolist(),
+    }
+
+
+def curve_of(curve: tuple[Any, Any, Any]) -> Json:
+    """What `norm_curve` gives, by name."""
+    names = ("timestep", "mean", "deviation")
+    return {name: [plain(x) for x in values] for name, values in zip(names, curve, strict=True)}
+
+
+def group_columns(index: Index) -> list[str]:
+    """Columns that put several samples under one label."""
+    columns = {name: len(np.unique(values)) for name, values in index.columns.items()}
+    return [name for name, labels in columns.items() if 1 < labels <= min(MOST_LABELS, index.shape[1] // 2)]
+
+
+def plain(value: Any) -> Any:
+    """A NumPy scalar as JSON has it: no NaN, no integer that a browser would round, floats to 5 digits."""
+    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+    return str(value) if type(value) is int and abs(value) > EXACT_INTEGER else value
+
+
+def _add_groups(asked: list[Json], name: str, index: Index, queries: SketchStore) -> None:
+    for column in group_columns(index):
+        answer = index.query(queries, GROUPS, side=sides(index), group_by=column)
+        for query, lists in zip(asked, ranked(answer), strict=True):
+            query.setdefault("groups", {}).setdefault(column, {})[name] = lists
+
+
+def _add_explanations(asked: list[Json], name: str, index: Index, queries: SketchStore) -> None:
+    samples = {str(sample): sample for sample in index.ids.tolist()}
+    lists = [[result for side in query["lists"][name].values() for result in side] for query in asked]
+    found = explain_lists(index, queries, [[samples[result["id"]] for result in results] for results in lists])
+    for results, parts in zip(lists, found, strict=True):
+        for result, part in zip(results, parts, strict=True):
+            result["explanation"] = explained(part)

@@ -1,0 +1,383 @@
+"use strict";
+// Draws the page from its JSON. Strings become text nodes and properties only, so that nothing in them is markup.
+
+const found = JSON.parse(document.getElementById("content").textContent);
+const samples = new Map(Object.entries(found.samples || {}));
+const queries = found.queries || [];
+const SIDES = ["proponents", "opponents"];
+const PAGE = 40;
+const MOST_CHOICES = 60;
+const HUBS = 8;
+const HUB_SHARE = 0.5;
+const shown = { search: "", columns: new Map(), sides: new Set(SIDES), hidden: new Set(), pages: 1 };
+// The live page replaces these: how an explanation or a query's group totals are had.
+const source = { explain: (query, estimator, result) => result.explanation, groups: (query, column) => query.groups[column] };
+
+const at = (id) => document.getElementById(id);
+
+function h(name, properties = {}, ...children) {
+  const element = document.createElement(name);
+  for (const [key, value] of Object.entries(properties)) {
+    if (key.startsWith("aria") || key === "for" || key === "role" || key === "scope") element.setAttribute(key, value);
+    else element[key] = value;
+  }
+  element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined));
+  return element;
+}
+
+function svg(name, attributes = {}, ...children) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+  element.append(...children);
+  return element;
+}
+
+const number = (x) => (x === null || x === undefined ? "–" : x === 0 ? "0" : Number(x.toPrecision(3)).toString());
+const signed = (x) => (x > 0 ? "+" : "") + number(x);
+const percent = (x) => `${Math.round(100 * x)} %`;
+const names = () => [...new Set(queries.flatMap((query) => Object.keys(query.lists)))];
+const valuesOf = (id) => samples.get(id)?.columns || {};
+
+function picture(uri, alt) {
+  return h("img", { src: uri, alt, loading: "lazy", decoding: "async", className: uri.startsWith("data:image/png") ? "small" : "" });
+}
+
+// ---- overview -------------------------------------------------------------------------------------------------------
+
+function counts(estimator) {
+  const times = new Map();
+  let places = 0;
+  const lists = queries.map((query) => query.lists[estimator]?.proponents).filter(Boolean);
+  for (const list of lists) {
+    places += list.length;
+    for (const { id } of list) times.set(id, (times.get(id) || 0) + 1);
+  }
+  const hubs = [...times].sort((a, b) => b[1] - a[1]);
+  return { lists: lists.length, length: lists[0]?.length || 0, unique: places ? times.size / places : 0, hubs };
+}
+
+function warnings() {
+  const lines = [...(found.notes || [])];
+  for (const estimator of names()) {
+    const results = queries.flatMap((query) => Object.values(query.lists[estimator] || {}).flat());
+    const near = results.filter((result) => result.resolved === false).length;
+    if (near) {
+      lines.push(
+        `${estimator}: ${near} of ${results.length} results stand less than two standard errors of the difference before the next one (≈); their order is not resolved.`,
+      );
+    }
+    const { lists, hubs } = counts(estimator);
+    if (lists > 3 && hubs[0][1] > HUB_SHARE * lists) {
+      lines.push(`${estimator}: sample ${hubs[0][0]} is among the top proponents of ${hubs[0][1]} of ${lists} queries; it says little about any one of them.`);
+    }
+  }
+  return lines;
+}
+
+function drawOverview() {
+  const parts = [];
+  const lines = warnings();
+  if (lines.length) {
+    parts.push(h("section", { className: "card warnings" }, h("h3", {}, "Read with care"), h("ul", {}, lines.map((line) => h("li", {}, line)))));
+  }
+  if (queries.length) parts.push(summary());
+  if (found.curve) parts.push(curve(found.curve));
+  if (queries.length) parts.push(hubs());
+  at("overview").replaceChildren(...parts);
+}
+
+function summary() {
+  const heads = ["estimator", "list length", "unique fraction", "largest share"];
+  const rows = names().map((name) => {
+    const { length, unique, hubs, lists } = counts(name);
+    const cells = [String(length), unique.toFixed(3), lists ? percent(hubs[0][1] / lists) : "–"];
+    return h("tr", {}, h("th", { scope: "row" }, name), cells.map((cell) => h("td", { className: "number" }, cell)));
+  });
+  return h(
+    "section",
+    { className: "card" },
+    h("h3", {}, "How specific the answers are"),
+    h("div", { className: "scroll" }, h("table", { id: "specificity" },
+      h("thead", {}, h("tr", {}, heads.map((head, i) => h("th", { scope: "col", className: i ? "number" : "" }, head)))),
+      h("tbody", {}, rows))),
+    h("p", { className: "hint" }, "Unique fraction: distinct samples in all top lists over all places in them; 1 when no two queries share one. Largest share: of the lists, those that hold the most frequent sample."),
+  );
+}
+
+function hubs() {
+  const parts = names().map((name) => {
+    const { hubs, lists } = counts(name);
+    const items = hubs.slice(0, HUBS).filter(([, times]) => times > 1).map(([id, times]) =>
+      h("li", {}, h("button", { type: "button", className: "hub", onclick: () => search(`id:${id}`), title: `Show where sample ${id} stands` },
+        picture(samples.get(id).picture, `training sample ${id}`), h("span", {}, `in ${times} of ${lists}`))));
+    return h("div", {}, h("h4", {}, name), items.length ? h("ul", { className: "hubs", ariaLabel: `Hubs under ${name}` }, items) : h("p", { className: "hint" }, "No sample is shared by two lists."));
+  });
+  return h("section", { className: "card", id: "hubs" }, h("h3", {}, "Hubs: samples that influence everything"), h("div", { className: "estimators" }, parts));
+}
+
+function curve({ timestep, mean, deviation }) {
+  const [w, height, left, bottom] = [560, 200, 44, 34];
+  const [low, high] = [Math.min(...timestep), Math.max(...timestep)];
+  const top = Math.max(...mean.map((m, i) => m + deviation[i])) || 1;
+  const x = (t) => left + ((w - left - 10) * (t - low)) / (high - low || 1);
+  const y = (v) => height - bottom - ((height - bottom - 10) * Math.max(0, v)) / top;
+  const line = (values) => values.map((v, i) => `${x(timestep[i]).toFixed(1)},${y(v).toFixed(1)}`);
+  const band = [...line(mean.map((m, i) => m + deviation[i])), ...line(mean.map((m, i) => m - deviation[i])).reverse()];
+  const text = (px, py, anchor, label) => { const t = svg("text", { x: px, y: py, "text-anchor": anchor }); t.textContent = label; return t; };
+  const label = `Mean gradient norm by timestep: ${number(mean[0])} at timestep ${Math.round(low)}, ${number(mean.at(-1))} at timestep ${Math.round(high)}`;
+  return h("figure", { className: "card" },
+    h("h3", {}, "Gradient norm by timestep"),
+    svg("svg", { class: "curve", viewBox: `0 0 ${w} ${height}`, role: "img", "aria-label": label },
+      svg("line", { class: "axis", x1: left, x2: w - 10, y1: y(0), y2: y(0) }),
+      svg("line", { class: "axis", x1: left, x2: left, y1: 10, y2: y(0) }),
+      svg("polygon", { class: "band", points: band.join(" ") }),
+      svg("polyline", { class: "mean", points: line(mean).join(" ") }),
+      text(left - 6, 16, "end", number(top)), text(left - 6, y(0), "end", "0"),
+      text(x(low), height - 18, "start", String(Math.round(low))), text(x(high), height - 18, "end", String(Math.round(high))),
+      text((left + w) / 2, height - 4, "middle", "diffusion timestep")),
+    h("figcaption", {}, "Mean and standard deviation over samples and checkpoints. Where the norm is large, a sample trained at that timestep scores high for every query under TracIn; ReTrac divides the norm out."));
+}
+
+// ---- filters --------------------------------------------------------------------------------------------------------
+
+function search(text) {
+  shown.search = text;
+  at("search").value = text;
+  shown.pages = 1;
+  drawList();
+  at("queries").focus();
+}
+
+function drawFilters() {
+  const changed = (change) => (event) => { change(event.target); shown.pages = 1; drawList(); };
+  const parts = [h("label", {}, "Search ids and columns",
+    h("input", { type: "search", id: "search", value: shown.search, placeholder: "text, or id:12", oninput: changed((field) => { shown.search = field.value; }) }))];
+  const columns = new Map();
+  for (const { columns: own } of samples.values()) {
+    for (const [name, value] of Object.entries(own)) {
+      if (!columns.has(name)) columns.set(name, new Set());
+      columns.get(name).add(String(value));
+    }
+  }
+  for (const [name, values] of columns) {
+    const pick = changed((field) => (field.value === "" ? shown.columns.delete(name) : shown.columns.set(name, field.value)));
+    const field = values.size <= MOST_CHOICES
+      ? h("select", { onchange: pick }, h("option", { value: "" }, "all"), [...values].sort((a, b) => a.localeCompare(b, undefined, { numeric: true })).map((value) => h("option", { value: `=${value}` }, value)))
+      : h("input", { type: "search", oninput: pick, placeholder: "contains" });
+    field.value = shown.columns.get(name) || "";
+    parts.push(h("label", {}, name, field));
+  }
+  const toggle = (text, on, change) => h("label", { className: "check" }, h("input", { type: "checkbox", checked: on, onchange: changed(change) }), text);
+  for (const side of SIDES) {
+    parts.push(toggle(side, shown.sides.has(side), (box) => (box.checked ? shown.sides.add(side) : shown.sides.delete(side))));
+  }
+  if (names().length > 1) {
+    for (const name of names()) {
+      parts.push(toggle(name, !shown.hidden.has(name), (box) => (box.checked ? shown.hidden.delete(name) : shown.hidden.add(name))));
+    }
+  }
+  at("filters").replaceChildren(...parts);
+}
+
+function matches(id) {
+  const own = valuesOf(id);
+  for (const [name, wanted] of shown.columns) {
+    const value = String(own[name]);
+    if (wanted.startsWith("=") ? value !== wanted.slice(1) : !value.toLowerCase().includes(wanted.toLowerCase())) return false;
+  }
+  const text = shown.search.trim().toLowerCase();
+  if (text.startsWith("id:")) return id.toLowerCase() === text.slice(3).trim();
+  return text === "" || id.toLowerCase().includes(text) || Object.values(own).some((value) => String(value).toLowerCase().includes(text));
+}
+
+// ---- queries --------------------------------------------------------------------------------------------------------
+
+function drawList() {
+  const filtering = shown.search.trim() !== "" || shown.columns.size > 0;
+  let kept = 0;
+  const rows = [];
+  for (const query of queries) {
+    const lists = {};
+    let here = 0;
+    for (const [name, sides] of Object.entries(query.lists)) {
+      if (shown.hidden.has(name)) continue;
+      lists[name] = {};
+      for (const side of SIDES.filter((one) => sides[one] && shown.sides.has(one))) {
+        lists[name][side] = sides[side].map((result, rank) => ({ result, rank: rank + 1 })).filter(({ result }) => matches(result.id));
+        here += lists[name][side].length;
+      }
+    }
+    kept += here;
+    if (here || !filtering) rows.push([query, lists]);
+  }
+  const held = rows.slice(0, PAGE * shown.pages);
+  at("list").replaceChildren(...held.map(([query, lists]) => article(query, lists)));
+  at("more").hidden = held.length === rows.length;
+  const total = queries.flatMap((query) => Object.values(query.lists).flatMap((sides) => Object.values(sides).flat())).length;
+  at("count").textContent = `${rows.length} of ${queries.length} queries, ${kept} of ${total} results${held.length < rows.length ? `; the first ${held.length} queries are shown` : ""}`;
+}
+
+function article(query, lists) {
+  const columns = Object.entries(lists).map(([name, sides]) => {
+    const every = Object.values(query.lists[name]).flat();
+    const scale = Math.max(...every.map(({ score, error }) => Math.abs(score) + (error || 0))) || 1;
+    return h("section", {}, h("h3", {}, name), Object.entries(sides).map(([side, results]) => [
+      h("h4", {}, side),
+      results.length ? strip(query, name, side, results, scale) : h("p", { className: "hint" }, "none that match"),
+    ]));
+  });
+  const groups = query.groupColumns || Object.keys(query.groups || {});
+  return h("article", { className: "query card", ariaLabel: `Query ${query.id}` },
+    h("figure", { className: "asked" }, picture(query.picture, `query ${query.id}`), h("figcaption", {}, query.label || `query ${query.id}`)),
+    h("div", { className: "estimators" }, columns),
+    h("div", { className: "details" }, groups.map((column) => groupDetails(query, column))));
+}
+
+function strip(query, estimator, side, results, scale) {
+  const buttons = results.map(({ result, rank }, place) => {
+    const near = result.resolved === false;
+    const error = result.error === null || result.error === undefined ? "" : ` ± ${number(result.error)}`;
+    return h("button", {
+      type: "button", className: near ? "result near" : "result", tabIndex: place ? -1 : 0,
+      title: `sample ${result.id}: ${number(result.score)}${error}${near ? "; the order against the next one is not resolved" : ""}`,
+      onclick: () => openExplanation(query, estimator, side, result, rank),
+    },
+    picture(samples.get(result.id).picture, `training sample ${result.id}`),
+    h("span", { className: "name", ariaHidden: "true" }, `#${result.id.split("/").pop()}`),
+    h("span", { className: "score" }, number(result.score)),
+    bar(result, scale),
+    h("span", { className: "unseen" }, `${error}, rank ${rank}${near ? ", order against the next not resolved" : ""}`));
+  });
+  return h("ol", { className: `strip ${side}`, ariaLabel: `${side} of query ${query.id} under ${estimator}`, onkeydown: rove },
+    buttons.map((button) => h("li", {}, button)));
+}
+
+function bar({ score, error }, scale) {
+  const length = (60 * Math.abs(score)) / scale;
+  const drawn = [svg("line", { class: "zero", x1: 0.5, x2: 0.5, y1: 0, y2: 9 }), svg("rect", { class: "value", x: 1, y: 2, height: 5, width: length.toFixed(1) })];
+  if (error) {
+    const [from, to] = [Math.max(0, length - (60 * error) / scale), length + (60 * error) / scale].map((x) => (1 + x).toFixed(1));
+    drawn.push(svg("path", { class: "error", d: `M${from} 4.5H${to}M${from} 2V7M${to} 2V7` }));
+  }
+  return svg("svg", { class: "bar", viewBox: "0 0 64 9", "aria-hidden": "true" }, ...drawn);
+}
+
+// One stop for the Tab key per list; arrows move within it.
+function rove(event) {
+  const buttons = [...event.currentTarget.querySelectorAll("button")];
+  const place = buttons.indexOf(document.activeElement);
+  const next = { ArrowRight: place + 1, ArrowLeft: place - 1, Home: 0, End: buttons.length - 1 }[event.key];
+  if (next === undefined || !buttons[next]) return;
+  event.preventDefault();
+  buttons[place].tabIndex = -1;
+  buttons[next].tabIndex = 0;
+  buttons[next].focus();
+}
+
+function groupDetails(query, column) {
+  const body = h("div", { className: "estimators" });
+  const details = h("details", { className: "groups" }, h("summary", {}, `totals by ${column}`), body);
+  details.addEventListener("toggle", async () => {
+    if (!details.open || body.childElementCount) return;
+    try {
+      const totals = await source.groups(query, column);
+      body.replaceChildren(...Object.entries(totals).map(([name, sides]) => h("section", {}, h("h4", {}, name), groupTable(column, sides))));
+    } catch (error) {
+      body.replaceChildren(h("p", { role: "alert" }, error.message));
+    }
+  });
+  return details;
+}
+
+function groupTable(column, sides) {
+  // a group can stand on both sides when there are few: once is enough
+  const every = new Map(SIDES.flatMap((side) => sides[side] || []).map(({ id, score }) => [id, score]));
+  const rows = [...every].sort((a, b) => b[1] - a[1]);
+  return h("table", {},
+    h("thead", {}, h("tr", {}, h("th", { scope: "col" }, column), h("th", { scope: "col", className: "number" }, "sum of scores"))),
+    h("tbody", {}, rows.map(([label, score]) => h("tr", {}, h("th", { scope: "row" }, label), h("td", { className: "number" }, signed(score))))));
+}
+
+// ---- one score, taken apart -----------------------------------------------------------------------------------------
+
+async function openExplanation(query, estimator, side, result, rank) {
+  const dialog = at("explanation");
+  const sample = samples.get(result.id);
+  const error = result.error === null || result.error === undefined ? "" : ` ± ${number(result.error)}`;
+  const own = Object.entries(sample.columns);
+  const body = h("div", {}, h("p", { role: "status" }, "Taking the score apart …"));
+  dialog.replaceChildren(
+    h("div", { className: "top" },
+      h("h2", { id: "explanation-title" }, `Sample ${result.id} for query ${query.id}`),
+      h("button", { type: "button", autofocus: true, onclick: () => dialog.close() }, "Close")),
+    h("div", { className: "pair" },
+      h("figure", {}, picture(query.picture, `query ${query.id}`), h("figcaption", {}, "query")),
+      h("figure", {}, picture(sample.picture, `training sample ${result.id}`), h("figcaption", {}, "training sample")),
+      h("table", {}, h("tbody", {},
+        [["estimator", estimator], ["score", number(result.score) + error], ["rank", `${rank} of the ${side}`], ...own].map(([name, value]) =>
+          h("tr", {}, h("th", { scope: "row" }, name), h("td", {}, String(value ?? "–"))))))),
+    body);
+  if (!dialog.open) dialog.showModal();
+  try {
+    const parts = await source.explain(query, estimator, result);
+    body.replaceChildren(...(parts ? explanation(parts) : [h("p", { className: "hint" }, "This page carries no explanations: it was written without the indexes.")]));
+  } catch (error) {
+    body.replaceChildren(h("p", { role: "alert" }, error.message));
+  }
+}
+
+function explanation({ checkpoints, contributions, timesteps, query_timesteps: steps }) {
+  const sum = (values) => values.reduce((a, b) => a + b, 0);
+  const totals = contributions.map(sum);
+  const bySteps = contributions[0].map((_, s) => sum(contributions.map((row) => row[s])));
+  const label = (s) => (steps ? String(steps[s]) : `no. ${s + 1}`);
+  return [
+    h("h3", {}, "By checkpoint"),
+    h("div", { className: "scroll" }, h("table", {},
+      h("thead", {}, h("tr", {}, ["checkpoint", "sample's timesteps", "contribution"].map((head, i) => h("th", { scope: "col", className: i === 2 ? "number" : "" }, head)))),
+      h("tbody", {}, checkpoints.map((name, c) => h("tr", {}, h("th", { scope: "row" }, name), h("td", {}, timesteps ? few(timesteps[c]) : "–"), h("td", { className: "number" }, signed(totals[c]))))))),
+    h("h3", {}, "By timestep of the query"),
+    stepBars(bySteps, label),
+    h("details", {}, h("summary", {}, "All numbers"), h("div", { className: "scroll" }, h("table", {},
+      h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "timestep"), checkpoints.map((name) => h("th", { scope: "col", className: "number" }, name)), h("th", { scope: "col", className: "number" }, "all"))),
+      h("tbody", {}, bySteps.map((all, s) => h("tr", {}, h("th", { scope: "row" }, label(s)), contributions.map((row) => h("td", { className: "number" }, signed(row[s]))), h("td", { className: "number" }, signed(all)))))))),
+    h("p", { className: "hint" }, `Together ${number(sum(totals))}: the score of the store's own rows, which the rounding of the index changes a little.`),
+  ];
+}
+
+const few = (values) => (values.length > 6 ? `${values.slice(0, 3).join(", ")}, … ${values.at(-1)}` : values.join(", "));
+
+function stepBars(values, label) {
+  const [w, height, middle, left] = [720, 190, 85, 68];
+  const top = Math.max(...values.map(Math.abs)) || 1;
+  const step = (w - left) / values.length;
+  const drawn = values.flatMap((value, s) => {
+    const size = (75 * Math.abs(value)) / top;
+    const rect = svg("rect", { class: value >= 0 ? "plus" : "minus", x: left + s * step + step * 0.1, width: Math.max(1, step * 0.8), y: value >= 0 ? middle - size : middle, height: Math.max(0.5, size) });
+    const title = svg("title");
+    title.textContent = `timestep ${label(s)}: ${signed(value)}`;
+    rect.append(title);
+    return [rect];
+  });
+  const text = (x, y, anchor, content) => { const t = svg("text", { x, y, "text-anchor": anchor }); t.textContent = content; return t; };
+  const every = Math.ceil(values.length / 12);
+  const marks = values.map((_, s) => s).filter((s) => s % every === 0).map((s) => text(left + (s + 0.5) * step, height - 14, "middle", label(s)));
+  const best = values.indexOf(Math.max(...values));
+  return svg("svg", { class: "steps", viewBox: `0 0 ${w} ${height}`, role: "img", "aria-label": `Contribution by timestep of the query; largest ${signed(values[best])} at ${label(best)}. The table below holds all.` },
+    svg("line", { class: "zero", x1: left, x2: w, y1: middle, y2: middle }), ...drawn, ...marks,
+    text(left - 6, 14, "end", `+${number(top)}`), text(left - 6, middle + 4, "end", "0"), text(left - 6, 2 * middle - 4, "end", `−${number(top)}`));
+}
+
+// ---- start ----------------------------------------------------------------------------------------------------------
+
+function draw() {
+  drawOverview();
+  drawFilters();
+  drawList();
+}
+
+function start() {
+  at("more").onclick = () => { shown.pages += 1; drawList(); };
+  at("explanation").addEventListener("click", (event) => { if (event.target === event.currentTarget) event.currentTarget.close(); });
+  draw();
+}

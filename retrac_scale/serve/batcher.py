@@ -1,0 +1,98 @@
+"""Concurrent queries, answered in one scan."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from retrac_scale.query import Question
+from retrac_scale.report.content import Json, ranked
+from retrac_scale.serve.library import Asked, Library
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class _Waiting:
+    index: str
+    asked: Asked
+    question: Question
+    answer: asyncio.Future[Json]
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Queries of one kind can share a scan: they differ in nothing but k and what is asked about."""
+        question = self.question
+        return self.index, question.where, question.group_by, question.reduce, question.exclude_self
+
+
+class Batcher:
+    """Gathers what arrives while a scan runs, and answers all of one kind with the next.
+
+    No query waits for others to come: a lone one is scanned at once. All computing is done on one thread, since a scan
+    uses every core by itself.
+
+    Args:
+        library: what is asked.
+        size: most queries of one scan.
+        observe: told the number of queries of each scan.
+    """
+
+    def __init__(self, library: Library, size: int, observe: Callable[[int], object] = lambda size: None) -> None:
+        self.library, self.size, self.observe = library, size, observe
+        self._waiting: list[_Waiting] = []
+        self._arrived = asyncio.Event()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="scan")
+        self._task = asyncio.create_task(self._serve())
+
+    async def ask(self, index: str, asked: Asked, question: Question) -> Json:
+        """The lists of one query, as the page holds them."""
+        one = _Waiting(index, asked, question, asyncio.get_running_loop().create_future())
+        self._waiting.append(one)
+        self._arrived.set()
+        return await one.answer
+
+    async def run(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Something else on the thread that computes."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+
+    async def close(self) -> None:
+        """Stop; whoever still waits is told so."""
+        self._task.cancel()
+        for one in self._waiting:
+            one.answer.cancel()
+        await asyncio.to_thread(self._thread.shutdown)
+
+    async def _serve(self) -> None:
+        while True:
+            await self._arrived.wait()
+            self._waiting = [one for one in self._waiting if not one.answer.done()]  # clients that went away
+            if not self._waiting:
+                self._arrived.clear()
+                continue
+            kind = self._waiting[0].kind
+            batch = [one for one in self._waiting if one.kind == kind][: self.size]
+            self._waiting = [one for one in self._waiting if one not in batch]
+            self.observe(len(batch))
+            for one, answer in zip(batch, await self.run(self._answers, batch), strict=True):
+                if one.answer.done():
+                    continue
+                if isinstance(answer, Exception):
+                    one.answer.set_exception(answer)
+                else:
+                    one.answer.set_result(answer)
+
+    def _answers(self, batch: list[_Waiting]) -> list[Json | Exception]:
+        """One answer or error each; a batch that fails is asked one by one, so that each has its own error."""
+        question = replace(batch[0].question, k=max(one.question.k for one in batch))
+        try:
+            answer = self.library.ask(batch[0].index, [one.asked for one in batch], question)
+        except Exception as error:  # goes to whoever asked
+            return [error] if len(batch) == 1 else [found for one in batch for found in self._answers([one])]
+        return [
+            {side: results[: one.question.k] for side, results in lists.items()}
+            for one, lists in zip(batch, ranked(answer), strict=True)
+        ]

@@ -1,0 +1,232 @@
+"""What is served: indexes, queries, pictures; everything here blocks."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+
+from retrac_scale.index import Index
+from retrac_scale.query import Question, TopK, answer_rows
+from retrac_scale.report import Pictures, norm_curve
+from retrac_scale.report.content import Json, Rows, curve_of, explained, group_columns, plain
+from retrac_scale.report.pictures import data_uri
+from retrac_scale.samples import Samples, take
+from retrac_scale.scan import Bools
+from retrac_scale.serve.uploads import Upload
+from retrac_scale.store import SketchStore
+from retrac_scale.store.encoding import Float32
+from retrac_scale.where import which
+
+Source = Literal["queries", "training", "uploads"]
+MOST_CHOICES = 60
+"""A column with more distinct values is searched, not chosen from."""
+CACHED_PICTURES, CACHED_ROWS, CACHED_MASKS = 16_384, 1024, 32
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A query by its place: where it comes from, and its id there."""
+
+    source: Source
+    id: str
+
+
+class Library:
+    """Indexes with their queries, pictures and columns, kept open; one thread at a time may ask it.
+
+    Args:
+        indexes: {name: index}, of the same samples.
+        pictures: of training samples, and of the queries in their order.
+        queries: a store of query sketches.
+        measured: how uploads are sketched: task, checkpoints and timesteps; its dataset is not used.
+        kept_uploads: how many uploads are remembered.
+
+    Raises:
+        ValueError: the queries do not fit an index, or uploads cannot be sketched like its store.
+    """
+
+    def __init__(
+        self,
+        indexes: Mapping[str, Index],
+        pictures: Pictures,
+        *,
+        queries: SketchStore | None = None,
+        measured: Samples | None = None,
+        kept_uploads: int = 64,
+    ) -> None:
+        self.indexes, self.pictures, self.queries, self.measured = dict(indexes), pictures, queries, measured
+        first = next(iter(self.indexes.values()))
+        self.store = first.check_store()
+        if measured is not None and (self.store is None or "scheduler" not in self.store.fingerprint):
+            raise ValueError("uploads can only be sketched like a store that sketch(...) made and that is still there.")
+        self.image_shape = (1, 1, 1) if measured is None else _image_shape(measured.task.model)
+        self._ids = first.ids
+        self._rows = Rows(first)
+        self._places: dict[Source, dict[str, int]] = {"queries": {}}
+        if queries is not None:
+            self._places["queries"] = {str(name): place for place, name in enumerate(queries.ids.tolist())}
+            self._asked = {name: index.query_rows(queries) for name, index in self.indexes.items()}
+        self._stored = {} if self.store is None else {str(x): place for place, x in enumerate(self.store.ids.tolist())}
+        self._uploads: OrderedDict[str, tuple[Upload, SketchStore]] = OrderedDict()
+        self._kept_uploads = kept_uploads
+        self._training_rows = lru_cache(CACHED_ROWS)(self._read_training_rows)
+        self._mask = lru_cache(CACHED_MASKS)(self._evaluate)
+        self.sample = lru_cache(CACHED_PICTURES)(self._describe)
+        self.query_picture = lru_cache(CACHED_PICTURES)(self._query_picture)
+
+    def about(self) -> Json:
+        """What there is to ask, for the page."""
+        columns = {name: np.unique(values) for name, values in next(iter(self.indexes.values())).columns.items()}
+        return {
+            "estimators": list(self.indexes),
+            "samples": len(self._ids),
+            "sources": [*(["queries"] if self.queries is not None else []), *(["training"] if self._stored else [])],
+            "uploads": self.measured is not None,
+            "columns": {
+                name: [plain(value) for value in values] if len(values) <= MOST_CHOICES else None
+                for name, values in columns.items()
+            },
+            "group_columns": group_columns(next(iter(self.indexes.values()))),
+            "curve": None if self.store is None or not self.store.has("timestep") else curve_of(norm_curve(self.store)),
+        }
+
+    def ids(self, source: Source, contains: str, count: int) -> list[str]:
+        """The first ids of a source that contain a text."""
+        names = self._stored if source == "training" else self._places.get(source, self._uploads)
+        found: list[str] = []
+        for name in names:
+            if contains in name:
+                found.append(name)
+                if len(found) == count:
+                    break
+        return found
+
+    def check(self, asked: Asked) -> None:
+        """ValueError unless there is such a query."""
+        names = self._stored if asked.source == "training" else self._places.get(asked.source, self._uploads)
+        if asked.id not in names:
+            raise ValueError(f"there is no {asked.id!r} among the {asked.source}.")
+
+    def check_indexes(self, names: list[str]) -> None:
+        """ValueError unless there are such indexes."""
+        for name in names:
+            if name not in self.indexes:
+                raise ValueError(f"there is no index {name!r}; there are {', '.join(self.indexes)}.")
+
+    def ask(self, name: str, asked: list[Asked], question: Question) -> TopK:
+        """The answer of one index to several queries, in one scan; `question.where` is an expression."""
+        index = self.indexes[name]
+        index.check_store()
+        rows = np.stack([self._query_rows(name, one) for one in asked], axis=1)
+        if isinstance(question.where, str):
+            question = replace(question, where=self._mask(name, question.where))
+        ids = np.array([one.id for one in asked])
+        if question.exclude_self and self._ids.dtype.kind in "iu":
+            ids = ids.astype(np.int64)
+        return answer_rows(index, rows, ids, question)
+
+    def explain(self, name: str, asked: Asked, sample: str) -> Json:
+        """A score of one index, taken apart."""
+        return explained(self.indexes[name].explain(self._sketches(asked), self._sample_id(sample)))
+
+    def upload(self, upload: Upload) -> Asked:
+        """Sketch an upload, unless it was seen before; it can then be asked by its key."""
+        if upload.key not in self._uploads:
+            assert self.measured is not None
+            assert self.store is not None
+            sketches = replace(self.measured, dataset=upload.dataset).sketch(like=self.store)
+            self._uploads[upload.key] = upload, sketches
+            if len(self._uploads) > self._kept_uploads:
+                self._uploads.popitem(last=False)
+        self._uploads.move_to_end(upload.key)
+        return Asked("uploads", upload.key)
+
+    def fragment(self, asked: list[Asked], answers: Mapping[str, list[Json]]) -> Json:
+        """Queries and the samples in their lists, as the page holds them.
+
+        Args:
+            asked: the queries.
+            answers: {index: lists of each query}.
+        """
+        queries = [
+            {
+                "id": one.id,
+                "source": one.source,
+                "picture": self.query_picture(one),
+                "note": self._upload(one.id)[0].note if one.source == "uploads" else "",
+                "lists": {name: lists[place] for name, lists in answers.items()},
+            }
+            for place, one in enumerate(asked)
+        ]
+        results = (x for lists in answers.values() for sides in lists for side in sides.values() for x in side)
+        return {"queries": queries, "samples": {x["id"]: self.sample(x["id"]) for x in results}}
+
+    def _upload(self, key: str) -> tuple[Upload, SketchStore]:
+        if key not in self._uploads:
+            raise ValueError(f"the upload {key!r} is no longer remembered; send it again.")
+        return self._uploads[key]
+
+    def _query_rows(self, name: str, asked: Asked) -> Float32:
+        if asked.source == "queries":
+            rows: Float32 = self._asked[name][:, self._places["queries"][asked.id]]
+            return rows
+        if asked.source == "training":
+            return self._training_rows(name, asked.id)
+        return self.indexes[name].query_rows(self._upload(asked.id)[1])[:, 0]
+
+    def _read_training_rows(self, name: str, sample: str) -> Float32:
+        index, place = self.indexes[name], self._stored[sample]
+        store = index.check_store()
+        assert store is not None
+        here = slice(place, place + 1)
+        return np.stack([index.estimator.rows(store, checkpoint, here)[0] for checkpoint in index.checkpoints])
+
+    def _sketches(self, asked: Asked) -> SketchStore:
+        if asked.source == "uploads":
+            return self._upload(asked.id)[1]
+        store = self.queries if asked.source == "queries" else self.store
+        assert store is not None
+        place = (self._places["queries"] if asked.source == "queries" else self._stored)[asked.id]
+        return take(store, store.ids[place : place + 1])
+
+    def _evaluate(self, name: str, where: str) -> Bools | None:
+        return which(where, self.indexes[name])
+
+    def _sample_id(self, sample: str) -> Any:
+        try:
+            number = int(sample) if self._ids.dtype.kind in "iu" else sample
+        except ValueError:
+            number = None
+        if number not in self._rows.places:
+            raise ValueError(f"there is no training sample {sample!r}.")
+        return number
+
+    def _describe(self, sample: str) -> Json:
+        name = self._sample_id(sample)
+        return {"picture": data_uri(self.pictures.image(name)), "columns": self._rows[name]}
+
+    def _query_picture(self, asked: Asked) -> str:
+        if asked.source == "uploads":
+            return data_uri(self._upload(asked.id)[0].pixels)
+        if asked.source == "training":
+            picture: str = self.sample(asked.id)["picture"]
+            return picture
+        return data_uri(self.pictures.query(self._places["queries"][asked.id]))
+
+
+def _image_shape(model: Any) -> tuple[int, int, int]:
+    """(channels, height, width) that a denoiser takes."""
+    config = getattr(model, "config", {})
+    channels, size = config.get("in_channels"), config.get("sample_size")
+    if channels not in (1, 3) or size is None:
+        raise ValueError(
+            f"uploads need a model that takes images of a known size in 1 or 3 channels; it takes {channels} channels, "
+            f"size {size}."
+        )
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(channels), int(height), int(width)

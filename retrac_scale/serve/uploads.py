@@ -1,0 +1,84 @@
+"""An uploaded file as an image of the model's size; refuses everything else."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from retrac_scale.serve.limits import Limits
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+
+
+@dataclass(frozen=True, eq=False)
+class Upload:
+    """A decoded upload.
+
+    Attributes:
+        key: digest of the file, its id.
+        pixels: uint8 `[h, w]` or `[h, w, 3]`, of the model's size.
+        note: what was done to the image to make it fit; empty when nothing.
+    """
+
+    key: str
+    pixels: npt.NDArray[np.uint8]
+    note: str
+
+    @property
+    def dataset(self) -> Any:
+        """A dataset of this one image, `[channels, h, w]` in -1 .. 1."""
+        return _One(self)
+
+
+class _One:
+    def __init__(self, upload: Upload) -> None:
+        self.ids = [upload.key]
+        self._pixels = upload.pixels
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, row: int) -> torch.Tensor:
+        pixels = self._pixels if self._pixels.ndim == 3 else self._pixels[..., None]
+        return torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1) / 127.5 - 1
+
+
+def read_upload(content: bytes, shape: tuple[int, int, int], limits: Limits) -> Upload:
+    """Decode an image and bring it to the model's size.
+
+    Args:
+        content: the file.
+        shape: (channels, height, width) that the model takes.
+        limits: its size is checked before anything is decoded.
+
+    Raises:
+        ValueError: it is no image of a known format, damaged, or too large; says which.
+    """
+    channels, height, width = shape
+    known = ", ".join(FORMATS)
+    try:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            if image.width * image.height > limits.pixels:
+                raise ValueError(f"the image has {image.width} x {image.height} pixels; {limits.pixels} are allowed.")
+            size = image.size
+            upright = ImageOps.exif_transpose(image.convert("L" if channels == 1 else "RGB"))
+            fitted = ImageOps.fit(upright, (width, height))
+    except ValueError as error:
+        raise (
+            error if str(error).startswith("the image has") else ValueError(f"the image is damaged: {error}")
+        ) from error
+    except UnidentifiedImageError:
+        raise ValueError(f"the file is no image; {known} are read.") from None
+    except Exception as error:  # whatever a damaged file makes a decoder raise
+        raise ValueError(f"the image is damaged or too large: {error}") from error
+    note = "" if size == (width, height) else f"cropped and resized from {size[0]} x {size[1]} to {width} x {height}"
+    return Upload(hashlib.blake2b(content, digest_size=8).hexdigest(), np.asarray(fitted), note)

@@ -1,0 +1,74 @@
+"""A small street from images to a served library: a tiny model, 24 images, hostile columns."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import uvicorn
+from diffusers import DDPMScheduler
+
+import retrac_scale as rs
+from retrac_scale.report import Pictures
+from retrac_scale.serve.library import Library
+from tests.conftest import tiny_unet
+
+HOSTILE = "</script><img src=x onerror=alert(1)>"
+SAMPLES, QUERIES = 24, 4
+
+
+class Scans:
+    """Random grey 8 x 8 images with columns."""
+
+    def __init__(self, n: int, seed: int) -> None:
+        self.pixels = np.random.default_rng(seed).integers(0, 255, (n, 8, 8), dtype=np.uint8)
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        artists = np.array([HOSTILE, "Anna", "Bela", "Anna"] * (len(self) // 4))
+        return {"artist": artists, "year": 1990 + np.arange(len(self))}
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, row: int) -> torch.Tensor:
+        return torch.from_numpy(self.pixels[row].astype(np.float32))[None] / 127.5 - 1
+
+
+def build(folder: Path) -> Library:
+    """Sketch, index, and open what `retrac-scale serve` would."""
+    model, scans, made = tiny_unet(), Scans(SAMPLES, 0), Scans(QUERIES, 1)
+    task = rs.DiffusionTask(model, DDPMScheduler(num_train_timesteps=100))
+    weights = {"final": model.state_dict()}
+    common: dict[str, Any] = {"checkpoints": weights, "timesteps": rs.EvenlySpaced(2), "progress": False}
+    common["batch_size"] = 16
+    store = rs.sketch(task, scans, folder / "s.zarr", projection=rs.CountSketch(128), **common)
+    queries = rs.sketch(task, made, folder / "q.zarr", like=store, **common)
+    estimators: dict[str, Any] = {"TracIn": rs.TracIn(), "ReTrac": rs.ReTrac()}
+    indexes = {name: rs.build_index(store, one, folder / f"{name}.zarr") for name, one in estimators.items()}
+    pictures = Pictures(scans.pixels, store.ids, made.pixels)
+    measured = rs.Samples((), task, weights, rs.EvenlySpaced(2))
+    return Library(indexes, pictures, queries=queries, measured=measured)
+
+
+@contextmanager
+def running(app: Any) -> Iterator[str]:
+    """The address of an application that a real server serves meanwhile."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.02)
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join()

@@ -1,0 +1,262 @@
+"""The page in a real browser: as a file and as a service."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import retrac_scale as rs
+from retrac_scale.evaluate import largest_share, unique_fraction
+from retrac_scale.report import Pictures, norm_curve, write_report
+from retrac_scale.serve import Limits, create_app
+from retrac_scale.serve.library import Library
+from tests.served import HOSTILE, QUERIES, build, running
+
+playwright = pytest.importorskip("playwright.sync_api", reason="the page is tested with playwright, not installed here")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="the page is tested in Chromium, which is not installed here")
+K = 5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("browser")
+
+
+@pytest.fixture(scope="module")
+def library(folder: Path) -> Library:
+    return build(folder)
+
+
+@pytest.fixture(scope="module")
+def file(folder: Path, library: Library) -> str:
+    assert library.queries is not None
+    assert library.store is not None
+    answers = {name: index.query(library.queries, K, side="both") for name, index in library.indexes.items()}
+    curve = norm_curve(library.store)
+    common: dict[str, Any] = {"curve": curve, "indexes": library.indexes, "queries": library.queries}
+    return write_report(folder / "page.html", answers, library.pictures, title=HOSTILE, **common).as_uri()
+
+
+@pytest.fixture(scope="module")
+def service(library: Library) -> Iterator[str]:
+    with running(create_app(library, token="t", limits=Limits(pixels=10_000), hosts=["127.0.0.1"])) as url:
+        yield f"{url}/#token=t"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    """A page on which nothing may go wrong unseen: no message on the console, no request to elsewhere."""
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(5000)
+    page.allowed = []
+    seen, asked = [], []
+    page.on("console", lambda message: seen.append(message.text))
+    page.on("pageerror", lambda error: seen.append(str(error)))
+    page.on("dialog", lambda dialog: seen.append(dialog.message))
+    page.on("request", lambda request: asked.append(request.url))
+    yield page
+    page.close()
+    assert [text for text in seen if not any(word in text for word in page.allowed)] == []
+    assert [url for url in asked if not re.match(r"file:|data:|blob:|http://127\.0\.0\.1:", url)] == []
+
+
+def shown(page: Any) -> list[str]:
+    """Samples in the lists, as their pictures say."""
+    return [
+        alt.removeprefix("training sample ")
+        for alt in page.locator(".result img").evaluate_all("x => x.map(i => i.alt)")
+    ]
+
+
+def test_a_file_shows_every_result_with_its_picture_and_score(page: Any, file: str, library: Library) -> None:
+    page.goto(file)
+    assert library.queries is not None
+    expected = []
+    answers = {name: index.query(library.queries, K, side="both") for name, index in library.indexes.items()}
+    for query in range(QUERIES):
+        expected += [str(sample) for answer in answers.values() for sample in answer.ids[query]]
+    assert shown(page) == expected
+    page.wait_for_function("[...document.images].slice(0, 20).every(i => i.complete && i.naturalWidth > 0)")
+    assert page.locator("h1").inner_text() == HOSTILE
+    table = page.locator("#specificity tbody tr").evaluate_all("rows => rows.map(r => r.innerText.split('\\t'))")
+    for row, (name, answer) in zip(table, answers.items(), strict=True):
+        proponents = answer.ids[:, :K]
+        share = f"{100 * largest_share(proponents):.0f} %"
+        assert row == [name, str(K), f"{unique_fraction(proponents):.3f}", share]
+    assert page.locator("svg.curve").get_attribute("aria-label").startswith("Mean gradient norm by timestep")
+    assert page.locator(".warnings li").count() > 0
+
+
+def test_search_and_filters_leave_what_matches(page: Any, file: str, library: Library) -> None:
+    page.goto(file)
+    artists = library.indexes["TracIn"].columns["artist"]
+    every = shown(page)
+    page.get_by_label("artist").select_option("=" + HOSTILE)
+    assert shown(page) == [sample for sample in every if artists[int(sample)] == HOSTILE]
+    page.get_by_label("artist").select_option("")
+    page.get_by_label("Search ids").fill("id:" + every[0])
+    assert set(shown(page)) == {every[0]}
+    assert re.fullmatch(
+        rf"\d of {QUERIES} queries, {every.count(every[0])} of {len(every)} results",
+        page.locator("#count").inner_text(),
+    )
+    page.get_by_label("Search ids").fill("bel")
+    assert shown(page) == [sample for sample in every if artists[int(sample)] == "Bela"]
+    page.get_by_label("Search ids").fill("")
+    page.get_by_label("opponents", exact=True).uncheck()
+    page.locator("#filters").get_by_label("TracIn").uncheck()
+    assert len(shown(page)) == QUERIES * K
+
+
+def test_the_keyboard_reaches_a_result_and_its_explanation(page: Any, file: str) -> None:
+    page.goto(file)
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")  # skip to the queries
+    page.locator("#filters input[type=checkbox]").last.focus()
+    page.keyboard.press("Tab")
+    page.keyboard.press("ArrowRight")
+    focused = page.evaluate("document.activeElement.innerText")
+    assert "rank 2" in focused
+    page.keyboard.press("Enter")
+    dialog = page.get_by_role("dialog")
+    assert dialog.get_by_role("button", name="Close").evaluate("x => x === document.activeElement")
+    assert dialog.locator("table").count() == 3
+    page.keyboard.press("Escape")
+    assert not dialog.is_visible()
+    assert page.evaluate("document.activeElement.innerText") == focused
+
+
+def test_an_explanation_adds_up_to_its_score(page: Any, file: str) -> None:
+    page.goto(file)
+    page.locator(".result").first.click()
+    dialog = page.get_by_role("dialog")
+    score = float(dialog.locator("tr", has_text="score").first.inner_text().split("\t")[1].split(" ±")[0])
+    (part,) = dialog.locator("table").nth(1).locator("td.number").all_inner_texts()
+    assert float(part) == pytest.approx(score, rel=0.02)
+    assert HOSTILE in dialog.inner_text() or "Anna" in dialog.inner_text() or "Bela" in dialog.inner_text()
+
+
+def test_a_hub_leads_to_the_lists_that_hold_it(page: Any, file: str) -> None:
+    page.goto(file)
+    hub = page.locator(".hub").first
+    sample = hub.locator("img").get_attribute("alt").removeprefix("training sample ")
+    hub.click()
+    assert set(shown(page)) == {sample}
+
+
+def test_group_totals_open(page: Any, file: str) -> None:
+    page.goto(file)
+    page.get_by_text("totals by artist").first.click()
+    totals = page.locator(".groups table").first.locator("tbody th").all_inner_texts()
+    assert sorted(totals) == sorted([HOSTILE, "Anna", "Bela"])
+
+
+@pytest.mark.parametrize("width", [320, 1280])
+def test_nothing_sticks_out_of_the_window(page: Any, file: str, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 800})
+    page.goto(file)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.locator(".result").first.click()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_dark_and_light_text_is_readable(browser: Any, file: str) -> None:
+    """Contrast of text and quiet text against their ground by WCAG's formula, at least 4.5."""
+    for scheme in ("light", "dark"):
+        page = browser.new_page(color_scheme=scheme)
+        page.goto(file)
+        for selector in ("h1", "#count", ".result .name", ".hint", ".warnings li"):
+            ink, ground = page.locator(selector).first.evaluate(
+                """x => { const ink = getComputedStyle(x).color; let y = x;
+                while (getComputedStyle(y).backgroundColor === 'rgba(0, 0, 0, 0)') y = y.parentElement;
+                return [ink, getComputedStyle(y).backgroundColor]; }"""
+            )
+            light, dark = sorted((luminance(ink), luminance(ground)), reverse=True)
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, (scheme, selector, ink, ground)
+        page.close()
+
+
+def luminance(color: str) -> float:
+    channels = np.array([int(x) for x in re.findall(r"\d+", color)[:3]]) / 255
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+def test_of_a_thousand_results_the_first_lists_are_drawn_and_the_others_on_demand(page: Any, folder: Path) -> None:
+    rng = np.random.default_rng(0)
+
+    index = rs.build_index(rs.write_store(None, {"c": rng.standard_normal((1000, 1, 16))}), rs.TracIn(), None)
+    queries = rs.write_store(None, {"c": rng.standard_normal((50, 1, 16))})
+    pictures = Pictures(rng.integers(0, 255, (1000, 32, 32, 3), dtype=np.uint8), index.ids, rng.random((50, 32, 32)))
+    out = write_report(folder / "many.html", {"TracIn": index.query(queries, 10, side="both")}, pictures)
+    page.goto(out.as_uri())
+    assert "1000 of 1000 results" in page.locator("#count").inner_text()
+    assert len(shown(page)) == 800  # 40 queries: what a key press in the search box has to draw again
+    page.get_by_role("button", name="Show more").click()
+    assert len(shown(page)) == 1000
+
+
+def test_the_service_answers_an_id_and_explains_it(page: Any, service: str, library: Library) -> None:
+    page.goto(service)
+    page.get_by_label("results per side").fill("3")
+    page.get_by_label("only samples where").fill("artist == 'Anna'")
+    page.get_by_label("id", exact=True).fill("2")
+    page.get_by_role("button", name="Ask", exact=True).click()
+    page.locator(".result").first.wait_for()
+    assert library.queries is not None
+
+    one = rs.take(library.queries, [2])
+    lists = [index.query(one, 3, side="both", where="artist == 'Anna'").ids[0] for index in library.indexes.values()]
+    assert shown(page) == [str(sample) for ids in lists for sample in ids]
+    page.locator(".result").first.click()
+    page.get_by_role("dialog").get_by_text("By timestep of the query").wait_for()
+    page.get_by_role("button", name="Close").click()
+    page.get_by_text("totals by artist").first.click()
+    page.locator(".groups tbody tr").first.wait_for()
+    assert "token" not in page.url
+
+
+def test_the_service_takes_an_upload_and_refuses_a_bad_one(page: Any, service: str, tmp_path: Path) -> None:
+    page.allowed = ["422"]  # Chromium tells of refused requests
+    page.goto(service)
+    pixels = np.random.default_rng(3).integers(0, 255, (12, 12), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "own.png")
+    (tmp_path / "bad.png").write_bytes(b"\x80\x04\x95 this is a pickle")
+    page.locator("#file").set_input_files(str(tmp_path / "own.png"))
+    page.get_by_role("button", name="Upload and ask").click()
+    page.locator(".result").first.wait_for()
+    assert page.locator(".asked figcaption").inner_text() == "upload, cropped and resized from 12 x 12 to 8 x 8"
+    page.locator("#file").set_input_files(str(tmp_path / "bad.png"))
+    page.get_by_role("button", name="Upload and ask").click()
+    page.get_by_text("the file is no image").wait_for()
+    page.get_by_label("id", exact=True).fill("99")
+    page.get_by_role("button", name="Ask", exact=True).click()
+    page.get_by_text("there is no '99' among the queries").wait_for()
+
+
+def test_the_service_asks_for_its_token(page: Any, service: str) -> None:
+    page.allowed = ["401"]
+    page.goto(service.split("#")[0])
+    page.locator("#token").fill("wrong")
+    page.get_by_role("button", name="Enter").click()
+    page.get_by_role("alert").get_by_text("send the token").wait_for()
+    page.locator("#token").fill("t")
+    page.get_by_role("button", name="Enter").click()
+    page.get_by_label("id", exact=True).wait_for()
+    assert page.locator("#ids option").first.get_attribute("value") == "0"

@@ -1,0 +1,172 @@
+"""From a model in diffusers layout and folders of images to a report in three commands; and what can go wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from diffusers import DDPMScheduler, UNet2DModel
+from PIL import Image
+
+import retrac_scale as rs
+from retrac_scale.cli import main
+from retrac_scale.cli.project import FILE, Project, find
+from tests.conftest import tiny_unet
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline's folder, training images, generated images."""
+    folder = tmp_path_factory.mktemp("project")
+    rng = np.random.default_rng(0)
+    for name, count in (("training-images", 9), ("generated-images", 2)):
+        (folder / name).mkdir()
+        for number in range(count):
+            pixels = rng.integers(0, 255, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    model = tiny_unet()
+    assert isinstance(model, UNet2DModel)
+    model.save_pretrained(folder / "model" / "unet")
+    DDPMScheduler(num_train_timesteps=50).save_pretrained(folder / "model" / "scheduler")
+    return folder
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    return tmp_path
+
+
+INIT = ["init", "--model", "model", "--images", "training-images", "--query-images", "generated-images"]
+SMALL = ["--timesteps", "2", "--dim", "64", "--rank", "0"]
+
+
+def test_three_commands_lead_from_folders_to_a_report(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*INIT, *SMALL]) == 0
+    told = capsys.readouterr().out
+    assert "training-images: 9 images of 8 x 8" in told
+    assert main(["sketch", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == {
+        "store": "attribution/sketches.zarr",
+        "samples": 9,
+        "queries": "attribution/queries.zarr",
+        "query_samples": 2,
+    }
+    assert main(["report", "-k", "3"]) == 0
+    page = (folder / "attribution" / "report.html").read_text()
+    (content,) = re.findall(r'<script type="application/json" id="content">(.*?)</script>', page, re.S)
+    found = json.loads(content)
+    queries = rs.open_store("attribution/queries.zarr")
+    expected = rs.open_index("attribution/retrac.zarr").query(queries, 3)
+    shown = [[result["id"] for result in query["lists"]["ReTrac"]["proponents"]] for query in found["queries"]]
+    assert shown == expected.ids.tolist()
+    store = rs.open_store("attribution/sketches.zarr")
+    assert store.fingerprint["scheduler"]["num_train_timesteps"] == 50
+    assert store.ids.tolist() == [f"training-images/{number}.png" for number in range(9)]
+    # the other verbs need no more either
+    capsys.readouterr()
+    assert main(["query", "-k", "2", "--json"]) == 0
+    assert [row["ids"] for row in json.loads(capsys.readouterr().out)["results"]] == expected.ids[:, :2].tolist()
+    assert main(["query", "attribution/retrac.zarr", "generated-images", "--timesteps", "2", "-k", "1", "--json"]) == 0
+    assert [row["ids"] for row in json.loads(capsys.readouterr().out)["results"]] == expected.ids[:, :1].tolist()
+    for verb in ("info", "verify", "index"):
+        assert main([verb, "--json"]) == 0
+    for line in capsys.readouterr().out.splitlines():
+        json.loads(line)
+
+
+def test_an_option_overrules_the_file(folder: Path) -> None:
+    assert main([*INIT, *SMALL]) == 0
+    assert main(["sketch", "--out", "elsewhere", "--checkpoint", "a=model/unet", "--query-images", ""]) == 0
+    store = rs.open_store("elsewhere/sketches.zarr")
+    assert store.checkpoints == ["a"]
+    assert store.shape == (9, 2, 64)
+    assert not Path("elsewhere/queries.zarr").exists()
+
+
+def test_init_writes_what_find_reads(tmp_path: Path) -> None:
+    hostile = 'a "quoted" \\ back\tslash é'
+    project = Project(hostile, "b", "c", "d", {"early one": hostile}, 3, 0, 7, "l1", "cpu", ("ReTrac",), str(tmp_path))
+    (tmp_path / FILE).write_text(project.dumps(), encoding="utf-8")
+    assert find(str(tmp_path / FILE)) == project
+
+
+def test_init_asks_for_what_it_is_not_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stdin", Terminal("training-images\n\nresults\n"))
+    assert main(["init", "--model", "model"]) == 0
+    assert find(None) == Project("model", "training-images", "", "results")
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("model = ", "is no TOML"),
+        ("modle = 'x'", "unknown entry 'modle'"),
+        ("rank = '16'", "rank must be like 16, got '16'"),
+        ("rank = true", "rank must be like 16, got True"),
+        ("checkpoints = ['a']", "checkpoints must be like {}"),
+        ("estimators = [1]", "estimators must be like"),
+        ("images = 'i'", "give --model, or write it into retrac-scale.toml"),
+        ("model = 'training-images'\nimages = 'training-images'", "no diffusers model"),
+        ("model = 'model/unet'\nimages = 'model'", "no image and holds none"),
+        ("model = 'model'\nimages = 'training-images'\nmeasure = 'l3'", "measure must be one of"),
+    ],
+)
+def test_a_wrong_file_is_told_in_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], text: str, why: str
+) -> None:
+    Path(FILE).write_text(text)
+    assert main(["sketch"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert why in line
+
+
+def test_images_that_do_not_fit_the_model_are_named_by_init(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in (folder / "training-images").iterdir():
+        Image.new("L", (9, 8)).save(file)
+    assert main(INIT) == 1
+    assert "0.png is 9 x 8, the model takes 8 x 8" in capsys.readouterr().err
+    assert not Path(FILE).exists()
+
+
+def test_init_keeps_a_file_that_is_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path(FILE).write_text("# mine\n")
+    assert main(INIT) == 1
+    assert "--force" in capsys.readouterr().err
+    assert main([*INIT, "--force"]) == 0
+
+
+def test_errors_are_json_when_asked_and_tracebacks_only_with_debug(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = ["info", str(tmp_path / "nothing")]
+    assert main([*wrong, "--json"]) == 1
+    assert "there is no store" in json.loads(capsys.readouterr().err)["error"]
+    with pytest.raises(FileNotFoundError):
+        main([*wrong, "--debug"])
+    with pytest.raises(SystemExit) as stop:
+        main(["inform"])
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_is_a_script_that_its_shell_accepts(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert "--group-by" in script
+    if shutil.which(shell):
+        subprocess.run([shell, "-n"], input=script, text=True, check=True)

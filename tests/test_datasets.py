@@ -1,0 +1,227 @@
+"""Datasets: the same images from every source, ids and columns into the store, corrupt images never by surprise."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import zarr
+from PIL import Image
+
+import retrac_scale as rs
+from retrac_scale.datasets import Arrays, CorruptImageError, HuggingFace, ImageFiles, Parquet, TarShards
+from tests.conftest import tiny_unet
+from tests.small_denoiser import SCHEDULER
+
+N = 5
+RAW = np.random.default_rng(0).integers(0, 256, (N, 8, 8, 3), dtype=np.uint8)
+NAMES = [f"image-{row}" for row in range(N)]
+LABELS = [row % 2 for row in range(N)]
+CAPTIONS = [f"picture {row}" for row in range(N)]
+
+
+def png(row: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(RAW[row]).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def contents(broken: int | None) -> list[bytes]:
+    """The files; one cut off in the middle."""
+    return [png(row)[: 100 if row == broken else None] for row in range(N)]
+
+
+def as_files(folder: Path, broken: int | None, **options: Any) -> Any:
+    (folder / "birds").mkdir()
+    for name, content in zip(NAMES, contents(broken), strict=True):
+        (folder / "birds" / f"{name}.png").write_bytes(content)
+    return ImageFiles([str(folder)], **options)
+
+
+def as_hugging_face(folder: Path, broken: int | None, **options: Any) -> Any:
+    hf = pytest.importorskip("datasets")
+    columns = {"image": contents(broken), "name": NAMES, "label": LABELS, "caption": CAPTIONS}
+    dataset = hf.Dataset.from_dict(columns).cast_column("image", hf.Image())
+    given = {"label": "label", "prompt": "caption"}
+    return HuggingFace(dataset, id="name", columns=["label", "caption"], given=given, **options)
+
+
+def as_shards(folder: Path, broken: int | None, **options: Any) -> Any:
+    files = contents(broken)
+    for shard, rows in (("0.tar", [0, 1, 2]), ("1.tar", [3, 4])):
+        with tarfile.open(folder / shard, "w") as tar:
+            for row in rows:
+                fields = {"png": files[row], "cls": str(LABELS[row]).encode()}
+                fields["json"] = json.dumps({"caption": CAPTIONS[row]}).encode()
+                for extension, content in fields.items():
+                    member = tarfile.TarInfo(f"{NAMES[row]}.{extension}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    origins = {"label": "cls", "caption": "json.caption"}
+    given = {"label": "cls", "prompt": "json.caption"}
+    return TarShards([str(folder / "0.tar"), str(folder / "1.tar")], columns=origins, given=given, **options)
+
+
+def as_parquet(folder: Path, broken: int | None, **options: Any) -> Any:
+    for file, rows in (("0.parquet", slice(0, 3)), ("1.parquet", slice(3, N))):
+        images = [{"bytes": content, "path": None} for content in contents(broken)[rows]]
+        columns = {"image": images, "name": NAMES[rows], "label": LABELS[rows], "caption": CAPTIONS[rows]}
+        pq.write_table(pa.table(columns), folder / file, row_group_size=2)
+    paths = [str(folder / "0.parquet"), str(folder / "1.parquet")]
+    given = {"label": "label", "prompt": "caption"}
+    return Parquet(paths, id="name", columns=["label", "caption"], given=given, **options)
+
+
+SOURCES: dict[str, Callable[..., Any]] = {
+    "files": as_files,
+    "hugging face": as_hugging_face,
+    "tar shards": as_shards,
+    "parquet": as_parquet,
+}
+
+
+def image(item: Any) -> Any:
+    return (item["image"] if isinstance(item, dict) else item).numpy()
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_source_gives_the_same_images_with_ids_and_columns(tmp_path: Path, source: str) -> None:
+    dataset = SOURCES[source](tmp_path, None)
+    assert len(dataset) == N
+    expected = RAW.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
+    for row in (4, 0, 2, 1, 3):  # in any order
+        np.testing.assert_allclose(image(dataset[row]), expected[row], atol=1e-6)
+    if source == "files":
+        assert [Path(name).stem for name in dataset.ids] == NAMES
+        assert dataset.columns["folder"].tolist() == ["birds"] * N
+    else:
+        assert dataset.ids.tolist() == NAMES
+        assert dataset.columns["label"].tolist() == LABELS
+        assert dataset.columns["caption"].tolist() == CAPTIONS
+        assert {key: dataset[3][key] for key in ("label", "prompt")} == {"label": 1, "prompt": "picture 3"}
+    assert (image(pickle.loads(pickle.dumps(dataset))[1]) == image(dataset[1])).all()  # as workers get it
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_corrupt_image_is_named_or_left_out_by_choice(
+    tmp_path: Path, source: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a").mkdir()
+    dataset = SOURCES[source](tmp_path / "a", 3)
+    image(dataset[2])
+    with pytest.raises(CorruptImageError, match=r"image .*image-3.* of .* cannot be read: .*corrupt='skip'"):
+        dataset[3]
+    (tmp_path / "b").mkdir()
+    dataset = SOURCES[source](tmp_path / "b", 3, corrupt="skip")
+    assert [Path(name).stem for name in dataset.ids] == ["image-0", "image-1", "image-2", "image-4"]
+    assert len(dataset) == len(next(iter(dataset.columns.values()))) == 4
+    assert ["image-3" in str(name) for name in dataset.skipped] == [True]
+    assert "left out 1 corrupt images" in caplog.text
+    np.testing.assert_allclose(image(dataset[3]), RAW[4].transpose(2, 0, 1) / 127.5 - 1, atol=1e-6)
+
+
+def test_images_are_resized_and_cut_and_turned_grey_when_asked(tmp_path: Path) -> None:
+    wide = np.zeros((8, 24, 3), np.uint8)
+    wide[:, 8:16] = 255
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    dataset = ImageFiles([str(tmp_path)], 1, size=8)
+    assert image(dataset[0]).shape == (1, 8, 8)
+    assert (image(dataset[0]) == 1).all()
+
+
+@pytest.mark.parametrize("kind", ["numpy", "npy", "zarr"])
+def test_arrays_of_any_layout_give_images(tmp_path: Path, kind: str) -> None:
+    expected = RAW.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
+    layouts = {"last": RAW, "first": RAW.transpose(0, 3, 1, 2), "grey": RAW[..., 0], "latents": expected}
+    for name, values in layouts.items():
+        source: Any = values
+        if kind == "npy":
+            source = tmp_path / f"{name}.npy"
+            np.save(source, values)
+        elif kind == "zarr":
+            source = tmp_path / f"{name}.zarr"
+            zarr.create_array(source, data=np.ascontiguousarray(values))
+        dataset = Arrays(source, ids=NAMES, columns={"label": LABELS}, given={"label": LABELS})
+        found = np.stack([image(dataset[row]) for row in range(N)])
+        np.testing.assert_allclose(found, expected[:, :1] if name == "grey" else expected, atol=1e-6)
+        assert dataset.ids.tolist() == NAMES
+        item: Any = dataset[1]
+        assert item["label"] == 1
+
+
+def test_arrays_with_values_that_are_not_finite_are_named_or_left_out() -> None:
+    values = np.zeros((3, 1, 4, 4), np.float32)
+    values[1, 0, 0, 0] = np.nan
+    with pytest.raises(CorruptImageError, match="image 1 of the array cannot be read: it has NaN or infinite entries"):
+        Arrays(values)[1]
+    assert Arrays(values, corrupt="skip").ids.tolist() == [0, 2]
+    with pytest.raises(ValueError, match="dtype int64; give uint8, or floats"):
+        Arrays(np.zeros((3, 4, 4), np.int64))
+    with pytest.raises(ValueError, match=r"shape \(3, 4, 4, 4\); give images"):
+        Arrays(np.zeros((3, 4, 4, 4), np.uint8))
+
+
+def test_ids_and_columns_reach_the_store_of_the_images_that_are_left(tmp_path: Path) -> None:
+    dataset = as_shards(tmp_path, 3, channels=1, corrupt="skip")
+    model = tiny_unet()
+    task = rs.DiffusionTask(model, SCHEDULER)
+    dataset._given.clear()
+    store = rs.sketch(
+        task,
+        dataset,
+        None,
+        checkpoints={"last": {name: value.clone() for name, value in model.state_dict().items()}},
+        timesteps=rs.EvenlySpaced(1),
+        projection=rs.CountSketch(32),
+        batch_size=4,
+        progress=False,
+    )
+    assert store.ids.tolist() == ["image-0", "image-1", "image-2", "image-4"]
+    assert store.columns["caption"].tolist() == ["picture 0", "picture 1", "picture 2", "picture 4"]
+
+
+def test_bad_sources_are_refused_with_their_names(tmp_path: Path) -> None:
+    as_shards(tmp_path, None)
+    as_parquet(tmp_path, None)
+    shard, table = str(tmp_path / "0.tar"), str(tmp_path / "0.parquet")
+    with pytest.raises(ValueError, match="id 'image-0' is given twice"):
+        TarShards([shard, shard])
+    with pytest.raises(ValueError, match=r"sample 'image-0' has no file \.txt, only \['cls', 'json', 'png'\]"):
+        TarShards([shard], columns={"caption": "txt"})
+    with pytest.raises(ValueError, match=r"0\.parquet is no whole uncompressed tar file"):
+        TarShards([table])
+    with pytest.raises(ValueError, match=r"0\.tar is no whole Parquet file"):
+        Parquet([shard])
+    with pytest.raises(ValueError, match=r"0\.parquet has no column 'picture'; it has \['image', 'name'"):
+        Parquet([table], "picture")
+    hf = pytest.importorskip("datasets")
+    with pytest.raises(ValueError, match="the dataset is streamed"):
+        HuggingFace(hf.Dataset.from_dict({"image": [1]}).to_iterable_dataset())
+    with pytest.raises(ValueError, match="no column 'image'; it has"):
+        HuggingFace(hf.Dataset.from_dict({"other": [1]}))
+
+
+def test_torch_datasets_and_tensors_go_in_as_they_are() -> None:
+    model = tiny_unet()
+    data = torch.utils.data.TensorDataset(torch.zeros(2, 1, 8, 8))
+    store = rs.sketch(
+        rs.DiffusionTask(model, SCHEDULER),
+        data,
+        None,
+        checkpoints={"last": dict(model.state_dict())},
+        timesteps=rs.EvenlySpaced(1),
+        projection=rs.CountSketch(8),
+        batch_size=2,
+        progress=False,
+    )
+    assert store.ids.tolist() == [0, 1]

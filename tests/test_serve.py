@@ -1,0 +1,323 @@
+"""The service: its answers are the index's, and what it does not take on it refuses in one sentence."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from PIL import Image
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.core.result import Ok
+from schemathesis.specs.openapi.checks import status_code_conformance
+from starlette.testclient import TestClient
+
+import retrac_scale as rs
+from retrac_scale.cli import main
+from retrac_scale.query import Question
+from retrac_scale.serve import Limits, create_app
+from retrac_scale.serve.batcher import Batcher
+from retrac_scale.serve.library import Asked, Library
+from retrac_scale.serve.server import is_local
+from tests.served import QUERIES, SAMPLES, build, running
+
+LIMITS = Limits(upload_bytes=20_000, pixels=10_000, k=20, ids=4, kept_uploads=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("served")
+
+
+@pytest.fixture(scope="module")
+def library(folder: Path) -> Library:
+    return build(folder)
+
+
+@pytest.fixture(scope="module")
+def client(library: Library) -> Iterator[TestClient]:
+    with TestClient(create_app(library, limits=LIMITS), raise_server_exceptions=False) as client:
+        yield client
+
+
+def png(size: tuple[int, int] = (8, 8), **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(2).integers(0, 255, (size[1], size[0]), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, **{"format": "PNG"} | options)
+    return buffer.getvalue()
+
+
+def ids_of(lists: dict[str, Any]) -> list[int]:
+    return [int(result["id"]) for side in ("proponents", "opponents") for result in lists[side]]
+
+
+def test_answers_are_those_of_the_index(client: TestClient, library: Library) -> None:
+    assert library.queries is not None
+    where = "year < 2005 and artist == 'Anna'"
+    ask = {"source": "queries", "ids": ["2", "0"], "k": 3, "where": where}
+    found = client.post("/api/query", json=ask).json()
+    for name, index in library.indexes.items():
+        answer = index.query(rs.take(library.queries, [2, 0]), 3, side="both", where=where)
+        assert [ids_of(query["lists"][name]) for query in found["queries"]] == answer.ids.tolist()
+        scores = [result["score"] for result in found["queries"][0]["lists"][name]["proponents"]]
+        np.testing.assert_allclose(scores, answer.scores[0, :3], rtol=1e-4)
+    assert {sample["columns"]["artist"] for sample in found["samples"].values()} == {"Anna"}
+
+
+def test_training_samples_are_asked_without_themselves(client: TestClient, library: Library) -> None:
+    index, store = library.indexes["ReTrac"], library.store
+    assert store is not None
+    ask = {"source": "training", "ids": ["5"], "k": 2, "indexes": ["ReTrac"]}
+    found = client.post("/api/query", json=ask).json()["queries"][0]
+    answer = index.query(rs.take(store, [5]), 2, side="both", exclude_self=True)
+    assert ids_of(found["lists"]["ReTrac"]) == answer.ids[0].tolist()
+
+
+def test_explanations_and_group_totals_are_those_of_the_index(client: TestClient, library: Library) -> None:
+    index, queries = library.indexes["TracIn"], library.queries
+    assert queries is not None
+    ask = {"source": "queries", "id": "1", "sample": "7", "index": "TracIn"}
+    parts = client.post("/api/explain", json=ask).json()
+    expected = index.explain(rs.take(queries, [1]), 7)
+    np.testing.assert_allclose(parts["contributions"], expected.contributions.sum(1), rtol=1e-4)
+    group = {"source": "queries", "id": "1", "column": "artist", "reduce": "mean", "k": 2}
+    totals = client.post("/api/groups", json=group).json()["TracIn"]
+    answer = index.query(rs.take(queries, [1]), 2, side="both", group_by="artist", reduce="mean")
+    assert [one["id"] for side in totals.values() for one in side] == answer.ids[0].tolist()
+
+
+def test_an_uploaded_image_is_answered_as_if_sketched_here(client: TestClient, library: Library) -> None:
+    found = client.post("/api/upload", files={"file": png()}, data={"k": "3", "where": "year > 1995"}).json()
+    (query,) = found["queries"]
+    assert query["note"] == ""
+    assert ids_of(query["lists"]["TracIn"])
+    again = client.post("/api/upload", files={"file": png()}, data={"k": "3", "where": "year > 1995"}).json()
+    assert again == found
+    ask = {"source": "uploads", "id": query["id"], "index": "TracIn"}
+    best = query["lists"]["TracIn"]["proponents"][0]
+    parts = client.post("/api/explain", json={**ask, "sample": best["id"]}).json()
+    assert parts["score"] == pytest.approx(best["score"], rel=1e-3)
+    other = client.post("/api/upload", files={"file": png((20, 30))}).json()["queries"][0]
+    assert other["note"] == "cropped and resized from 20 x 30 to 8 x 8"
+
+
+def bomb() -> bytes:
+    """A PNG of a few kilobytes that says it has 10^10 pixels."""
+    content = bytearray(png())
+    content[16:24] = (100_000).to_bytes(4, "big") * 2
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "why"),
+    [
+        (b"", 422, "no image"),
+        (b"\x80\x04\x95pickle", 422, "no image"),
+        (png()[:60], 422, "damaged"),
+        (bomb(), 422, "pixels"),
+        (png((101, 100)), 422, "101 x 100 pixels; 10000 are allowed"),
+        (png(format="GIF"), 422, "no image"),
+        (b"\x89PNG" + bytes(30_000), 413, "larger than 20000 bytes"),
+    ],
+    ids=["empty", "pickle", "cut", "bomb", "large", "gif", "long"],
+)
+def test_bad_uploads_are_refused(client: TestClient, content: bytes, status: int, why: str) -> None:
+    response = client.post("/api/upload", files={"file": content})
+    assert (response.status_code, why in response.json()["detail"]) == (status, True), response.text
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "why"),
+    [
+        ("query", {"source": "queries", "ids": ["99"]}, "no '99' among the queries"),
+        ("query", {"source": "queries", "ids": ["0"], "k": 21}, "at most 20"),
+        ("query", {"source": "queries", "ids": ["0"] * 5}, "at most 4 ids"),
+        ("query", {"source": "queries", "ids": ["0"], "indexes": ["TRAK"]}, "no index 'TRAK'"),
+        ("query", {"source": "queries", "ids": ["0"], "where": "artist.to_csv('x') == 1"}, "holds a call"),
+        ("query", {"source": "queries", "ids": ["0"], "where": "9**9**9 == id"}, "holds a pow"),
+        ("query", {"source": "queries", "ids": ["0"], "where": "artist * 9999999999 == 'x'"}, "is no number"),
+        ("query", {"source": "queries", "ids": ["0"], "where": "(" * 1000}, "no expression"),
+        ("query", {"source": "queries", "ids": ["0"], "where": "\ud800 == id"}, "valid string"),
+        ("query", {"source": "queries", "ids": ["0"], "where": "year > 3000"}, "leaves no sample"),
+        ("query", {"source": "queries", "ids": ["0"], "more": 1}, "not permitted"),
+        ("query", {"source": "/etc/passwd", "ids": ["0"]}, "should be 'queries' or 'training'"),
+        ("explain", {"source": "queries", "id": "0", "sample": "x", "index": "TracIn"}, "no training sample 'x'"),
+        ("explain", {"source": "uploads", "id": "0", "sample": "0", "index": "TracIn"}, "no '0' among the uploads"),
+        ("groups", {"source": "queries", "id": "0", "column": "licence"}, "no column"),
+    ],
+)
+def test_wrong_questions_are_told_what_is_wrong(client: TestClient, path: str, body: Any, why: str) -> None:
+    content = json.dumps(body).encode()
+    response = client.post(f"/api/{path}", content=content, headers={"content-type": "application/json"})
+    assert (response.status_code, why in response.json()["detail"]) == (422, True), response.text
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
+def test_requests_made_up_from_the_schema_get_an_answer_that_it_names(library: Library, mode: GenerationMode) -> None:
+    with running(create_app(library, limits=LIMITS)) as url:
+        schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
+        for found in schema.get_all_operations():
+            assert isinstance(found, Ok)
+            operation = found.ok()
+            if mode is GenerationMode.NEGATIVE and not (operation.body or operation.query):
+                continue  # nothing can be wrong about it
+
+            @given(operation.as_strategy(generation_mode=mode))
+            @settings(max_examples=10, suppress_health_check=list(HealthCheck))
+            def ask(case: Any) -> None:
+                case.call_and_validate(checks=[not_a_server_error, status_code_conformance])
+
+            ask()
+
+
+def test_deep_and_long_json_is_refused(client: TestClient) -> None:
+    headers = {"content-type": "application/json"}
+    assert client.post("/api/query", content=b"[" * 100_000, headers=headers).status_code in (400, 422)
+    assert client.post("/api/query", content=b" " * 300_000, headers=headers).status_code == 413
+
+    def drip() -> Iterator[bytes]:
+        yield from (b" " * 1000 for _ in range(300))
+
+    assert client.post("/api/query", content=drip(), headers=headers).status_code == 413
+
+
+def test_the_token_opens_all_but_the_empty_page(library: Library) -> None:
+    with TestClient(create_app(library, token="s3cret")) as client:
+        assert client.get("/").status_code == client.get("/health").status_code == 200
+        for path in ("/metrics", "/api/about", "/openapi.json"):
+            assert client.get(path).status_code == 401
+            assert client.get(path, headers={"authorization": "Bearer s3cre"}).status_code == 401
+            assert client.get(path, headers={"authorization": "Bearer s3cret"}).status_code == 200
+    with pytest.raises(ValueError, match="token is empty"), TestClient(create_app(library, token="")):
+        pass
+
+
+def test_other_sites_and_other_names_are_kept_out(library: Library) -> None:
+    with TestClient(create_app(library, hosts=["localhost"]), base_url="http://localhost") as client:
+        ask = {"source": "queries", "ids": ["0"]}
+        assert client.post("/api/query", json=ask).status_code == 200
+        assert client.post("/api/query", json=ask, headers={"sec-fetch-site": "cross-site"}).status_code == 403
+        assert client.get("/health", headers={"host": "evil.example"}).status_code == 400
+        assert client.get("/").headers["x-frame-options"] == "DENY"
+
+
+def test_more_requests_than_allowed_are_told_to_come_again(library: Library) -> None:
+    app = create_app(library, limits=Limits(concurrent=0))
+    with TestClient(app) as client:
+        response = client.get("/api/about")
+        assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+        assert client.get("/health").status_code == 200
+
+
+def test_without_a_model_uploads_are_not_served(library: Library) -> None:
+    plain = Library(library.indexes, library.pictures, queries=library.queries)
+    with TestClient(create_app(plain)) as client:
+        assert client.post("/api/upload", files={"file": png()}).status_code == 404
+        assert client.get("/api/about").json()["uploads"] is False
+
+
+def test_ids_can_be_searched_and_metrics_count(client: TestClient) -> None:
+    assert client.get("/api/ids", params={"source": "queries"}).json()["ids"] == [str(i) for i in range(QUERIES)]
+    found = client.get("/api/ids", params={"source": "training", "contains": "1", "count": 3}).json()["ids"]
+    assert found == ["1", "10", "11"]
+    text = client.get("/metrics").text
+    assert 'requests_total{route="/api/ids",status="200"} 2.0' in text
+
+
+def test_concurrent_queries_share_a_scan_and_each_gets_its_own_answer(library: Library) -> None:
+    sizes: list[int] = []
+
+    async def ask_all() -> list[Any]:
+        batcher = Batcher(library, 16, sizes.append)
+        plain = [Question(k, "both", None, None, "sum", False) for k in (1, 5, SAMPLES)]
+        asked = [(Asked("queries", str(i % QUERIES)), plain[i % 3]) for i in range(12)]
+        wrong = Question(2, "both", "artist", None, "sum", False)
+        tasks = [batcher.ask("ReTrac", one, question) for one, question in [*asked, (asked[0][0], wrong)]]
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        await batcher.close()
+        return found
+
+    *found, error = asyncio.run(ask_all())
+    assert isinstance(error, ValueError)
+    assert sorted(sizes) == [1, 12]
+    assert library.queries is not None
+    for i, lists in enumerate(found):
+        query = rs.take(library.queries, [i % QUERIES])
+        answer = library.indexes["ReTrac"].query(query, (1, 5, SAMPLES)[i % 3], side="both")
+        assert ids_of(lists) == answer.ids[0].tolist()
+        assert [x["resolved"] for side in lists.values() for x in side] == answer.resolved[0].tolist()  # type: ignore[index]
+
+
+def test_a_query_that_cannot_be_answered_spoils_no_other(library: Library) -> None:
+    """Both leave themselves out; only for the first is there then nothing left."""
+
+    async def ask_both() -> list[Any]:
+        batcher = Batcher(library, 16)
+        question = Question(3, "both", "id == 3", None, "sum", True)
+        tasks = [batcher.ask("TracIn", Asked("training", name), question) for name in ("3", "4")]
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        await batcher.close()
+        return found
+
+    first, second = asyncio.run(ask_both())
+    assert isinstance(first, ValueError)
+    assert ids_of(second) == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("127.0.0.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False), ("example.org", False)],
+)
+def test_only_loopback_is_this_machine(host: str, expected: bool) -> None:
+    assert is_local(host) is expected
+
+
+def test_serve_ends_after_what_it_has_begun(library: Library, folder: Path, tmp_path: Path) -> None:
+    for name, pixels in (("images", library.pictures.images), ("made", library.pictures.queries)):
+        np.save(tmp_path / f"{name}.npy", np.asarray(pixels))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = ["serve", str(folder / "TracIn.zarr"), "--queries", str(folder / "q.zarr"), "--port", str(port)]
+    arguments += ["--images", str(tmp_path / "images.npy"), "--query-images", str(tmp_path / "made.npy")]
+    assert main([*arguments, "--host", "0.0.0.0"]) == 1  # no token
+    environment = {**os.environ, "RETRAC_SCALE_TOKEN": "t"}
+    command = [sys.executable, "-m", "retrac_scale.cli", *arguments]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
+        try:
+            with httpx2.Client(base_url=f"http://127.0.0.1:{port}", headers={"authorization": "Bearer t"}) as client:
+                for _ in range(300):
+                    try:
+                        assert client.get("/health").status_code == 200
+                        break
+                    except httpx2.TransportError:
+                        time.sleep(0.1)
+
+                def body() -> Iterator[bytes]:  # the signal comes while the request is being sent
+                    process.send_signal(signal.SIGTERM)
+                    time.sleep(0.3)
+                    yield b'{"source": "queries", "ids": ["0"]}'
+
+                headers = {"content-type": "application/json"}
+                response = client.post("/api/query", content=body(), headers=headers)
+                assert response.status_code == 200
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
