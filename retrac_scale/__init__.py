@@ -20,6 +20,7 @@ from retrac_scale.samples import Samples, take
 from retrac_scale.sketching import sketch
 from retrac_scale.store import IncompleteStoreError, SketchStore, open_store, write_store
 from retrac_scale.task import DiffusionTask
+from retrac_scale.tasks import FailedTasksError
 from retrac_scale.timesteps import EvenlySpaced, Explicit, Recorded, draw_noise
 from retrac_scale.training import TrainingRecorder
 from retrac_scale.training_callbacks import lightning_callback, transformers_callback
@@ -36,6 +37,7 @@ __all__ = [
     "EvenlySpaced",
     "Explanation",
     "Explicit",
+    "FailedTasksError",
     "GradCos",
     "GradDot",
     "GradientSketcher",
