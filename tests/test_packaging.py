@@ -81,4 +81,4 @@ def test_the_citation_is_of_this_version() -> None:
 
 
 def test_every_promised_extra_exists() -> None:
-    assert PROJECT["optional-dependencies"].keys() >= {"gpu", "s3", "bench", "docs", "dev"}
+    assert PROJECT["optional-dependencies"].keys() >= {"gpu", "s3", "serve", "bench", "docs", "dev"}
