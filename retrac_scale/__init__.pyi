@@ -84,7 +84,6 @@ __all__ = [
     "self_influence",
     "sketch",
     "sketch_journey",
-    "store",
     "take",
     "timestep_numbers",
     "transformers_callback",
