@@ -18,11 +18,10 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from diffusers import DDPMScheduler
 from distributed import Client
 
 import retrac_scale as rs
-from benchmarks.models import build
+import retrac_scale.index
 from retrac_scale import planner
 from retrac_scale.index import build_index
 from retrac_scale.store import Layout, write_store
@@ -63,6 +62,10 @@ def cluster(workers: int) -> Iterator[tuple[Client, psutil.Process]]:
 
 def sketch(out: Path, samples: int, block: int | None, client: Client | None = None, images: Any = None) -> float:
     """Seconds to sketch U-small at one timestep per sample."""
+    from diffusers import DDPMScheduler
+
+    from benchmarks.models import build  # here: a client that only scans has no need of models
+
     model = build("u-small")
     if images is None:
         images = torch.rand((samples, 1, 16, 16), generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -190,16 +193,32 @@ def kills(samples: int, count: int) -> None:
         )
 
 
-def memory(tasks: int) -> None:
-    """Memory of client and scheduler over many tasks."""
-    with cluster(2) as (client, scheduler):
-        here, most = psutil.Process(), [0, 0]
+def memory(tasks: int, chunks: int = 20_000) -> None:
+    """Memory of client and scheduler over many tasks, and over the scan of an index of many chunks with 64 queries."""
+    rng = np.random.default_rng(0)
+    width = retrac_scale.index.MIN_CHUNK_SAMPLES
+    retrac_scale.index.CHUNK_BYTES = width * width  # chunks of 64 rows of 64 bytes, as small as they get
+    with tempfile.TemporaryDirectory() as name, cluster(2) as (client, scheduler):
+        here = psutil.Process()
+
+        def report(what: str) -> None:
+            used = [process.memory_info().rss / 1e6 for process in (here, scheduler)]
+            print(f"{what}: client {used[0]:.0f} MB, scheduler {used[1]:.0f} MB", flush=True)
+
+        report("before")
         for done, _ in enumerate(run(nothing, (Task(f"sketch-c-samples-{i}", (i,)) for i in range(tasks)), client)):
-            if done % 500 == 0:
-                most = [max(most[0], here.memory_info().rss), max(most[1], scheduler.memory_info().rss)]
-                if done % (tasks // 4) == 0:
-                    print(f"{done:>7d} tasks done: client {most[0] / 1e6:.0f} MB, scheduler {most[1] / 1e6:.0f} MB")
-        print(f"{tasks:>7d} tasks: client at most {most[0] / 1e6:.0f} MB, scheduler at most {most[1] / 1e6:.0f} MB")
+            if done and done % (tasks // 4) == 0:
+                report(f"{done} tasks done")
+        report(f"{tasks} tasks done")
+        rows = rng.standard_normal((chunks * width, 1, width), np.float32)
+        store = write_store(Path(name) / "rows", {"c": rows})
+        index = build_index(store, rs.ReTrac(), Path(name) / "i")
+        queries = write_store(None, {"c": rng.standard_normal((64, 1, width), np.float32)})
+        del rows
+        report(f"index of {len(index.chunks)} chunks built here")
+        for number in range(3):
+            index.query(queries, 10, client=client)
+            report(f"its scan {number + 1} with 64 queries done")
 
 
 def plan(samples: int, pairs_per_s: float, workers: int) -> None:
