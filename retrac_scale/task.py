@@ -216,7 +216,10 @@ class DiffusionTask:
         return "encoder_hidden_states" in inspect.signature(self.model.forward).parameters
 
     def _takes_labels(self) -> bool:
+        """A model of diffusers says it in its configuration; any other, by taking more than sample and time."""
         config = self._config()
+        if not config:
+            return self.call is not call_model or len(inspect.signature(self.model.forward).parameters) > 2
         return any(
             config.get(key) is not None for key in ("num_class_embeds", "class_embed_type", "num_embeds_ada_norm")
         )

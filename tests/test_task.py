@@ -242,3 +242,21 @@ def test_labels_and_images_of_an_item_reach_the_model() -> None:
     assert torch.equal(image, IMAGES[0])
     assert int(given["class_labels"]) == 3
     assert copy.deepcopy(rs.DiffusionTask(tiny_unet(), ddpm())).check_item(0, (IMAGES[0], 3))[1] == {}
+
+
+class Labelled(Linear):
+    """A model of one's own that takes labels, and none if it is given none."""
+
+    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        prediction = super().forward(sample, timestep)
+        return prediction if class_labels is None else prediction + class_labels[:, None, None, None]
+
+
+def test_labels_reach_models_that_are_not_of_diffusers() -> None:
+    labels = torch.arange(N)
+    task = rs.DiffusionTask(Labelled(), ddpm())
+    given = [task.check_item(row, (IMAGES[row], row))[1] for row in range(N)]
+    assert [int(conditioning["class_labels"]) for conditioning in given] == labels.tolist()
+    assert rs.DiffusionTask(Linear(), ddpm()).check_item(0, (IMAGES[0], 3))[1] == {}
+    called = rs.DiffusionTask(Linear(), ddpm(), call=lambda model, noisy, times, given: model(noisy, times))
+    assert int(called.check_item(0, (IMAGES[0], 3))[1]["class_labels"]) == 3
