@@ -5,10 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from retrac_scale.checkpoints import weights_digest
 
 Call = Callable[[nn.Module, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 """call(model, noisy [n, c, ...], times [n], conditioning) -> prediction shaped like the clean sample."""
@@ -123,6 +126,11 @@ class ThroughUNet:
 
     def __post_init__(self) -> None:
         self.unet.requires_grad_(False).eval()
+
+    @cached_property
+    def digest(self) -> str:
+        """Hex digest of the U-Net's weights."""
+        return weights_digest(self.unet.state_dict())
 
     def __call__(self, model: nn.Module, noisy: Tensor, times: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
         """See `Call`."""

@@ -6,12 +6,15 @@ import inspect
 import json
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
+
+from retrac_scale.checkpoints import weights_digest
 
 # what a pipeline's encode_prompt returns, by the names under which the denoiser takes it (diffusers 0.42.1)
 _ONE, _MASKED = ("encoder_hidden_states",), ("encoder_hidden_states", "encoder_attention_mask")
@@ -37,6 +40,9 @@ EMBEDDINGS: dict[str, tuple[str | None, ...]] = {
 }
 FRAMES_FIRST = ("CogVideoXPipeline",)
 """Pipelines whose denoiser takes latents `[f, c, h, w]` where their VAE gives `[c, f, h, w]`."""
+
+SCALES = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+"""What of a VAE's configuration scales its latents."""
 
 
 def load_pipeline(path: str | os.PathLike[str]) -> Any:
@@ -72,6 +78,16 @@ class Encoder:
     def vae(self) -> Any:
         """The VAE, None when the model works on pixels."""
         return getattr(self.pipeline, "vae", None)
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """Hex digests of VAE and text encoders, weights and the scale of latents, by their names in the pipeline."""
+        found = {}
+        for name, part in self.pipeline.components.items():
+            if isinstance(part, nn.Module) and (name == "vae" or name.startswith("text_encoder")):
+                scale = repr([self.vae.config.get(key) for key in SCALES]) if name == "vae" else ""
+                found[name] = weights_digest(part.state_dict(), scale)
+        return found
 
     @torch.no_grad()
     def latents(self, pixels: Tensor, device: torch.device) -> Tensor:

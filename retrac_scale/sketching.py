@@ -142,6 +142,9 @@ def sketch(
             "autocast": task.autocast,
             "timesteps": {**timesteps.spec(), "digest": plan_digest(plans)},
         }
+        frozen = {**task.frozen, **getattr(dataset, "frozen", {})}
+        if frozen:
+            fingerprint["frozen"] = frozen
         if divisors:
             fingerprint["precondition"] = {name: digest_of(own) for name, own in divisors.items()}
         if like is not None:
@@ -400,6 +403,8 @@ def scheduler_spec(scheduler: Any) -> dict[str, Any]:
         "beta_schedule",
         "beta_start",
         "beta_end",
+        "trained_betas",
+        "snr_shift_scale",
         "prediction_type",
         "rescale_betas_zero_snr",
         "shift",

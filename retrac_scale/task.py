@@ -162,10 +162,10 @@ class DiffusionTask:
         return cls(parts[name], pipeline.scheduler, encoder=Encoder(pipeline), **options)
 
     @property
-    def encoder_name(self) -> str:
-        """Which pipeline encodes samples and prompts."""
-        pipeline = None if self.encoder is None else self.encoder.pipeline
-        return f"{type(pipeline).__name__} {getattr(pipeline, 'name_or_path', '')}"
+    def frozen(self) -> dict[str, str]:
+        """Hex digests of the parts beside the model that measurements pass through, by name: vae, text_encoder, unet."""
+        parts = {} if self.encoder is None else self.encoder.digests
+        return {**parts, "unet": self.call.digest} if isinstance(self.call, ThroughUNet) else dict(parts)
 
     def read_item(self, number: Any, item: Any) -> Item:
         """Take a dataset item apart and check it, without encoding anything.

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
-from retrac_scale.checkpoints import StateDict, weights_digest
+from retrac_scale.checkpoints import StateDict, adapter_scales, weights_digest
 from retrac_scale.gradients import ParameterFilter
 from retrac_scale.projections import Projection
 from retrac_scale.projections.live import LiveSketcher
@@ -195,7 +195,7 @@ class TrainingSketches:
         fingerprint = {
             "projection": plan.projection.spec(),
             "parameters": {key: list(shape) for key, shape in self.sketcher.shapes.items()},
-            "checkpoints": {name: weights_digest(weights)},
+            "checkpoints": {name: weights_digest(weights, adapter_scales(self.model))},
             "scheduler": scheduler_spec(self.scheduler),
             "measure": plan.measure,
             "autocast": None,

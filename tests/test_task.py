@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    CogVideoXDDIMScheduler,
     DDPMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import retrac_scale as rs
+from retrac_scale.sketching import scheduler_spec
 from tests.conftest import random_images, tiny_dit, tiny_unet
 
 N = 3
@@ -260,3 +262,11 @@ def test_labels_reach_models_that_are_not_of_diffusers() -> None:
     assert rs.DiffusionTask(Linear(), ddpm()).check_item(0, (IMAGES[0], 3))[1] == {}
     called = rs.DiffusionTask(Linear(), ddpm(), call=lambda model, noisy, times, given: model(noisy, times))
     assert int(called.check_item(0, (IMAGES[0], 3))[1]["class_labels"]) == 3
+
+
+def test_schedulers_with_other_noise_levels_are_told_apart() -> None:
+    tables = [np.linspace(1e-4, high, 100).tolist() for high in (0.02, 0.1)]
+    first, second = (scheduler_spec(DDPMScheduler(100, trained_betas=betas)) for betas in tables)
+    assert first != second
+    shifted, plain = (scheduler_spec(CogVideoXDDIMScheduler(snr_shift_scale=scale)) for scale in (3.0, 1.0))
+    assert shifted != plain
