@@ -280,7 +280,8 @@ class _Scan:
     ) -> list[Any]:
         """One delayed task per run of chunks, with its share of the mask and of the group codes."""
         source = self.index if self.client is None else _for_workers(self.index)
-        rows: Any = self.rows if self.client is None else self.client.scatter(self.rows, broadcast=True)
+        # a key of its own: one by content is lost when an earlier query's release of it arrives late
+        rows: Any = self.rows if self.client is None else self.client.scatter(self.rows, broadcast=True, hash=False)
         task, share = dask.delayed(function, pure=False), self._share
 
         def key(run: list[int]) -> str:

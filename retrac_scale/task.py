@@ -163,7 +163,7 @@ class DiffusionTask:
 
     @property
     def frozen(self) -> dict[str, str]:
-        """Hex digests of the parts beside the model that measurements pass through, by name: vae, text_encoder, unet."""
+        """Hex digests of the parts beside the model that values depend on, by name: vae, text_encoder, unet."""
         parts = {} if self.encoder is None else self.encoder.digests
         return {**parts, "unet": self.call.digest} if isinstance(self.call, ThroughUNet) else dict(parts)
 

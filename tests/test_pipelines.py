@@ -378,7 +378,7 @@ def test_the_scale_of_latents_and_of_adapters_is_part_of_what_was_measured() -> 
             torch.manual_seed(0)
             model = vae()
             model.register_to_config(scaling_factor=factor)
-            self.components = {"vae": model}
+            self.vae, self.components = model, {"vae": model}
 
     assert Encoder(Pipeline(0.5)).digests == Encoder(Pipeline(0.5)).digests != Encoder(Pipeline(0.2)).digests
 
