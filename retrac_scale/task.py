@@ -17,7 +17,7 @@ from retrac_scale.encoding import Encoder, load_pipeline
 from retrac_scale.items import Item, take_apart
 from retrac_scale.measures import OUTPUTS
 from retrac_scale.noising import noising_of
-from retrac_scale.weighting import Huber, PseudoHuber, Weighting
+from retrac_scale.weighting import Huber, PseudoHuber, Weighting, check_weighting
 
 Measure = Literal["mse", "l1", "mean_output", "mean_squared_output", "output_l1", "output_l2", "output_linf"]
 
@@ -65,7 +65,7 @@ class DiffusionTask:
         self.noising = noising_of(scheduler, model)
         self.weighting = weighting
         if weighting is not None:
-            weighting(self.noising, torch.zeros(1, dtype=torch.int64))
+            check_weighting(weighting, self.noising, measure)
         self.encoder = encoder
         self.call = call
         self._measure = measure
@@ -75,7 +75,7 @@ class DiffusionTask:
     @property
     def measure(self) -> str:
         """What is measured, in words for the fingerprint of a store."""
-        return str(self._measure) if self.weighting is None else f"{self._measure} x {self.weighting}"
+        return measure_name(self._measure, self.weighting)
 
     @property
     def num_train_timesteps(self) -> int:
@@ -236,3 +236,8 @@ class DiffusionTask:
     def _config(self) -> Mapping[str, Any]:
         config: Mapping[str, Any] = getattr(self.model, "config", {})
         return config if isinstance(config, Mapping) else {}
+
+
+def measure_name(measure: Measure | Huber | PseudoHuber, weighting: Weighting | None) -> str:
+    """How the fingerprint of a store calls what was measured."""
+    return str(measure) if weighting is None else f"{measure} x {weighting}"

@@ -170,6 +170,13 @@ def test_a_flow_matching_loops_timesteps_are_recorded_as_integers(tmp_path: Path
     assert rs.Recorded(tmp_path).pairs("last", np.arange(3), 100).timesteps.flatten().tolist() == [99, 59, 0]
 
 
+def test_timesteps_that_a_replay_could_not_tell_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="draw_noise takes integer timesteps, got dtype float32"):
+        rs.draw_noise((2,), [0], FlowMatchEulerDiscreteScheduler(100, shift=3.0).timesteps[:1], 0)
+    with pytest.raises(ValueError, match="timesteps of diffusion are integers"):
+        rs.TrainingRecorder(tmp_path, 3, ddpm()).step([0], torch.tensor([3.7]), None, 0.1)
+
+
 def test_huber_losses_equal_torchs_and_the_scheduled_huber_examples() -> None:
     """examples/research_projects/scheduled_huber_loss_training of diffusers, `--loss_type huber`, constant schedule."""
     error, _ = diffusion_reference(ddpm(), "epsilon")
@@ -220,6 +227,11 @@ def test_flux_is_called_as_its_example_calls_it() -> None:
     [
         ({"weighting": rs.MinSNR()}, FlowMatchEulerDiscreteScheduler(), "not of flow matching"),
         ({"weighting": rs.SD3Weighting()}, DDPMScheduler(), "not of diffusion"),
+        (
+            {"measure": "l1", "weighting": rs.SD3Weighting(precondition_outputs=True)},
+            FlowMatchEulerDiscreteScheduler(),
+            "weights squared errors, not l1",
+        ),
         ({"measure": "l3"}, DDPMScheduler(), r"one of \('mse', 'l1'"),
         ({}, DDPMScheduler(prediction_type="x"), "prediction_type 'x' is none of"),
     ],
