@@ -11,10 +11,13 @@ import pytest
 import torch
 from diffusers import (
     CogVideoXDDIMScheduler,
+    CogVideoXTransformer3DModel,
     DDPMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
     UniPCMultistepScheduler,
 )
 from diffusers.training_utils import compute_loss_weighting_for_sd3, compute_snr
@@ -22,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import retrac_scale as rs
+from retrac_scale.calling import call_model
 from retrac_scale.sketching import scheduler_spec
 from tests.conftest import random_images, tiny_dit, tiny_unet
 
@@ -220,6 +224,55 @@ def test_flux_is_called_as_its_example_calls_it() -> None:
     )[0]
     prediction = FluxPipeline._unpack_latents(prediction, 64, 32, 8)
     torch.testing.assert_close(found, (prediction - (noise - latents)).square().flatten(1).mean(1), rtol=1e-5, atol=0)
+
+
+def test_ltx_is_called_as_its_pipeline_calls_it() -> None:
+    torch.manual_seed(0)
+    model = LTXVideoTransformer3DModel(
+        in_channels=2,
+        out_channels=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        num_layers=1,
+        caption_channels=8,
+    ).eval()
+    noisy, times, text = torch.randn(2, 2, 2, 3, 4), torch.tensor([300.0, 7.0]), torch.randn(2, 5, 8)
+    given = {"encoder_hidden_states": text, "encoder_attention_mask": torch.ones(2, 5)}
+    found = call_model(model, noisy, times, given)
+    tokens = LTXPipeline._pack_latents(noisy)
+    scale = (8 / 25, 32, 32)  # temporal compression / frame rate, spatial compression
+    expected = model(tokens, timestep=times, num_frames=2, height=3, width=4, rope_interpolation_scale=scale, **given)[
+        0
+    ]
+    torch.testing.assert_close(found, LTXPipeline._unpack_latents(expected, 2, 3, 4), rtol=1e-5, atol=1e-6)
+
+
+def test_models_are_not_called_without_the_rotary_embeddings_that_their_pipelines_give_them() -> None:
+    options: dict[str, Any] = {
+        "num_attention_heads": 1,
+        "attention_head_dim": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "time_embed_dim": 2,
+        "text_embed_dim": 8,
+        "num_layers": 1,
+        "sample_width": 4,
+        "sample_height": 4,
+        "sample_frames": 5,
+        "max_text_seq_length": 4,
+    }
+    videos, text = torch.randn(1, 2, 4, 4, 4), {"encoder_hidden_states": torch.randn(1, 4, 8)}
+    for rotary in (False, True):
+        model = CogVideoXTransformer3DModel(**options, use_rotary_positional_embeddings=rotary)
+        task = rs.DiffusionTask(model, ddpm("v_prediction"))
+        if rotary:
+            with pytest.raises(
+                ValueError, match=r"told of positions by image_rotary_emb=.*DiffusionTask\(call=\.\.\.\)"
+            ):
+                task.losses(videos, torch.tensor([3]), torch.randn_like(videos), text)
+        else:
+            assert task.losses(videos, torch.tensor([3]), torch.randn_like(videos), text).isfinite().all()
 
 
 @pytest.mark.parametrize(
