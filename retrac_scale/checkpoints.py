@@ -45,6 +45,11 @@ def find_checkpoints(folder: str | os.PathLike[str], *, ema: bool = False) -> di
     for path in Path(folder).iterdir():
         number = re.fullmatch(r"(?:checkpoint|epoch|step)[-_](\d+)", path.name)
         if number is not None and path.is_dir():
+            if int(number[1]) in numbered:
+                raise ValueError(
+                    f"{folder} holds both {numbered[int(number[1])].name} and {path.name}; "
+                    "give checkpoints={'name': path} yourself."
+                )
             numbered[int(number[1])] = path
     if not numbered:
         raise ValueError(f"{folder} holds no folders checkpoint-N; give checkpoints={{'name': path}} yourself.")

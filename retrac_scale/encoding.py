@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -109,8 +110,13 @@ class Encoder:
         return latents[0].float().cpu()  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def embeddings(self, prompt: str, pixels: Tensor, device: torch.device) -> dict[str, Tensor]:
+    def embeddings(self, prompt: str, size: Sequence[int], device: torch.device) -> dict[str, Tensor]:
         """What the denoiser is told of a prompt, without the batch axis, on the CPU.
+
+        Args:
+            prompt: of one sample.
+            size: height and width of its pixels, which SDXL is told too.
+            device: where to compute.
 
         Raises:
             ValueError: it is not known how this pipeline's embeddings reach its denoiser.
@@ -139,7 +145,7 @@ class Encoder:
             if name is not None and value is not None
         }
         if "added_cond_kwargs.text_embeds" in found:  # original size, crop, target size: uncropped
-            height, width = pixels.shape[-2:]
+            height, width = size
             found["added_cond_kwargs.time_ids"] = torch.tensor([height, width, 0, 0, height, width]).float()
         return found
 

@@ -204,7 +204,9 @@ class DiffusionTask:
         if not self._takes_labels():
             conditioning.pop("class_labels", None)
         if self.encoder is not None and found.prompt is not None and self._takes_prompts():
-            conditioning = {**self.encoder.embeddings(found.prompt, sample, self.device), **conditioning}
+            factor = getattr(self.encoder.pipeline, "vae_scale_factor", 1) if found.encoded else 1
+            size = [factor * side for side in sample.shape[-2:]]
+            conditioning = {**self.encoder.embeddings(found.prompt, size, self.device), **conditioning}
         if self.encoder is not None and self._encodes(found):
             sample = self.encoder.latents(sample, self.device)
         return sample, conditioning

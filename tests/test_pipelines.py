@@ -25,6 +25,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UniPCMultistepScheduler,
     WanPipeline,
@@ -407,6 +408,26 @@ def test_encoding_leaves_alone_what_is_no_encoded_dataset(tmp_path: Path) -> Non
     assert rs.open_store(tmp_path / "store").shape == store.shape
 
 
+def test_sdxl_is_told_the_size_of_pixels_whether_they_come_encoded_or_not() -> None:
+    denoiser = unet(
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=56
+    )
+    pipeline = StableDiffusionXLPipeline(
+        vae=vae(),
+        text_encoder=text_encoder(),
+        text_encoder_2=text_encoder(CLIPTextModelWithProjection),
+        tokenizer=tokenizer(),
+        tokenizer_2=tokenizer(),
+        unet=denoiser,
+        scheduler=DDPMScheduler(**BETAS),
+    )
+    task = rs.DiffusionTask(denoiser, pipeline.scheduler, encoder=Encoder(pipeline))
+    latents, told = task.check_item(0, {"pixel_values": pixels(3, 16, 16)[0], "text": "a cat"})
+    _, again = task.check_item(0, {"latents": latents, "text": "a cat"})
+    assert told["added_cond_kwargs.time_ids"].tolist() == [16, 16, 0, 0, 16, 16]
+    assert torch.equal(again["added_cond_kwargs.time_ids"], told["added_cond_kwargs.time_ids"])
+
+
 LAYOUTS: dict[str, Callable[[Any, Path], None]] = {
     "unet": lambda model, folder: model.save_pretrained(folder / "unet"),
     "safetensors": lambda model, folder: save_file(model.state_dict(), folder / "model.safetensors"),
@@ -446,6 +467,9 @@ def test_what_cannot_be_loaded_is_refused_with_what_to_do(tmp_path: Path) -> Non
     task = rs.DiffusionTask(tiny_unet(), DDPMScheduler(**BETAS))
     (tmp_path / "checkpoint-1/pytorch_model_fsdp_0").mkdir(parents=True)
     with pytest.raises(ValueError, match="accelerate merge-weights"):
+        rs.find_checkpoints(tmp_path)
+    (tmp_path / "epoch-1").mkdir()
+    with pytest.raises(ValueError, match="holds both"):
         rs.find_checkpoints(tmp_path)
     with pytest.raises(ValueError, match=r"from_pretrained\(\.\.\., lora=file\)"):
         task.load("lora", {"unet.mid_block.to_q.lora_A.weight": torch.zeros(1)})
