@@ -41,7 +41,7 @@ def find_checkpoints(folder: str | os.PathLike[str], *, ema: bool = False) -> di
     Raises:
         ValueError: there are none, or one lacks the weights that are asked for.
     """
-    numbered = {}
+    numbered: dict[int, Path] = {}
     for path in Path(folder).iterdir():
         number = re.fullmatch(r"(?:checkpoint|epoch|step)[-_](\d+)", path.name)
         if number is not None and path.is_dir():

@@ -322,6 +322,12 @@ def measured_pairs(
     noise = torch.stack(
         [draw_noise(images.shape[1:], ids[rows], steps, seeds, draw=draw) for draw in range(plan.draws)], dim=1
     )
+    for row in rows:
+        if items[row][1].keys() != items[0][1].keys():
+            raise ValueError(
+                f"sample {ids[row]} brings {sorted(items[row][1])} and sample {ids[0]} {sorted(items[0][1])}; "
+                "give all samples the same conditioning."
+            )
     conditioning = {key: torch.stack([items[row][1][key] for row in rows]) for key in items[0][1]}
 
     def repeat(x: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 import retrac_scale as rs
 from retrac_scale.calling import call_model
 from retrac_scale.sketching import scheduler_spec
+from retrac_scale.tasks import FailedTasksError
 from tests.conftest import random_images, tiny_dit, tiny_unet
 
 N = 3
@@ -335,3 +336,14 @@ def test_schedulers_with_other_noise_levels_are_told_apart() -> None:
     assert first != second
     shifted, plain = (scheduler_spec(CogVideoXDDIMScheduler(snr_shift_scale=scale)) for scale in (3.0, 1.0))
     assert shifted != plain
+
+
+def test_items_that_bring_no_numbers_or_not_all_the_same_are_named() -> None:
+    task = rs.DiffusionTask(Labelled(), ddpm())
+    for value in ("birds/1.png", None):
+        with pytest.raises(ValueError, match=r"item 0 gives a .* for 'path', where the model takes numbers"):
+            task.check_item(0, {"image": IMAGES[0], "path": value})
+    items = [{"image": IMAGES[0]}, {"image": IMAGES[1], "label": 1}]
+    options: Any = {"checkpoints": {"last": dict(task.model.state_dict())}, "timesteps": rs.Explicit([5])}
+    with pytest.raises(FailedTasksError, match=r"sample 1 brings \['class_labels'\] and sample 0 \[\]"):
+        rs.sketch(task, items, None, projection=rs.Identity(), batch_size=2, progress=False, **options)
