@@ -5,10 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from retrac_scale.checkpoints import weights_digest
 
 Call = Callable[[nn.Module, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 """call(model, noisy [n, c, ...], times [n], conditioning) -> prediction shaped like the clean sample."""
@@ -16,6 +19,16 @@ Call = Callable[[nn.Module, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 TIMES = ("timestep", "timesteps", "t", "timestep_ratio")
 FLUX_GUIDANCE = 3.5
 """Default of --guidance_scale in diffusers' train_dreambooth_flux.py."""
+LTX_SCALE = (8 / 25, 32, 32)
+"""What LTXPipeline scales places by: frames and pixels to a latent's, at its default of 25 frames a second."""
+ROTATED = {
+    "AllegroTransformer3DModel": "image_rotary_emb",
+    "CogVideoXTransformer3DModel": "image_rotary_emb",
+    "ConsisIDTransformer3DModel": "image_rotary_emb",
+    "HunyuanDiT2DModel": "image_rotary_emb",
+    "StableAudioDiTModel": "rotary_embedding",
+}
+"""Classes that their pipelines tell of positions by an argument, and that answer otherwise without it."""
 
 
 def call_model(model: nn.Module, noisy: Tensor, times: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
@@ -30,7 +43,16 @@ def call_model(model: nn.Module, noisy: Tensor, times: Tensor, conditioning: Map
 
     Returns:
         the prediction `[n, c, ...]`; variances that some models predict in further channels are left off.
+
+    Raises:
+        ValueError: the model needs rotary embeddings of positions, which only its pipeline knows how to make.
     """
+    kind, config = type(model).__name__, getattr(model, "config", {})
+    if kind in ROTATED and config.get("use_rotary_positional_embeddings", True):
+        raise ValueError(
+            f"{kind} is told of positions by {ROTATED[kind]}=, as its pipeline makes it; write a "
+            "call(model, noisy, times, conditioning) that passes it, and give DiffusionTask(call=...) that."
+        )
     arguments: dict[str, Any] = {}
     for name, value in conditioning.items():
         *outer, inner = name.split(".")
@@ -40,7 +62,7 @@ def call_model(model: nn.Module, noisy: Tensor, times: Tensor, conditioning: Map
         place[inner] = value
     concatenated = arguments.pop("concatenated", None)
     inputs = noisy if concatenated is None else torch.cat([noisy, concatenated.to(noisy.dtype)], 1)
-    layout = LAYOUTS.get(type(model).__name__)
+    layout = LAYOUTS.get(kind)
     if layout is None:
         prediction = _called(model, inputs, times, arguments)
     else:
@@ -100,7 +122,8 @@ def _qwen(model: nn.Module, images: Tensor, arguments: Mapping[str, Any]) -> tup
 
 def _ltx(model: nn.Module, images: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
     frames, height, width = images.shape[2:]
-    return images.flatten(2).mT, {"num_frames": frames, "height": height, "width": width}
+    shape = {"num_frames": frames, "height": height, "width": width}
+    return images.flatten(2).mT, {**shape, "rope_interpolation_scale": LTX_SCALE}
 
 
 LAYOUTS = {
@@ -123,6 +146,11 @@ class ThroughUNet:
 
     def __post_init__(self) -> None:
         self.unet.requires_grad_(False).eval()
+
+    @cached_property
+    def digest(self) -> str:
+        """Hex digest of the U-Net's weights."""
+        return weights_digest(self.unet.state_dict())
 
     def __call__(self, model: nn.Module, noisy: Tensor, times: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
         """See `Call`."""

@@ -41,10 +41,15 @@ def find_checkpoints(folder: str | os.PathLike[str], *, ema: bool = False) -> di
     Raises:
         ValueError: there are none, or one lacks the weights that are asked for.
     """
-    numbered = {}
+    numbered: dict[int, Path] = {}
     for path in Path(folder).iterdir():
         number = re.fullmatch(r"(?:checkpoint|epoch|step)[-_](\d+)", path.name)
         if number is not None and path.is_dir():
+            if int(number[1]) in numbered:
+                raise ValueError(
+                    f"{folder} holds both {numbered[int(number[1])].name} and {path.name}; "
+                    "give checkpoints={'name': path} yourself."
+                )
             numbered[int(number[1])] = path
     if not numbered:
         raise ValueError(f"{folder} holds no folders checkpoint-N; give checkpoints={{'name': path}} yourself.")
@@ -128,7 +133,7 @@ def load_checkpoint(model: nn.Module, name: str, checkpoint: Checkpoint) -> str:
             f"{advice or 'build the model with the configuration that the checkpoint was trained with'}."
         )
     model.load_state_dict(state, strict=False)
-    return weights_digest(model.state_dict())
+    return weights_digest(model.state_dict(), adapter_scales(model))
 
 
 def add_adapters(model: Any, component: str, path: str | os.PathLike[str]) -> None:
@@ -192,9 +197,15 @@ def _adapters_named_as(own: StateDict, state: StateDict) -> StateDict:
     return {plain.get(key, key): value for key, value in state.items()}
 
 
-def weights_digest(state: StateDict) -> str:
-    """Hex digest of names and values."""
-    digest = hashlib.blake2b(digest_size=16)
+def adapter_scales(model: nn.Module) -> str:
+    """What LoRA adapters are multiplied with, which no state dict tells; empty for a model without adapters."""
+    scales = {name: module.scaling for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    return repr(scales) if scales else ""
+
+
+def weights_digest(state: StateDict, beside: str = "") -> str:
+    """Hex digest of names and values, and of what else the weights' effect depends on."""
+    digest = hashlib.blake2b(beside.encode(), digest_size=16)
     for name, value in state.items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

@@ -27,11 +27,13 @@ class EncodedDataset:
     Attributes:
         ids: of the samples, `[n]`.
         columns: of the dataset that was encoded, None when it has none.
+        frozen: digests of VAE and text encoders, for the fingerprint of a store.
     """
 
     def __init__(self, url: Url, group: zarr.Group, ids: Any, columns: Mapping[str, Any] | None) -> None:
         self.url, self.ids, self.columns = url, ids, columns
         names: Any = group.attrs["names"]
+        self.frozen: Any = group.attrs["encoder"]
         self._arrays: dict[str, Any] = {name: group[name] for name in names}
 
     def __len__(self) -> int:
@@ -57,8 +59,15 @@ def encode(task: DiffusionTask, dataset: Any, out: Url, *, progress: bool = True
         ValueError: a bad item, or `out` holds other samples.
     """
     ids = check_ids(dataset_ids(dataset), len(dataset))
-    described = {"ids": json.dumps(ids.tolist()), "encoder": task.encoder_name}
+    described: dict[str, Any] = {
+        "ids": json.dumps(ids.tolist()),
+        "encoder": task.encoder.digests if task.encoder else {},
+    }
     group = zarr.open_group(out, mode="a")
+    if "encoder" not in group.attrs:
+        if group.attrs or group.nmembers():
+            raise ValueError(f"{out} holds something that is no encoded dataset; give another path.")
+        group.attrs.update(described)
     if "rows_done" not in group.attrs:
         first, conditioning = task.check_item(ids[0], dataset[0])
         example = {LATENTS: first, **conditioning}

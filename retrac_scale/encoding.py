@@ -5,13 +5,17 @@ from __future__ import annotations
 import inspect
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
+
+from retrac_scale.checkpoints import weights_digest
 
 # what a pipeline's encode_prompt returns, by the names under which the denoiser takes it (diffusers 0.42.1)
 _ONE, _MASKED = ("encoder_hidden_states",), ("encoder_hidden_states", "encoder_attention_mask")
@@ -37,6 +41,9 @@ EMBEDDINGS: dict[str, tuple[str | None, ...]] = {
 }
 FRAMES_FIRST = ("CogVideoXPipeline",)
 """Pipelines whose denoiser takes latents `[f, c, h, w]` where their VAE gives `[c, f, h, w]`."""
+
+SCALES = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+"""What of a VAE's configuration scales its latents."""
 
 
 def load_pipeline(path: str | os.PathLike[str]) -> Any:
@@ -73,6 +80,16 @@ class Encoder:
         """The VAE, None when the model works on pixels."""
         return getattr(self.pipeline, "vae", None)
 
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """Hex digests of VAE and text encoders, weights and the scale of latents, by their names in the pipeline."""
+        found = {}
+        for name, part in self.pipeline.components.items():
+            if isinstance(part, nn.Module) and (name == "vae" or name.startswith("text_encoder")):
+                scale = repr([self.vae.config.get(key) for key in SCALES]) if name == "vae" else ""
+                found[name] = weights_digest(part.state_dict(), scale)
+        return found
+
     @torch.no_grad()
     def latents(self, pixels: Tensor, device: torch.device) -> Tensor:
         """Pixels `[3, ...]` of one sample in -1 .. 1 become latents `[c, ...]` on the CPU, scaled as for training.
@@ -93,8 +110,13 @@ class Encoder:
         return latents[0].float().cpu()  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def embeddings(self, prompt: str, pixels: Tensor, device: torch.device) -> dict[str, Tensor]:
+    def embeddings(self, prompt: str, size: Sequence[int], device: torch.device) -> dict[str, Tensor]:
         """What the denoiser is told of a prompt, without the batch axis, on the CPU.
+
+        Args:
+            prompt: of one sample.
+            size: height and width of its pixels, which SDXL is told too.
+            device: where to compute.
 
         Raises:
             ValueError: it is not known how this pipeline's embeddings reach its denoiser.
@@ -123,7 +145,7 @@ class Encoder:
             if name is not None and value is not None
         }
         if "added_cond_kwargs.text_embeds" in found:  # original size, crop, target size: uncropped
-            height, width = pixels.shape[-2:]
+            height, width = size
             found["added_cond_kwargs.time_ids"] = torch.tensor([height, width, 0, 0, height, width]).float()
         return found
 

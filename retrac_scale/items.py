@@ -64,9 +64,19 @@ def take_apart(number: Any, item: Any) -> Item:
     flat = dict(_flat("", extra or {}))
     prompts = [flat.pop(name) for name in PROMPT_KEYS if name in flat]
     conditioning = {
-        "class_labels" if name in LABEL_KEYS else name: torch.as_tensor(value) for name, value in flat.items()
+        "class_labels" if name in LABEL_KEYS else name: _as_tensor(number, name, value) for name, value in flat.items()
     }
     return Item(sample, conditioning, prompts[0] if prompts else None, key == LATENTS)
+
+
+def _as_tensor(number: Any, name: str, value: Any) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"dataset item {number} gives a {type(value).__name__} for {name!r}, where the model takes numbers; "
+            "leave it out of the items, or make it one of the dataset's columns."
+        ) from None
 
 
 def _flat(prefix: str, values: Mapping[str, Any]) -> Any:

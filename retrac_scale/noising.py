@@ -110,12 +110,15 @@ UNIT_TIME = frozenset(
         "ChromaTransformer2DModel",
         "FluxTransformer2DModel",
         "Flux2Transformer2DModel",
+        "Ideogram4Transformer2DModel",
         "Krea2Transformer2DModel",
+        "LongCatAudioDiTTransformer",
         "LongCatImageTransformer2DModel",
         "Lumina2Transformer2DModel",
         "LuminaNextDiT2DModel",
         "NucleusMoEImageTransformer2DModel",
         "OvisImageTransformer2DModel",
+        "PRXTransformer2DModel",
         "QwenImageTransformer2DModel",
         "QwenImage21Transformer2DModel",
         "ZImageTransformer2DModel",
@@ -123,6 +126,7 @@ UNIT_TIME = frozenset(
 )
 DATA_TIME = frozenset(
     {
+        "Ideogram4Transformer2DModel",
         "LuminaNextDiT2DModel",
         "Lumina2Transformer2DModel",
         "MochiTransformer3DModel",

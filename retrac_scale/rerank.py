@@ -14,6 +14,7 @@ from retrac_scale.projections import GradientSketcher, Identity
 from retrac_scale.samples import Samples
 from retrac_scale.sketching import measured_pairs, plan_digest, scheduler_spec
 from retrac_scale.store import SketchStore
+from retrac_scale.store.compatibility import of_both
 from retrac_scale.store.encoding import Float32
 from retrac_scale.store.part import plans_of
 from retrac_scale.store.schema import differences
@@ -33,7 +34,8 @@ def as_measured(train: Samples, store: SketchStore) -> Samples:
         ValueError: they would be measured otherwise than the store's; says what differs.
     """
     given = {"measure": train.task.measure, "scheduler": scheduler_spec(train.task.scheduler)}
-    found = differences({key: store.fingerprint.get(key) for key in given}, given)
+    given["frozen"] = {**train.task.frozen, **getattr(train.dataset, "frozen", {})}
+    found = differences(*of_both({key: store.fingerprint.get(key) for key in given}, given))
     stored, specs = plans_of(store.fingerprint), [plan.spec() for plan in train.plans]
     if len(specs) != len(stored) or any(spec not in specs for spec in stored):
         found.append(f"timesteps are {stored} there and {specs} here")

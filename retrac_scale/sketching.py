@@ -142,6 +142,9 @@ def sketch(
             "autocast": task.autocast,
             "timesteps": {**timesteps.spec(), "digest": plan_digest(plans)},
         }
+        frozen = {**task.frozen, **getattr(dataset, "frozen", {})}
+        if frozen:
+            fingerprint["frozen"] = frozen
         if divisors:
             fingerprint["precondition"] = {name: digest_of(own) for name, own in divisors.items()}
         if like is not None:
@@ -319,6 +322,12 @@ def measured_pairs(
     noise = torch.stack(
         [draw_noise(images.shape[1:], ids[rows], steps, seeds, draw=draw) for draw in range(plan.draws)], dim=1
     )
+    for row in rows:
+        if items[row][1].keys() != items[0][1].keys():
+            raise ValueError(
+                f"sample {ids[row]} brings {sorted(items[row][1])} and sample {ids[0]} {sorted(items[0][1])}; "
+                "give all samples the same conditioning."
+            )
     conditioning = {key: torch.stack([items[row][1][key] for row in rows]) for key in items[0][1]}
 
     def repeat(x: torch.Tensor) -> torch.Tensor:
@@ -400,6 +409,8 @@ def scheduler_spec(scheduler: Any) -> dict[str, Any]:
         "beta_schedule",
         "beta_start",
         "beta_end",
+        "trained_betas",
+        "snr_shift_scale",
         "prediction_type",
         "rescale_betas_zero_snr",
         "shift",

@@ -17,7 +17,7 @@ from retrac_scale.encoding import Encoder, load_pipeline
 from retrac_scale.items import Item, take_apart
 from retrac_scale.measures import OUTPUTS
 from retrac_scale.noising import noising_of
-from retrac_scale.weighting import Huber, PseudoHuber, Weighting
+from retrac_scale.weighting import Huber, PseudoHuber, Weighting, check_weighting
 
 Measure = Literal["mse", "l1", "mean_output", "mean_squared_output", "output_l1", "output_l2", "output_linf"]
 
@@ -65,7 +65,7 @@ class DiffusionTask:
         self.noising = noising_of(scheduler, model)
         self.weighting = weighting
         if weighting is not None:
-            weighting(self.noising, torch.zeros(1, dtype=torch.int64))
+            check_weighting(weighting, self.noising, measure)
         self.encoder = encoder
         self.call = call
         self._measure = measure
@@ -75,7 +75,7 @@ class DiffusionTask:
     @property
     def measure(self) -> str:
         """What is measured, in words for the fingerprint of a store."""
-        return str(self._measure) if self.weighting is None else f"{self._measure} x {self.weighting}"
+        return measure_name(self._measure, self.weighting)
 
     @property
     def num_train_timesteps(self) -> int:
@@ -162,10 +162,10 @@ class DiffusionTask:
         return cls(parts[name], pipeline.scheduler, encoder=Encoder(pipeline), **options)
 
     @property
-    def encoder_name(self) -> str:
-        """Which pipeline encodes samples and prompts."""
-        pipeline = None if self.encoder is None else self.encoder.pipeline
-        return f"{type(pipeline).__name__} {getattr(pipeline, 'name_or_path', '')}"
+    def frozen(self) -> dict[str, str]:
+        """Hex digests of the parts beside the model that values depend on, by name: vae, text_encoder, unet."""
+        parts = {} if self.encoder is None else self.encoder.digests
+        return {**parts, "unet": self.call.digest} if isinstance(self.call, ThroughUNet) else dict(parts)
 
     def read_item(self, number: Any, item: Any) -> Item:
         """Take a dataset item apart and check it, without encoding anything.
@@ -204,7 +204,9 @@ class DiffusionTask:
         if not self._takes_labels():
             conditioning.pop("class_labels", None)
         if self.encoder is not None and found.prompt is not None and self._takes_prompts():
-            conditioning = {**self.encoder.embeddings(found.prompt, sample, self.device), **conditioning}
+            factor = getattr(self.encoder.pipeline, "vae_scale_factor", 1) if found.encoded else 1
+            size = [factor * side for side in sample.shape[-2:]]
+            conditioning = {**self.encoder.embeddings(found.prompt, size, self.device), **conditioning}
         if self.encoder is not None and self._encodes(found):
             sample = self.encoder.latents(sample, self.device)
         return sample, conditioning
@@ -216,7 +218,10 @@ class DiffusionTask:
         return "encoder_hidden_states" in inspect.signature(self.model.forward).parameters
 
     def _takes_labels(self) -> bool:
+        """A model of diffusers says it in its configuration; any other, by taking more than sample and time."""
         config = self._config()
+        if not config:
+            return self.call is not call_model or len(inspect.signature(self.model.forward).parameters) > 2
         return any(
             config.get(key) is not None for key in ("num_class_embeds", "class_embed_type", "num_embeds_ada_norm")
         )
@@ -233,3 +238,8 @@ class DiffusionTask:
     def _config(self) -> Mapping[str, Any]:
         config: Mapping[str, Any] = getattr(self.model, "config", {})
         return config if isinstance(config, Mapping) else {}
+
+
+def measure_name(measure: Measure | Huber | PseudoHuber, weighting: Weighting | None) -> str:
+    """How the fingerprint of a store calls what was measured."""
+    return str(measure) if weighting is None else f"{measure} x {weighting}"

@@ -29,14 +29,23 @@ def draw_noise(
     Args:
         shape: of one sample, without the batch axis.
         ids: sample ids, integers or strings, `[n]`.
-        timesteps: `[n]` integers.
+        timesteps: `[n]` integers t; for the floats of a flow matching loop `timestep_numbers(scheduler, timesteps)`.
         seed: one integer, or one per pair `[n]`.
         draw: number of the noise draw at that timestep.
 
     Returns:
         float32 `[n, *shape]` on the CPU.
+
+    Raises:
+        ValueError: timesteps are no integers, so a replay would draw other noise than the training did.
     """
-    steps = np.asarray(timesteps, dtype=np.int64)
+    given = np.asarray(timesteps)
+    if given.size and given.dtype.kind not in "iu":
+        raise ValueError(
+            f"draw_noise takes integer timesteps, got dtype {given.dtype}; a flow matching loop gives it "
+            "timestep_numbers(scheduler, timesteps)."
+        )
+    steps = given.astype(np.int64)
     seeds = np.broadcast_to(np.asarray(seed, dtype=np.int64), steps.shape)
     out = np.empty((len(steps), *shape), dtype=np.float32)
     for row, (sample, step, key) in enumerate(zip(ids, steps, seeds, strict=True)):

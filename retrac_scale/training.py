@@ -14,14 +14,15 @@ from torch import Tensor, distributed, nn
 
 from retrac_scale.checkpoints import StateDict
 from retrac_scale.gradients import ParameterFilter
-from retrac_scale.noising import is_flow, timestep_numbers
+from retrac_scale.noising import is_flow, noising_of, timestep_numbers
 from retrac_scale.projections import Projection
 from retrac_scale.record import IDS, NO_SEED, ROW, SampleRows, TrainingRecord, append, read_record, rows_file
 from retrac_scale.store import Dtype
 from retrac_scale.store.schema import Url, check_columns, check_ids
-from retrac_scale.task import Measure
+from retrac_scale.task import measure_name
 from retrac_scale.timesteps import check_timesteps
 from retrac_scale.training_sketches import SketchPlan, TrainingSketches, Visits
+from retrac_scale.weighting import Loss, Weighting, check_loss, check_weighting
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,9 @@ class TrainingRecorder:
             zeros, at timestep -1. Or "sum": all of them in one row, whose product with the checkpoint's weight is the
             sum of learning rate x gradient.
         share: of the optimizer steps that are sketched, chosen at random; a sum is scaled up accordingly.
-        measure: the loss in training, "mse" or "l1", that queries are to be measured with too.
+        measure: the loss in training that queries are to be measured with too: "mse", "l1", `Huber(delta)` or
+            `PseudoHuber(c)`.
+        weighting: of that loss over timesteps, as of a `DiffusionTask`.
         parameters: glob patterns or a predicate on names; None for all that require a gradient.
         dtype: how the store keeps rows.
     """
@@ -67,7 +70,8 @@ class TrainingRecorder:
         model: nn.Module | None = None,
         visits: Visits = 1,
         share: float = 1.0,
-        measure: Measure = "mse",
+        measure: Loss = "mse",
+        weighting: Weighting | None = None,
         parameters: ParameterFilter = None,
         dtype: Dtype = "int8",
     ) -> None:
@@ -89,7 +93,11 @@ class TrainingRecorder:
         if sketch is not None:
             if store is None or model is None:
                 raise ValueError("sketching while training needs store=, where to write, and model=, what is trained.")
-            plan = SketchPlan(sketch, store, visits, share, measure, parameters, dtype)
+            check_loss(measure)
+            if weighting is not None:
+                check_weighting(weighting, noising_of(scheduler, model), measure)
+            described = measure_name(measure, weighting)
+            plan = SketchPlan(sketch, store, visits, share, described, parameters, dtype)
             columns = check_columns(getattr(n_samples, "columns", None), self.n_samples)
             known = np.arange(self.n_samples) if self._ids is None else self._ids
             self._sketches = TrainingSketches(
@@ -137,7 +145,8 @@ class TrainingRecorder:
 
         Args:
             ids: samples of the batch, `[n]`.
-            timesteps: their diffusion timesteps, `[n]`.
+            timesteps: their diffusion timesteps, `[n]` integers t; in flow matching also `scheduler.timesteps[...]`,
+                which are floats.
             noise_seed: the seed given to `draw_noise` for this batch (0 or more), or None when the noise came from
                 elsewhere: a fresh draw then stands in for it, as in the paper's own code.
             lr: learning rate of the step.
@@ -164,6 +173,8 @@ class TrainingRecorder:
         steps = _on_host(timesteps)
         if steps.dtype.kind == "f" and is_flow(self._scheduler):
             steps = timestep_numbers(self._scheduler, torch.from_numpy(steps)).numpy()
+        if steps.dtype.kind not in "iu":
+            raise ValueError(f"timesteps of diffusion are integers, got dtype {steps.dtype}.")
         steps = steps.astype(np.int64)
         if steps.shape != samples.shape:
             raise ValueError(f"got {len(samples)} ids but timesteps of shape {steps.shape}; give one timestep per id.")

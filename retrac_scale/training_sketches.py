@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
-from retrac_scale.checkpoints import StateDict, weights_digest
+from retrac_scale.checkpoints import StateDict, adapter_scales, weights_digest
 from retrac_scale.gradients import ParameterFilter
 from retrac_scale.projections import Projection
 from retrac_scale.projections.live import LiveSketcher
@@ -49,7 +49,7 @@ class SketchPlan:
         visits: how many visits of each sample are kept per checkpoint, the last ones before it; or "sum": all of them,
             as one row whose product with the checkpoint's weight is the sum of learning rate x gradient.
         share: of the optimizer steps that are sketched, chosen at random; a sum is scaled up accordingly.
-        measure: name of the loss in training, "mse" or "l1", which queries are measured with too.
+        measure: the loss in training, by the name that a task with it gives, which queries are measured with too.
         parameters: glob patterns or a predicate on names; None for all that require a gradient.
         dtype: how rows are stored.
     """
@@ -195,7 +195,7 @@ class TrainingSketches:
         fingerprint = {
             "projection": plan.projection.spec(),
             "parameters": {key: list(shape) for key, shape in self.sketcher.shapes.items()},
-            "checkpoints": {name: weights_digest(weights)},
+            "checkpoints": {name: weights_digest(weights, adapter_scales(self.model))},
             "scheduler": scheduler_spec(self.scheduler),
             "measure": plan.measure,
             "autocast": None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -49,8 +49,9 @@ class SD3Weighting:
     Args:
         scheme: "sigma_sqrt" is s^-2, "cosmap" 2 / (pi (1 - 2 s + 2 s^2)); "none", "logit_normal" and "mode", which
             choose timesteps, weight none: `--weighting_scheme`.
-        precondition_outputs: the error is that of the clean sample, s times the velocity's, so that squares are
-            weighted by s^2 more: the default of train_dreambooth_sd3.py, absent from the examples of other models.
+        precondition_outputs: the error is that of the clean sample, s times the velocity's, so that its squares are
+            weighted by s^2 more, and nothing but squares can be: the default of train_dreambooth_sd3.py, absent from
+            the examples of other models.
     """
 
     scheme: Literal["none", "logit_normal", "mode", "sigma_sqrt", "cosmap"] = "none"
@@ -93,3 +94,20 @@ class PseudoHuber:
     def __call__(self, error: Tensor) -> Tensor:
         """Of every entry."""
         return 2 * self.c * ((error.square() + self.c**2).sqrt() - self.c)
+
+
+Loss = Literal["mse", "l1"] | Huber | PseudoHuber
+
+
+def check_loss(loss: Any) -> None:
+    """Raise ValueError unless it is a `Loss`."""
+    if not isinstance(loss, (Huber, PseudoHuber)) and loss not in ("mse", "l1"):
+        raise ValueError(f"the loss in training must be 'mse', 'l1', Huber() or PseudoHuber(), got {loss!r}.")
+
+
+def check_weighting(weighting: Weighting, noising: Diffusion | Flow, measure: Any) -> None:
+    """Raise ValueError if a weighting does not apply to losses of this noising, or to what is measured of the error."""
+    weighting(noising, torch.zeros(1, dtype=torch.int64))
+    absolute = measure == "l1" or isinstance(measure, (Huber, PseudoHuber))
+    if absolute and getattr(weighting, "precondition_outputs", False):
+        raise ValueError(f"precondition_outputs weights squared errors, not {measure}; use measure='mse'.")

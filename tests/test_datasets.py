@@ -139,6 +139,40 @@ def test_images_are_resized_and_cut_and_turned_grey_when_asked(tmp_path: Path) -
     assert (image(dataset[0]) == 1).all()
 
 
+def test_images_are_resized_and_cut_as_by_torchvisions_resize_and_center_crop(tmp_path: Path) -> None:
+    """Its sizes written out: the longer side is int(32 * 100 / 67) = 47, the cut begins at round(15 / 2) = 8."""
+    whole = Image.fromarray(np.random.default_rng(1).integers(0, 256, (67, 100, 3), dtype=np.uint8))
+    whole.save(tmp_path / "wide.png")
+    expected = np.asarray(whole.resize((47, 32), Image.Resampling.BILINEAR), dtype=np.float32)[:, 8:40] / 127.5 - 1
+    np.testing.assert_array_equal(image(ImageFiles([str(tmp_path)], size=32)[0]).transpose(1, 2, 0), expected)
+
+
+def test_photographs_stand_upright_as_hugging_face_decodes_them(tmp_path: Path) -> None:
+    hf = pytest.importorskip("datasets")
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the camera was turned by 90 degrees
+    Image.fromarray(RAW[0][:, :5]).save(tmp_path / "photograph.png", exif=turned)
+    dataset = hf.Dataset.from_dict({"image": [str(tmp_path / "photograph.png")]}).cast_column("image", hf.Image())
+    expected = np.asarray(dataset[0]["image"], dtype=np.float32) / 127.5 - 1
+    assert expected.shape == (5, 8, 3)
+    for found in (HuggingFace(dataset)[0], ImageFiles([str(tmp_path)])[0]):
+        np.testing.assert_array_equal(image(found).transpose(1, 2, 0), expected)
+
+
+def test_a_training_loops_transform_does_not_reach_the_images(tmp_path: Path) -> None:
+    plain = as_hugging_face(tmp_path, None)
+    hf = pytest.importorskip("datasets")
+    dataset = hf.Dataset.from_dict({"image": contents(None)}).cast_column("image", hf.Image())
+    transformed = HuggingFace(dataset.with_transform(lambda batch: {"pixel_values": batch["image"]}))
+    np.testing.assert_array_equal(image(transformed[1]), image(plain[1]))
+
+
+def test_pixels_of_more_than_8_bits_are_not_cut_off_but_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.full((8, 8), 40_000, dtype=np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(CorruptImageError, match=r"deep\.png.*more than 8 bits"):
+        ImageFiles([str(tmp_path)], 1)[0]
+
+
 @pytest.mark.parametrize("kind", ["numpy", "npy", "zarr"])
 def test_arrays_of_any_layout_give_images(tmp_path: Path, kind: str) -> None:
     expected = RAW.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1
@@ -204,6 +238,10 @@ def test_bad_sources_are_refused_with_their_names(tmp_path: Path) -> None:
         Parquet([shard])
     with pytest.raises(ValueError, match=r"0\.parquet has no column 'picture'; it has \['image', 'name'"):
         Parquet([table], "picture")
+    with pytest.raises(ValueError, match="Parquet got no files"):
+        Parquet([])
+    with pytest.raises(ValueError, match="TarShards got no shards"):
+        TarShards([])
     hf = pytest.importorskip("datasets")
     with pytest.raises(ValueError, match="the dataset is streamed"):
         HuggingFace(hf.Dataset.from_dict({"image": [1]}).to_iterable_dataset())

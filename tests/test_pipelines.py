@@ -25,6 +25,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UniPCMultistepScheduler,
     WanPipeline,
@@ -37,6 +38,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import retrac_scale as rs
+from retrac_scale.encoding import Encoder
 from tests.conftest import tiny_unet
 
 SAMPLES, STEPS = 5, 2
@@ -342,6 +344,90 @@ def test_a_flow_matching_video_transformer(tmp_path: Path) -> None:
     trained_and_asked(task, dataset)
 
 
+def test_stores_of_another_vae_text_encoder_or_frozen_unet_do_not_mix(tmp_path: Path) -> None:
+    dataset = captioned(pixels(3, 16, 16))
+    tasks = []
+    for name in ("one", "other"):
+        torch.manual_seed(0)
+        stable_diffusion(tmp_path / name)
+        tasks.append(rs.DiffusionTask.from_pretrained(tmp_path / name))
+    one, other = tasks
+    options: Any = {"timesteps": rs.Explicit([50]), "progress": False, "batch_size": 4}
+    options["checkpoints"] = {"last": dict(one.model.state_dict())}
+    path = tmp_path / "store.zarr"
+    store = rs.sketch(one, dataset, path, projection=rs.CountSketch(8), **options)
+    rs.sketch(other, dataset, None, like=store, **options)  # another folder, the same weights
+    encoded = rs.encode(one, dataset, tmp_path / "encoded.zarr", progress=False)
+    assert other.encoder is not None
+    text_encoder = other.encoder.pipeline.text_encoder
+    with torch.no_grad():
+        next(text_encoder.parameters()).add_(1)
+    other = rs.DiffusionTask(other.model, other.scheduler, encoder=Encoder(other.encoder.pipeline))
+    with pytest.raises(ValueError, match=r"frozen\.text_encoder is"):
+        rs.sketch(other, dataset, None, like=store, **options)
+    with pytest.raises(ValueError, match=r"frozen\.text_encoder is"):
+        rs.sketch(other, dataset, path, projection=rs.CountSketch(8), **options)
+    with pytest.raises(ValueError, match="encoded from other samples or by another pipeline"):
+        rs.encode(other, dataset, tmp_path / "encoded.zarr", progress=False)
+    rs.sketch(other, encoded, None, like=store, **options)  # latents and embeddings are those of the one
+    rs.sketch(rs.DiffusionTask(other.model, other.scheduler), encoded, None, like=store, **options)
+
+
+def test_the_scale_of_latents_and_of_adapters_is_part_of_what_was_measured() -> None:
+    class Pipeline:
+        def __init__(self, factor: float) -> None:
+            torch.manual_seed(0)
+            model = vae()
+            model.register_to_config(scaling_factor=factor)
+            self.vae, self.components = model, {"vae": model}
+
+    assert Encoder(Pipeline(0.5)).digests == Encoder(Pipeline(0.5)).digests != Encoder(Pipeline(0.2)).digests
+
+    def adapted(alpha: float) -> str:
+        torch.manual_seed(0)
+        model = unet()
+        model.add_adapter(LoraConfig(r=2, lora_alpha=alpha, target_modules=["to_q"], init_lora_weights=False))
+        return rs.DiffusionTask(model, DDPMScheduler(**BETAS)).load("last", model.state_dict())
+
+    assert adapted(2) == adapted(2) != adapted(8)
+
+
+def test_a_frozen_unet_is_part_of_what_a_controlnet_was_measured_with() -> None:
+    torch.manual_seed(0)
+    beside, changed = unet(), unet()
+    controlnet = ControlNetModel.from_unet(beside, conditioning_embedding_out_channels=(8, 8))
+    tasks = [rs.DiffusionTask(controlnet, DDPMScheduler(**BETAS), call=rs.ThroughUNet(u)) for u in (beside, changed)]
+    assert tasks[0].frozen != tasks[1].frozen
+
+
+def test_encoding_leaves_alone_what_is_no_encoded_dataset(tmp_path: Path) -> None:
+    store = rs.write_store(tmp_path / "store", {"last": np.ones((2, 1, 4), np.float32)})
+    task = rs.DiffusionTask(tiny_unet(), DDPMScheduler(**BETAS))
+    with pytest.raises(ValueError, match="no encoded dataset"):
+        rs.encode(task, Items(pixels(1, 8, 8)), tmp_path / "store", progress=False)
+    assert rs.open_store(tmp_path / "store").shape == store.shape
+
+
+def test_sdxl_is_told_the_size_of_pixels_whether_they_come_encoded_or_not() -> None:
+    denoiser = unet(
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=56
+    )
+    pipeline = StableDiffusionXLPipeline(
+        vae=vae(),
+        text_encoder=text_encoder(),
+        text_encoder_2=text_encoder(CLIPTextModelWithProjection),
+        tokenizer=tokenizer(),
+        tokenizer_2=tokenizer(),
+        unet=denoiser,
+        scheduler=DDPMScheduler(**BETAS),
+    )
+    task = rs.DiffusionTask(denoiser, pipeline.scheduler, encoder=Encoder(pipeline))
+    latents, told = task.check_item(0, {"pixel_values": pixels(3, 16, 16)[0], "text": "a cat"})
+    _, again = task.check_item(0, {"latents": latents, "text": "a cat"})
+    assert told["added_cond_kwargs.time_ids"].tolist() == [16, 16, 0, 0, 16, 16]
+    assert torch.equal(again["added_cond_kwargs.time_ids"], told["added_cond_kwargs.time_ids"])
+
+
 LAYOUTS: dict[str, Callable[[Any, Path], None]] = {
     "unet": lambda model, folder: model.save_pretrained(folder / "unet"),
     "safetensors": lambda model, folder: save_file(model.state_dict(), folder / "model.safetensors"),
@@ -381,6 +467,9 @@ def test_what_cannot_be_loaded_is_refused_with_what_to_do(tmp_path: Path) -> Non
     task = rs.DiffusionTask(tiny_unet(), DDPMScheduler(**BETAS))
     (tmp_path / "checkpoint-1/pytorch_model_fsdp_0").mkdir(parents=True)
     with pytest.raises(ValueError, match="accelerate merge-weights"):
+        rs.find_checkpoints(tmp_path)
+    (tmp_path / "epoch-1").mkdir()
+    with pytest.raises(ValueError, match="holds both"):
         rs.find_checkpoints(tmp_path)
     with pytest.raises(ValueError, match=r"from_pretrained\(\.\.\., lora=file\)"):
         task.load("lora", {"unet.mid_block.to_q.lora_A.weight": torch.zeros(1)})

@@ -279,3 +279,16 @@ def test_activation_checkpointing_gives_the_same_sketches(tmp_path: Path) -> Non
         recorder.checkpoint("a")
         found.append(rs.open_store(folder / "s.zarr").sketches("a"))
     assert np.linalg.norm(found[1] - found[0]) <= 1e-5 * np.linalg.norm(found[0])
+
+
+def test_the_loss_and_its_weighting_are_part_of_what_was_measured(tmp_path: Path) -> None:
+    model = SmallDenoiser()
+    options: Any = {"sketch": rs.CountSketch(8), "model": model, "measure": rs.Huber(), "weighting": rs.MinSNR()}
+    recorder = rs.TrainingRecorder(tmp_path / "run", N, SCHEDULER, store=tmp_path / "store", **options)
+    train(model, recorder, 0, 2)
+    recorder.checkpoint("last")
+    task = rs.DiffusionTask(model, SCHEDULER, measure=rs.Huber(), weighting=rs.MinSNR())
+    assert rs.open_store(tmp_path / "store").fingerprint["measure"] == task.measure
+    for wrong in ({"measure": "mean_output"}, {"measure": "huber"}, {"weighting": rs.SD3Weighting()}):
+        with pytest.raises(ValueError, match=r"the loss in training must be|not of diffusion"):
+            rs.TrainingRecorder(tmp_path / "other", N, SCHEDULER, store=tmp_path / "new", **{**options, **wrong})

@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    CogVideoXDDIMScheduler,
+    CogVideoXTransformer3DModel,
     DDPMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
     UniPCMultistepScheduler,
 )
 from diffusers.training_utils import compute_loss_weighting_for_sd3, compute_snr
@@ -21,6 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import retrac_scale as rs
+from retrac_scale.calling import call_model
+from retrac_scale.sketching import scheduler_spec
+from retrac_scale.tasks import FailedTasksError
 from tests.conftest import random_images, tiny_dit, tiny_unet
 
 N = 3
@@ -168,6 +175,13 @@ def test_a_flow_matching_loops_timesteps_are_recorded_as_integers(tmp_path: Path
     assert rs.Recorded(tmp_path).pairs("last", np.arange(3), 100).timesteps.flatten().tolist() == [99, 59, 0]
 
 
+def test_timesteps_that_a_replay_could_not_tell_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="draw_noise takes integer timesteps, got dtype float32"):
+        rs.draw_noise((2,), [0], FlowMatchEulerDiscreteScheduler(100, shift=3.0).timesteps[:1], 0)
+    with pytest.raises(ValueError, match="timesteps of diffusion are integers"):
+        rs.TrainingRecorder(tmp_path, 3, ddpm()).step([0], torch.tensor([3.7]), None, 0.1)
+
+
 def test_huber_losses_equal_torchs_and_the_scheduled_huber_examples() -> None:
     """examples/research_projects/scheduled_huber_loss_training of diffusers, `--loss_type huber`, constant schedule."""
     error, _ = diffusion_reference(ddpm(), "epsilon")
@@ -213,11 +227,65 @@ def test_flux_is_called_as_its_example_calls_it() -> None:
     torch.testing.assert_close(found, (prediction - (noise - latents)).square().flatten(1).mean(1), rtol=1e-5, atol=0)
 
 
+def test_ltx_is_called_as_its_pipeline_calls_it() -> None:
+    torch.manual_seed(0)
+    model = LTXVideoTransformer3DModel(
+        in_channels=2,
+        out_channels=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        num_layers=1,
+        caption_channels=8,
+    ).eval()
+    noisy, times, text = torch.randn(2, 2, 2, 3, 4), torch.tensor([300.0, 7.0]), torch.randn(2, 5, 8)
+    given = {"encoder_hidden_states": text, "encoder_attention_mask": torch.ones(2, 5)}
+    found = call_model(model, noisy, times, given)
+    tokens = LTXPipeline._pack_latents(noisy)
+    scale = (8 / 25, 32, 32)  # temporal compression / frame rate, spatial compression
+    expected = model(tokens, timestep=times, num_frames=2, height=3, width=4, rope_interpolation_scale=scale, **given)[
+        0
+    ]
+    torch.testing.assert_close(found, LTXPipeline._unpack_latents(expected, 2, 3, 4), rtol=1e-5, atol=1e-6)
+
+
+def test_models_are_not_called_without_the_rotary_embeddings_that_their_pipelines_give_them() -> None:
+    options: dict[str, Any] = {
+        "num_attention_heads": 1,
+        "attention_head_dim": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "time_embed_dim": 2,
+        "text_embed_dim": 8,
+        "num_layers": 1,
+        "sample_width": 4,
+        "sample_height": 4,
+        "sample_frames": 5,
+        "max_text_seq_length": 4,
+    }
+    videos, text = torch.randn(1, 2, 4, 4, 4), {"encoder_hidden_states": torch.randn(1, 4, 8)}
+    for rotary in (False, True):
+        model = CogVideoXTransformer3DModel(**options, use_rotary_positional_embeddings=rotary)
+        task = rs.DiffusionTask(model, ddpm("v_prediction"))
+        if rotary:
+            with pytest.raises(
+                ValueError, match=r"told of positions by image_rotary_emb=.*DiffusionTask\(call=\.\.\.\)"
+            ):
+                task.losses(videos, torch.tensor([3]), torch.randn_like(videos), text)
+        else:
+            assert task.losses(videos, torch.tensor([3]), torch.randn_like(videos), text).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("options", "scheduler", "message"),
     [
         ({"weighting": rs.MinSNR()}, FlowMatchEulerDiscreteScheduler(), "not of flow matching"),
         ({"weighting": rs.SD3Weighting()}, DDPMScheduler(), "not of diffusion"),
+        (
+            {"measure": "l1", "weighting": rs.SD3Weighting(precondition_outputs=True)},
+            FlowMatchEulerDiscreteScheduler(),
+            "weights squared errors, not l1",
+        ),
         ({"measure": "l3"}, DDPMScheduler(), r"one of \('mse', 'l1'"),
         ({}, DDPMScheduler(prediction_type="x"), "prediction_type 'x' is none of"),
     ],
@@ -242,3 +310,40 @@ def test_labels_and_images_of_an_item_reach_the_model() -> None:
     assert torch.equal(image, IMAGES[0])
     assert int(given["class_labels"]) == 3
     assert copy.deepcopy(rs.DiffusionTask(tiny_unet(), ddpm())).check_item(0, (IMAGES[0], 3))[1] == {}
+
+
+class Labelled(Linear):
+    """A model of one's own that takes labels, and none if it is given none."""
+
+    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        prediction = super().forward(sample, timestep)
+        return prediction if class_labels is None else prediction + class_labels[:, None, None, None]
+
+
+def test_labels_reach_models_that_are_not_of_diffusers() -> None:
+    labels = torch.arange(N)
+    task = rs.DiffusionTask(Labelled(), ddpm())
+    given = [task.check_item(row, (IMAGES[row], row))[1] for row in range(N)]
+    assert [int(conditioning["class_labels"]) for conditioning in given] == labels.tolist()
+    assert rs.DiffusionTask(Linear(), ddpm()).check_item(0, (IMAGES[0], 3))[1] == {}
+    called = rs.DiffusionTask(Linear(), ddpm(), call=lambda model, noisy, times, given: model(noisy, times))
+    assert int(called.check_item(0, (IMAGES[0], 3))[1]["class_labels"]) == 3
+
+
+def test_schedulers_with_other_noise_levels_are_told_apart() -> None:
+    tables = [np.linspace(1e-4, high, 100).tolist() for high in (0.02, 0.1)]
+    first, second = (scheduler_spec(DDPMScheduler(100, trained_betas=betas)) for betas in tables)
+    assert first != second
+    shifted, plain = (scheduler_spec(CogVideoXDDIMScheduler(snr_shift_scale=scale)) for scale in (3.0, 1.0))
+    assert shifted != plain
+
+
+def test_items_that_bring_no_numbers_or_not_all_the_same_are_named() -> None:
+    task = rs.DiffusionTask(Labelled(), ddpm())
+    for value in ("birds/1.png", None):
+        with pytest.raises(ValueError, match=r"item 0 gives a .* for 'path', where the model takes numbers"):
+            task.check_item(0, {"image": IMAGES[0], "path": value})
+    items = [{"image": IMAGES[0]}, {"image": IMAGES[1], "label": 1}]
+    options: Any = {"checkpoints": {"last": dict(task.model.state_dict())}, "timesteps": rs.Explicit([5])}
+    with pytest.raises(FailedTasksError, match=r"sample 1 brings \['class_labels'\] and sample 0 \[\]"):
+        rs.sketch(task, items, None, projection=rs.Identity(), batch_size=2, progress=False, **options)

@@ -134,15 +134,27 @@ def pixels(image: Any, channels: int, size: int | None) -> Tensor:
     """
     if isinstance(image, bytes):
         with Image.open(BytesIO(image)) as opened:
-            return pixels(opened, channels, size)
+            return pixels(ImageOps.exif_transpose(opened), channels, size)  # upright, as diffusers' examples have it
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8:
             raise ValueError(f"an image array has dtype {image.dtype}; give uint8.")
         image = Image.fromarray(image.squeeze(2) if image.ndim == 3 and image.shape[2] == 1 else image)
     if not isinstance(image, Image.Image):
         raise ValueError(f"there is a {type(image).__name__} where an image should be")
+    if image.mode.startswith(("I", "F")):  # Pillow would cut off what is above 255
+        raise ValueError(
+            f"it has pixels of more than 8 bits (mode {image.mode}); convert it, or give an array of floats"
+        )
     image = image.convert("L" if channels == 1 else "RGB")
     if size is not None:
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+        image = _middle_square(image, size)
     values = torch.from_numpy(np.asarray(image, dtype=np.float32))
     return values.reshape(*values.shape[:2], channels).permute(2, 0, 1) / 127.5 - 1
+
+
+def _middle_square(image: Image.Image, size: int) -> Image.Image:
+    """torchvision's Resize(size) and CenterCrop(size), to the pixel."""
+    width, height = (size * side // min(image.size) for side in image.size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    resized = image.resize((width, height), Image.Resampling.BILINEAR)
+    return resized.crop((left, top, left + size, top + size))

@@ -43,7 +43,7 @@ class HuggingFace(ImageDataset):
         missing = [name for name in names if name not in dataset.column_names]
         if missing:
             raise ValueError(f"the dataset has no column {missing[0]!r}; it has {dataset.column_names}.")
-        self._images = dataset.select_columns([image])
+        self._images = dataset.select_columns([image]).with_format(None)  # a training loop's transform is its own
         if isinstance(dataset.features[image], datasets.Image):
             self._images = self._images.cast_column(image, datasets.Image(decode=False))
         self._image_column = image

@@ -42,6 +42,8 @@ class Parquet(ImageDataset):
         size: int | None = None,
         corrupt: Corrupt = "raise",
     ) -> None:
+        if not paths:
+            raise ValueError("Parquet got no files.")
         self._column = image
         self._groups: list[tuple[str, int]] = []
         sizes: list[int] = []

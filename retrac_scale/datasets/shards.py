@@ -50,6 +50,8 @@ class TarShards(ImageDataset):
         size: int | None = None,
         corrupt: Corrupt = "raise",
     ) -> None:
+        if not shards:
+            raise ValueError("TarShards got no shards.")
         samples: list[tuple[str, dict[str, _Place]]] = []
         for shard in map(str, shards):
             samples += _samples(shard)

@@ -7,7 +7,7 @@ from typing import Any
 
 from retrac_scale.store.schema import differences
 
-COMPARED = ("projection", "parameters", "checkpoints", "measure", "scheduler")
+COMPARED = ("projection", "parameters", "checkpoints", "measure", "scheduler", "frozen")
 
 
 def check_compatible(
@@ -18,7 +18,7 @@ def check_compatible(
     Raises:
         ValueError: they were sketched otherwise; says which field differs and what to do.
     """
-    found = differences({k: train.get(k) for k in COMPARED}, {k: queries.get(k) for k in COMPARED})
+    found = differences(*of_both({k: train.get(k) for k in COMPARED}, {k: queries.get(k) for k in COMPARED}))
     if not found and set(train_checkpoints) != set(query_checkpoints):
         found = [f"checkpoints are {train_checkpoints} there and {query_checkpoints} here"]
     if found:
@@ -26,3 +26,13 @@ def check_compatible(
             f"the queries do not fit the training sketches: {'; '.join(found)}; "
             "sketch the queries with like=store and the same checkpoints."
         )
+
+
+def of_both(train: Mapping[str, Any], queries: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fingerprints with those frozen parts that both name: latents and embeddings may come without an encoder."""
+    left, right = train.get("frozen") or {}, queries.get("frozen") or {}
+    names = left.keys() & right.keys()
+    return (
+        {**train, "frozen": {name: left[name] for name in names}},
+        {**queries, "frozen": {name: right[name] for name in names}},
+    )
