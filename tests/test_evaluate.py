@@ -22,6 +22,8 @@ def test_unique_fraction_counts_the_union_of_all_lists() -> None:
 def test_hubs_stand_in_at_least_their_share_of_the_lists() -> None:
     assert [evaluate.hubs(LISTS, share) for share in (0.25, 0.5, 0.75, 1)] == [4, 2, 1, 1]
     assert evaluate.largest_share(LISTS) == 1
+    seven_of_a_hundred = np.array([[0]] * 7 + [[row] for row in range(1, 94)])
+    assert evaluate.hubs(seven_of_a_hundred, 0.07) == 1  # 0.07 x 100 is more than 7 in floats
     with pytest.raises(ValueError, match=r"share is a part of the lists.*got 0"):
         evaluate.hubs(LISTS, 0)
 
