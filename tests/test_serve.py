@@ -31,10 +31,12 @@ from starlette.testclient import TestClient
 import retrac_scale as rs
 from retrac_scale.cli import main
 from retrac_scale.query import Question
+from retrac_scale.report.content import ranked
 from retrac_scale.serve import Limits, create_app
 from retrac_scale.serve.batcher import Batcher
 from retrac_scale.serve.library import Asked, Library
 from retrac_scale.serve.server import is_local
+from retrac_scale.serve.uploads import read_upload
 from tests.served import QUERIES, SAMPLES, build, running
 
 LIMITS = Limits(upload_bytes=20_000, pixels=10_000, k=20, ids=4, kept_uploads=2)
@@ -115,6 +117,33 @@ def test_an_uploaded_image_is_answered_as_if_sketched_here(client: TestClient, l
     assert parts["score"] == pytest.approx(best["score"], rel=1e-3)
     other = client.post("/api/upload", files={"file": png((20, 30))}).json()["queries"][0]
     assert other["note"] == "cropped and resized from 20 x 30 to 8 x 8"
+
+
+def test_an_upload_is_answered_however_many_came_after_it(library: Library) -> None:
+    few = Library(library.indexes, library.pictures, measured=library.measured, kept_uploads=1)
+    first, second = (few.upload(read_upload(png(size), few.image_shape, LIMITS)) for size in ((8, 8), (9, 9)))
+    question = Question(2, "both", None, None, "sum", False)
+    for asked in (first, second):
+        few.check(asked)
+        answer = few.ask("TracIn", [asked], question)
+        (query,) = few.fragment([asked], {"TracIn": ranked(answer)})["queries"]
+        assert query["picture"].startswith("data:image/png")
+    with pytest.raises(ValueError, match="among the uploads"):
+        few.check(Asked("uploads", first.id))  # but only the last can still be asked for by its key
+
+
+def test_a_scan_waits_for_one_other_computation_at_most(library: Library) -> None:
+    async def ask_amid_others() -> list[str]:
+        batcher = Batcher(library, 16)
+        others = [asyncio.create_task(batcher.run(time.sleep, 0.05)) for _ in range(10)]
+        await asyncio.sleep(0.01)
+        await batcher.ask("TracIn", Asked("queries", "0"), Question(2, "both", None, None, "sum", False))
+        done = [str(other.done()) for other in others]
+        await asyncio.gather(*others)
+        await batcher.close()
+        return done
+
+    assert asyncio.run(ask_amid_others()).count("True") <= 2
 
 
 def bomb() -> bytes:
