@@ -35,7 +35,7 @@ from retrac_scale.report.content import ranked
 from retrac_scale.serve import Limits, create_app
 from retrac_scale.serve.batcher import Batcher
 from retrac_scale.serve.library import Asked, Library
-from retrac_scale.serve.server import is_local
+from retrac_scale.serve.server import LOCAL_NAMES, is_local
 from retrac_scale.serve.uploads import read_upload
 from tests.served import QUERIES, SAMPLES, build, running
 
@@ -190,6 +190,7 @@ def test_bad_uploads_are_refused(client: TestClient, content: bytes, status: int
         ("explain", {"source": "queries", "id": "0", "sample": "x", "index": "TracIn"}, "no training sample 'x'"),
         ("explain", {"source": "uploads", "id": "0", "sample": "0", "index": "TracIn"}, "no '0' among the uploads"),
         ("groups", {"source": "queries", "id": "0", "column": "licence"}, "no column"),
+        ("groups", {"source": "queries", "id": "0", "column": "year"}, "'year' is no column that puts"),
     ],
 )
 def test_wrong_questions_are_told_what_is_wrong(client: TestClient, path: str, body: Any, why: str) -> None:
@@ -234,8 +235,8 @@ def test_the_token_opens_all_but_the_empty_page(library: Library) -> None:
             assert client.get(path).status_code == 401
             assert client.get(path, headers={"authorization": "Bearer s3cre"}).status_code == 401
             assert client.get(path, headers={"authorization": "Bearer s3cret"}).status_code == 200
-    with pytest.raises(ValueError, match="token is empty"), TestClient(create_app(library, token="")):
-        pass
+    with pytest.raises(ValueError, match="token is empty"):  # before a server runs, which would go on without it
+        create_app(library, token="")
 
 
 def test_other_sites_and_other_names_are_kept_out(library: Library) -> None:
@@ -245,6 +246,9 @@ def test_other_sites_and_other_names_are_kept_out(library: Library) -> None:
         assert client.post("/api/query", json=ask, headers={"sec-fetch-site": "cross-site"}).status_code == 403
         assert client.get("/health", headers={"host": "evil.example"}).status_code == 400
         assert client.get("/").headers["x-frame-options"] == "DENY"
+    with TestClient(create_app(library, hosts=LOCAL_NAMES)) as client:
+        for host in ("localhost:8000", "127.0.0.1", "[::1]:8000"):
+            assert client.get("/health", headers={"host": host}).status_code == 200
 
 
 def test_more_requests_than_allowed_are_told_to_come_again(library: Library) -> None:

@@ -117,7 +117,12 @@ def create_app(
         token: what clients must send as `Authorization: Bearer TOKEN`; None lets everybody in.
         limits: how much is taken on.
         hosts: names under which the service may be asked, against DNS rebinding; None for any.
+
+    Raises:
+        ValueError: the token is empty.
     """
+    if token == "":
+        raise ValueError("the token is empty, so that anybody could send it.")
     registry = prometheus.CollectorRegistry()
     requests = prometheus.Counter("requests", "Requests answered.", ["route", "status"], registry=registry)
     seconds = prometheus.Histogram("request_seconds", "Time to the answer.", ["route"], registry=registry)
@@ -243,6 +248,9 @@ def create_app(
     async def groups(ask: Groups) -> Json:
         asked = Asked(ask.source, ask.id)
         check(ask.k, [asked], [])
+        if ask.column not in about["group_columns"]:  # as many groups as samples would be a table of all scores
+            known = ", ".join(about["group_columns"]) or "none"
+            raise ValueError(f"{ask.column!r} is no column that puts samples together; there are: {known}.")
         own = ask.source == "training"
 
         def question(index: Index) -> Question:
