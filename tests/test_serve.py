@@ -32,6 +32,7 @@ import retrac_scale as rs
 from retrac_scale.cli import main
 from retrac_scale.query import Question
 from retrac_scale.report.content import ranked
+from retrac_scale.report.pictures import PictureFiles, Pictures
 from retrac_scale.serve import Limits, create_app
 from retrac_scale.serve.batcher import Batcher
 from retrac_scale.serve.library import Asked, Library
@@ -264,6 +265,30 @@ def test_without_a_model_uploads_are_not_served(library: Library) -> None:
     with TestClient(create_app(plain)) as client:
         assert client.post("/api/upload", files={"file": png()}).status_code == 404
         assert client.get("/api/about").json()["uploads"] is False
+
+
+def test_indexes_of_other_samples_are_not_served_together(library: Library) -> None:
+    sketches = {"final": np.random.default_rng(0).standard_normal((5, 2, 128))}
+    other = rs.build_index(rs.write_store(None, sketches), rs.TracIn(), None)
+    with pytest.raises(ValueError, match="other holds other samples than TracIn"):
+        Library({"TracIn": library.indexes["TracIn"], "other": other}, library.pictures)
+
+
+def test_files_that_are_gone_or_damaged_are_no_crash_and_deleted_samples_not_offered(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    ids = [str(tmp_path / f"{number}.png") for number in range(4)]
+    store = rs.write_store(tmp_path / "s", {"c": rng.standard_normal((4, 1, 8))}, ids=ids)
+    store.delete(ids[:1])
+    index = rs.build_index(store, rs.TracIn(), tmp_path / "i")
+    small = Library({"TracIn": index}, Pictures(PictureFiles(ids[1:]), index.ids, []))
+    with TestClient(create_app(small), raise_server_exceptions=False) as client:
+        assert client.get("/api/ids", params={"source": "training"}).json()["ids"] == ids[1:]
+        ask = {"source": "training", "ids": [ids[1]], "k": 2}
+        for content in (None, b"not a picture"):
+            if content is not None:
+                Path(ids[1]).write_bytes(content)
+            response = client.post("/api/query", json=ask)
+            assert (response.status_code, ids[1] in response.json()["detail"]) == (503, True)
 
 
 def test_ids_can_be_searched_and_metrics_count(client: TestClient) -> None:

@@ -27,6 +27,7 @@ from retrac_scale.serve.guard import Guard
 from retrac_scale.serve.library import Asked, Library
 from retrac_scale.serve.limits import Limits
 from retrac_scale.serve.uploads import read_upload
+from retrac_scale.store import DamagedStoreError
 from retrac_scale.where import LONGEST
 
 Json = dict[str, Any]
@@ -96,7 +97,7 @@ REFUSALS: dict[int | str, Any] = {
         408: "the body did not arrive in time",
         413: "the body is too large",
         422: "something asked for does not exist or is not allowed; says what",
-        503: "too many requests at a time, or the store has changed since the index was built",
+        503: "too many requests at a time, or a store, index or picture has changed or is damaged",
     }.items()
 }
 
@@ -166,7 +167,9 @@ def create_app(
         return Plain({"detail": str(error)}, 422)
 
     @app.exception_handler(StaleIndexError)
-    async def stale(_: Request, error: StaleIndexError) -> Plain:
+    @app.exception_handler(DamagedStoreError)
+    @app.exception_handler(OSError)
+    async def lost(_: Request, error: Exception) -> Plain:
         return Plain({"detail": str(error)}, 503)
 
     @app.exception_handler(RequestValidationError)

@@ -13,7 +13,7 @@ import numpy as np
 from retrac_scale.index import Index
 from retrac_scale.query import Question, TopK, answer_rows
 from retrac_scale.report import Pictures, norm_curve
-from retrac_scale.report.content import Json, Rows, curve_of, explained, group_columns, plain
+from retrac_scale.report.content import Json, Rows, check_same_samples, curve_of, explained, group_columns, plain
 from retrac_scale.report.pictures import data_uri
 from retrac_scale.samples import Samples, take
 from retrac_scale.scan import Bools
@@ -48,7 +48,8 @@ class Library:
         kept_uploads: how many uploads are remembered.
 
     Raises:
-        ValueError: the queries do not fit an index, or uploads cannot be sketched like its store.
+        ValueError: the indexes hold other samples, the queries fit one badly, or uploads cannot be sketched like its
+            store.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Library:
         kept_uploads: int = 64,
     ) -> None:
         self.indexes, self.pictures, self.queries, self.measured = dict(indexes), pictures, queries, measured
+        check_same_samples(self.indexes)
         first = next(iter(self.indexes.values()))
         self.store = first.check_store()
         if measured is not None and (self.store is None or "scheduler" not in self.store.fingerprint):
@@ -72,7 +74,10 @@ class Library:
         if queries is not None:
             self._places["queries"] = {str(name): place for place, name in enumerate(queries.ids.tolist())}
             self._asked = {name: index.query_rows(queries) for name, index in self.indexes.items()}
-        self._stored = {} if self.store is None else {str(x): place for place, x in enumerate(self.store.ids.tolist())}
+        self._stored: dict[str, int] = {}
+        if self.store is not None:
+            names = self.store.ids.tolist()
+            self._stored = {str(names[place]): place for place in np.flatnonzero(self.store.alive).tolist()}
         self._uploads: OrderedDict[str, tuple[Upload, SketchStore]] = OrderedDict()
         self._kept_uploads = kept_uploads
         self._training_rows = lru_cache(CACHED_ROWS)(self._read_training_rows)
