@@ -1,12 +1,14 @@
 # make demo    set up, then train, sketch, index, query and report on real digits (into demo/)
 # make test    set up, then run the tests
 # make check   set up, then formatting, lint and types
+# make docs    set up, then build the documentation (into site/)
+# make notebooks   run the notebooks anew and keep what they print
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: demo test check format clean
+.PHONY: demo test check docs notebooks format clean
 
 demo: $(STAMP)
 	$(BIN)/retrac-scale demo
@@ -19,14 +21,20 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict --quiet
+
+notebooks: $(STAMP)
+	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
+
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,docs]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info
+	rm -rf $(VENV) demo build site *.egg-info

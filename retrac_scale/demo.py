@@ -112,6 +112,7 @@ def train(model: UNet2DModel, scheduler: Any, scans: Scans, folder: Path) -> dic
             optimizer.load_state_dict(state["optimizer"])
             first = int(name.removeprefix("epoch-")) + 1
     recorder = TrainingRecorder(folder / "recorded", len(scans), scheduler)
+    recorder.restart(f"epoch-{first - 1:02d}" if first > 1 else 0)
     n_batches = -(-len(scans) // BATCH)
     model.train()
     with tqdm(total=EPOCHS * len(scans), initial=(first - 1) * len(scans), unit="image", desc="train") as bar:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import dask
 import numpy as np
 import numpy.typing as npt
 
@@ -16,7 +15,7 @@ from retrac_scale.store import SketchStore, open_store
 from retrac_scale.store.compatibility import check_compatible
 from retrac_scale.store.encoding import Float32
 from retrac_scale.store.schema import Url
-from retrac_scale.tasks import compute
+from retrac_scale.tasks import Task, results
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -51,31 +50,26 @@ def self_influence(
     measure = store.fingerprint.get("measure")
     left: SketchStore | Url = store if client is None else store.url
     right = None if queries is None else queries if client is None else queries.url
-    one = dask.delayed(_self_influence_of_block, name="self-influence", pure=False)
-    measure = store.fingerprint.get("measure")
     ridges = fit(store, estimator, np.flatnonzero(store.alive), client)
-    shared: Any = ridges if client is None or not ridges else client.scatter(ridges, broadcast=True, hash=False)
-    parts = compute([one(left, right, measure, estimator, samples, shared) for samples in store.blocks], client)
+    tasks = [Task(f"self-influence-samples-{block.start}-{block.stop}", (block,)) for block in store.blocks]
+    parts = results(_self_influence_of_block, tasks, client, shared=(left, right, measure, estimator, ridges))
     values: Float32 = np.concatenate(parts).astype(np.float32)
     values[store.deleted if queries is None else store.deleted | queries.deleted] = np.nan
     return np.square(values) if estimator.squared else values
 
 
 def _self_influence_of_block(
-    store: SketchStore | Url,
-    queries: SketchStore | Url | None,
-    measure: str | None,
-    estimator: Estimator,
+    common: tuple[SketchStore | Url, SketchStore | Url | None, str | None, Estimator, Mapping[str, Ridge]],
     samples: slice,
-    ridges: Mapping[str, Ridge],
 ) -> npt.NDArray[np.float64]:
-    store = store if isinstance(store, SketchStore) else open_store(store, measure=measure)
-    queries = queries if queries is None or isinstance(queries, SketchStore) else open_store(queries, measure=measure)
+    left, right, measure, estimator, ridges = common
+    store = left if isinstance(left, SketchStore) else open_store(left, measure=measure)
+    queries = right if right is None or isinstance(right, SketchStore) else open_store(right, measure=measure)
     total = np.zeros(samples.stop - samples.start)
     for checkpoint, weight in store.weights.items():
         ridge = ridges.get(checkpoint)
-        left = estimator.train_rows(store, checkpoint, samples, ridge)
+        rows = estimator.train_rows(store, checkpoint, samples, ridge)
         alike = queries is None and ridge is None
-        right = left if alike else estimator.rows(queries or store, checkpoint, samples)
-        total += weight * np.einsum("nk,nk->n", left, right, dtype=np.float64)
+        other = rows if alike else estimator.rows(queries or store, checkpoint, samples)
+        total += weight * np.einsum("nk,nk->n", rows, other, dtype=np.float64)
     return total

@@ -8,7 +8,6 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-import dask
 import numpy as np
 import numpy.typing as npt
 import zarr
@@ -36,7 +35,7 @@ from retrac_scale.store.schema import (
     read_ids,
     zarr_location,
 )
-from retrac_scale.tasks import compute
+from retrac_scale.tasks import Task, results
 
 if TYPE_CHECKING:
     import dask.array
@@ -340,15 +339,14 @@ def build_index(
         _write_list(columns, name, values[kept])
     source: SketchStore | Url = store if client is None else store.url
     target: zarr.Group | Url = root if client is None else out
-    one = dask.delayed(_build_chunk, name="build-index", pure=False)
     ridges = fit(store, estimator, kept, client)
-    shared: Any = ridges if client is None or not ridges else client.scatter(ridges, broadcast=True, hash=False)
+    common = source, meta["measure"], target, estimator, ridges, dtype
     tasks = [
-        one(source, meta["measure"], target, estimator, checkpoint, samples, kept[samples], shared, dtype)
-        for checkpoint in range(len(store.checkpoints))
+        Task(f"build-index-{name}-samples-{samples.start}-{samples.stop}", (checkpoint, samples, kept[samples]))
+        for checkpoint, name in enumerate(store.checkpoints)
         for samples in chunks
     ]
-    compute(tasks, client)
+    results(_build_chunk, tasks, client, shared=common)
     described = {name: ridge.describe() for name, ridge in ridges.items()}
     root.attrs[ATTRIBUTE] = {**meta, "fit": described, "complete": True}
     return Index(root, out, store)
@@ -384,17 +382,13 @@ def write_rows(
 
 
 def _build_chunk(
-    source: SketchStore | Url,
-    measure: str | None,
-    target: zarr.Group | Url,
-    estimator: Estimator,
+    common: tuple[SketchStore | Url, str | None, zarr.Group | Url, Estimator, Mapping[str, Ridge], IndexDtype],
     checkpoint: int,
     samples: slice,
     kept: npt.NDArray[np.int64],
-    ridges: Mapping[str, Ridge],
-    dtype: IndexDtype,
 ) -> None:
     """Collapse one chunk: the samples of an index that stand at places `kept` of the store."""
+    source, measure, target, estimator, ridges, dtype = common
     store = source if isinstance(source, SketchStore) else open_store(source, measure=measure)
     root = target if isinstance(target, zarr.Group) else zarr.open_group(zarr_location(target), mode="r+")
     name = store.checkpoints[checkpoint]

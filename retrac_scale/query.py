@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -279,11 +280,19 @@ class _Scan:
     ) -> list[Any]:
         """One delayed task per run of chunks, with its share of the mask and of the group codes."""
         source = self.index if self.client is None else _for_workers(self.index)
-        rows: Any = self.rows if self.client is None else self.client.scatter(self.rows, broadcast=True)
-        task, share = dask.delayed(function, name=name, pure=False), self._share
+        # a key of its own: one by content is lost when an earlier query's release of it arrives late
+        rows: Any = self.rows if self.client is None else self.client.scatter(self.rows, broadcast=True, hash=False)
+        task, share = dask.delayed(function, pure=False), self._share
+
+        def key(run: list[int]) -> str:
+            return f"{name}-chunks-{run[0]}-{run[-1] + 1}-{uuid.uuid4().hex[:8]}"
+
         if codes is not None:
-            return [task(source, run, share(self.mask, run), rows, common, share(codes, run)) for run in runs]
-        return [task(source, run, share(self.mask, run), rows, common) for run in runs]
+            return [
+                task(source, run, share(self.mask, run), rows, common, share(codes, run), dask_key_name=key(run))
+                for run in runs
+            ]
+        return [task(source, run, share(self.mask, run), rows, common, dask_key_name=key(run)) for run in runs]
 
     def _share(self, values: npt.NDArray[Any] | None, run: list[int]) -> list[Any]:
         """For each chunk of a run, its part of values `[n]`."""

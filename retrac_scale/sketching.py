@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import platform
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,12 +20,13 @@ from retrac_scale.calibration import fastest_batch
 from retrac_scale.checkpoints import Checkpoint
 from retrac_scale.gradients import ParameterFilter
 from retrac_scale.preconditioning import Divisors, digest_of
-from retrac_scale.projections import GradientSketcher, LowRank, Projection, from_spec
+from retrac_scale.projections import GradientMismatchError, GradientSketcher, LowRank, Projection, from_spec
 from retrac_scale.store import Dtype, Layout, SketchStore, create_store, grow_store, open_store, write_block
 from retrac_scale.store.compatibility import check_compatible
 from retrac_scale.store.encoding import check_dtype
 from retrac_scale.store.schema import Url, check_columns, check_ids
 from retrac_scale.task import DiffusionTask
+from retrac_scale.tasks import Task, gpu_label, run
 from retrac_scale.timesteps import Ids, Pairs, TimestepPlan, draw_noise
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ FULL_CHECK_SAMPLES = 10_000
 
 @dataclass(frozen=True, eq=False)
 class _Job:
-    """All that a block is a function of; travels to workers once."""
+    """All that a block is a function of; travels to a worker once."""
 
     task: DiffusionTask
     dataset: Any
@@ -99,7 +101,9 @@ def sketch(
 
     Raises:
         ValueError: a bad item, id, timestep, checkpoint or projection, named, with what to do.
-        GradientMismatchError: a pair of the first block, recomputed by plain autograd, has another gradient.
+        GradientMismatchError: the first pair of a process, recomputed by plain autograd, has another gradient.
+        FailedTasksError: some blocks failed; all others are committed, and the same call computes those that are not.
+        ConnectionError: the scheduler is gone; what is committed stands.
     """
     check_dtype(dtype)
     if timesteps is None:
@@ -115,6 +119,7 @@ def sketch(
         raise ValueError(f"batch_size must be 'auto' or 1 or more, got {batch_size}.")
     if client is not None and out is None:
         raise ValueError("workers cannot write into this process's memory; give out= a path or URL they can reach.")
+    resources = gpu_label(client) if client is not None and task.device.type == "cuda" else None
     ids = check_ids(dataset_ids(dataset), len(dataset))
     columns = check_columns(getattr(dataset, "columns", None), len(ids))
     plans = {name: timesteps.pairs(name, ids, task.num_train_timesteps) for name in checkpoints}
@@ -155,8 +160,15 @@ def sketch(
         weights = {name: timesteps.weight(name) for name in checkpoints}
         plan = _recorded_plan(out)
         if plan is None:
-            one = _Job(task, dataset, ids, checkpoints, timesteps, projection, frozenset(sketcher.shapes), divisors)
-            rows = _fastest_batch(one, sketcher, next(iter(checkpoints))) if batch_size == "auto" else batch_size
+            rows = batch_size
+            if rows == "auto":
+                one = _Job(task, dataset, ids, checkpoints, timesteps, projection, frozenset(sketcher.shapes), divisors)
+                first = next(iter(checkpoints))
+                if client is None:
+                    rows = _fastest_batch(one, sketcher, first)
+                else:
+                    measure = [Task("sketch-batch-size", (first,))]
+                    ((_, rows),) = run(_fastest_batch_there, measure, client, shared=one, resources=resources)
             plan = {"batch_rows": rows, "threads": torch.get_num_threads() if client is None else 1}
         kept: dict[str, Any] = {
             "plan": plan,
@@ -182,97 +194,119 @@ def sketch(
                 )
                 bar.total += len(store.checkpoints) * store.shape[0] * store.shape[1]
                 bar.update(bar.total - bar.n - sum(_pairs_in(store, block) for _, block in todo))
-                done = _run_local(job, sketcher, store, todo) if client is None else _run_on(client, job, store, todo)
-                for count in done:
-                    bar.update(count)
+                blocks = (_block_task(store, *block) for block in todo)
+                if client is None:
+                    share = _Share(job, store, sketcher, advance=bar.update)
+                    for _ in run(_Share.sketch, blocks, shared=share, threads=1, fatal=(GradientMismatchError,)):
+                        pass
+                else:
+                    there = run(
+                        _sketch_there,
+                        blocks,
+                        client,
+                        shared=(job, str(store.url), store.only_part.name),
+                        resources=resources,
+                        fatal=(GradientMismatchError,),
+                    )
+                    for _, pairs in there:
+                        bar.update(pairs)
     finally:
         task.model.load_state_dict(before)
     return stores[0].refresh()
 
 
-def _run_local(job: _Job, sketcher: GradientSketcher, store: SketchStore, todo: list[tuple[str, int]]) -> Iterator[int]:
-    loaded = None
-    for checkpoint, block in todo:
-        if checkpoint != loaded:
-            job.task.load(checkpoint, job.checkpoints[checkpoint])
-            sketcher.precondition(job.precondition.get(checkpoint))
-            loaded = checkpoint
-        yield from _sketch_block(job, sketcher, store, checkpoint, block, check=(checkpoint, block) == todo[0])
+def _block_task(store: SketchStore, checkpoint: str, block: int) -> Task:
+    samples = store.blocks[block]
+    return Task(f"sketch-{checkpoint}-samples-{samples.start}-{samples.stop}", (checkpoint, block))
 
 
-def _run_on(client: Client, job: _Job, store: SketchStore, todo: list[tuple[str, int]]) -> Iterator[int]:
-    from distributed import as_completed
+class _Share:
+    """One process's share of a job: the model at one checkpoint, and a sketcher whose first pair is checked."""
 
-    shared = client.scatter(job, broadcast=True)
-    futures = [
-        client.submit(
-            _sketch_remotely, shared, store.url, store.only_part.name, checkpoint, block, number == 0, pure=False
-        )  # unique keys: never a cached run
-        for number, (checkpoint, block) in enumerate(todo)
-    ]
-    for _, pairs in as_completed(futures, with_results=True):
-        yield pairs
+    def __init__(
+        self, job: _Job, store: SketchStore, sketcher: GradientSketcher, advance: Callable[[int], Any]
+    ) -> None:
+        self._job, self._store, self._sketcher, self._advance = job, store, sketcher, advance
+        self._loaded: str | None = None
+        self._checked = False
+
+    def sketch(self, checkpoint: str, block: int) -> int:
+        """Compute and commit one block as the store's plan says; returns its number of pairs.
+
+        Of the first block, the first pair is recomputed by plain autograd before anything is written.
+        """
+        job, task, store = self._job, self._job.task, self._store
+        if checkpoint != self._loaded:
+            digest = task.load(checkpoint, job.checkpoints[checkpoint])
+            if digest != store.fingerprint["checkpoints"][checkpoint]:
+                raise ValueError(
+                    f"checkpoint {checkpoint!r} has other weights on {platform.node()} than where sketch(...) was "
+                    "called; give a state dict, or the same file on all machines."
+                )
+            self._sketcher.precondition(job.precondition.get(checkpoint))
+            self._loaded = checkpoint
+        samples = store.blocks[block]
+        ids = job.ids[samples]
+        plan = job.timesteps.pairs(checkpoint, ids, task.num_train_timesteps)
+        n, t = plan.timesteps.shape
+        items = [task.check_item(sample, job.dataset[samples.start + row]) for row, sample in enumerate(ids)]
+        sketches = np.empty((n * t, store.shape[2]), dtype=np.float32)
+        norms, losses = np.empty(n * t, dtype=np.float32), np.empty(n * t, dtype=np.float32)
+        size = max(1, store.plan["batch_rows"] // plan.draws)
+        for start in range(0, n * t, size):
+            part = slice(start, min(start + size, n * t))
+
+            def measured(pairs: slice = part) -> tuple[torch.Tensor, torch.Tensor]:
+                return measured_pairs(task, items, ids, plan, np.arange(pairs.start, pairs.stop))
+
+            with _threads(store.plan["threads"]):
+                with self._sketcher as sketcher:
+                    value, loss = measured()
+                    sketched, norm = sketcher(value)
+                if not self._checked:
+                    where = f"checkpoint {checkpoint!r}, sample {ids[0]}, timestep {plan.timesteps[0, 0]}"
+                    tolerance = BFLOAT16_TOLERANCE if task.autocast else FLOAT32_TOLERANCE
+                    sketcher.check(
+                        (sketched, norm), lambda: measured()[0], lambda: measured(slice(0, 1))[0], where, tolerance
+                    )
+                    self._checked = True
+            sketches[part], norms[part], losses[part] = sketched.cpu(), norm.cpu(), loss.detach().float().cpu()
+            self._advance(part.stop - part.start)
+        write_block(
+            store,
+            checkpoint,
+            block,
+            sketches.reshape(n, t, -1),
+            norms.reshape(n, t),
+            losses=losses.reshape(n, t),
+            timesteps=plan.timesteps,
+        )
+        return int(n * t)
 
 
 _model_in_use = threading.Lock()
 
 
 @lru_cache(maxsize=1)
-def _sketcher(job: _Job) -> GradientSketcher:
-    """One per worker process and run: its random signs are as large as the model."""
+def _share(job: _Job, url: str, part: str) -> _Share:
+    """One per worker process and run: the random signs are as large as the model."""
+    store = open_store(url, mode="r+", part=part)
+    return _Share(job, store, _new_sketcher(job), advance=lambda pairs: None)
+
+
+def _new_sketcher(job: _Job) -> GradientSketcher:
     return GradientSketcher(job.task.model, job.projection, parameters=job.parameters.__contains__)
 
 
-def _sketch_remotely(job: _Job, url: Url, part: str, checkpoint: str, block: int, check: bool) -> int:
-    store = open_store(url, mode="r+", part=part)
+def _sketch_there(shared: tuple[_Job, str, str], checkpoint: str, block: int) -> int:
     with _model_in_use:
-        job.task.load(checkpoint, job.checkpoints[checkpoint])
-        _sketcher(job).precondition(job.precondition.get(checkpoint))
-        return sum(_sketch_block(job, _sketcher(job), store, checkpoint, block, check=check))
+        job, url, part = shared
+        return _share(job, url, part).sketch(checkpoint, block)
 
 
-def _sketch_block(
-    job: _Job, sketcher: GradientSketcher, store: SketchStore, checkpoint: str, block: int, *, check: bool
-) -> Iterator[int]:
-    """Compute and commit one block as the store's plan says; yields the number of pairs of each batch as it is done.
-
-    With `check`, the first pair is recomputed by plain autograd before anything is written.
-    """
-    task, samples = job.task, store.blocks[block]
-    ids = job.ids[samples]
-    plan = job.timesteps.pairs(checkpoint, ids, task.num_train_timesteps)
-    n, t = plan.timesteps.shape
-    items = [task.check_item(sample, job.dataset[samples.start + row]) for row, sample in enumerate(ids)]
-    sketches = np.empty((n * t, store.shape[2]), dtype=np.float32)
-    norms, losses = np.empty(n * t, dtype=np.float32), np.empty(n * t, dtype=np.float32)
-    size = max(1, store.plan["batch_rows"] // plan.draws)
-    for start in range(0, n * t, size):
-        part = slice(start, min(start + size, n * t))
-
-        def measured(pairs: slice = part) -> tuple[torch.Tensor, torch.Tensor]:
-            return measured_pairs(task, items, ids, plan, np.arange(pairs.start, pairs.stop))
-
-        with _threads(store.plan["threads"]):
-            with sketcher:
-                value, loss = measured()
-                sketched, norm = sketcher(value)
-            if check and start == 0:
-                where = f"checkpoint {checkpoint!r}, sample {ids[0]}, timestep {plan.timesteps[0, 0]}"
-                tolerance = BFLOAT16_TOLERANCE if task.autocast else FLOAT32_TOLERANCE
-                sketcher.check(
-                    (sketched, norm), lambda: measured()[0], lambda: measured(slice(0, 1))[0], where, tolerance
-                )
-        sketches[part], norms[part], losses[part] = sketched.cpu(), norm.cpu(), loss.detach().float().cpu()
-        yield part.stop - part.start
-    write_block(
-        store,
-        checkpoint,
-        block,
-        sketches.reshape(n, t, -1),
-        norms.reshape(n, t),
-        losses=losses.reshape(n, t),
-        timesteps=plan.timesteps,
-    )
+def _fastest_batch_there(job: _Job, checkpoint: str) -> int:
+    with _model_in_use, _threads(1):
+        return _fastest_batch(job, _new_sketcher(job), checkpoint)
 
 
 def measured_pairs(

@@ -1,26 +1,290 @@
-"""Running delayed tasks, here or on a cluster."""
+"""Many independent tasks, here or on a cluster."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import functools
+import itertools
+import math
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import dask
 import torch
+from threadpoolctl import ThreadpoolController
 
 if TYPE_CHECKING:
     from distributed import Client
 
+ATTEMPTS = 3
+"""At a task whose failure may pass: one by the disk, the network or the death of workers. Dask itself runs a task again
+when its worker dies, up to `distributed.scheduler.allowed-failures` times in each attempt."""
+GIVE_UP = 16
+"""Failures in a row after which the rest would fail alike: a full disk, a model that is not what was said."""
+WAITING, PER_THREAD = 16, 2
+"""Tasks at the scheduler: so many in any case, and so many per thread of the cluster."""
+LOOK_AGAIN_S = 1.0
+PASSING = (None, errno.EIO, errno.EBUSY, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.EPIPE)
+"""Error numbers of the network and of object stores; a full or forbidden disk is none of them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One call of the function of a run; its name is shown on the dashboard and in errors."""
+
+    name: str
+    args: tuple[Any, ...]
+
+
+class FailedTasksError(RuntimeError):
+    """Some tasks of a run failed, and all others are done.
+
+    Attributes:
+        failures: the tasks, each with the exception that it ended with.
+    """
+
+    def __init__(self, message: str, failures: list[tuple[Task, BaseException]]) -> None:
+        super().__init__(message, failures)
+        self.message = message
+        self.failures = failures
+
+    def __str__(self) -> str:
+        lines = [f"  {task.name}: {type(error).__name__}: {error}" for task, error in self.failures[:GIVE_UP]]
+        more = len(self.failures) - len(lines)
+        return "\n".join([self.message, *lines, *[f"  and {more} more, see .failures"] * bool(more)])
+
+
+class LostTaskError(ConnectionError):
+    """All workers that held what a task needs died, or the connection to the scheduler was lost."""
+
+
+Outcome = tuple[Any, Any, BaseException | None]
+"""A task or future, its result, and the exception that it ended with."""
+
+
+def run(
+    function: Callable[..., Any],
+    tasks: Iterable[Task],
+    client: Client | None = None,
+    *,
+    shared: Any = None,
+    threads: int | None = None,
+    resources: Mapping[str, float] | None = None,
+    fatal: tuple[type[BaseException], ...] = (),
+) -> Iterator[tuple[Task, Any]]:
+    """Results of `function(shared, *task.args)`, as they come.
+
+    Tasks are taken from their iterable no faster than they are done, so that a million of them fills neither this
+    process nor the scheduler. A failure that may pass is tried again; any other is kept for the end.
+
+    Args:
+        function: of a module, so that a worker can import it.
+        tasks: independent of each other; one may run twice, when its worker dies.
+        client: None runs them here.
+        shared: what all of them need; a worker gets it once.
+        threads: here, None for as many as torch is set to, each with one thread of torch and BLAS, which are set back
+            after; 1 runs all in the calling thread, and touches no setting.
+        resources: that a worker must have declared, such as {"GPU": 1}.
+        fatal: exceptions that end the run at once.
+
+    Raises:
+        FailedTasksError: when all others are done, or after many failures in a row.
+        ConnectionError: the scheduler is gone.
+    """
+    pool = _Here(function, shared, threads) if client is None else _There(function, shared, client, resources)
+    failures: list[tuple[Task, BaseException]] = []
+    again: list[Task] = []
+    in_a_row = 0
+    with contextlib.closing(pool):
+        for attempt in range(1, ATTEMPTS + 1):
+            for task, result, error in _round(pool, tasks, alone=attempt == ATTEMPTS):
+                if error is None:
+                    in_a_row = 0
+                    yield task, result
+                    continue
+                if isinstance(error, fatal):
+                    raise error
+                in_a_row += not isinstance(error, LostTaskError)
+                if attempt < ATTEMPTS and _may_pass(error):
+                    again.append(task)
+                else:
+                    failures.append((task, error))
+                if in_a_row == GIVE_UP:
+                    again, failures = [], [*failures, *((task, error) for task in again)]
+                    break
+            tasks, again = again, []
+    if failures:
+        message = f"{len(failures)} task{'s' * (len(failures) > 1)} failed, "
+        message += f"the last {GIVE_UP} in a row, the rest was left" if in_a_row == GIVE_UP else "all others are done"
+        raise FailedTasksError(f"{message}; repeat the call once that is repaired:", failures) from failures[0][1]
+
+
+def _round(pool: _Here | _There, tasks: Iterable[Task], *, alone: bool) -> Iterator[Outcome]:
+    """One attempt at each task; when alone, one after the other, so that one that kills workers takes none along."""
+    todo, running = iter(tasks), dict[Any, Task]()
+    try:
+        while True:
+            for task in itertools.islice(todo, max(0, (1 if alone else pool.room()) - len(running))):
+                running[pool.start(task)] = task
+            if not running:
+                return
+            future, result, error = pool.finished()
+            yield running.pop(future), result, error
+    finally:
+        pool.cancel(list(running))
+
+
+def gpu_label(client: Client) -> dict[str, float] | None:
+    """The resource by which tasks find a GPU, {"GPU": 1}, when workers declare it, as dask-cuda's can; else None."""
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    return {"GPU": 1} if any(worker["resources"].get("GPU") for worker in workers) else None
+
+
+def results(
+    function: Callable[..., Any], tasks: Iterable[Task], client: Client | None = None, *, shared: Any = None
+) -> list[Any]:
+    """Results of `run` in the order of the tasks."""
+    order = list(tasks)
+    found = dict(run(function, order, client, shared=shared))
+    return [found[task] for task in order]
+
 
 def compute(tasks: list[Any], client: Client | None) -> list[Any]:
-    """Results of delayed tasks, on the client's workers, or here on as many threads as torch is set to.
-
-    Here, tasks run with one torch thread each, so that theirs and dask's do not compete; torch's setting is put back.
-    """
+    """Results of a few delayed tasks with all that they depend on, on the client's workers, or here on threads."""
     if client is not None:
-        return list(client.gather(client.compute(tasks)))
+        return list(client.gather(client.compute(tasks, retries=ATTEMPTS - 1)))
     threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    with _one_thread_each():
         return list(dask.compute(*tasks, scheduler="threads", num_workers=threads))
-    finally:
-        torch.set_num_threads(threads)
+
+
+class _Here:
+    """Threads of this process, or the calling thread alone."""
+
+    def __init__(self, function: Callable[..., Any], shared: Any, threads: int | None) -> None:
+        self._function, self._shared = function, shared
+        self._threads = torch.get_num_threads() if threads is None else threads
+        self._finished: SimpleQueue[Future[Any]] = SimpleQueue()
+        self._cleanup = contextlib.ExitStack()
+        if self._threads > 1:
+            self._cleanup.enter_context(_one_thread_each())
+            self._pool = self._cleanup.enter_context(ThreadPoolExecutor(self._threads))
+
+    def room(self) -> int:
+        return PER_THREAD * self._threads if self._threads > 1 else 1
+
+    def start(self, task: Task) -> Future[Any]:
+        submit = self._pool.submit if self._threads > 1 else _at_once
+        future = submit(self._function, self._shared, *task.args)
+        future.add_done_callback(self._finished.put)
+        return future
+
+    def finished(self) -> Outcome:
+        future = self._finished.get()
+        error = future.exception()
+        return future, None if error else future.result(), error
+
+    def cancel(self, futures: list[Any]) -> None:
+        for future in futures:
+            future.cancel()
+
+    def close(self) -> None:
+        self._cleanup.close()
+
+
+def _at_once(function: Callable[..., Any], *args: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    try:
+        future.set_result(function(*args))
+    except Exception as error:
+        future.set_exception(error)
+    return future
+
+
+class _There:
+    """Workers of a cluster, which may grow, shrink and die."""
+
+    def __init__(
+        self, function: Callable[..., Any], shared: Any, client: Client, resources: Mapping[str, float] | None
+    ) -> None:
+        from distributed import as_completed
+
+        self._function, self._shared, self._client, self._resources = function, shared, client, resources
+        self._completed = as_completed(loop=client.loop, with_results=True, raise_errors=False)
+        self._at_workers: Any = None
+        self._room, self._looked = 0, -math.inf
+
+    def room(self) -> int:
+        if time.monotonic() - self._looked > LOOK_AGAIN_S:
+            _wait_for_connection(self._client)
+            self._room = WAITING + PER_THREAD * sum(self._client.nthreads().values())
+            self._looked = time.monotonic()
+        return self._room
+
+    def start(self, task: Task) -> Any:
+        _wait_for_connection(self._client)
+        if self._at_workers is None or self._at_workers.status != "finished":  # all that held it died
+            self._client.wait_for_workers(1)
+            (self._at_workers,) = self._client.scatter([self._shared], broadcast=True, hash=False)
+        key = f"{task.name}-{uuid.uuid4().hex[:8]}"  # of its own: never the result of an earlier run
+        future = self._client.submit(
+            self._function, self._at_workers, *task.args, key=key, pure=False, resources=self._resources
+        )
+        self._completed.add(future)
+        return future
+
+    def finished(self) -> Outcome:
+        future, result = next(self._completed)
+        if future.status == "error":
+            return future, None, result[1]
+        if isinstance(result, CancelledError):  # the scheduler has forgotten it, or is another one
+            return future, None, LostTaskError("its workers died, or the connection to the scheduler was lost")
+        return future, result, None
+
+    def cancel(self, futures: list[Any]) -> None:
+        if futures and self._client.status == "running":
+            self._client.cancel(futures)
+
+    def close(self) -> None:
+        self._at_workers = None
+
+
+def _wait_for_connection(client: Client) -> None:
+    while client.status == "connecting":
+        time.sleep(0.1)
+    if client.status != "running":
+        raise ConnectionError(
+            f"the connection to the scheduler is lost (the client is {client.status}); what was done until then "
+            "stands, repeat the call with a new client."
+        )
+
+
+def _may_pass(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in PASSING
+    from distributed import KilledWorker
+
+    return isinstance(error, KilledWorker)
+
+
+@functools.cache
+def _libraries() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """torch and BLAS on one thread per calling thread, so that theirs and ours do not compete; set back after."""
+    threads = torch.get_num_threads()
+    with _libraries().limit(limits=1):
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)

@@ -112,7 +112,11 @@ class Explicit:
 
 @dataclass(frozen=True)
 class EvenlySpaced:
-    """`count` timesteps evenly spaced over 1 .. T-1, as on the query side of arXiv 2401.09031."""
+    """`count` timesteps evenly spaced over 1 .. T-1, as on the query side of arXiv 2401.09031.
+
+    >>> EvenlySpaced(4).pairs("final", np.arange(2), 1000).timesteps.tolist()
+    [[1, 334, 666, 999], [1, 334, 666, 999]]
+    """
 
     count: int
     draws: int = 1

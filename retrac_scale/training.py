@@ -117,6 +117,11 @@ class TrainingRecorder:
         if isinstance(at, str) and at not in known:
             raise ValueError(f"{self.path} has no checkpoint {at!r} to restart at; it has {list(known) or 'none'}.")
         self._steps = known[at] if isinstance(at, str) else at
+        if self._sketches is not None and known and min(known.values()) > self._steps:
+            raise ValueError(
+                f"going on after step {self._steps} would take every checkpoint out of the store; to begin anew, "
+                f"remove {self.path} and the store, or choose other paths."
+            )
         late = [name for name, step in known.items() if step > self._steps]
         if late:
             logger.warning("%s: goes on after step %d; checkpoints %s count no more", self.path, self._steps, late)
@@ -150,8 +155,11 @@ class TrainingRecorder:
             noise_seed: see `step`.
             loss: the batch's mean loss, or the losses of its samples `[n]`, before the backward pass. It tells a
                 sketching recorder what the samples' losses are multiplied with afterwards, as in the accumulation of
-                gradients, and is not needed where the mean itself is differentiated.
+                gradients, and is not needed where the mean itself is differentiated. A loss that needs no gradient is
+                one of an evaluation, and not noted.
         """
+        if loss is not None and not loss.requires_grad:
+            return
         samples = self._samples.rows(_on_host(ids))
         steps = _on_host(timesteps)
         if steps.dtype.kind == "f" and is_flow(self._scheduler):
@@ -224,6 +232,14 @@ class TrainingRecorder:
             self._sketches.clear()
             self._gathered_after = self._steps
         self._last_checkpoint = name, self._steps
+
+    def close(self) -> None:
+        """Leave file and model alone, before another recorder takes them in the same process."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+        if self._sketches is not None:
+            self._sketches.sketcher.detach()
 
     def _begin_run(self) -> int:
         """The open file of this process's rows; the first process writes the run into the log."""

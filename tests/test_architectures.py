@@ -13,7 +13,9 @@ from tests.architectures import ARCHITECTURES, build, largest_error
 FIT = [name for name, architecture in ARCHITECTURES.items() if not architecture.unfit]
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:In CPU autocast:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore:In CPU autocast:UserWarning", "ignore:Mismatch dtype between input and weight"
+)
 @pytest.mark.parametrize("name", FIT)
 def test_sketches_of_a_denoiser_equal_autograd(name: str) -> None:
     assert largest_error(build(name, ARCHITECTURES[name]), ARCHITECTURES[name]) < 1e-4

@@ -123,7 +123,7 @@ def test_init_asks_for_what_it_is_not_told(folder: Path, monkeypatch: pytest.Mon
         ("images = 'i'", "give --model, or write it into retrac-scale.toml"),
         ("model = 'training-images'\nimages = 'training-images'", "no diffusers model"),
         ("model = 'model/unet'\nimages = 'model'", "no image and holds none"),
-        ("model = 'model'\nimages = 'training-images'\nmeasure = 'l3'", "measure must be one of"),
+        ("model = 'model'\nimages = 'training-images'\nmeasure = 'l3'", "measure must be Huber(), PseudoHuber() or one of"),
     ],
 )
 def test_a_wrong_file_is_told_in_one_line(

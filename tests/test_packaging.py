@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import yaml  # type: ignore[import-untyped]
 
+import retrac_scale as rs
+
 ROOT = Path(__file__).parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -81,4 +83,20 @@ def test_the_citation_is_of_this_version() -> None:
 
 
 def test_every_promised_extra_exists() -> None:
-    assert PROJECT["optional-dependencies"].keys() >= {"gpu", "s3", "bench", "docs", "dev"}
+    assert PROJECT["optional-dependencies"].keys() >= {"gpu", "s3", "serve", "bench", "docs", "dev"}
+
+
+@pytest.mark.parametrize("first", ["import retrac_scale", "from retrac_scale.cli.main import parser; parser()"])
+def test_the_package_and_its_help_load_no_heavy_library(first: str) -> None:
+    heavy = {"torch", "diffusers", "dask", "distributed", "pandas", "matplotlib", "pyarrow", "zarr", "numpy", "scipy"}
+    loaded = run(sys.executable, "-c", f"{first}; import sys; print(*sys.modules)", folder=ROOT)
+    assert not heavy & set(loaded.split())
+
+
+def test_every_public_name_is_there_when_it_is_asked_for() -> None:
+    assert set(dir(rs)) >= set(rs.__all__)
+    assert len(set(rs.__all__)) == len(rs.__all__)
+    for name in rs.__all__:
+        assert getattr(rs, name).__doc__, name
+    with pytest.raises(AttributeError, match="no_such_name"):
+        rs.no_such_name  # type: ignore[attr-defined]  # noqa: B018

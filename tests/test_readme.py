@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,15 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 
+import retrac_scale as rs
+from retrac_scale.cli import main
 
-def test_the_program_for_ones_own_images_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    program = next(block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "def load" in block)
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the README's reader has: PNG files in two folders, and a model in diffusers layout; here small ones."""
     rng = np.random.default_rng(0)
     for folder, count in (("training-images", 12), ("generated-images", 2)):
         (tmp_path / folder).mkdir()
@@ -32,10 +39,25 @@ def test_the_program_for_ones_own_images_runs(tmp_path: Path, monkeypatch: pytes
     model.save_pretrained(tmp_path / "model" / "unet")
     DDPMScheduler().save_pretrained(tmp_path / "model" / "scheduler")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    return tmp_path
+
+
+def test_the_commands_for_ones_own_images_lead_to_a_report(folder: Path) -> None:
+    commands = re.findall(r"^    retrac-scale (.*)$", README, re.M)
+    assert len(commands) <= 3
+    for command in commands:
+        assert main(shlex.split(command)) == 0
+    assert rs.open_index("attribution/retrac.zarr").shape[1] == 12
+    assert "training-images/7.png" in (folder / "attribution" / "report.html").read_text()
+
+
+def test_the_program_for_ones_own_images_runs(folder: Path) -> None:
+    program = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "def load" in block)
     names: dict[str, object] = {}
     exec(program, names)
     assert names["answer"].ids.shape == (2, 10)  # type: ignore[attr-defined]
-    assert (tmp_path / "report.html").exists()
+    assert (folder / "report.html").exists()
 
 
 def test_the_rules_of_the_page_on_rules_are_right() -> None:

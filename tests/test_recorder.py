@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import retrac_scale as rs
-from retrac_scale.record import read_record
 from tests.small_denoiser import SCHEDULER, SmallDenoiser, images
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +48,7 @@ def test_two_accelerate_processes_record_and_sketch_every_step_whole_and_it_is_r
         env=environment, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    record = read_record(tmp_path / "recorded")
+    record = rs.read_record(tmp_path / "recorded")
     assert record is not None
     assert record.checkpoints == {"last": 6}
     rows = record.rows(0, 6)
@@ -98,7 +97,7 @@ def test_recorded_gradients_times_learning_rates_make_up_the_weight_change(tmp_p
     at_a = {name: value.clone() for name, value in model.state_dict().items()}
     train(model, recorder, 3, 9)
     recorder.checkpoint("b")
-    record = read_record(tmp_path)
+    record = rs.read_record(tmp_path)
     assert record is not None
     after, until = record.before("b")
     assert (after, until) == (3, 9)
@@ -132,14 +131,14 @@ os.kill(os.getpid(), 9)
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     assert subprocess.run([sys.executable, "-c", script], env=environment, check=False).returncode == -9
-    record = read_record(tmp_path)
+    record = rs.read_record(tmp_path)
     assert record is not None
     assert record.rows(0, 5)["timestep"].tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4 + [4] * 4
     again = rs.TrainingRecorder(tmp_path, 4, SCHEDULER)
     assert again.steps == 3
     again.step([2, 3], [70, 71], None, 0.5)
     again.checkpoint("b")
-    record = read_record(tmp_path)
+    record = rs.read_record(tmp_path)
     assert record is not None
     rows = record.rows(2, 4)
     assert rows["timestep"].tolist() == [2] * 4 + [70, 71]
@@ -164,7 +163,7 @@ def test_a_record_cut_off_in_writing_is_read_to_its_last_whole_step(tmp_path: Pa
     os.truncate(file, file.stat().st_size - 50)
     with open(log, "ab") as torn:
         torn.write(b'{"checkpoint": "b", "st')
-    record = read_record(tmp_path)
+    record = rs.read_record(tmp_path)
     assert record is not None
     assert record.checkpoints == {"a": 1}
     assert len(record.rows(0, 1)) == 2
@@ -176,7 +175,7 @@ def test_a_record_cut_off_in_writing_is_read_to_its_last_whole_step(tmp_path: Pa
     assert rs.Recorded(tmp_path).pairs("b", np.arange(4), 100).timesteps.ravel().tolist() == [5, 6, 17, 18]
     log.write_bytes(b"nonsense\n" + log.read_bytes())
     with pytest.raises(ValueError, match=r"line 1 of .*log\.jsonl is damaged"):
-        read_record(tmp_path)
+        rs.read_record(tmp_path)
 
 
 def test_ids_of_the_dataset_are_recorded_and_asked_for_by_name(tmp_path: Path) -> None:
@@ -207,13 +206,13 @@ class Denoising:
         timesteps, seed = torch.full((len(ids),), 10), self.recorder.steps
         noise = rs.draw_noise(clean.shape[1:], ids.numpy(), timesteps, seed)
         predicted = model(SCHEDULER.add_noise(clean, noise, timesteps), timesteps)[0]
-        self.recorder.batch(ids, timesteps, seed)
         loss: torch.Tensor = (predicted - noise).square().mean()
+        self.recorder.batch(ids, timesteps, seed, loss=loss)
         return loss
 
 
 def check_trainer_record(folder: Path, checkpoints: dict[str, int], lrs: list[float]) -> None:
-    record = read_record(folder)
+    record = rs.read_record(folder)
     assert record is not None
     assert record.checkpoints == checkpoints
     rows = record.rows(0, max(checkpoints.values()))
@@ -232,16 +231,24 @@ def test_transformers_trainer_records_through_the_callback_and_resumes(tmp_path:
         denoising = Denoising(recorder)
 
         class Trainer(transformers.Trainer):  # type: ignore[misc, name-defined]
-            def compute_loss(self, model: Any, inputs: Any, denoising: Any = denoising, **kwargs: Any) -> Any:
-                return denoising.loss(model, inputs["id"], inputs["clean"])
+            def compute_loss(
+                self, model: Any, inputs: Any, return_outputs: bool = False, denoising: Any = denoising, **kwargs: Any
+            ) -> Any:
+                loss = denoising.loss(model, inputs["id"], inputs["clean"])
+                return (loss, {}) if return_outputs else loss
 
         arguments = transformers.TrainingArguments(
             str(tmp_path / "out"), use_cpu=True, max_steps=6 if resume else 4, per_device_train_batch_size=2,
             gradient_accumulation_steps=2, learning_rate=0.1, lr_scheduler_type="constant", save_steps=2,
+            eval_strategy="steps", eval_steps=1, label_names=["clean"], prediction_loss_only=True,
             remove_unused_columns=False, report_to="none", disable_tqdm=True,
         )  # fmt: skip
         trainer = Trainer(
-            SmallDenoiser(), arguments, train_dataset=data, callbacks=[rs.transformers_callback(recorder)]
+            SmallDenoiser(),
+            arguments,
+            train_dataset=data,
+            eval_dataset=data[:2],
+            callbacks=[rs.transformers_callback(recorder)],
         )
         trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2") if resume else None)
         saved = {f"checkpoint-{step}": step for step in range(2, arguments.max_steps + 1, 2)}

@@ -361,7 +361,7 @@ def test_serve_ends_after_what_it_has_begun(library: Library, folder: Path, tmp_
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
         try:
             with httpx2.Client(base_url=f"http://127.0.0.1:{port}", headers={"authorization": "Bearer t"}) as client:
-                for _ in range(300):
+                for _ in range(1200):
                     try:
                         assert client.get("/health").status_code == 200
                         break

@@ -183,7 +183,7 @@ def test_an_interrupted_run_computes_only_what_is_missing(tmp_path: Path) -> Non
     dataset = Failing(images)
     states = {name: {k: v.clone() for k, v in tiny_unet(seed).state_dict().items()} for seed, name in enumerate("ab")}
     arguments = {"checkpoints": states, "dtype": "int8"}
-    with pytest.raises(OSError, match="disk gone"):
+    with pytest.raises(rs.FailedTasksError, match="sketch-b-samples-64-70: OSError: disk gone"):
         run(model, dataset, rs.Explicit([5]), rs.CountSketch(64), out=tmp_path / "s", **arguments)
     partial = rs.open_store(tmp_path / "s")
     assert partial.committed("a").all()
@@ -271,7 +271,7 @@ def test_a_gradient_that_is_not_finite_is_named_and_nothing_is_written(tmp_path:
     model = tiny_unet()
     state = {k: v.clone() for k, v in model.state_dict().items()}
     state["conv_out.bias"][:] = torch.inf
-    with pytest.raises(ValueError, match="NaN or infinite at checkpoint 'bad', sample 0, timestep 5"):
+    with pytest.raises(rs.FailedTasksError, match="NaN or infinite at checkpoint 'bad', sample 0, timestep 5"):
         run(model, random_images(2), rs.Explicit([5]), checkpoints={"bad": state}, out=tmp_path / "s")
     assert not rs.open_store(tmp_path / "s").committed("bad").any()
 

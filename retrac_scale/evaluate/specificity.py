@@ -16,6 +16,9 @@ def unique_fraction(ids: npt.NDArray[Any]) -> float:
 
     Args:
         ids: `[q, k]`, e.g. `TopK.ids`.
+
+    >>> unique_fraction(np.array([[1, 2], [1, 3]]))
+    0.75
     """
     return len(np.unique(ids)) / ids.size
 
@@ -25,6 +28,9 @@ def largest_share(ids: npt.NDArray[Any]) -> float:
 
     Args:
         ids: `[q, k]`, e.g. `TopK.ids`.
+
+    >>> largest_share(np.array([[1, 2], [1, 3]]))
+    1.0
     """
     return float(_counts(ids).max() / len(ids))
 

@@ -234,7 +234,8 @@ class _Backward:
         if mixer is not None:
             for call in calls:
                 _mix(layer, call, mixer)
-        size = max(1, CHUNK_BYTES // (4 * max(1, layer.numel)))
+        numel = layer.numel if mixer is None else layer.numel * len(mixer) // mixer.shape[1]
+        size = max(1, CHUNK_BYTES // (4 * max(1, numel)))
         for start in range(0, self.n, size):
             samples = slice(start, min(start + size, self.n))
             total: dict[str, Tensor] = {}

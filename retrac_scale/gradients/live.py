@@ -49,9 +49,16 @@ class LiveCapture(GradientCapture):
             mixers: see `GradientCapture.backward`.
         """
         self._begin, self._mixers = begin, mixers
-        self.model.register_forward_pre_hook(self._count, with_kwargs=True)
+        self._handles.append(self.model.register_forward_pre_hook(self._count, with_kwargs=True))
         for layer in self._layers:
-            layer.module.register_forward_hook(self._hook(layer), with_kwargs=True)
+            self._handles.append(layer.module.register_forward_hook(self._hook(layer), with_kwargs=True))
+
+    def detach(self) -> None:
+        """Leave the model as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._forget()
 
     def _hook(self, layer: _Layer) -> Callable[..., Any]:
         hook = super()._hook(layer)

@@ -51,6 +51,10 @@ class LiveSketcher(GradientSketcher):
     def recording(self, value: bool) -> None:
         self._live.recording = value
 
+    def detach(self) -> None:
+        """Leave the model as it was."""
+        self._live.detach()
+
     def _begin(self, n: int) -> tuple[Sink, Callable[[], None]]:
         projector = self._projector
         accumulator = projector.start(n)

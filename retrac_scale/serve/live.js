@@ -31,6 +31,7 @@ function take({ queries: answered, samples: shownSamples }, where) {
     queries.unshift({ ...query, where, groupColumns: about.group_columns, label: query.note ? `${label}, ${query.note}` : label });
   }
   draw();
+  at("queries").focus();
 }
 
 function drawAsk() {

@@ -271,6 +271,12 @@ def write_store(
 
     Raises:
         ValueError: shapes that do not fit each other, values that are not finite, ids given twice, `out` in use.
+
+    >>> store = write_store(None, {"final": np.eye(3)[:, None]}, ids=["a", "b", "c"])
+    >>> store.shape
+    (3, 1, 3)
+    >>> store.norms("final").ravel()
+    array([1., 1., 1.], dtype=float32)
     """
     arrays = {name: np.asarray(value, dtype=np.float32) for name, value in sketches.items()}
     if not arrays:

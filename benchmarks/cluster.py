@@ -1,0 +1,245 @@
+"""What a cluster costs and brings: python -m benchmarks.cluster scaling | overhead | kills | memory | plan"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from diffusers import DDPMScheduler
+from distributed import Client
+
+import retrac_scale as rs
+from benchmarks.models import build
+from retrac_scale import planner
+from retrac_scale.index import build_index
+from retrac_scale.store import Layout, write_store
+from retrac_scale.store.schema import choose_layout
+from retrac_scale.tasks import Task, run
+from tests.torture import contents
+
+DIM = 4096
+BATCH = 32
+
+
+@contextmanager
+def cluster(workers: int) -> Iterator[tuple[Client, psutil.Process]]:
+    """A client, and the scheduler's process: everything in processes of its own, one thread per worker."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = f"{folder}/scheduler.json"
+        dask = [sys.executable, "-m", "dask"]
+        quiet: dict[str, Any] = {"stderr": subprocess.DEVNULL, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+        scheduler = subprocess.Popen(
+            [*dask, "scheduler", "--port", "0", "--no-dashboard", "--scheduler-file", file], **quiet
+        )
+        hands = [
+            subprocess.Popen([*dask, "worker", "--scheduler-file", file, "--nthreads", "1", "--no-dashboard"], **quiet)
+            for _ in range(workers)
+        ]
+        try:
+            while not Path(file).exists():
+                time.sleep(0.1)
+            with Client(scheduler_file=file) as client:
+                client.wait_for_workers(workers)
+                yield client, psutil.Process(scheduler.pid)
+        finally:
+            for process in (*hands, scheduler):
+                process.terminate()
+            for process in (*hands, scheduler):
+                process.wait()
+
+
+def sketch(out: Path, samples: int, block: int | None, client: Client | None = None, images: Any = None) -> float:
+    """Seconds to sketch U-small at one timestep per sample."""
+    model = build("u-small")
+    if images is None:
+        images = torch.rand((samples, 1, 16, 16), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    started = time.perf_counter()
+    rs.sketch(
+        rs.DiffusionTask(model, DDPMScheduler()),
+        images,
+        out,
+        checkpoints={"c": model.state_dict()},
+        timesteps=rs.EvenlySpaced(1),
+        projection=rs.LowRank(dim=DIM),
+        batch_size=BATCH,
+        layout=None if block is None else Layout(block),
+        client=client,
+        progress=False,
+    )
+    return time.perf_counter() - started
+
+
+def scaling(samples: int, rows: int) -> None:
+    """Sketching and scanning by 1 and 2 worker processes against this one."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        rng = np.random.default_rng(0)
+        index = build_index(
+            write_store(folder / "rows", {"c": rng.standard_normal((rows, 1, DIM), np.float32)}),
+            rs.ReTrac(),
+            folder / "i",
+        )
+        queries = write_store(None, {"c": rng.standard_normal((64, 1, DIM), np.float32)})
+        block = samples // 16
+
+        def scan(client: Client | None) -> float:
+            index.query(queries, 10, client=client)
+            started = time.perf_counter()
+            index.query(queries, 10, client=client)
+            return time.perf_counter() - started
+
+        seconds = {0: (sketch(folder / "0", samples, block), scan(None))}
+        for workers in (1, 2):
+            with cluster(workers) as (client, _):
+                sketch(folder / f"warm-{workers}", 64 * workers, 64, client)
+                seconds[workers] = sketch(folder / str(workers), samples, block, client), scan(client)
+            assert contents(folder / str(workers)) == contents(folder / "0"), "the stores differ"
+        for workers, (sketching, scanning) in seconds.items():
+            print(
+                f"{f'{workers} workers' if workers else 'in-process'}: sketching {samples / sketching:.0f} pairs/s, "
+                f"x {seconds[1][0] / sketching:.2f} of one worker; scanning {rows} rows x 64 queries "
+                f"{scanning:.2f} s, x {seconds[1][1] / scanning:.2f}"
+            )
+
+
+def overhead(tasks: int) -> None:
+    """Dask's time per task over a plain loop, as a share of a block of the default size."""
+    with tempfile.TemporaryDirectory() as name:
+        took = sketch(Path(name) / "s", 256, None) / 256
+    block = choose_layout("", 10**6, DIM).block_samples
+    started = time.perf_counter()
+    for _ in range(tasks):
+        nothing(None, 0)
+    plain = time.perf_counter() - started
+    with cluster(1) as (client, _):
+        started = time.perf_counter()
+        for _ in run(nothing, (Task(f"nothing-{i}", (i,)) for i in range(tasks)), client):
+            pass
+        dask = time.perf_counter() - started
+    per_task = (dask - plain) / tasks
+    print(
+        f"{1e3 * per_task:.1f} ms per task over a plain loop; a default block of U-small ({block} pairs) "
+        f"takes {block * took:.1f} s: overhead {100 * per_task / (block * took):.3f} %"
+    )
+
+
+def nothing(_: Any, number: int) -> int:
+    """A task without work."""
+    return number
+
+
+class Logged:
+    """Random images that write down which were read by workers."""
+
+    def __init__(self, samples: int, log: Path) -> None:
+        self.images = torch.rand((samples, 1, 16, 16), generator=torch.Generator().manual_seed(0)) * 2 - 1
+        self.log, self.caller = log, os.getpid()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> torch.Tensor:
+        if os.getpid() != self.caller:
+            with self.log.open("a") as file:
+                file.write(f"{row}\n")
+        return self.images[row]
+
+
+def kills(samples: int, count: int) -> None:
+    """Workers killed at random during a run: the same store, and how much was computed twice."""
+    block, rng = 32, np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as name, cluster(2) as (client, _):
+        folder = Path(name)
+        plain = sketch(folder / "whole", samples, block, client)
+        dataset = Logged(samples, folder / "log")
+        done = threading.Event()
+        killed = 0
+
+        def kill() -> None:
+            nonlocal killed
+            while killed < count and not done.wait(float(rng.uniform(0.5, 1.5)) * plain / (count + 1)):
+                pids = list(client.run(os.getpid, on_error="ignore").values())
+                if pids:
+                    os.kill(int(rng.choice(pids)), signal.SIGKILL)
+                    killed += 1
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        took = sketch(folder / "s", samples, block, client, dataset)
+        done.set()
+        killer.join()
+        first = [int(row) for row in (folder / "log").read_text().split() if int(row) % block == 0]
+        same = contents(folder / "s") == contents(folder / "whole")
+        print(
+            f"{killed} kills: store {'identical' if same else 'DIFFERENT'}; {len(first)} blocks begun for "
+            f"{-(-samples // block)}, none more than {max(first.count(row) for row in set(first))} times; "
+            f"{took:.1f} s instead of {plain:.1f} s: {(took - plain) / max(1, killed):.1f} s lost per kill"
+        )
+
+
+def memory(tasks: int) -> None:
+    """Memory of client and scheduler over many tasks."""
+    with cluster(2) as (client, scheduler):
+        here, most = psutil.Process(), [0, 0]
+        for done, _ in enumerate(run(nothing, (Task(f"sketch-c-samples-{i}", (i,)) for i in range(tasks)), client)):
+            if done % 500 == 0:
+                most = [max(most[0], here.memory_info().rss), max(most[1], scheduler.memory_info().rss)]
+                if done % (tasks // 4) == 0:
+                    print(f"{done:>7d} tasks done: client {most[0] / 1e6:.0f} MB, scheduler {most[1] / 1e6:.0f} MB")
+        print(f"{tasks:>7d} tasks: client at most {most[0] / 1e6:.0f} MB, scheduler at most {most[1] / 1e6:.0f} MB")
+
+
+def plan(samples: int, pairs_per_s: float, workers: int) -> None:
+    """Blocks, tasks per second, requests and bytes of a run, from the planner; pairs_per_s is one worker's rate."""
+    for where in ("disk", "s3://bucket/store"):
+        size = planner.store_size(samples, 1, 4, DIM, out="" if where == "disk" else where)
+        seconds = 4 * samples / pairs_per_s / workers
+        rate = size.blocks / seconds
+        print(
+            f"{samples:,} samples x 4 checkpoints on {where}: {size.blocks:,} blocks, {size.array_bytes / 1e12:.1f} TB "
+            f"in {size.files:,} objects; {workers} workers at {pairs_per_s:g} pairs/s: {seconds / 86400:.1f} days, "
+            f"{rate:.2f} tasks/s at the scheduler, {size.files / seconds:.1f} writes/s, "
+            f"{size.array_bytes / seconds / 1e6:.1f} MB/s; index {planner.index_bytes(samples, 4, DIM) / 1e12:.1f} TB"
+        )
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("scaling", "overhead", "kills", "memory", "plan"))
+    parser.add_argument("--samples", type=int, default=2048)
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--tasks", type=int, default=100_000)
+    parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--rate", type=float, default=200.0, help="pairs per second of one worker")
+    parser.add_argument("--workers", type=int, default=1000)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.what == "scaling":
+        scaling(options.samples, options.rows)
+    elif options.what == "overhead":
+        overhead(min(options.tasks, 2000))
+    elif options.what == "kills":
+        kills(options.samples, options.kills)
+    elif options.what == "memory":
+        memory(options.tasks)
+    else:
+        for samples in (10**6, 10**9):
+            plan(samples, options.rate, options.workers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""Worker processes: the same store, index and answers as in one process, whatever dies or fails on the way."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from distributed import Client, LocalCluster
+
+import retrac_scale as rs
+from retrac_scale.store import Layout
+from retrac_scale.tasks import GIVE_UP, Task, gpu_label, run
+from tests.conftest import tiny_unet
+from tests.torture import contents
+
+SCHEDULER = DDPMScheduler(num_train_timesteps=100, beta_schedule="squaredcos_cap_v2")
+BLOCK, N = 4, 40
+
+
+class Logged:
+    """Images that write down who reads them, and of which some cannot be read or end their reader, once."""
+
+    def __init__(self, log: Path, bad: tuple[int, ...] = (), deadly: tuple[int, ...] = ()) -> None:
+        self.images = torch.from_numpy(np.random.default_rng(0).standard_normal((N, 1, 8, 8), dtype=np.float32))
+        self.log, self.bad, self.deadly, self.reader = log, bad, deadly, os.getpid()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> torch.Tensor:
+        if os.getpid() != self.reader:  # the caller looks at every item before it begins
+            with self.log.open("a") as file:
+                file.write(f"{row}\n")
+            if row in self.bad:
+                raise ValueError(f"image {row} is torn")
+            died = self.log.with_suffix(f".{row}")
+            if row in self.deadly and not died.exists():
+                died.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+        return self.images[row]
+
+    def reads(self) -> Counter[int]:
+        return Counter(map(int, self.log.read_text().split()))
+
+
+def sketch(dataset: Any, out: Any, client: Client | None = None) -> rs.SketchStore:
+    states = {name: tiny_unet(seed).state_dict() for seed, name in enumerate("ab")}
+    return rs.sketch(
+        rs.DiffusionTask(tiny_unet(), SCHEDULER),
+        dataset,
+        out,
+        checkpoints=states,
+        timesteps=rs.EvenlySpaced(2),
+        projection=rs.LowRank(4, 64),
+        batch_size=8,
+        layout=Layout(BLOCK),
+        client=client,
+        progress=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, resources={"GPU": 1}, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store, written in this process."""
+    folder = tmp_path_factory.mktemp("whole")
+    sketch(Logged(folder / "log"), folder / "s")
+    return folder / "s"
+
+
+def test_store_and_index_are_bit_identical_and_answers_equal(client: Client, whole: Path, tmp_path: Path) -> None:
+    store = sketch(Logged(tmp_path / "log"), tmp_path / "s", client)
+    assert contents(tmp_path / "s") == contents(whole)
+    here = rs.build_index(rs.open_store(whole), rs.ReTrac(), tmp_path / "here")
+    there = rs.build_index(rs.open_store(whole), rs.ReTrac(), tmp_path / "there", client=client)
+    assert contents(tmp_path / "here") == contents(tmp_path / "there")
+    queries = rs.take(store, [3, 20])
+    for asked in ({"side": "both"}, {"where": "id > 7"}, {"group_by": np.arange(N) % 5}):
+        one, two = here.query(queries, 4, **asked), there.query(queries, 4, client=client, **asked)
+        np.testing.assert_array_equal(one.ids, two.ids)
+        rounding = 1e-6 if "group_by" in asked else 0  # sums of float32 products, whose order is BLAS's own
+        np.testing.assert_allclose(one.scores, two.scores, rtol=rounding, atol=0)
+    np.testing.assert_array_equal(
+        rs.self_influence(store, rs.ReTrac(), client=client), rs.self_influence(store, rs.ReTrac())
+    )
+
+
+def test_after_workers_were_killed_the_store_is_the_same_and_no_block_ran_more_often(
+    client: Client, whole: Path, tmp_path: Path
+) -> None:
+    deadly = (5, 21)
+    dataset = Logged(tmp_path / "log", deadly=deadly)
+    sketch(dataset, tmp_path / "s", client)
+    assert contents(tmp_path / "s") == contents(whole)
+    surplus = sum(dataset.reads()[block] - 2 for block in range(0, N, BLOCK))  # two checkpoints read each block once
+    assert (
+        len(deadly) <= surplus <= 2 * len(deadly)
+    )  # a kill takes the block along, and if no worker is left the other's
+
+
+def test_a_block_that_always_fails_is_named_at_the_end_and_the_next_call_does_only_the_rest(
+    client: Client, whole: Path, tmp_path: Path
+) -> None:
+    dataset = Logged(tmp_path / "log", bad=(9,))
+    with pytest.raises(rs.FailedTasksError, match="2 tasks failed, all others are done") as raised:
+        sketch(dataset, tmp_path / "s", client)
+    assert "sketch-a-samples-8-12: ValueError: image 9 is torn" in str(raised.value)
+    assert {task.args for task, _ in raised.value.failures} == {("a", 2), ("b", 2)}
+    assert rs.open_store(tmp_path / "s").committed("b").sum() == N // BLOCK - 1
+    dataset.log.write_text("")
+    dataset.bad = ()
+    sketch(dataset, tmp_path / "s", client)
+    assert dataset.reads() == dict.fromkeys(range(8, 12), 2)
+    assert contents(tmp_path / "s") == contents(whole)
+
+
+def test_a_worker_with_other_weights_under_the_same_name_is_refused(client: Client, tmp_path: Path) -> None:
+    caller = os.getpid()
+
+    def state() -> Any:
+        return tiny_unet(int(os.getpid() != caller)).state_dict()
+
+    with pytest.raises(rs.FailedTasksError, match="checkpoint 'c' has other weights on"):
+        rs.sketch(
+            rs.DiffusionTask(tiny_unet(), SCHEDULER),
+            torch.zeros(2, 1, 8, 8),
+            tmp_path / "s",
+            checkpoints={"c": state},
+            timesteps=rs.EvenlySpaced(1),
+            projection=rs.LowRank(4, 64),
+            client=client,
+            progress=False,
+        )
+    assert not rs.open_store(tmp_path / "s").committed("c").any()
+
+
+def test_tasks_go_to_workers_with_the_resource(client: Client) -> None:
+    assert gpu_label(client) == {"GPU": 1}
+    tasks = [Task(f"pid-{i}", ()) for i in range(4)]
+    assert len(list(run(_pid, tasks, client, resources={"GPU": 1}))) == 4
+
+
+def _pid(_: None) -> int:
+    return os.getpid()
+
+
+def _flaky(folder: Path, number: int) -> int:
+    """Fails as object stores do, the first time."""
+    mark = folder / str(number)
+    if not mark.exists():
+        mark.touch()
+        raise TimeoutError("slow down")
+    return number
+
+
+@pytest.mark.parametrize("where", ["here", "there"])
+def test_failures_that_may_pass_are_tried_again(where: str, client: Client, tmp_path: Path) -> None:
+    tasks = [Task(f"flaky-{i}", (i,)) for i in range(5)]
+    found = run(_flaky, tasks, client if where == "there" else None, shared=tmp_path)
+    assert sorted(result for _, result in found) == list(range(5))
+
+
+def test_when_all_fail_alike_the_rest_is_left() -> None:
+    begun = []
+
+    def fail(_: None, number: int) -> None:
+        begun.append(number)
+        raise ValueError("no")
+
+    with pytest.raises(rs.FailedTasksError, match=f"the last {GIVE_UP} in a row"):
+        list(run(fail, (Task(f"fail-{i}", (i,)) for i in range(1000)), threads=1))
+    assert len(begun) == GIVE_UP
+
+
+def test_tasks_are_taken_no_faster_than_they_are_done() -> None:
+    taken = 0
+
+    def tasks() -> Iterator[Task]:
+        nonlocal taken
+        for number in range(1000):
+            taken += 1
+            yield Task(f"wait-{number}", (number,))
+
+    for done, _ in enumerate(run(lambda _, number: number, tasks(), threads=2)):
+        assert taken - done <= 6
+
+
+def test_on_threads_torch_has_one_each_and_is_set_back() -> None:
+    before = torch.get_num_threads()
+    seen = {(result, task.name) for task, result in run(_torch_threads, [Task("a", ()), Task("b", ())], threads=2)}
+    assert seen == {(1, "a"), (1, "b")}
+    assert torch.get_num_threads() == before
+
+
+def _torch_threads(_: None) -> int:
+    return torch.get_num_threads()
