@@ -111,7 +111,7 @@ class TopK:
 
         Args:
             path: the file to write.
-            images: training images `[n, h, w]` or `[n, h, w, 3]`, 0 .. 255 or 0 .. 1.
+            images: training images `[n, h, w]` or `[n, h, w, 3]`, integers 0 .. 255 or floats 0 .. 1.
             query_images: likewise `[q, ...]`.
             ids: sample ids of `images`, `[n]`.
         """

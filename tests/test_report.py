@@ -180,6 +180,13 @@ def test_a_page_of_several_indexes_or_answers_is_of_the_same_samples_and_queries
     assert not (tmp_path / "p.html").exists()
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float32])
+def test_pictures_are_bytes_or_shares(dtype: Any) -> None:
+    grey = np.full((1, 2, 2), 51, np.uint8)
+    given = (grey / 255).astype(dtype) if dtype is np.float32 else grey.astype(dtype)
+    assert (Pictures(given, np.arange(1), []).image(0) == 51).all()
+
+
 def test_an_explanations_picture_takes_names_as_they_are(tmp_path: Path) -> None:
     store = rs.write_store(None, {"$a_{$": np.ones((1, 1, 4))}, ids=[r"$\nonsense$"])
     explanation = rs.build_index(store, rs.TracIn(), None).explain(store, store.ids[0])
