@@ -79,7 +79,11 @@ def _queries(index: Index, arguments: argparse.Namespace, project: Project) -> S
         store = index.check_store()
         if store is None:
             raise ValueError("the store that the index was built from is needed for --ids; it was in memory.")
-        return take(store, [int(name) if store.ids.dtype.kind in "iu" else name for name in arguments.ids])
+        numbers = store.ids.dtype.kind in "iu"
+        wrong = [name for name in arguments.ids if numbers and not name.removeprefix("-").isdecimal()]
+        if wrong:
+            raise ValueError(f"--ids {wrong[0]}: the samples' ids are whole numbers, such as {store.ids[0]}.")
+        return take(store, [int(name) if numbers else name for name in arguments.ids])
     first = arguments.queries[0]
     is_store = "://" in first or Path(first, "zarr.json").exists()
     if len(arguments.queries) == 1 and (is_store or not (Path(first).is_dir() or first.lower().endswith(SUFFIXES))):
