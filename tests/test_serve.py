@@ -155,6 +155,13 @@ def bomb() -> bytes:
     return bytes(content)
 
 
+def deep() -> bytes:
+    """A PNG of 16 bits per pixel."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 1000, np.uint16)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize(
     ("content", "status", "why"),
     [
@@ -165,8 +172,9 @@ def bomb() -> bytes:
         (png((101, 100)), 422, "101 x 100 pixels; 10000 are allowed"),
         (png(format="GIF"), 422, "no image"),
         (b"\x89PNG" + bytes(30_000), 413, "larger than 20000 bytes"),
+        (deep(), 422, "the image has more than 8 bits"),
     ],
-    ids=["empty", "pickle", "cut", "bomb", "large", "gif", "long"],
+    ids=["empty", "pickle", "cut", "bomb", "large", "gif", "long", "deep"],
 )
 def test_bad_uploads_are_refused(client: TestClient, content: bytes, status: int, why: str) -> None:
     response = client.post("/api/upload", files={"file": content})
