@@ -146,3 +146,8 @@ def test_the_command_line_tells_damage_by_its_exit_status(tmp_path: Path, capsys
     assert main(["verify", str(tmp_path / "s")]) == 0
     assert main(["info", str(tmp_path / "s")]) == 0
     assert "280 of 280 pairs" in capsys.readouterr().out
+
+
+def test_a_checkpoint_whose_name_zarr_would_change_is_refused() -> None:
+    with pytest.raises(ValueError, match="a checkpoint cannot be called"):
+        rs.write_store(None, {"runs\\last": np.ones((1, 1, 4))})

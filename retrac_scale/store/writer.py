@@ -133,7 +133,7 @@ def describe(
     n, t, k = shape
     check_dtype(dtype)
     for name in weights:
-        if not name or "/" in name or name.startswith(".") or name in (*RESERVED, *columns):
+        if not name or {"/", "\\"} & {*name} or name.startswith(".") or name in (*RESERVED, *columns):
             raise ValueError(f"a checkpoint cannot be called {name!r} in a store; give it another name.")
         if not np.isfinite(weights[name]):
             raise ValueError(f"the weight of checkpoint {name!r} is {weights[name]}; give a finite number.")
