@@ -102,7 +102,10 @@ def mismatch(
     if not found and not np.array_equal(store.ids, ids):
         found = ["the sample ids differ"]
     for name, values in columns.items():
-        if name not in store.columns or not np.array_equal(store.columns[name], values):
+        stored = store.columns.get(name)
+        if stored is None or not np.array_equal(
+            stored, values, equal_nan=stored.dtype.kind == values.dtype.kind == "f"
+        ):
             found.append(f"column {name!r} differs")
     return found
 
