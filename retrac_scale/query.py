@@ -111,7 +111,7 @@ class TopK:
 
         Args:
             path: the file to write.
-            images: training images `[n, h, w]` or `[n, h, w, 3]`, 0 .. 255 or 0 .. 1.
+            images: training images `[n, h, w]` or `[n, h, w, 3]`, integers 0 .. 255 or floats 0 .. 1.
             query_images: likewise `[q, ...]`.
             ids: sample ids of `images`, `[n]`.
         """
@@ -253,7 +253,7 @@ class _Scan:
         return found
 
     def groups(self, group_by: str | npt.ArrayLike) -> tuple[npt.NDArray[Any], Float64]:
-        """Labels and scores of all groups in each lane, `[lane, g]` both, best first; -inf for groups without samples.
+        """Labels and scores of each lane's k best groups, `[lane, k]` both; -inf for groups without samples.
 
         Sums are formed in an order that depends on the index's chunks and the mask alone.
         """
@@ -272,7 +272,8 @@ class _Scan:
         if question.reduce == "mean":
             totals = totals / np.maximum(many, 1)
         totals = np.where(many > 0, totals, -np.inf)
-        order = np.argsort(-totals, axis=1, kind="stable")  # labels are sorted: equal scores are ordered by label
+        best = np.argsort(-totals, axis=1, kind="stable")  # labels are sorted: equal scores are ordered by label
+        order = best[:, : question.k]
         return labels[order], np.take_along_axis(totals, order, 1)
 
     def _tasks(

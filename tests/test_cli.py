@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,6 +46,34 @@ def test_query_prints_a_table_or_json(folder: Path, capsys: pytest.CaptureFixtur
     assert [int(line.split()[2]) for line in lines[1:]] == expected.ids.ravel().tolist()
     assert main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["results"][0]["ids"] == expected.ids[0].tolist()
+
+
+def test_verify_takes_an_index_for_no_damaged_store(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(folder / "retrac.zarr"), "--repair"]) == 1
+    assert "is a zarr group but no sketch store" in capsys.readouterr().err
+    assert main(["query", str(folder / "retrac.zarr"), str(folder / "q.zarr")]) == 0
+
+
+def test_an_id_that_is_no_number_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["query", str(folder / "retrac.zarr"), "--ids", "3", "three"]) == 1
+    assert "--ids three: the samples' ids are whole numbers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("images", "why"),
+    [
+        (np.zeros((6, 1, 8, 8), np.uint8), r"has shape (6, 1, 8, 8); give images as [n, h, w] or [n, h, w, 3]"),
+        (None, "is no .npy file of images"),
+    ],
+)
+def test_files_that_hold_no_pictures_are_told(
+    folder: Path, capsys: pytest.CaptureFixture[str], images: Any, why: str
+) -> None:
+    file = folder / "wrong.npy"
+    file.write_text("text") if images is None else np.save(file, images)
+    arguments = ["report", str(folder / "retrac.zarr"), "--queries", str(folder / "q.zarr"), "--images", str(file)]
+    assert main(arguments) == 1
+    assert why in capsys.readouterr().err
 
 
 def test_info_describes_stores_and_indexes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

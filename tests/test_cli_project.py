@@ -77,8 +77,10 @@ def test_three_commands_lead_from_folders_to_a_report(folder: Path, capsys: pyte
     capsys.readouterr()
     assert main(["query", "-k", "2", "--json"]) == 0
     assert [row["ids"] for row in json.loads(capsys.readouterr().out)["results"]] == expected.ids[:, :2].tolist()
-    assert main(["query", "attribution/retrac.zarr", "generated-images", "--timesteps", "2", "-k", "1", "--json"]) == 0
-    assert [row["ids"] for row in json.loads(capsys.readouterr().out)["results"]] == expected.ids[:, :1].tolist()
+    assert main(["query", "attribution/retrac.zarr", "generated-images", "-k", "1", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["results"]
+    assert [row["ids"] for row in rows] == expected.ids[:, :1].tolist()
+    np.testing.assert_allclose([row["scores"] for row in rows], expected.scores[:, :1], rtol=0.02)  # queries in int8
     for verb in ("info", "verify", "index"):
         assert main([verb, "--json"]) == 0
     for line in capsys.readouterr().out.splitlines():
@@ -120,6 +122,7 @@ def test_init_asks_for_what_it_is_not_told(folder: Path, monkeypatch: pytest.Mon
         ("rank = true", "rank must be like 16, got True"),
         ("checkpoints = ['a']", "checkpoints must be like {}"),
         ("estimators = [1]", "estimators must be like"),
+        ("estimators = []", "names no estimator"),
         ("images = 'i'", "give --model, or write it into retrac-scale.toml"),
         ("model = 'training-images'\nimages = 'training-images'", "no diffusers model"),
         ("model = 'model/unet'\nimages = 'model'", "no image and holds none"),
@@ -144,6 +147,28 @@ def test_images_that_do_not_fit_the_model_are_named_by_init(folder: Path, capsys
     assert main(INIT) == 1
     assert "0.png is 9 x 8, the model takes 8 x 8" in capsys.readouterr().err
     assert not Path(FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "why"),
+    [("model/unet/config.json", "{", "config.json is no JSON"), ("model", "a file", "model is a file")],
+)
+def test_a_model_that_is_none_is_named_by_init(
+    folder: Path, capsys: pytest.CaptureFixture[str], file: str, text: str, why: str
+) -> None:
+    if file == "model":
+        shutil.rmtree(file)
+    Path(file).write_text(text)
+    assert main(INIT) == 1
+    assert why in capsys.readouterr().err
+    assert not Path(FILE).exists()
+
+
+def test_an_empty_output_folder_is_the_files_own() -> None:
+    assert Project(out="").store == "sketches.zarr"
+    assert Project(out="/").store == "/sketches.zarr"
+    assert Project(out="s3://bucket/run/").store == "s3://bucket/run/sketches.zarr"
+    assert Project(out="", folder="there").store == "there/sketches.zarr"
 
 
 def test_init_keeps_a_file_that_is_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

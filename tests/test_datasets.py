@@ -20,6 +20,7 @@ from PIL import Image
 
 import retrac_scale as rs
 from retrac_scale.datasets import Arrays, CorruptImageError, HuggingFace, ImageFiles, Parquet, TarShards
+from retrac_scale.datasets.base import pixels
 from tests.conftest import tiny_unet
 from tests.small_denoiser import SCHEDULER
 
@@ -263,3 +264,9 @@ def test_torch_datasets_and_tensors_go_in_as_they_are() -> None:
         progress=False,
     )
     assert store.ids.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_images_of_more_than_8_bits_are_refused_not_cut_to_white(dtype: Any) -> None:
+    with pytest.raises(ValueError, match="the image has more than 8 bits per channel"):
+        pixels(Image.fromarray(np.full((4, 4), 1000).astype(dtype)), 1, None)

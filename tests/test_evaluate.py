@@ -22,6 +22,8 @@ def test_unique_fraction_counts_the_union_of_all_lists() -> None:
 def test_hubs_stand_in_at_least_their_share_of_the_lists() -> None:
     assert [evaluate.hubs(LISTS, share) for share in (0.25, 0.5, 0.75, 1)] == [4, 2, 1, 1]
     assert evaluate.largest_share(LISTS) == 1
+    seven_of_a_hundred = np.array([[0]] * 7 + [[row] for row in range(1, 94)])
+    assert evaluate.hubs(seven_of_a_hundred, 0.07) == 1  # 0.07 x 100 is more than 7 in floats
     with pytest.raises(ValueError, match=r"share is a part of the lists.*got 0"):
         evaluate.hubs(LISTS, 0)
 
@@ -47,6 +49,11 @@ def test_detection_needs_samples_of_both_kinds() -> None:
         evaluate.detection([1, 2], [True, False], k=3)
 
 
+def test_detection_names_the_scores_of_deleted_samples() -> None:
+    with pytest.raises(ValueError, match=r"1 of 3 scores are NaN.*alive"):
+        evaluate.detection([3, 2, np.nan], [True, False, False])
+
+
 def test_fidelity_of_hand_made_scores() -> None:
     exact, scores = [[4, 3, 2, 1], [1, 2, 3, 4]], [[4, 1, 2, 3], [1, 2, 3, 4]]
     assert evaluate.recall_at(scores, exact, k=2).tolist() == [1 / 2, 1]
@@ -64,6 +71,12 @@ def test_bootstrap_resamples_the_rows_of_all_arrays_together() -> None:
     a = np.random.default_rng(0).normal(size=50)
     ratio = evaluate.bootstrap(lambda x, y: y.mean() / x.mean(), a, 3 * a, draws=100)
     assert (ratio.value, ratio.low, ratio.high) == pytest.approx((3, 3, 3))
+
+
+@pytest.mark.parametrize("interval", [evaluate.bootstrap, evaluate.jackknife])
+def test_arrays_that_are_resampled_together_have_as_many_rows(interval: Any) -> None:
+    with pytest.raises(ValueError, match="as many rows, got 5, 50"):
+        interval(lambda a, b: a.mean() - b.mean(), np.arange(5), np.arange(50))
 
 
 def test_bootstrap_interval_of_a_mean_is_that_of_the_normal_approximation() -> None:
@@ -135,6 +148,16 @@ def test_lds_says_which_shapes_do_not_fit() -> None:
         evaluate.lds(np.zeros((2, 4)), np.zeros((3, 5)), np.zeros((3, 2)))
     with pytest.raises(ValueError, match="3 subsets and losses of 4"):
         evaluate.lds(np.zeros((2, 4)), np.zeros((3, 4)), np.zeros((4, 2)))
+
+
+def test_lds_refuses_nan_which_would_leave_queries_out_of_the_mean() -> None:
+    scores, members, losses = np.zeros((2, 4)), evaluate.random_subsets(4, 3), np.zeros((3, 2))
+    scores[1, 2] = np.nan
+    with pytest.raises(ValueError, match=r"scores hold NaN or inf, first at \(1, 2\)"):
+        evaluate.lds_mean(scores, members, losses)
+    losses[2, 0] = np.inf
+    with pytest.raises(ValueError, match=r"losses hold NaN or inf, first at \(2, 0\)"):
+        evaluate.lds(np.zeros((2, 4)), members, losses)
 
 
 def test_random_subsets_have_half_the_samples_each() -> None:
@@ -213,6 +236,8 @@ def test_counterfactual_is_the_loss_without_a_querys_own_samples_minus_the_loss_
         removed, np.arange(8), functools.partial(train, tmp_path), measure, tmp_path / "out", progress=False
     )
     assert change == pytest.approx([4.5**2 - 3.5**2, (7 - 2.5) ** 2 - 3.5**2])
+    with pytest.raises(ValueError, match="removed names 9, which is no training sample"):
+        evaluate.counterfactual(np.array([[0, 9]]), np.arange(8), lambda *_: 0, measure, tmp_path / "out")
     with pytest.raises(ValueError, match="2 losses for 3 queries"):
         evaluate.counterfactual(
             np.array([[0], [1], [2]]), np.arange(8), functools.partial(train, tmp_path), measure, tmp_path / "out"

@@ -155,6 +155,45 @@ def test_the_norm_curve_is_that_of_the_store(folder: Path, text: str) -> None:
         np.testing.assert_allclose(curve[name], values, rtol=1e-4)
 
 
+def test_deleted_samples_count_no_longer_in_the_norm_curve() -> None:
+    norms = {"c": np.array([[1.0], [1.0], [100.0]], np.float32)}
+    store = rs.write_store(None, {"c": np.ones((3, 1, 4))}, norms=norms, timesteps=[7])
+    store.delete([2])
+    assert norm_curve(store)[1].tolist() == [1]
+
+
+def test_a_page_of_several_indexes_or_answers_is_of_the_same_samples_and_queries(folder: Path, tmp_path: Path) -> None:
+    queries, images = rs.open_store(folder / "q.zarr"), np.load(folder / "images.npy")
+    sketches = {name: np.random.default_rng(1).standard_normal((5, 1, 64)) for name in ("early", "late")}
+    tracin = rs.open_index(folder / "tracin.zarr")
+    other = rs.build_index(rs.write_store(None, sketches), rs.ReTrac(), None)
+    pictures = Pictures(images, np.arange(20), images[:2])
+    indexes = {"TracIn": tracin, "ReTrac": other}
+    answers = {name: index.query(queries, 3) for name, index in indexes.items()}
+    with pytest.raises(ValueError, match="ReTrac holds other samples than TracIn"):
+        write_report(tmp_path / "p.html", answers, pictures, indexes=indexes, queries=queries)
+    turned = tracin.query(rs.take(queries, [1, 0]), 3)
+    with pytest.raises(ValueError, match="turned is about other queries than TracIn, or has"):
+        write_report(tmp_path / "p.html", {"TracIn": answers["TracIn"], "turned": turned}, pictures)
+    with pytest.raises(ValueError, match="queries= is about other queries than turned"):
+        write_report(tmp_path / "p.html", {"turned": turned}, pictures, indexes={"turned": tracin}, queries=queries)
+    assert not (tmp_path / "p.html").exists()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float32])
+def test_pictures_are_bytes_or_shares(dtype: Any) -> None:
+    grey = np.full((1, 2, 2), 51, np.uint8)
+    given = (grey / 255).astype(dtype) if dtype is np.float32 else grey.astype(dtype)
+    assert (Pictures(given, np.arange(1), []).image(0) == 51).all()
+
+
+def test_an_explanations_picture_takes_names_as_they_are(tmp_path: Path) -> None:
+    store = rs.write_store(None, {"$a_{$": np.ones((1, 1, 4))}, ids=[r"$\nonsense$"])
+    explanation = rs.build_index(store, rs.TracIn(), None).explain(store, store.ids[0])
+    explanation.figure().savefig(tmp_path / "p.png")
+    assert (tmp_path / "p.png").stat().st_size
+
+
 def test_topk_writes_its_own_report_and_names_a_missing_picture(folder: Path) -> None:
     answer = rs.open_index(folder / "retrac.zarr").query(rs.open_store(folder / "q.zarr"), 3)
     images, queries = np.load(folder / "images.npy"), np.load(folder / "queries.npy")

@@ -31,10 +31,13 @@ from starlette.testclient import TestClient
 import retrac_scale as rs
 from retrac_scale.cli import main
 from retrac_scale.query import Question
+from retrac_scale.report.content import ranked
+from retrac_scale.report.pictures import PictureFiles, Pictures
 from retrac_scale.serve import Limits, create_app
 from retrac_scale.serve.batcher import Batcher
 from retrac_scale.serve.library import Asked, Library
-from retrac_scale.serve.server import is_local
+from retrac_scale.serve.server import LOCAL_NAMES, is_local
+from retrac_scale.serve.uploads import read_upload
 from tests.served import QUERIES, SAMPLES, build, running
 
 LIMITS = Limits(upload_bytes=20_000, pixels=10_000, k=20, ids=4, kept_uploads=2)
@@ -117,12 +120,46 @@ def test_an_uploaded_image_is_answered_as_if_sketched_here(client: TestClient, l
     assert other["note"] == "cropped and resized from 20 x 30 to 8 x 8"
 
 
+def test_an_upload_is_answered_however_many_came_after_it(library: Library) -> None:
+    few = Library(library.indexes, library.pictures, measured=library.measured, kept_uploads=1)
+    first, second = (few.upload(read_upload(png(size), few.image_shape, LIMITS)) for size in ((8, 8), (9, 9)))
+    question = Question(2, "both", None, None, "sum", False)
+    for asked in (first, second):
+        few.check(asked)
+        answer = few.ask("TracIn", [asked], question)
+        (query,) = few.fragment([asked], {"TracIn": ranked(answer)})["queries"]
+        assert query["picture"].startswith("data:image/png")
+    with pytest.raises(ValueError, match="among the uploads"):
+        few.check(Asked("uploads", first.id))  # but only the last can still be asked for by its key
+
+
+def test_a_scan_waits_for_one_other_computation_at_most(library: Library) -> None:
+    async def ask_amid_others() -> list[str]:
+        batcher = Batcher(library, 16)
+        others = [asyncio.create_task(batcher.run(time.sleep, 0.05)) for _ in range(10)]
+        await asyncio.sleep(0.01)
+        await batcher.ask("TracIn", Asked("queries", "0"), Question(2, "both", None, None, "sum", False))
+        done = [str(other.done()) for other in others]
+        await asyncio.gather(*others)
+        await batcher.close()
+        return done
+
+    assert asyncio.run(ask_amid_others()).count("True") <= 2
+
+
 def bomb() -> bytes:
     """A PNG of a few kilobytes that says it has 10^10 pixels."""
     content = bytearray(png())
     content[16:24] = (100_000).to_bytes(4, "big") * 2
     content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
     return bytes(content)
+
+
+def deep() -> bytes:
+    """A PNG of 16 bits per pixel."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 1000, np.uint16)).save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -135,8 +172,9 @@ def bomb() -> bytes:
         (png((101, 100)), 422, "101 x 100 pixels; 10000 are allowed"),
         (png(format="GIF"), 422, "no image"),
         (b"\x89PNG" + bytes(30_000), 413, "larger than 20000 bytes"),
+        (deep(), 422, "the image has more than 8 bits"),
     ],
-    ids=["empty", "pickle", "cut", "bomb", "large", "gif", "long"],
+    ids=["empty", "pickle", "cut", "bomb", "large", "gif", "long", "deep"],
 )
 def test_bad_uploads_are_refused(client: TestClient, content: bytes, status: int, why: str) -> None:
     response = client.post("/api/upload", files={"file": content})
@@ -161,6 +199,7 @@ def test_bad_uploads_are_refused(client: TestClient, content: bytes, status: int
         ("explain", {"source": "queries", "id": "0", "sample": "x", "index": "TracIn"}, "no training sample 'x'"),
         ("explain", {"source": "uploads", "id": "0", "sample": "0", "index": "TracIn"}, "no '0' among the uploads"),
         ("groups", {"source": "queries", "id": "0", "column": "licence"}, "no column"),
+        ("groups", {"source": "queries", "id": "0", "column": "year"}, "'year' is no column that puts"),
     ],
 )
 def test_wrong_questions_are_told_what_is_wrong(client: TestClient, path: str, body: Any, why: str) -> None:
@@ -205,8 +244,8 @@ def test_the_token_opens_all_but_the_empty_page(library: Library) -> None:
             assert client.get(path).status_code == 401
             assert client.get(path, headers={"authorization": "Bearer s3cre"}).status_code == 401
             assert client.get(path, headers={"authorization": "Bearer s3cret"}).status_code == 200
-    with pytest.raises(ValueError, match="token is empty"), TestClient(create_app(library, token="")):
-        pass
+    with pytest.raises(ValueError, match="token is empty"):  # before a server runs, which would go on without it
+        create_app(library, token="")
 
 
 def test_other_sites_and_other_names_are_kept_out(library: Library) -> None:
@@ -216,6 +255,9 @@ def test_other_sites_and_other_names_are_kept_out(library: Library) -> None:
         assert client.post("/api/query", json=ask, headers={"sec-fetch-site": "cross-site"}).status_code == 403
         assert client.get("/health", headers={"host": "evil.example"}).status_code == 400
         assert client.get("/").headers["x-frame-options"] == "DENY"
+    with TestClient(create_app(library, hosts=LOCAL_NAMES)) as client:
+        for host in ("localhost:8000", "127.0.0.1", "[::1]:8000"):
+            assert client.get("/health", headers={"host": host}).status_code == 200
 
 
 def test_more_requests_than_allowed_are_told_to_come_again(library: Library) -> None:
@@ -231,6 +273,30 @@ def test_without_a_model_uploads_are_not_served(library: Library) -> None:
     with TestClient(create_app(plain)) as client:
         assert client.post("/api/upload", files={"file": png()}).status_code == 404
         assert client.get("/api/about").json()["uploads"] is False
+
+
+def test_indexes_of_other_samples_are_not_served_together(library: Library) -> None:
+    sketches = {"final": np.random.default_rng(0).standard_normal((5, 2, 128))}
+    other = rs.build_index(rs.write_store(None, sketches), rs.TracIn(), None)
+    with pytest.raises(ValueError, match="other holds other samples than TracIn"):
+        Library({"TracIn": library.indexes["TracIn"], "other": other}, library.pictures)
+
+
+def test_files_that_are_gone_or_damaged_are_no_crash_and_deleted_samples_not_offered(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    ids = [str(tmp_path / f"{number}.png") for number in range(4)]
+    store = rs.write_store(tmp_path / "s", {"c": rng.standard_normal((4, 1, 8))}, ids=ids)
+    store.delete(ids[:1])
+    index = rs.build_index(store, rs.TracIn(), tmp_path / "i")
+    small = Library({"TracIn": index}, Pictures(PictureFiles(ids[1:]), index.ids, []))
+    with TestClient(create_app(small), raise_server_exceptions=False) as client:
+        assert client.get("/api/ids", params={"source": "training"}).json()["ids"] == ids[1:]
+        ask = {"source": "training", "ids": [ids[1]], "k": 2}
+        for content in (None, b"not a picture"):
+            if content is not None:
+                Path(ids[1]).write_bytes(content)
+            response = client.post("/api/query", json=ask)
+            assert (response.status_code, ids[1] in response.json()["detail"]) == (503, True)
 
 
 def test_ids_can_be_searched_and_metrics_count(client: TestClient) -> None:

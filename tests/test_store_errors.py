@@ -146,3 +146,24 @@ def test_the_command_line_tells_damage_by_its_exit_status(tmp_path: Path, capsys
     assert main(["verify", str(tmp_path / "s")]) == 0
     assert main(["info", str(tmp_path / "s")]) == 0
     assert "280 of 280 pairs" in capsys.readouterr().out
+
+
+def test_a_checkpoint_whose_name_zarr_would_change_is_refused() -> None:
+    with pytest.raises(ValueError, match="a checkpoint cannot be called"):
+        rs.write_store(None, {"runs\\last": np.ones((1, 1, 4))})
+
+
+def test_a_column_may_have_missing_numbers_and_still_be_the_same(tmp_path: Path) -> None:
+    common: dict[str, Any] = {
+        "shape": (2, 1, 4),
+        "ids": np.arange(2),
+        "weights": {"a": 1.0},
+        "fingerprint": {},
+        "dtype": "int8",
+    }
+    columns = {"year": np.array([1990, np.nan])}
+    for _ in range(2):
+        store = create_store(tmp_path / "s", **common, columns=columns)
+    np.testing.assert_array_equal(store.columns["year"], columns["year"])
+    with pytest.raises(ValueError, match="column 'year' differs"):
+        create_store(tmp_path / "s", **common, columns={"year": np.array([np.nan, 1990])})

@@ -62,11 +62,16 @@ def _look(project: Project) -> dict[str, str]:
     from retrac_scale.datasets import ImageFiles
 
     told, shape = {}, None
+    if os.path.isfile(project.path(project.model)):
+        raise ValueError(f"{project.model} is a file; give the diffusers folder of the model, or its name on the hub.")
     if os.path.isdir(project.path(project.model)):
         config = Path(project.denoiser, "config.json")
         if not config.exists():
             raise ValueError(f"{project.model} holds no diffusers model: no config.json, unet/ or transformer/.")
-        found = json.loads(config.read_text(encoding="utf-8"))
+        try:
+            found = json.loads(config.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{config} is no JSON: {error}.") from None
         size = found.get("sample_size")
         shape = None if size is None else (size, size) if isinstance(size, int) else (size[1], size[0])
         takes = f"images of {size} in {found.get('in_channels')} channels"

@@ -55,7 +55,7 @@ class Project:
     def place(self, name: str) -> str:
         """Where something stands in the output folder."""
         out = self.out if "://" in self.out else os.path.join(self.folder, self.out)
-        return f"{out.rstrip('/')}/{name}"
+        return os.path.join(out, name)
 
     @property
     def store(self) -> str:
@@ -127,6 +127,8 @@ def find(config: str | None) -> Project:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is no TOML: {error}.") from None
     _check(found, file)
+    if found.get("estimators") == []:
+        raise ValueError(f"{file} names no estimator; leave the entry out, or name one such as 'ReTrac'.")
     estimators = tuple(found.pop("estimators", Project.estimators))
     return Project(**found, estimators=estimators, folder=str(file.parent) if file.parent != Path() else "")
 

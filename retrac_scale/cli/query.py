@@ -25,8 +25,8 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ids", nargs="+", help="ids of training samples, to query with them")
     parser.add_argument("--model", help="for images: diffusers folder or hub name")
     parser.add_argument("--checkpoint", action="append", default=[], help="for images: NAME=weights, for each")
-    parser.add_argument("--timesteps", type=int, default=20, help="for images: evenly spaced timesteps (default: 20)")
-    parser.add_argument("--device", default="cpu", help="for images: where to sketch (default: cpu)")
+    parser.add_argument("--timesteps", type=int, help="for images: evenly spaced (default: the project's, or 20)")
+    parser.add_argument("--device", help="for images: where to sketch (default: the project's, or cpu)")
     parser.add_argument("-k", type=int, default=10, help="results per query (default: 10)")
     parser.add_argument("--side", choices=("proponents", "opponents", "both"), default="proponents")
     parser.add_argument("--where", help="which samples count: an expression over the columns and id")
@@ -79,7 +79,11 @@ def _queries(index: Index, arguments: argparse.Namespace, project: Project) -> S
         store = index.check_store()
         if store is None:
             raise ValueError("the store that the index was built from is needed for --ids; it was in memory.")
-        return take(store, [int(name) if store.ids.dtype.kind in "iu" else name for name in arguments.ids])
+        numbers = store.ids.dtype.kind in "iu"
+        wrong = [name for name in arguments.ids if numbers and not name.removeprefix("-").isdecimal()]
+        if wrong:
+            raise ValueError(f"--ids {wrong[0]}: the samples' ids are whole numbers, such as {store.ids[0]}.")
+        return take(store, [int(name) if numbers else name for name in arguments.ids])
     first = arguments.queries[0]
     is_store = "://" in first or Path(first, "zarr.json").exists()
     if len(arguments.queries) == 1 and (is_store or not (Path(first).is_dir() or first.lower().endswith(SUFFIXES))):
@@ -88,7 +92,8 @@ def _queries(index: Index, arguments: argparse.Namespace, project: Project) -> S
     checkpoints = parse_checkpoints(arguments.checkpoint) or (project.weights if project.model else {})
     if model is None or not checkpoints:
         raise ValueError("to query with images give --model and a --checkpoint NAME=weights for each checkpoint.")
-    measured = measured_like(index, model, checkpoints, arguments.timesteps, arguments.device)
+    steps = (project.timesteps if project.model else 20) if arguments.timesteps is None else arguments.timesteps
+    measured = measured_like(index, model, checkpoints, steps, arguments.device or project.device)
     return replace(measured, dataset=image_files(arguments.queries, measured.task))
 
 

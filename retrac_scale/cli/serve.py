@@ -18,8 +18,8 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add_sources(parser)
     parser.add_argument("--model", help="for uploads: diffusers folder or hub name")
     parser.add_argument("--checkpoint", action="append", default=[], help="for uploads: NAME=weights, for each")
-    parser.add_argument("--timesteps", type=int, default=20, help="for uploads: evenly spaced timesteps (default: 20)")
-    parser.add_argument("--device", default="cpu", help="for uploads: where to sketch (default: cpu)")
+    parser.add_argument("--timesteps", type=int, help="for uploads: evenly spaced (default: the project's, or 20)")
+    parser.add_argument("--device", help="for uploads: where to sketch (default: the project's, or cpu)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="default: 8000")
     parser.add_argument("--token-file", help="file with the token that clients must send; or in RETRAC_SCALE_TOKEN")
@@ -50,7 +50,8 @@ def _run(arguments: argparse.Namespace) -> Answer:
     weights = parse_checkpoints(arguments.checkpoint) or (project.weights if own else {})
     measured = None
     if model is not None:
-        measured = measured_like(first, model, weights, arguments.timesteps, arguments.device)
+        steps = (project.timesteps if own else 20) if arguments.timesteps is None else arguments.timesteps
+        measured = measured_like(first, model, weights, steps, arguments.device or project.device)
     token = os.environ.get("RETRAC_SCALE_TOKEN")
     if arguments.token_file is not None:
         token = Path(arguments.token_file).read_text(encoding="utf-8").strip()
@@ -61,7 +62,8 @@ def _run(arguments: argparse.Namespace) -> Answer:
         concurrent=arguments.max_concurrent,
     )
     library = Library(indexes, pictures, queries=queries, measured=measured, kept_uploads=limits.kept_uploads)
-    url = f"http://{arguments.host}:{arguments.port}/"
+    host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+    url = f"http://{host}:{arguments.port}/"
     print(json.dumps({"url": url}) if arguments.json else f"serving at {url} ; Ctrl-C ends it", flush=True)
     serve.run(library, host=arguments.host, port=arguments.port, token=token, limits=limits, title=arguments.title)
     return Answer("ended", {"ended": url})

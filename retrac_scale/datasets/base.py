@@ -124,6 +124,12 @@ def check_channels(channels: int) -> None:
         raise ValueError(f"the model takes {channels} channels, so images would have to be encoded first.")
 
 
+def check_depth(image: Image.Image) -> None:
+    """Raise ValueError if an image holds more than 8 bits per channel, which Pillow would cut to white."""
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"the image has more than 8 bits per channel ({image.mode}); convert it to 8 bits first")
+
+
 def pixels(image: Any, channels: int, size: int | None) -> Tensor:
     """An image as float32 `[channels, h, w]` in -1 .. 1.
 
@@ -141,10 +147,7 @@ def pixels(image: Any, channels: int, size: int | None) -> Tensor:
         image = Image.fromarray(image.squeeze(2) if image.ndim == 3 and image.shape[2] == 1 else image)
     if not isinstance(image, Image.Image):
         raise ValueError(f"there is a {type(image).__name__} where an image should be")
-    if image.mode.startswith(("I", "F")):  # Pillow would cut off what is above 255
-        raise ValueError(
-            f"it has pixels of more than 8 bits (mode {image.mode}); convert it, or give an array of floats"
-        )
+    check_depth(image)
     image = image.convert("L" if channels == 1 else "RGB")
     if size is not None:
         image = _middle_square(image, size)

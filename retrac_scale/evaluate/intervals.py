@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +39,11 @@ def bootstrap(
         draws: how many resamples.
         level: of the interval.
         seed: of the resamples.
+
+    Raises:
+        ValueError: the arrays differ in their number of rows.
     """
-    rows = [np.asarray(array) for array in arrays]
+    rows = _rows(arrays)
     rng = np.random.default_rng(seed)
     q = len(rows[0])
     values = []
@@ -61,9 +64,9 @@ def jackknife(statistic: Statistic, *arrays: npt.ArrayLike, level: float = 0.95)
         level: of the interval.
 
     Raises:
-        ValueError: there are fewer than two rows.
+        ValueError: there are fewer than two rows, or the arrays differ in their number.
     """
-    rows = [np.asarray(array) for array in arrays]
+    rows = _rows(arrays)
     q = len(rows[0])
     if q < 2:
         raise ValueError(f"the jackknife leaves out one of at least two rows, got {q}.")
@@ -71,6 +74,15 @@ def jackknife(statistic: Statistic, *arrays: npt.ArrayLike, level: float = 0.95)
     error = float(np.sqrt((q - 1) * without.var()))
     value, reach = statistic(*rows), float(norm.ppf((1 + level) / 2)) * error
     return Interval(float(value), float(value - reach), float(value + reach))
+
+
+def _rows(arrays: Sequence[npt.ArrayLike]) -> list[npt.NDArray[Any]]:
+    rows = [np.asarray(array) for array in arrays]
+    if len({len(array) for array in rows}) > 1:
+        raise ValueError(
+            f"arrays whose rows belong together need as many rows, got {', '.join(str(len(array)) for array in rows)}."
+        )
+    return rows
 
 
 def percentiles(value: float, resampled: Any, level: float = 0.95) -> Interval:

@@ -28,7 +28,7 @@ def lds(scores: npt.ArrayLike, members: npt.ArrayLike, losses: npt.ArrayLike) ->
         float64 `[q]`; NaN for a query whose losses or sums are all equal.
 
     Raises:
-        ValueError: shapes do not fit, or there are fewer than 2 subsets.
+        ValueError: shapes do not fit, there are fewer than 2 subsets, or a score or loss is NaN or infinite.
     """
     sums, outcome = _both(scores, members, losses)
     return _correlation(sums, outcome)
@@ -43,7 +43,7 @@ def lds_mean(
     level: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """The mean of `lds` over queries, with a bootstrap interval over queries and subsets at once.
+    """The mean of `lds` over queries that are not NaN, with a bootstrap interval over queries and subsets at once.
 
     All queries share the same few retrained models, so that an interval over queries alone would be too narrow.
 
@@ -76,6 +76,10 @@ def _both(scores: npt.ArrayLike, members: npt.ArrayLike, losses: npt.ArrayLike) 
         )
     if len(inside) != len(loss) or len(inside) < 2:
         raise ValueError(f"there are {len(inside)} subsets and losses of {len(loss)}; give at least 2 of both.")
+    for name, given in (("scores", values), ("losses", loss)):
+        wrong = np.argwhere(~np.isfinite(given))
+        if len(wrong):
+            raise ValueError(f"{name} hold NaN or inf, first at {tuple(wrong[0].tolist())}; leave such samples out.")
     return inside.astype(np.float64) @ values.T, -loss
 
 

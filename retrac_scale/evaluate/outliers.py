@@ -34,13 +34,18 @@ def detection(scores: npt.ArrayLike, planted: npt.ArrayLike, k: int | None = Non
         k: default, as many as are planted.
 
     Raises:
-        ValueError: all samples or none are planted, or k is not between 1 and n.
+        ValueError: all samples or none are planted, a score is NaN, or k is not between 1 and n.
     """
     from sklearn.metrics import average_precision_score, roc_auc_score
 
     values, truth = np.asarray(scores), np.asarray(planted, dtype=bool)
     if truth.all() or not truth.any():
         raise ValueError(f"{truth.sum()} of {len(truth)} samples are planted; there must be some of each kind.")
+    if (missing := int(np.isnan(values).sum())) > 0:
+        raise ValueError(
+            f"{missing} of {len(values)} scores are NaN, as those of deleted samples; pass scores[store.alive] and "
+            "planted[store.alive]."
+        )
     k = int(truth.sum()) if k is None else k
     if not 1 <= k <= len(values):
         raise ValueError(f"k must be between 1 and {len(values)}, got {k}.")

@@ -132,7 +132,13 @@ def counterfactual(
 
     Returns:
         loss without minus loss with them, float64 `[q]`.
+
+    Raises:
+        ValueError: `removed` names an id that is not among `ids`, or as for `retrain`.
     """
+    unknown = np.setdiff1d(removed, ids)
+    if len(unknown):
+        raise ValueError(f"removed names {unknown[0]!s}, which is no training sample; give ids as in ids=.")
     subsets = [ids, *(ids[~np.isin(ids, row)] for row in removed)]
     losses = retrain(subsets, train, measure, out, seed=seed, key=key, client=client, progress=progress)
     if losses.shape[1] != len(removed):

@@ -47,7 +47,7 @@ def hubs(ids: npt.NDArray[Any], share: float = 0.2) -> int:
     """
     if not 0 < share <= 1:
         raise ValueError(f"share is a part of the lists, above 0 and up to 1, got {share}.")
-    return int((_counts(ids) >= share * len(ids)).sum())
+    return int((_counts(ids) / len(ids) >= share).sum())
 
 
 def norm_correlation(scores: npt.ArrayLike, norms: npt.ArrayLike) -> float:

@@ -35,6 +35,8 @@ def content(
 ) -> Json:
     """All that a page holds; arguments as for `write_report`. Ids are strings, scores numbers or null."""
     first = next(iter(answers.values()))
+    _check_same_queries(answers, queries)
+    check_same_samples(indexes or {})
     lists = {name: ranked(answer) for name, answer in answers.items()}
     asked = [
         {
@@ -61,6 +63,16 @@ def content(
         "curve": None if curve is None else curve_of(curve),
         "notes": notes,
     }
+
+
+def check_same_samples(indexes: Mapping[str, Index]) -> None:
+    """Raise ValueError unless all indexes hold the same samples, so that one picture and row stands for each id."""
+    names = list(indexes)
+    for name in names[1:]:
+        if not np.array_equal(indexes[name].ids, indexes[names[0]].ids):
+            raise ValueError(
+                f"{name} holds other samples than {names[0]}; a page is about the samples of one data set."
+            )
 
 
 class Rows(dict[Any, Json]):
@@ -134,6 +146,14 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
     return str(value) if type(value) is int and abs(value) > EXACT_INTEGER else value
+
+
+def _check_same_queries(answers: Mapping[str, TopK], queries: SketchStore | None) -> None:
+    (first, answer), *others = answers.items()
+    asked = {name: other.query_ids for name, other in others} | ({} if queries is None else {"queries=": queries.ids})
+    for name, ids in asked.items():
+        if not np.array_equal(ids, answer.query_ids):
+            raise ValueError(f"{name} is about other queries than {first}, or has them in another order.")
 
 
 def _add_groups(asked: list[Json], name: str, index: Index, queries: SketchStore) -> None:

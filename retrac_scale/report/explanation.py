@@ -18,10 +18,11 @@ def explanation_figure(explanation: Explanation) -> Figure:
     limit = max(float(np.abs(values).max()), 1e-30)
     image = axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
     figure.colorbar(image, label="contribution")
-    axes.set_yticks(range(len(values)), explanation.checkpoints)
+    axes.set_yticks(range(len(values)), explanation.checkpoints, parse_math=False)
     steps = explanation.query_timesteps
     if steps is not None and (steps == steps[0]).all():
         axes.set_xticks(range(values.shape[1]), steps[0], rotation=90 if values.shape[1] > 8 else 0)
     axes.set_xlabel("timestep of the query")
-    axes.set_title(f"query {explanation.query_id}, sample {explanation.id}: score {explanation.score:.4g}", fontsize=10)
+    title = f"query {explanation.query_id}, sample {explanation.id}: score {explanation.score:.4g}"
+    axes.set_title(title, fontsize=10, parse_math=False)  # names may hold dollar signs
     return figure

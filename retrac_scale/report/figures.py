@@ -17,13 +17,14 @@ BINS = 25
 
 
 def norm_curve(store: SketchStore) -> tuple[Any, Any, Any]:
-    """Gradient norm by timestep, pooled over checkpoints and samples.
+    """Gradient norm by timestep, pooled over checkpoints and the samples that are not deleted.
 
     Returns:
         centres of 25 timestep bins, and the mean and the standard deviation of the norms in each; empty bins left out.
     """
-    steps = np.concatenate([store.timesteps(name).ravel() for name in store.checkpoints])
-    norms = np.concatenate([store.norms(name).ravel() for name in store.checkpoints])
+    alive = store.alive
+    steps = np.concatenate([store.timesteps(name)[alive].ravel() for name in store.checkpoints])
+    norms = np.concatenate([store.norms(name)[alive].ravel() for name in store.checkpoints])
     edges = np.linspace(steps.min(), steps.max() + 1, BINS + 1)
     places = np.digitize(steps, edges) - 1
     used = [b for b in range(BINS) if (places == b).any()]

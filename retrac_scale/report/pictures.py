@@ -14,7 +14,7 @@ from PIL import Image
 
 SMALL, LARGEST = 64, 160
 Images = npt.NDArray[Any] | Sequence[npt.NDArray[Any]]
-"""`[n, h, w(, 3)]`, 0 .. 1 or uint8; or as many arrays, read when they are asked for."""
+"""`[n, h, w(, 3)]`, floats 0 .. 1 or integers 0 .. 255; or as many arrays, read when they are asked for."""
 
 
 class PictureFiles(Sequence[npt.NDArray[Any]]):
@@ -39,10 +39,13 @@ def read_images(file: str | None, ids: npt.NDArray[Any]) -> Images:
     """
     if file is None:
         if ids.dtype.kind != "U" or not os.path.isfile(ids[0]):
-            raise ValueError(f"the ids, such as {ids[0]!r}, are no image files; give the pictures in a .npy file.")
+            raise ValueError(f"the ids, such as {ids[0]!s}, are no image files; give the pictures in a .npy file.")
         return PictureFiles(ids.tolist())
-    images: npt.NDArray[Any] = np.load(file, mmap_mode="r", allow_pickle=False)
-    if images.ndim not in (3, 4):
+    try:
+        images = np.lib.format.open_memmap(file, mode="r")
+    except ValueError as error:
+        raise ValueError(f"{file} is no .npy file of images: {error}") from None
+    if images.ndim != 3 and images.shape[3:] != (3,):
         raise ValueError(f"{file} has shape {images.shape}; give images as [n, h, w] or [n, h, w, 3].")
     return images
 
@@ -70,10 +73,11 @@ class Pictures:
 
 
 def to_uint8(image: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """0..1 floats to 0..255; uint8 as it is."""
+    """Floats 0 .. 1 to 0 .. 255, integers as they are; what lies outside is cut off."""
     if image.dtype == np.uint8:
         return image
-    grey: npt.NDArray[np.uint8] = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
+    values = np.clip(image, 0, 255) if image.dtype.kind in "iu" else (np.clip(image, 0, 1) * 255).round()
+    grey: npt.NDArray[np.uint8] = values.astype(np.uint8)
     return grey
 
 

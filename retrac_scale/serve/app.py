@@ -27,6 +27,7 @@ from retrac_scale.serve.guard import Guard
 from retrac_scale.serve.library import Asked, Library
 from retrac_scale.serve.limits import Limits
 from retrac_scale.serve.uploads import read_upload
+from retrac_scale.store import DamagedStoreError
 from retrac_scale.where import LONGEST
 
 Json = dict[str, Any]
@@ -96,7 +97,7 @@ REFUSALS: dict[int | str, Any] = {
         408: "the body did not arrive in time",
         413: "the body is too large",
         422: "something asked for does not exist or is not allowed; says what",
-        503: "too many requests at a time, or the store has changed since the index was built",
+        503: "too many requests at a time, or a store, index or picture has changed or is damaged",
     }.items()
 }
 
@@ -117,7 +118,12 @@ def create_app(
         token: what clients must send as `Authorization: Bearer TOKEN`; None lets everybody in.
         limits: how much is taken on.
         hosts: names under which the service may be asked, against DNS rebinding; None for any.
+
+    Raises:
+        ValueError: the token is empty.
     """
+    if token == "":
+        raise ValueError("the token is empty, so that anybody could send it.")
     registry = prometheus.CollectorRegistry()
     requests = prometheus.Counter("requests", "Requests answered.", ["route", "status"], registry=registry)
     seconds = prometheus.Histogram("request_seconds", "Time to the answer.", ["route"], registry=registry)
@@ -161,7 +167,9 @@ def create_app(
         return Plain({"detail": str(error)}, 422)
 
     @app.exception_handler(StaleIndexError)
-    async def stale(_: Request, error: StaleIndexError) -> Plain:
+    @app.exception_handler(DamagedStoreError)
+    @app.exception_handler(OSError)
+    async def lost(_: Request, error: Exception) -> Plain:
         return Plain({"detail": str(error)}, 503)
 
     @app.exception_handler(RequestValidationError)
@@ -243,6 +251,9 @@ def create_app(
     async def groups(ask: Groups) -> Json:
         asked = Asked(ask.source, ask.id)
         check(ask.k, [asked], [])
+        if ask.column not in about["group_columns"]:  # as many groups as samples would be a table of all scores
+            known = ", ".join(about["group_columns"]) or "none"
+            raise ValueError(f"{ask.column!r} is no column that puts samples together; there are: {known}.")
         own = ask.source == "training"
 
         def question(index: Index) -> Question:

@@ -33,7 +33,7 @@ class Batcher:
     """Gathers what arrives while a scan runs, and answers all of one kind with the next.
 
     No query waits for others to come: a lone one is scanned at once. All computing is done on one thread, since a scan
-    uses every core by itself.
+    uses every core by itself; a scan waits there for at most one other computation.
 
     Args:
         library: what is asked.
@@ -46,6 +46,7 @@ class Batcher:
         self._waiting: list[_Waiting] = []
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="scan")
+        self._turn = asyncio.Lock()
         self._task = asyncio.create_task(self._serve())
 
     async def ask(self, index: str, asked: Asked, question: Question) -> Json:
@@ -56,7 +57,11 @@ class Batcher:
         return await one.answer
 
     async def run(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Something else on the thread that computes."""
+        """Something else on the thread that computes, of which one at a time stands in the way of scans."""
+        async with self._turn:
+            return await self._compute(function, *arguments)
+
+    async def _compute(self, function: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
     async def close(self) -> None:
@@ -77,7 +82,7 @@ class Batcher:
             batch = [one for one in self._waiting if one.kind == kind][: self.size]
             self._waiting = [one for one in self._waiting if one not in batch]
             self.observe(len(batch))
-            for one, answer in zip(batch, await self.run(self._answers, batch), strict=True):
+            for one, answer in zip(batch, await self._compute(self._answers, batch), strict=True):
                 if one.answer.done():
                     continue
                 if isinstance(answer, Exception):

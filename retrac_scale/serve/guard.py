@@ -27,8 +27,6 @@ class Guard:
     """ASGI middleware that refuses what the service does not take on, before any of it is read."""
 
     def __init__(self, app: ASGIApp, token: str | None, limits: Limits) -> None:
-        if token == "":
-            raise ValueError("the token is empty, so that anybody could send it.")
         self.app, self.token, self.limits = app, token, limits
         self.running = 0
 

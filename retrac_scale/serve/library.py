@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ import numpy as np
 from retrac_scale.index import Index
 from retrac_scale.query import Question, TopK, answer_rows
 from retrac_scale.report import Pictures, norm_curve
-from retrac_scale.report.content import Json, Rows, curve_of, explained, group_columns, plain
+from retrac_scale.report.content import Json, Rows, check_same_samples, curve_of, explained, group_columns, plain
 from retrac_scale.report.pictures import data_uri
 from retrac_scale.samples import Samples, take
 from retrac_scale.scan import Bools
@@ -30,10 +30,11 @@ CACHED_PICTURES, CACHED_ROWS, CACHED_MASKS = 16_384, 1024, 32
 
 @dataclass(frozen=True)
 class Asked:
-    """A query by its place: where it comes from, and its id there."""
+    """A query by its place: where it comes from, and its id there; an upload that is being answered, itself."""
 
     source: Source
     id: str
+    upload: tuple[Upload, SketchStore] | None = field(default=None, compare=False, repr=False)
 
 
 class Library:
@@ -47,7 +48,8 @@ class Library:
         kept_uploads: how many uploads are remembered.
 
     Raises:
-        ValueError: the queries do not fit an index, or uploads cannot be sketched like its store.
+        ValueError: the indexes hold other samples, the queries fit one badly, or uploads cannot be sketched like its
+            store.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Library:
         kept_uploads: int = 64,
     ) -> None:
         self.indexes, self.pictures, self.queries, self.measured = dict(indexes), pictures, queries, measured
+        check_same_samples(self.indexes)
         first = next(iter(self.indexes.values()))
         self.store = first.check_store()
         if measured is not None and (self.store is None or "scheduler" not in self.store.fingerprint):
@@ -71,7 +74,10 @@ class Library:
         if queries is not None:
             self._places["queries"] = {str(name): place for place, name in enumerate(queries.ids.tolist())}
             self._asked = {name: index.query_rows(queries) for name, index in self.indexes.items()}
-        self._stored = {} if self.store is None else {str(x): place for place, x in enumerate(self.store.ids.tolist())}
+        self._stored: dict[str, int] = {}
+        if self.store is not None:
+            names = self.store.ids.tolist()
+            self._stored = {str(names[place]): place for place in np.flatnonzero(self.store.alive).tolist()}
         self._uploads: OrderedDict[str, tuple[Upload, SketchStore]] = OrderedDict()
         self._kept_uploads = kept_uploads
         self._training_rows = lru_cache(CACHED_ROWS)(self._read_training_rows)
@@ -109,7 +115,7 @@ class Library:
     def check(self, asked: Asked) -> None:
         """ValueError unless there is such a query."""
         names = self._stored if asked.source == "training" else self._places.get(asked.source, self._uploads)
-        if asked.id not in names:
+        if asked.upload is None and asked.id not in names:
             raise ValueError(f"there is no {asked.id!r} among the {asked.source}.")
 
     def check_indexes(self, names: list[str]) -> None:
@@ -135,7 +141,7 @@ class Library:
         return explained(self.indexes[name].explain(self._sketches(asked), self._sample_id(sample)))
 
     def upload(self, upload: Upload) -> Asked:
-        """Sketch an upload, unless it was seen before; it can then be asked by its key."""
+        """Sketch an upload, unless it was seen before; while it is remembered it can also be asked by its key."""
         if upload.key not in self._uploads:
             assert self.measured is not None
             assert self.store is not None
@@ -144,7 +150,7 @@ class Library:
             if len(self._uploads) > self._kept_uploads:
                 self._uploads.popitem(last=False)
         self._uploads.move_to_end(upload.key)
-        return Asked("uploads", upload.key)
+        return Asked("uploads", upload.key, self._uploads[upload.key])
 
     def fragment(self, asked: list[Asked], answers: Mapping[str, list[Json]]) -> Json:
         """Queries and the samples in their lists, as the page holds them.
@@ -157,8 +163,7 @@ class Library:
             {
                 "id": one.id,
                 "source": one.source,
-                "picture": self.query_picture(one),
-                "note": self._upload(one.id)[0].note if one.source == "uploads" else "",
+                **self._shown(one),
                 "lists": {name: lists[place] for name, lists in answers.items()},
             }
             for place, one in enumerate(asked)
@@ -166,10 +171,18 @@ class Library:
         results = (x for lists in answers.values() for sides in lists for side in sides.values() for x in side)
         return {"queries": queries, "samples": {x["id"]: self.sample(x["id"]) for x in results}}
 
-    def _upload(self, key: str) -> tuple[Upload, SketchStore]:
-        if key not in self._uploads:
-            raise ValueError(f"the upload {key!r} is no longer remembered; send it again.")
-        return self._uploads[key]
+    def _shown(self, asked: Asked) -> Json:
+        """Picture and note of a query."""
+        if asked.source != "uploads":
+            return {"picture": self.query_picture(asked), "note": ""}
+        upload, _ = self._upload(asked)
+        return {"picture": data_uri(upload.pixels), "note": upload.note}
+
+    def _upload(self, asked: Asked) -> tuple[Upload, SketchStore]:
+        kept = asked.upload or self._uploads.get(asked.id)
+        if kept is None:
+            raise ValueError(f"the upload {asked.id!r} is no longer remembered; send it again.")
+        return kept
 
     def _query_rows(self, name: str, asked: Asked) -> Float32:
         if asked.source == "queries":
@@ -177,7 +190,7 @@ class Library:
             return rows
         if asked.source == "training":
             return self._training_rows(name, asked.id)
-        return self.indexes[name].query_rows(self._upload(asked.id)[1])[:, 0]
+        return self.indexes[name].query_rows(self._upload(asked)[1])[:, 0]
 
     def _read_training_rows(self, name: str, sample: str) -> Float32:
         index, place = self.indexes[name], self._stored[sample]
@@ -188,7 +201,7 @@ class Library:
 
     def _sketches(self, asked: Asked) -> SketchStore:
         if asked.source == "uploads":
-            return self._upload(asked.id)[1]
+            return self._upload(asked)[1]
         store = self.queries if asked.source == "queries" else self.store
         assert store is not None
         place = (self._places["queries"] if asked.source == "queries" else self._stored)[asked.id]
@@ -211,8 +224,6 @@ class Library:
         return {"picture": data_uri(self.pictures.image(name)), "columns": self._rows[name]}
 
     def _query_picture(self, asked: Asked) -> str:
-        if asked.source == "uploads":
-            return data_uri(self._upload(asked.id)[0].pixels)
         if asked.source == "training":
             picture: str = self.sample(asked.id)["picture"]
             return picture

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from retrac_scale.datasets.base import check_depth
 from retrac_scale.serve.limits import Limits
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
@@ -69,6 +70,7 @@ def read_upload(content: bytes, shape: tuple[int, int, int], limits: Limits) -> 
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             if image.width * image.height > limits.pixels:
                 raise ValueError(f"the image has {image.width} x {image.height} pixels; {limits.pixels} are allowed.")
+            check_depth(image)
             size = image.size
             upright = ImageOps.exif_transpose(image.convert("L" if channels == 1 else "RGB"))
             fitted = ImageOps.fit(upright, (width, height))

@@ -146,7 +146,7 @@ def _open(place: StorePath, name: str) -> Part | Finding:
         attribute = json.loads(content)["attributes"][ATTRIBUTE]
         if attribute.get("creating") is True:
             return Finding("unwritten", key, "was not laid out to the end", part=name)
-        meta = check_root(content, _prefix(name))
+        meta = attribute if attribute.get("what") == "index" else check_root(content, _prefix(name))  # refused below
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return Finding("metadata", key, f"is damaged ({error!r})", part=name)
     check_description(attribute, WHAT, f"{place}/{_prefix(name)}")

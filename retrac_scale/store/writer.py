@@ -102,7 +102,10 @@ def mismatch(
     if not found and not np.array_equal(store.ids, ids):
         found = ["the sample ids differ"]
     for name, values in columns.items():
-        if name not in store.columns or not np.array_equal(store.columns[name], values):
+        stored = store.columns.get(name)
+        if stored is None or not np.array_equal(
+            stored, values, equal_nan=stored.dtype.kind == values.dtype.kind == "f"
+        ):
             found.append(f"column {name!r} differs")
     return found
 
@@ -133,7 +136,7 @@ def describe(
     n, t, k = shape
     check_dtype(dtype)
     for name in weights:
-        if not name or "/" in name or name.startswith(".") or name in (*RESERVED, *columns):
+        if not name or {"/", "\\"} & {*name} or name.startswith(".") or name in (*RESERVED, *columns):
             raise ValueError(f"a checkpoint cannot be called {name!r} in a store; give it another name.")
         if not np.isfinite(weights[name]):
             raise ValueError(f"the weight of checkpoint {name!r} is {weights[name]}; give a finite number.")
