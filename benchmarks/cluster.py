@@ -166,6 +166,7 @@ def kills(samples: int, count: int) -> None:
     block, rng = 32, np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as name, cluster(2) as (client, _):
         folder = Path(name)
+        sketch(folder / "warm", 4 * block, block, client)
         plain = sketch(folder / "whole", samples, block, client)
         dataset = Logged(samples, folder / "log")
         done = threading.Event()
