@@ -33,6 +33,15 @@ def test_mapped_chunks_are_the_values_and_own_no_memory(tmp_path: Path) -> None:
         assert not mapped.flags.writeable
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files by /proc")
+def test_mapped_chunks_hold_no_file_open(tmp_path: Path) -> None:
+    array, _ = make(tmp_path)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    kept = [map_chunk(array, (chunk, 0)) for chunk in range(3)]
+    assert all(mapped is not None for mapped in kept)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
 def test_what_cannot_be_mapped_is_left_to_zarr(tmp_path: Path) -> None:
     assert map_chunk(make(zarr.storage.MemoryStore())[0], (0, 0)) is None
     assert map_chunk(make(tmp_path / "sharded", chunks=(2, 3), shards=(4, 3))[0], (0, 0)) is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
+import torch
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.storage import LocalStore
@@ -56,7 +56,9 @@ def map_chunk(array: zarr.Array[Any], chunk: tuple[int, ...], crc: int | None = 
             status = os.fstat(opened.fileno())
             if status.st_size != size + CRC_BYTES:
                 raise DamagedStoreError(f"{file} has {status.st_size} bytes instead of {size + CRC_BYTES}: damaged.")
-            mapped = np.frombuffer(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+            # torch's mapping holds no file descriptor, of which a process has few; Python's holds one each
+            mapped = torch.from_file(str(file), shared=False, size=status.st_size, dtype=torch.uint8).numpy()
+            mapped.flags.writeable = False
     except FileNotFoundError:
         raise DamagedStoreError(f"{file} is missing; run `retrac-scale verify` on the store.") from None
     stored = int.from_bytes(mapped[size:].tobytes(), "little")
