@@ -167,6 +167,8 @@ class _Several(Projector):
         return torch.zeros(n, sum(self.widths))
 
     def add(self, accumulator: Tensor, name: str, gradient: Tensor) -> Tensor | None:
+        for part in self.parts:
+            part.whole = self.whole
         squares = [
             part.add(own, name, gradient)
             for part, own in zip(self.parts, torch.split(accumulator, self.widths, 1), strict=True)
