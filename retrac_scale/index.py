@@ -109,7 +109,7 @@ class Index:
         c, n, k = self._arrays["row"].shape
         return c, n, k
 
-    @property
+    @functools.cached_property
     def chunks(self) -> list[slice]:
         """Sample ranges of the chunks, the units of scanning."""
         return blocks(self.shape[1], self._arrays["row"].chunks[1])

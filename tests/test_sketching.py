@@ -284,7 +284,7 @@ def test_dask_workers_write_the_same_store(tmp_path: Path) -> None:
     arguments = {"checkpoints": {"c": state}, "dtype": "int8"}
     local = run(model, images, rs.Explicit([5]), rs.CountSketch(64), **arguments)
     with (
-        LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0") as cluster,
         Client(cluster) as client,
     ):
         client.run(torch.set_num_threads, 1)
