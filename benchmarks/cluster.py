@@ -23,10 +23,10 @@ from distributed import Client
 import retrac_scale as rs
 import retrac_scale.index
 from retrac_scale import planner
+from retrac_scale.execution import Task, run
 from retrac_scale.index import build_index
 from retrac_scale.store import Layout, write_store
 from retrac_scale.store.schema import choose_layout
-from retrac_scale.tasks import Task, run
 from tests.torture import contents
 
 DIM = 4096

@@ -29,7 +29,7 @@ from diffusers import DDPMScheduler
 from models import CONFIGS, build
 
 import retrac_scale as rs
-from retrac_scale.training_sketches import SketchPlan
+from retrac_scale.training.sketches import SketchPlan
 
 SCHEDULER: Any = DDPMScheduler()
 N = 1024

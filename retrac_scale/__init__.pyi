@@ -1,30 +1,30 @@
 """The public names; __init__.py imports each from here when it is first used."""
 
 from . import datasets, evaluate, gradients, projections, report
-from .calling import ThroughUNet
 from .check import ModelCheck, check_model
-from .checkpoints import find_checkpoints
 from .curvature import fisher_divisors, kronecker_divisors
 from .diagonal import self_influence
-from .encoded import EncodedDataset, encode
 from .estimators import DAS, DTRAK, TRAK, GradCos, GradDot, RelatIF, RenormIF, ReTrac, TracIn
+from .execution import FailedTasksError
 from .explain import Explanation
 from .index import Index, StaleIndexError, build_index, open_index
 from .journey import Journey, sample_journey, sketch_journey
-from .noising import timestep_numbers
 from .preconditioning import adam_divisors
 from .projections import CountSketch, Dense, GradientSketcher, Identity, LowRank
 from .query import TopK
-from .record import TrainingRecord, read_record
 from .samples import Samples, take
 from .sketching import sketch
 from .store import IncompleteStoreError, SketchStore, open_store, write_store
-from .task import DiffusionTask
-from .tasks import FailedTasksError
+from .task.calling import ThroughUNet
+from .task.checkpoints import find_checkpoints
+from .task.diffusion import DiffusionTask
+from .task.encoded import EncodedDataset, encode
+from .task.noising import timestep_numbers
+from .task.weighting import Huber, MinSNR, PseudoHuber, SD3Weighting
 from .timesteps import EvenlySpaced, Explicit, Recorded, draw_noise
-from .training import TrainingRecorder
-from .training_callbacks import lightning_callback, transformers_callback
-from .weighting import Huber, MinSNR, PseudoHuber, SD3Weighting
+from .training.callbacks import lightning_callback, transformers_callback
+from .training.record import TrainingRecord, read_record
+from .training.recorder import TrainingRecorder
 
 __all__ = [
     "DAS",

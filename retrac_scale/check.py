@@ -14,7 +14,7 @@ from retrac_scale.gradients import GradientCapture, ParameterFilter, Uncapturabl
 from retrac_scale.gradients.nested import tensors
 from retrac_scale.gradients.recompute import alone_by, batched_sizes
 from retrac_scale.sketching import BFLOAT16_TOLERANCE, FLOAT32_TOLERANCE, measured_pairs
-from retrac_scale.task import DiffusionTask
+from retrac_scale.task.diffusion import DiffusionTask
 from retrac_scale.timesteps import EvenlySpaced
 
 FALLBACK, REFUSED = "per-sample autograd", "refused"

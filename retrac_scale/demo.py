@@ -23,9 +23,9 @@ from retrac_scale.projections import CountSketch
 from retrac_scale.report import Pictures, attribution_figure, norm_curve, write_report
 from retrac_scale.sketching import sketch
 from retrac_scale.store import SketchStore
-from retrac_scale.task import DiffusionTask
+from retrac_scale.task.diffusion import DiffusionTask
 from retrac_scale.timesteps import EvenlySpaced, Recorded, draw_noise
-from retrac_scale.training import TrainingRecorder
+from retrac_scale.training.recorder import TrainingRecorder
 
 # The paper's cosine schedule and evenly spaced checkpoints: a checkpoint's weight counts all steps since the one before
 # it, so that with late checkpoints alone the first of them would decide everything.

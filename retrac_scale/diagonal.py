@@ -9,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from retrac_scale.estimators import Estimator, common_timesteps
-from retrac_scale.fitting import fit
-from retrac_scale.ridge import Ridge
+from retrac_scale.estimators.fitting import fit
+from retrac_scale.estimators.ridge import Ridge
+from retrac_scale.execution import Task, results
 from retrac_scale.store import SketchStore, open_store
 from retrac_scale.store.compatibility import check_compatible
 from retrac_scale.store.encoding import Float32
 from retrac_scale.store.schema import Url
-from retrac_scale.tasks import Task, results
 
 if TYPE_CHECKING:
     from distributed import Client

@@ -14,8 +14,9 @@ import zarr
 from zarr.storage import LocalStore
 
 from retrac_scale.estimators import Estimator, common_timesteps, estimator_from_spec
-from retrac_scale.fitting import fit, rows_at
-from retrac_scale.ridge import Ridge
+from retrac_scale.estimators.fitting import fit, rows_at
+from retrac_scale.estimators.ridge import Ridge
+from retrac_scale.execution import Task, results
 from retrac_scale.scan import Chunk
 from retrac_scale.store import DamagedStoreError, IncompleteStoreError, SketchStore, open_store
 from retrac_scale.store.compatibility import COMPARED, check_compatible
@@ -35,7 +36,6 @@ from retrac_scale.store.schema import (
     read_ids,
     zarr_location,
 )
-from retrac_scale.tasks import Task, results
 
 if TYPE_CHECKING:
     import dask.array

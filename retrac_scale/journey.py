@@ -11,11 +11,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from retrac_scale.checkpoints import Checkpoint
 from retrac_scale.sketching import sketch
 from retrac_scale.store import SketchStore, create_store, write_block
 from retrac_scale.store.schema import Url, check_ids
-from retrac_scale.task import DiffusionTask
+from retrac_scale.task.checkpoints import Checkpoint
+from retrac_scale.task.diffusion import DiffusionTask
 from retrac_scale.timesteps import Explicit
 
 

@@ -23,7 +23,7 @@ from retrac_scale.store.mapping import CRC_BYTES
 from retrac_scale.store.part import lay_out
 from retrac_scale.store.schema import LIST_CHUNK, Url, choose_layout, column_types
 from retrac_scale.store.writer import describe
-from retrac_scale.task import DiffusionTask
+from retrac_scale.task.diffusion import DiffusionTask
 from retrac_scale.timesteps import EvenlySpaced
 
 CALIBRATION_BATCHES = (1, 5)

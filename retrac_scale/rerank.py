@@ -18,7 +18,7 @@ from retrac_scale.store.compatibility import of_both
 from retrac_scale.store.encoding import Float32
 from retrac_scale.store.part import plans_of
 from retrac_scale.store.schema import differences
-from retrac_scale.task import DiffusionTask
+from retrac_scale.task.diffusion import DiffusionTask
 from retrac_scale.timesteps import Pairs
 
 BATCH_PAIRS = 64

@@ -17,7 +17,7 @@ from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from retrac_scale.calibration import fastest_batch
-from retrac_scale.checkpoints import Checkpoint
+from retrac_scale.execution import Task, gpu_label, run
 from retrac_scale.gradients import ParameterFilter
 from retrac_scale.preconditioning import Divisors, digest_of
 from retrac_scale.projections import GradientMismatchError, GradientSketcher, LowRank, Projection, from_spec
@@ -25,8 +25,8 @@ from retrac_scale.store import Dtype, Layout, SketchStore, create_store, grow_st
 from retrac_scale.store.compatibility import check_compatible
 from retrac_scale.store.encoding import check_dtype
 from retrac_scale.store.schema import Url, check_columns, check_ids
-from retrac_scale.task import DiffusionTask
-from retrac_scale.tasks import Task, gpu_label, run
+from retrac_scale.task.checkpoints import Checkpoint
+from retrac_scale.task.diffusion import DiffusionTask
 from retrac_scale.timesteps import Ids, Pairs, TimestepPlan, draw_noise
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from retrac_scale.record import NO_SEED, SampleRows, TrainingRecord, read_record
+from retrac_scale.training.record import NO_SEED, SampleRows, TrainingRecord, read_record
 
 Ids = npt.NDArray[Any]
 Int64 = npt.NDArray[np.int64]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from retrac_scale import draw_noise
-from retrac_scale.checkpoints import StateDict
+from retrac_scale.task.checkpoints import StateDict
 
 
 def gradient(model: nn.Module, loss: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from diffusers import DDPMScheduler
 from distributed import Client, LocalCluster
 
 import retrac_scale as rs
+from retrac_scale.execution import GIVE_UP, Task, gpu_label, run
 from retrac_scale.store import Layout
-from retrac_scale.tasks import GIVE_UP, Task, gpu_label, run
 from tests.conftest import tiny_unet
 from tests.torture import contents
 

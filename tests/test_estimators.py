@@ -19,9 +19,9 @@ from torch import nn
 from trak import TRAKer
 
 import retrac_scale as rs
-from retrac_scale import fitting
+from retrac_scale.estimators import fitting
+from retrac_scale.estimators.ridge import moments, solve
 from retrac_scale.projections import TrakProjector
-from retrac_scale.ridge import moments, solve
 from tests import oracle
 from tests.conftest import random_images, tiny_unet
 from tests.test_dense import SquaredError

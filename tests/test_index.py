@@ -91,7 +91,7 @@ def test_deleted_samples_are_left_out_of_an_index(tmp_path: Path) -> None:
 
 
 def test_memory_of_building_does_not_grow_with_deletions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("retrac_scale.fitting.PIECE_BYTES", 2**16)
+    monkeypatch.setattr("retrac_scale.estimators.fitting.PIECE_BYTES", 2**16)
     rows = np.random.default_rng(0).standard_normal((8192, 1, 512), dtype=np.float32)
     store = rs.write_store(tmp_path / "s", {"a": rows}, dtype="float32")
     store.delete(np.flatnonzero(np.arange(8192) % 64))

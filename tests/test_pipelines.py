@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import retrac_scale as rs
-from retrac_scale.encoding import Encoder
+from retrac_scale.task.encoding import Encoder
 from tests.conftest import tiny_unet
 
 SAMPLES, STEPS = 5, 2

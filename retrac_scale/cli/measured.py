@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from retrac_scale.datasets import ImageFiles
     from retrac_scale.index import Index
     from retrac_scale.samples import Samples
-    from retrac_scale.task import DiffusionTask
+    from retrac_scale.task.diffusion import DiffusionTask
 
 
 def load_denoiser(place: str) -> Any:
@@ -56,7 +56,7 @@ def measured_like(index: Index, model: str, checkpoints: Mapping[str, str], time
     import diffusers
 
     from retrac_scale.samples import Samples
-    from retrac_scale.task import DiffusionTask
+    from retrac_scale.task.diffusion import DiffusionTask
     from retrac_scale.timesteps import EvenlySpaced
 
     store = index.check_store()

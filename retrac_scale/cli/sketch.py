@@ -13,7 +13,7 @@ from retrac_scale.cli.verb import Answer, Verb
 def _run(arguments: argparse.Namespace) -> Answer:
     from retrac_scale.projections import CountSketch, LowRank, Projection
     from retrac_scale.sketching import sketch
-    from retrac_scale.task import DiffusionTask
+    from retrac_scale.task.diffusion import DiffusionTask
     from retrac_scale.timesteps import EvenlySpaced
 
     project = overruled(find(arguments.config), arguments)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from retrac_scale.ridge import Damping, Ridge
+from retrac_scale.estimators.ridge import Damping, Ridge
 from retrac_scale.store import SketchStore
 from retrac_scale.store.encoding import Float32
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from retrac_scale.estimators.base import Estimator
 from retrac_scale.estimators.inner import ReTrac
-from retrac_scale.ridge import Damping, Float64, Ridge
+from retrac_scale.estimators.ridge import Damping, Float64, Ridge
 from retrac_scale.store import SketchStore
 from retrac_scale.store.encoding import Float32
 
@@ -26,7 +26,7 @@ class TRAK(Estimator):
 
     Args:
         damping: lambda relative to the mean eigenvalue of sum_i phi phi^T, that is to its trace over k; "auto" chooses
-            by Ledoit and Wolf's rule, see `retrac_scale.ridge.shrinkage`.
+            by Ledoit and Wolf's rule, see `retrac_scale.estimators.ridge.shrinkage`.
         squared: answer with the square of the score (summed over checkpoints), so that strong proponents and strong
             opponents both come first.
     """

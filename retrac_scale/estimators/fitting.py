@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from retrac_scale.estimators import Estimator
-from retrac_scale.ridge import Damping, Moments, Ridge, moments, solve
+from retrac_scale.estimators.ridge import Damping, Moments, Ridge, moments, solve
+from retrac_scale.execution import compute
 from retrac_scale.store import SketchStore, open_store
 from retrac_scale.store.encoding import Float32
 from retrac_scale.store.schema import Url, blocks
-from retrac_scale.tasks import compute
 
 if TYPE_CHECKING:
     from distributed import Client

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from retrac_scale.noising import Diffusion, Flow
+from retrac_scale.task.noising import Diffusion, Flow
 
 
 class Weighting(Protocol):

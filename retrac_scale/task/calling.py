@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retrac_scale.checkpoints import weights_digest
+from retrac_scale.task.checkpoints import weights_digest
 
 Call = Callable[[nn.Module, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 """call(model, noisy [n, c, ...], times [n], conditioning) -> prediction shaped like the clean sample."""

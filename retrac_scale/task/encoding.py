@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from retrac_scale.checkpoints import weights_digest
+from retrac_scale.task.checkpoints import weights_digest
 
 # what a pipeline's encode_prompt returns, by the names under which the denoiser takes it (diffusers 0.42.1)
 _ONE, _MASKED = ("encoder_hidden_states",), ("encoder_hidden_states", "encoder_attention_mask")

@@ -12,10 +12,10 @@ import zarr
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from retrac_scale.items import LATENTS
 from retrac_scale.sketching import dataset_ids
 from retrac_scale.store.schema import Url, check_ids
-from retrac_scale.task import DiffusionTask
+from retrac_scale.task.diffusion import DiffusionTask
+from retrac_scale.task.items import LATENTS
 
 BLOCK = 64
 """Samples that are encoded, written and counted at a time."""

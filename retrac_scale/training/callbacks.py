@@ -12,7 +12,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from retrac_scale.training import TrainingRecorder
+    from retrac_scale.training.recorder import TrainingRecorder
 
 
 def transformers_callback(recorder: TrainingRecorder) -> Any:

@@ -15,11 +15,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
-from retrac_scale.checkpoints import StateDict, adapter_scales, weights_digest
 from retrac_scale.gradients import ParameterFilter
 from retrac_scale.projections import Projection
 from retrac_scale.projections.live import LiveSketcher
-from retrac_scale.record import Rows
 from retrac_scale.sketching import scheduler_spec
 from retrac_scale.store import (
     DamagedStoreError,
@@ -34,6 +32,8 @@ from retrac_scale.store import (
 from retrac_scale.store.part import ROOT, group_json
 from retrac_scale.store.schema import Url
 from retrac_scale.store.writer import unfinished
+from retrac_scale.task.checkpoints import StateDict, adapter_scales, weights_digest
+from retrac_scale.training.record import Rows
 
 Visits = int | Literal["sum"]
 KIND = "WhileTraining"

@@ -11,13 +11,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from retrac_scale.calling import LAYOUTS, Call, ThroughUNet, call_model
-from retrac_scale.checkpoints import COMPONENTS, Checkpoint, add_adapters, load_checkpoint
-from retrac_scale.encoding import Encoder, load_pipeline
-from retrac_scale.items import Item, take_apart
-from retrac_scale.measures import OUTPUTS
-from retrac_scale.noising import noising_of
-from retrac_scale.weighting import Huber, PseudoHuber, Weighting, check_weighting
+from retrac_scale.task.calling import LAYOUTS, Call, ThroughUNet, call_model
+from retrac_scale.task.checkpoints import COMPONENTS, Checkpoint, add_adapters, load_checkpoint
+from retrac_scale.task.encoding import Encoder, load_pipeline
+from retrac_scale.task.items import Item, take_apart
+from retrac_scale.task.measures import OUTPUTS
+from retrac_scale.task.noising import noising_of
+from retrac_scale.task.weighting import Huber, PseudoHuber, Weighting, check_weighting
 
 Measure = Literal["mse", "l1", "mean_output", "mean_squared_output", "output_l1", "output_l2", "output_linf"]
 

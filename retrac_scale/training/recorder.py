@@ -12,17 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
-from retrac_scale.checkpoints import StateDict
 from retrac_scale.gradients import ParameterFilter
-from retrac_scale.noising import is_flow, noising_of, timestep_numbers
 from retrac_scale.projections import Projection
-from retrac_scale.record import IDS, NO_SEED, ROW, SampleRows, TrainingRecord, append, read_record, rows_file
 from retrac_scale.store import Dtype
 from retrac_scale.store.schema import Url, check_columns, check_ids
-from retrac_scale.task import measure_name
+from retrac_scale.task.checkpoints import StateDict
+from retrac_scale.task.diffusion import measure_name
+from retrac_scale.task.noising import is_flow, noising_of, timestep_numbers
+from retrac_scale.task.weighting import Loss, Weighting, check_loss, check_weighting
 from retrac_scale.timesteps import check_timesteps
-from retrac_scale.training_sketches import SketchPlan, TrainingSketches, Visits
-from retrac_scale.weighting import Loss, Weighting, check_loss, check_weighting
+from retrac_scale.training.record import IDS, NO_SEED, ROW, SampleRows, TrainingRecord, append, read_record, rows_file
+from retrac_scale.training.sketches import SketchPlan, TrainingSketches, Visits
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""One timestep of training on one sample, as a loss to differentiate."""

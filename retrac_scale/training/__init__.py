@@ -1,0 +1,1 @@
+"""What a training run leaves behind: its record, and sketches of its own backward passes."""
