@@ -41,7 +41,7 @@ class Chunk:
         norm: no less than |row| x |scale|, `[c, n]`.
         ids: `[n]`.
         mask: which samples count, `[n]`; None for all.
-        mapped: whether the rows are views of a file, which may be kept at no cost.
+        kept: whether the rows stay in reach anyway, at no cost: views of a file that stays mapped.
     """
 
     rows: Sequence[npt.NDArray[Any]]
@@ -49,7 +49,7 @@ class Chunk:
     norm: Float32
     ids: npt.NDArray[Any]
     mask: Bools | None = None
-    mapped: bool = False
+    kept: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +104,7 @@ def top(
             stop, size = tile.stop, min(2 * size, products[0].tile)
             if chunk.mask is None or chunk.mask[tile].any():
                 _scan_tile(chunk, number, tile, products, signs, query_ids, pool)
-        if not chunk.mapped:
+        if not chunk.kept:
             pool.settle()
             pool.release(number)
     return pool.best()
