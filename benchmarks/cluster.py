@@ -123,10 +123,10 @@ def scaling(samples: int, rows: int, repeats: int = 3) -> None:
             f"scanning x {seconds[0][1] / scanning:.2f}"
         )
         for workers, (sketching, scanning) in seconds.items():
+            share = f" (workers at work {busy[workers] / workers / sketching:.1%} of the time)" if workers else ""
             print(
                 f"{f'{workers} workers' if workers else 'in-process'}: sketching {samples / sketching:.0f} pairs/s, "
-                f"x {seconds[1][0] / sketching:.2f} of one worker"
-                f"{f' (workers busy {busy[workers] / workers / sketching:.1%} of the time)' if workers else ''}; scanning {rows} rows x {QUERIES} queries "
+                f"x {seconds[1][0] / sketching:.2f} of one worker{share}; scanning {rows} rows x {QUERIES} queries "
                 f"{scanning:.2f} s, x {seconds[1][1] / scanning:.2f}"
             )
 
