@@ -40,7 +40,7 @@ def page(report: dict[str, Any], titles: dict[str, str]) -> str:
     size = "all" if how["samples"] is None else how["samples"]
     demo = DEMO.format(epochs=EPOCHS, timesteps=how["demo_timesteps"]) if how["demo_timesteps"] else ""
     model = (
-        "a Stable Diffusion's LoRA adapters of rank {rank}"
+        "a Stable Diffusion with LoRA adapters of rank {rank}"
         if "rank" in training
         else "a U-Net with {channels} channels"
     )

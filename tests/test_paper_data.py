@@ -145,10 +145,15 @@ def test_the_experiments_run_on_lora_adapters_of_a_stable_diffusion(tmp_path: Pa
     write_captioned(tmp_path / "images", 20)
     stable_diffusion(tmp_path / "model")
     data = captioned(tmp_path / "images", tmp_path / "model", tmp_path, size=16)
-    training = LoRATraining(epochs=2, kept=(1, 2), batch=6, base=str(tmp_path / "model"))
-    how = paper.Setting("captions", training=training, timesteps=2, dim=64, lengths=(2,), subsets=8, removed=2)
+    training = LoRATraining(epochs=2, kept=(1, 2), batch=9, base=str(tmp_path / "model"))
+    how = paper.Setting("captions", training=training, timesteps=2, dim=64, lengths=(2,), subsets=1, removal_queries=1)
     lab = paper.Lab(how, data, tmp_path)
-    results = {part.__name__: part(lab) for part in paper.PARTS}
     assert all("lora_" in name for name in lab.main.recorded.fingerprint["parameters"])
     assert all("lora_" in name for weights in lab.main.checkpoints.values() for name in weights)
-    assert all(line["mean"] > 0 for line in results["norms"])
+    assert all(line["mean"] > 0 for line in paper.norms(lab))
+    assert {line["queries"] for line in paper.recorded_specificity(lab)} == {"validation", "generated"}
+    assert {line["timesteps"] for line in paper.tracing(lab)} == {"recorded", "averaged"}
+    for _, values in paper.by_other_queries(lab.main):
+        assert values["generated"].shape == (2, 18)
+    _, losses = lab.subsets
+    assert {kind: values.shape for kind, values in losses.items()} == {"validation": (1, 2), "generated": (1, 2)}
