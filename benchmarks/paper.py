@@ -4,6 +4,7 @@
     python -m benchmarks.paper --only norms tracing   # some parts
     python -m benchmarks.paper --setting tiny-digits  # a minute: does it run?
     python -m benchmarks.paper --setting cifar-10 --folder /data/cifar-10-batches-py
+    python -m benchmarks.paper --setting sd-lora --folder /data/captioned-images --model /models/stable-diffusion
 
 (a) gradient norm against timestep; (b) specificity and hubness of TracIn and ReTrac; (c) planted outliers by
 self-influence; (d) training images as their own queries; (e) LDS of every estimator, and of 27 dampings; (f) retraining
@@ -18,27 +19,25 @@ import json
 import os
 import platform
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import retrac_scale as rs
-from benchmarks.paper_data import LOADERS, Data
+from benchmarks.paper_data import LOADERS, Data, Images, captioned, joined
 from benchmarks.paper_models import (
     DEVICE,
     SAMPLING_STEPS,
+    LoRATraining,
     Losses,
     Trainer,
     Training,
     beginning,
-    build,
     generate,
-    scheduler,
 )
 from benchmarks.paper_page import draw, page, table
 from retrac_scale import demo, evaluate
@@ -48,13 +47,14 @@ from retrac_scale.report.figures import norm_curve
 HERE = Path(__file__).parent
 DAMPINGS = [factor * 10.0**power for power in range(-6, 3) for factor in (1, 2, 5)]
 TRACED = {"TracIn": rs.TracIn(), "ReTrac": rs.ReTrac()}
+MEASURES = ("mse", *rs.DTRAK.measures, *rs.DAS.measures)
 
 
 @dataclass(frozen=True)
 class Setting:
     """All parameters of a run."""
 
-    data: str = "digits"  # one of paper_data.LOADERS
+    data: str = "digits"  # one of paper_data.LOADERS, or "captions"
     seed: int = 0
     samples: int | None = None  # to train on, the first of the data set; None for all
     queries: int = 100  # held-out images, and as many generated ones
@@ -83,26 +83,10 @@ SETTINGS = {
     ),
     **{data: published(data, (128, 256, 256)) for data in ("cifar-10", "cifar-mnist", "artbench-2", "artbench-10")},
     **{data: published(data, (128, 256, 256, 512), 400) for data in ("artbench-10-64", "tiny-imagenet")},
+    "sd-lora": Setting(
+        "captions", training=LoRATraining(epochs=100, kept=tuple(range(20, 101, 20))), timesteps=20, dim=8192
+    ),
 }
-
-
-@dataclass(frozen=True)
-class Images:
-    """A dataset whose ids begin with a word: noise depends on the id, and queries have their own."""
-
-    images: Tensor
-    word: str | None = None
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, row: int) -> Tensor:
-        return self.images[row]
-
-    @property
-    def ids(self) -> list[Any]:
-        """Sample ids."""
-        return list(range(len(self))) if self.word is None else [f"{self.word}-{row}" for row in range(len(self))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +96,7 @@ class Study:
     Attributes:
         name: of the model.
         folder: for sketches.
+        training: how it was trained.
         model: of the checkpoints' kind.
         train: the images that it was trained on.
         checkpoints: {name: weights}.
@@ -124,12 +109,13 @@ class Study:
 
     name: str
     folder: Path
+    training: Training
     model: Any
-    train: Tensor
+    train: Images
     checkpoints: dict[str, Any]
     record: Path
     grid: rs.EvenlySpaced
-    queries: dict[str, Tensor]
+    queries: dict[str, Images]
     dim: int
     planted: Any = None
 
@@ -147,9 +133,9 @@ class Study:
         like: rs.SketchStore | None = None,
         checkpoints: Any = None,
     ) -> rs.SketchStore:
-        """Sketches of some images, kept under the name."""
+        """Sketches of some images, kept under the name; of several measures the first."""
         return rs.sketch(
-            rs.DiffusionTask(self.model, scheduler(), measure=measure, device=DEVICE),
+            self.task(measure),
             data,
             self.folder / f"{name}.zarr",
             checkpoints=checkpoints or self.checkpoints,
@@ -160,28 +146,31 @@ class Study:
             progress=False,
         )
 
-    def averaged(
-        self, measure: str = "mse", checkpoints: Any = None, tag: str = ""
-    ) -> tuple[rs.SketchStore, dict[str, rs.SketchStore]]:
-        """The training samples over the grid, and the queries of each kind."""
-        stored = self.sketch(f"averaged-{measure}{tag}", Images(self.train), None, measure, None, checkpoints)
-        asked = {
-            kind: self.sketch(f"{kind}-{measure}{tag}", Images(images, kind), None, measure, stored, checkpoints)
-            for kind, images in self.queries.items()
-        }
-        return stored, asked
+    def task(self, measure: Any = "mse") -> rs.DiffusionTask:
+        """What is differentiated."""
+        return rs.DiffusionTask(self.model, self.training.scheduler(), measure=measure, device=DEVICE)
+
+    def averaged(self, measure: str = "mse", *, last: bool = False) -> tuple[rs.SketchStore, dict[str, rs.SketchStore]]:
+        """The training samples over the grid, and the queries of each kind; at the last checkpoint in all measures."""
+        measures, checkpoints, tag = (MEASURES, self.last, "-last") if last else ("mse", None, "-mse")
+        stored = self.sketch(f"averaged{tag}", self.train, None, measures, None, checkpoints)
+        for kind, images in self.queries.items():
+            self.sketch(f"{kind}{tag}", images, None, measures, stored, checkpoints)
+        opened = [
+            rs.open_store(self.folder / f"{name}{tag}.zarr", measure=measure) for name in ("averaged", *self.queries)
+        ]
+        return opened[0], dict(zip(self.queries, opened[1:], strict=True))
 
     @cached_property
     def recorded(self) -> rs.SketchStore:
         """The training samples at the timesteps that they were trained at."""
-        return self.sketch("recorded", Images(self.train), rs.Recorded(self.record))
+        return self.sketch("recorded", self.train, rs.Recorded(self.record))
 
     @cached_property
     def recorded_scores(self) -> dict[tuple[str, str], Any]:
         """Of TracIn and ReTrac, `[q, n]`, by (estimator, kind of queries), from recorded timesteps."""
         queries = {
-            kind: self.sketch(f"{kind}-mse", Images(images, kind), like=self.recorded)
-            for kind, images in self.queries.items()
+            kind: self.sketch(f"{kind}-mse", images, like=self.recorded) for kind, images in self.queries.items()
         }
         return self._scores(self.recorded, queries)
 
@@ -203,7 +192,7 @@ class Lab:
 
     def __init__(self, setting: Setting, data: Data, folder: Path) -> None:
         self.setting, self.data, self.folder = setting, data, folder
-        self.trainer = Trainer(data.train[: setting.samples], setting.training, folder / "models")
+        self.trainer = Trainer(data.train.some(slice(setting.samples)), setting.training, folder / "models")
         self.ids = np.arange(len(self.trainer.images))
 
     @cached_property
@@ -212,14 +201,16 @@ class Lab:
         how, record = self.setting, self.folder / "record"
         checkpoints = self.trainer.checkpoints(self.ids, how.seed, record)
         images, weights = self.trainer.images, list(checkpoints.values())[-1]
-        model = build(how.training, images.shape[1:])
+        model = how.training.build(images.images.shape[1:])
+        asked = self.data.validation.some(slice(how.queries), "validation")
         queries = {
-            "validation": self.data.validation[: how.queries],
-            "generated": generate(model, weights, how.queries, self.folder / "generated.pt"),
+            "validation": asked,
+            "generated": generate(how.training, model, weights, asked, self.folder / "generated.pt"),
         }
         return Study(
-            name=f"{images.shape[-1]} x {images.shape[-1]}",
+            name="{2} x {3}".format(*images.images.shape),
             folder=self.folder,
+            training=how.training,
             model=model,
             train=images,
             checkpoints=checkpoints,
@@ -239,17 +230,20 @@ class Lab:
     def _demo(self, timesteps: int) -> Study:
         folder, how, scans = self.folder / "demo", self.setting, demo.load_scans()
         model = demo.build_model()
-        files = demo.train(model, scheduler(), scans, folder)
+        training, train = Training(), Images(scans.images)
+        files = demo.train(model, training.scheduler(), scans, folder)
         weights = torch.load(list(files.values())[-1], weights_only=True)["model"]
+        asked = train.some(slice(how.queries))
         return Study(
             name="16 x 16",
             folder=folder,
+            training=training,
             model=model,
-            train=scans.images,
+            train=train,
             checkpoints=dict(files),
             record=folder / "recorded",
             grid=rs.EvenlySpaced(timesteps),
-            queries={"generated": generate(model, weights, how.queries, folder / "generated.pt")},
+            queries={"generated": generate(training, model, weights, asked, folder / "generated.pt")},
             dim=how.dim,
             planted=scans.is_outlier,
         )
@@ -260,7 +254,7 @@ class Lab:
         how = self.setting
         members = evaluate.random_subsets(len(self.ids), how.subsets, seed=how.seed)
         queries = self.main.queries
-        measure = Losses(torch.cat(list(queries.values())), how.training)
+        measure = Losses(joined(list(queries.values())), how.training)
         chosen = [self.ids[row] for row in members]
         losses = evaluate.retrain(
             chosen, self.trainer, measure, self.folder / "subsets", seed=how.seed, key=measure.key
@@ -390,11 +384,11 @@ def over_both_kinds(metric: str, values: Any, planted: Any) -> Interval:
 
 def tracing(lab: Lab) -> list[dict[str, Any]]:
     """(d) Training images as queries with noise of their own: where does each stand in its own list?"""
-    own = np.arange(lab.setting.queries)
     lines = []
     for study in lab.studies:
         stored = study.averaged()[0]
-        queries = study.sketch("traced", Images(study.train[own], "traced"), like=stored)
+        own = np.arange(min(lab.setting.queries, len(study.train)))
+        queries = study.sketch("traced", study.train.some(own, "traced"), like=stored)
         for mode, store in (("recorded", study.recorded), ("averaged", stored)):
             for name, estimator in TRACED.items():
                 values = scores(store, estimator, queries)
@@ -429,9 +423,8 @@ def estimators() -> Iterable[tuple[str, Any, str, bool]]:
 
 def by_other_queries(study: Study) -> Iterable[tuple[str, dict[str, Any]]]:
     """Label and scores by kind of query of estimators whose queries are not measured as the training side is."""
-    stored, _ = study.averaged("mse", study.last, "-last")
-    task = rs.DiffusionTask(study.model, scheduler(), device=DEVICE)
-    samples = rs.Samples(Images(study.train), task, study.last, study.grid)
+    (stored, _), task = study.averaged(last=True), study.task()
+    samples = rs.Samples(study.train, task, study.last, study.grid)
     for label, divisors in (
         ("influence function, diagonal Fisher", rs.fisher_divisors(samples)),
         ("influence function, Fisher in eigenbases", rs.kronecker_divisors(samples)),
@@ -439,7 +432,7 @@ def by_other_queries(study: Study) -> Iterable[tuple[str, dict[str, Any]]]:
         asked = {
             kind: rs.sketch(
                 task,
-                Images(images, kind),
+                images,
                 None,
                 checkpoints=study.last,
                 timesteps=study.grid,
@@ -452,14 +445,15 @@ def by_other_queries(study: Study) -> Iterable[tuple[str, dict[str, Any]]]:
         }
         yield label, {kind: scores(stored, rs.GradDot(), queries) for kind, queries in asked.items()}
     task.load("last", next(iter(study.last.values())))
-    images = study.queries["generated"]
-    noise, random = beginning(len(images), study.model)
-    whole = rs.sample_journey(task, scheduler(), noise, SAMPLING_STEPS, generator=random)
-    if not torch.allclose(whole.samples.clamp(-1, 1), images, atol=1e-3):
+    drawn, bounded = replace(study.queries["generated"], word="journey"), study.training.bounded
+    noise, random = beginning(len(drawn), study.model)
+    sampler = study.training.scheduler()
+    whole = rs.sample_journey(task, sampler, noise, SAMPLING_STEPS, conditioning=drawn.given, generator=random)
+    if not torch.allclose(bounded(whole.samples), drawn.images, atol=1e-3):
         raise RuntimeError("the journey leads to other images than those that were generated.")
     some = slice(0, None, SAMPLING_STEPS // 10)
-    ids = Images(images, "journey").ids
-    journey = rs.Journey(whole.images[:, some].clamp(-1, 1), whole.timesteps[some], whole.samples, ids=ids)
+    clean = bounded(whole.images[:, some])
+    journey = rs.Journey(clean, whole.timesteps[some], whole.samples, drawn.given, drawn.ids)
     queries = rs.sketch_journey(task, journey, checkpoints=study.last, like=stored)
     yield "Journey-TRAK, 10 steps", {"generated": scores(stored, rs.TRAK(), queries)}
 
@@ -481,8 +475,8 @@ def datamodels(lab: Lab) -> list[dict[str, Any]]:
         for name in TRACED
     ]
     for label, estimator, measure, every in estimators():
-        for checkpoints, chosen, tag in (("last", study.last, "-last"), ("all", None, ""))[: 1 + every]:
-            stored, queries = study.averaged(measure, chosen, tag)
+        for checkpoints in ("last", "all")[: 1 + every]:
+            stored, queries = study.averaged(measure, last=checkpoints == "last")
             lines.append(line(label, checkpoints, {k: scores(stored, estimator, queries[k]) for k in losses}))
     return lines + [line(label, "last", values) for label, values in by_other_queries(study)]
 
@@ -490,9 +484,10 @@ def datamodels(lab: Lab) -> list[dict[str, Any]]:
 def dampings(lab: Lab) -> list[dict[str, Any]]:
     """(e) LDS of TRAK for 27 dampings and for the one that is chosen without labels; last checkpoint."""
     members, losses = lab.subsets
-    stored, queries = lab.main.averaged("mse", lab.main.last, "-last")
+    stored, queries = lab.main.averaged(last=True)
     lines: list[dict[str, Any]] = []
-    for damping in ("auto", *DAMPINGS):
+    tried: list[Any] = ["auto", *DAMPINGS]
+    for damping in tried:
         values = {kind: scores(stored, rs.TRAK(damping), queries[kind]) for kind in losses}
         lines.append(
             {"damping": damping}
@@ -506,12 +501,12 @@ def removals(lab: Lab) -> list[dict[str, Any]]:
     """(f) The top samples of a generated query removed, the model trained again with the same seed."""
     how, study = lab.setting, lab.main
     values = {name: study.recorded_scores[name, "generated"] for name in TRACED}
-    stored, queries = study.averaged("mse", study.last, "-last")
+    stored, queries = study.averaged(last=True)
     values["TRAK"] = scores(stored, rs.TRAK(), queries["generated"])
     lists = {name: top(found, how.removed)[: how.removal_queries] for name, found in values.items()}
     random = np.random.default_rng(how.seed).permutation(lab.ids)[: how.removed]
     lists["random, the same for all"] = np.tile(random, (how.removal_queries, 1))
-    measure = Losses(study.queries["generated"][: how.removal_queries], how.training)
+    measure = Losses(study.queries["generated"].some(slice(how.removal_queries)), how.training)
     lines = []
     for name, ids in lists.items():
         change = evaluate.counterfactual(
@@ -544,6 +539,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setting", default="digits", choices=SETTINGS, help="what to run on")
     parser.add_argument("--folder", type=Path, help="of the data set, unless it is digits")
+    parser.add_argument("--model", type=Path, help="of sd-lora: a Stable Diffusion in diffusers' layout")
     names = [part.__name__ for part in PARTS]
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="PART", help=f"of {names}")
     parser.add_argument("--out", type=Path, help="for the tables and figures; benchmarks/results is that of digits")
@@ -554,7 +550,14 @@ def main() -> None:
         parser.error(f"say where {setting.data} is: --folder PATH")
     work = HERE / ".cache" / ("paper" if options.setting == "digits" else f"paper-{options.setting}")
     out = options.out or (HERE / "results" if options.setting == "digits" else work)
-    lab = Lab(setting, LOADERS[setting.data](options.folder), work)
+    if isinstance(setting.training, LoRATraining):
+        if options.model is None:
+            parser.error("say where the Stable Diffusion is: --model PATH")
+        setting = replace(setting, training=replace(setting.training, base=str(options.model)))
+        data = captioned(options.folder, options.model, work)
+    else:
+        data = LOADERS[setting.data](options.folder)
+    lab = Lab(setting, data, work)
     titles = {part.__name__: title for part, title in PARTS.items()}
     described = json.loads(json.dumps(asdict(setting)))
     file = out / "paper.json"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import json
 import pickle
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,56 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+import retrac_scale as rs
+from retrac_scale.datasets import ImageDataset
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 @dataclass(frozen=True, eq=False)
-class Data:
-    """Images in -1 .. 1, `[n, c, size, size]`: to train on, and held out; which of the former are planted, `[n]`."""
+class Images:
+    """A dataset in memory; ids may begin with a word: noise depends on the id, and queries have their own.
 
-    train: Tensor
-    validation: Tensor
+    Attributes:
+        images: pixels in -1 .. 1, or latents, `[n, c, size, size]`.
+        word: None for ids 0 .. n-1.
+        given: what else the model is told of each, {name: `[n, ...]`}.
+    """
+
+    images: Tensor
+    word: str | None = None
+    given: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> Any:
+        told = {name: values[row] for name, values in self.given.items()}
+        return (self.images[row], told) if told else self.images[row]
+
+    @property
+    def ids(self) -> list[Any]:
+        """Sample ids."""
+        return list(range(len(self))) if self.word is None else [f"{self.word}-{row}" for row in range(len(self))]
+
+    def some(self, rows: Any, word: str | None = None) -> Images:
+        """Those of a slice, mask or list, renumbered."""
+        given = {name: values[rows] for name, values in self.given.items()}
+        return replace(self, images=self.images[rows], word=word, given=given)
+
+
+def joined(parts: Sequence[Images]) -> Images:
+    """One after the other, renumbered."""
+    given = {name: torch.cat([part.given[name] for part in parts]) for name in parts[0].given}
+    return Images(torch.cat([part.images for part in parts]), given=given)
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """Images to train on, and held out; which of the former are planted, bool `[n]`."""
+
+    train: Images
+    validation: Images
     planted: Any = None
 
 
@@ -31,13 +73,13 @@ def digits(_: Path | None = None) -> Data:
     """1,000 of scikit-learn's 8 x 8 digits to train on, the other 797 held out, in random order."""
     images = torch.from_numpy(load_digits().images).float().unsqueeze(1) / 8 - 1
     images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
-    return Data(images[:1000], images[1000:])
+    return Data(Images(images[:1000]), Images(images[1000:]))
 
 
 def cifar10(folder: Path) -> Data:
     """CIFAR-10 from the folder `cifar-10-batches-py` of its Python version."""
     train = [_cifar_batch(folder / f"data_batch_{number}")[0] for number in range(1, 6)]
-    return Data(_scaled(np.concatenate(train)), _scaled(_cifar_batch(folder / "test_batch")[0]))
+    return Data(Images(_scaled(np.concatenate(train))), Images(_scaled(_cifar_batch(folder / "test_batch")[0])))
 
 
 def cifar_mnist(folder: Path, label: int = 1, zeros: int = 200) -> Data:
@@ -57,8 +99,8 @@ def cifar_mnist(folder: Path, label: int = 1, zeros: int = 200) -> Data:
     outliers = np.repeat(np.pad(drawn, ((0, 0), (2, 2), (2, 2)))[:, None], 3, axis=1)
     chosen = images[labels == label]
     return Data(
-        _scaled(np.concatenate([chosen, outliers])),
-        _scaled(tested[of_test == label]),
+        Images(_scaled(np.concatenate([chosen, outliers]))),
+        Images(_scaled(tested[of_test == label])),
         np.arange(len(chosen) + zeros) >= len(chosen),
     )
 
@@ -69,7 +111,7 @@ def artbench(folder: Path, styles: Sequence[str] | None = None, size: int = 32) 
     ArtBench-2 has the styles "post_impressionism" and "ukiyo_e"; None takes all ten.
     """
 
-    def read(part: str) -> Tensor:
+    def read(part: str) -> Images:
         found = sorted(path for path in _folder(folder / part).iterdir() if path.is_dir())
         lost = set(styles or ()) - {path.name for path in found}
         if lost:
@@ -83,6 +125,47 @@ def tiny_imagenet(folder: Path, size: int = 64) -> Data:
     """Tiny-ImageNet from `train/WNID/images/*.JPEG` and `val/images/*.JPEG` of `tiny-imagenet-200`; 5 GB as float32."""
     classes = sorted(path / "images" for path in _folder(folder / "train").iterdir() if path.is_dir())
     return Data(_pictures(classes, size), _pictures([_folder(folder / "val" / "images")], size))
+
+
+class Captioned(ImageDataset):
+    """A folder of images with captions, in the layout that diffusers' train_text_to_image_lora.py takes.
+
+    Args:
+        folder: holds images, and a metadata.jsonl with lines {"file_name": "a.png", "text": "its caption"}.
+        size: of the middle square that is cut out of an image, in pixels.
+    """
+
+    def __init__(self, folder: Path, size: int) -> None:
+        file = _existing(folder / "metadata.jsonl")
+        lines = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+        for number, line in enumerate(lines, 1):
+            if not isinstance(line.get("text"), str) or not isinstance(line.get("file_name"), str):
+                raise ValueError(f'{file}, line {number}, needs "file_name" and "text", both strings.')
+        names = [line["file_name"] for line in lines]
+        self._files = [_existing(folder / name) for name in names]
+        given = {"prompt": [line["text"] for line in lines]}
+        super().__init__(str(folder), ids=names, columns=None, given=given, channels=3, size=size, corrupt="raise")
+
+    def raw(self, row: int) -> bytes:
+        """See `ImageDataset.raw`."""
+        return self._files[row].read_bytes()
+
+
+def captioned(folder: Path, base: Path, work: Path, size: int = 512) -> Data:
+    """Latents and prompt embeddings of a folder of images with captions, every tenth held out.
+
+    Args:
+        folder: see `Captioned`.
+        base: a Stable Diffusion in diffusers' layout, whose VAE and text encoder are used.
+        work: where what they give is kept.
+        size: see `Captioned`.
+    """
+    task = rs.DiffusionTask.from_pretrained(_folder(base))
+    encoded = rs.encode(task, Captioned(folder, size), work / "encoded.zarr")
+    items = [encoded[row] for row in range(len(encoded))]
+    stacked = {name: torch.stack([item[name] for item in items]) for name in items[0]}
+    every, held = Images(stacked.pop("latents"), given=stacked), np.arange(len(items)) % 10 == 9
+    return Data(every.some(~held), every.some(held))
 
 
 LOADERS: dict[str, Callable[[Any], Data]] = {
@@ -125,7 +208,7 @@ def _idx(file: Path) -> Any:
     return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
 
 
-def _pictures(folders: Sequence[Path], size: int) -> Tensor:
+def _pictures(folders: Sequence[Path], size: int) -> Images:
     """All images of the folders, in the order of their names, `[n, 3, size, size]`."""
     files = [file for folder in folders for file in sorted(folder.iterdir()) if file.suffix.lower() in IMAGE_SUFFIXES]
     if not files:
@@ -135,7 +218,7 @@ def _pictures(folders: Sequence[Path], size: int) -> Tensor:
         with Image.open(file) as image:
             picture = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
         images[row] = np.asarray(picture).transpose(2, 0, 1)
-    return _scaled(images)
+    return Images(_scaled(images))
 
 
 def _scaled(images: Any) -> Tensor:

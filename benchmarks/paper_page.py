@@ -16,7 +16,7 @@ from retrac_scale.demo import EPOCHS
 
 INTRODUCTION = """`{command}`, seed {seed}, {machine}. Written by that command.
 
-Data: {data}. The model of the LDS and removals is a U-Net with {channels} channels, trained on {size} images for
+Data: {data}. The model of the LDS and removals is {model}, trained on {size} images for
 {epochs} epochs, checkpoints after {kept}.{demo} Queries: {queries} images that the last checkpoint generates and,
 of this model, as many held-out ones (validation), averaged over {timesteps} evenly spaced timesteps, with noise of
 their own. Training side, "recorded": each sample at the timestep and noise that it was last trained at, checkpoints
@@ -39,14 +39,22 @@ def page(report: dict[str, Any], titles: dict[str, str]) -> str:
     training = {key: ", ".join(map(str, x)) if isinstance(x, list) else x for key, x in how["training"].items()}
     size = "all" if how["samples"] is None else how["samples"]
     demo = DEMO.format(epochs=EPOCHS, timesteps=how["demo_timesteps"]) if how["demo_timesteps"] else ""
-    introduction = INTRODUCTION.format(**report, **how, **training, size=size, demo=demo)
+    model = (
+        "a Stable Diffusion with LoRA adapters of rank {rank}"
+        if "rank" in training
+        else "a U-Net with {channels} channels"
+    )
+    introduction = INTRODUCTION.format(
+        **report, **how, **training, size=size, demo=demo, model=model.format(**training)
+    )
     paragraphs = [textwrap.fill(" ".join(part.split()), 120) for part in introduction.split("\n\n")]
     sections = [
         f"## {titles[name]}\n\n{report['dates'][name]}\n\n{table(report['results'][name])}"
         for name in titles
         if report["results"].get(name)
     ]
-    return "\n\n".join(["# The paper's experiments at digits size", *paragraphs, *sections]) + "\n"
+    title = "at digits size" if how["data"] == "digits" else f"on {how['data']}"
+    return "\n\n".join([f"# The paper's experiments {title}", *paragraphs, *sections]) + "\n"
 
 
 def cell(value: Any) -> str:

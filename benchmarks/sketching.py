@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,15 @@ class Bench:
         self.n, self.dim, self.device = n, dim, device
         self.noisy, self.timesteps, self.noise = noisy_batch(self.model, n, device)
 
+    def prediction(self, *, bf16: bool = False) -> Tensor:
+        """Of the model, `[n, c, size, size]`."""
+        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=bf16):
+            predicted: Tensor = self.model(self.noisy, self.timesteps, return_dict=False)[0].float()
+        return predicted
+
     def losses(self, *, bf16: bool = False) -> Tensor:
         """`[n]`."""
-        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=bf16):
-            prediction = self.model(self.noisy, self.timesteps, return_dict=False)[0]
-        return (prediction.float() - self.noise).square().flatten(1).mean(1)
+        return (self.prediction(bf16=bf16) - self.noise).square().flatten(1).mean(1)
 
     def floor(self, *, bf16: bool = False) -> Step:
         """The training step."""
@@ -86,6 +91,20 @@ class Bench:
 
         return step
 
+    def measures(self, projection: Any, count: int, *, shared: bool) -> Step:
+        """Sketch and norm of every pair for several functions of the output, from one forward pass or one for each."""
+        sketcher = rs.GradientSketcher(self.model, projection)
+
+        def step() -> None:
+            with sketcher:
+                for number in range(count):
+                    if number == 0 or not shared:
+                        prediction = self.prediction()
+                    values = (prediction - number * self.noise).square().flatten(1).mean(1)
+                    sketcher(values, retain_graph=shared and number + 1 < count)
+
+        return step
+
     def contenders(self) -> dict[str, Callable[[], Step]]:
         """Name -> maker of its step."""
         lowrank, countsketch = rs.LowRank(), rs.CountSketch(self.dim)
@@ -96,6 +115,12 @@ class Bench:
             "weights frozen bf16": lambda: self.frozen(bf16=True),
             "LowRank fp32": lambda: self.ours(lowrank),
             "LowRank bf16": lambda: self.ours(lowrank, bf16=True),
+            **{
+                f"{name} {count} {way}": partial(self.measures, projection, count, shared=way == "measures")
+                for name, projection in (("LowRank", lowrank), ("CountSketch", countsketch))
+                for count in (2, 5)
+                for way in ("measures", "apart")
+            },
             "CountSketch fp32": lambda: self.ours(countsketch),
             "CountSketch bf16": lambda: self.ours(countsketch, bf16=True),
             "vmap(grad), no projection": self.vmap,

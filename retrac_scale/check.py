@@ -173,8 +173,8 @@ def _of_task(task: DiffusionTask, items: Any) -> tuple[Callable[[], Tensor], Cal
     plan = EvenlySpaced(2).pairs("check", ids, task.num_train_timesteps)
     pairs = np.arange(plan.timesteps.size)
     return (
-        lambda: measured_pairs(task, checked, ids, plan, pairs)[0],
-        lambda sample: measured_pairs(task, checked, ids, plan, pairs[sample : sample + 1])[0],
+        lambda: measured_pairs(task, checked, ids, plan, pairs)[0][0],
+        lambda sample: measured_pairs(task, checked, ids, plan, pairs[sample : sample + 1])[0][0],
         len(pairs),
     )
 

@@ -127,7 +127,7 @@ def _mean(samples: Samples, checkpoint: str, capture: GradientCapture, moment: M
             part = Pairs(plan.timesteps[some], plan.seeds[some], plan.draws)
             items = [task.check_item(ids[row], samples.dataset[row]) for row in range(some.start, some.stop)]
             with capture:
-                values, _ = measured_pairs(task, items, ids[some], part, np.arange(len(items) * t))
+                values, _ = measured_pairs(task, items, ids[some], part, np.arange(len(items) * t))[0]
                 capture.backward(values, add)
             pairs += len(values)
     return {name: total / pairs for name, total in totals.items()}

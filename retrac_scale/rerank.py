@@ -137,5 +137,5 @@ def _gradients(
     size = max(1, min(BATCH_PAIRS // plan.draws, BATCH_BYTES // (4 * sketcher.dim)))
     for first in range(0, plan.timesteps.size, size):
         some = np.arange(first, min(first + size, plan.timesteps.size))
-        gradient, norm = sketcher(measured_pairs(task, items, ids, plan, some)[0])
+        gradient, norm = sketcher(measured_pairs(task, items, ids, plan, some)[0][0])
         yield some, gradient.cpu().numpy(), norm.cpu().numpy()

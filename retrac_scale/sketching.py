@@ -7,8 +7,8 @@ import hashlib
 import platform
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -74,11 +74,14 @@ def sketch(
     Run again with the same arguments, it computes only the blocks that are missing. Everything that can be checked is
     checked before the first gradient.
 
+    Several measures of a task share each forward pass; each makes a store of its own under the same path, as if it had
+    been sketched alone with the same `batch_size`.
+
     Args:
         task: what is differentiated.
         dataset: map-style; an item is a tensor, (tensor, label or dict of conditioning), or a dict with the image under
             "image", "pixel_values", ... Sample ids come from `dataset.ids`, default 0 .. n-1.
-        out: path, fsspec URL, or None for memory.
+        out: path, fsspec URL, or None for memory, which holds one measure, that of `like` if the task has several.
         checkpoints: {name: state dict, path, or callable returning a state dict}.
         timesteps: `Recorded(path)`, `EvenlySpaced(count)` or `Explicit([...])`.
         projection: `CountSketch(dim)`, `LowRank(rank, dim)`, ...; None takes that of `like`, else `LowRank()`.
@@ -90,14 +93,14 @@ def sketch(
         precondition: {checkpoint: {parameter: what its gradients are divided by before they are projected}}, see
             `adam_divisors` and `fisher_divisors`. `like` does not pass it on: divide one side of a score, or both.
         like: a store that these sketches will be compared with.
-        grow: add what the store at `out` lacks: samples with new ids, checkpoints, timesteps, another measure. Without
-            it a call that differs from the one that began the store is refused.
+        grow: add what the store at `out` lacks: samples with new ids, checkpoints, timesteps, another first measure.
+            Without it a call that differs from the one that began the store is refused.
         layout: how samples are cut into blocks; None chooses.
         client: a `distributed.Client` to spread the blocks over; `out` must be reachable from its workers.
         progress: show a bar with the rate in pairs per second.
 
     Returns:
-        the complete store.
+        the complete store, of the task's first measure; `open_store(out, measure=...)` opens the others.
 
     Raises:
         ValueError: a bad item, id, timestep, checkpoint or projection, named, with what to do.
@@ -114,7 +117,11 @@ def sketch(
         projection = from_spec(like.fingerprint["projection"]) if projection is None else projection
         if parameters is None:
             parameters = list(like.fingerprint["parameters"]).__contains__
+        if out is None and like.fingerprint.get("measure") in task.measures:
+            task = task.only(like.fingerprint["measure"])
     projection = LowRank() if projection is None else projection
+    if out is None and len(task.measures) > 1:
+        raise ValueError(f"memory holds one measure, the task has {len(task.measures)}; give out= a path.")
     if batch_size != "auto" and batch_size < 1:
         raise ValueError(f"batch_size must be 'auto' or 1 or more, got {batch_size}.")
     if client is not None and out is None:
@@ -148,30 +155,34 @@ def sketch(
         if divisors:
             fingerprint["precondition"] = {name: digest_of(own) for name, own in divisors.items()}
         if like is not None:
-            check_compatible(like.fingerprint, like.checkpoints, fingerprint, list(checkpoints))
+            held = like.measurements
+            for measure in task.measures:
+                there = {**like.fingerprint, **({"measure": measure} if measure in held else {})}
+                check_compatible(there, like.checkpoints, {**fingerprint, "measure": measure}, list(checkpoints))
 
-        def describe_part(some: Ids, names: Sequence[str]) -> dict[str, Any]:
+        def describe_part(measure: str, some: Ids, names: Sequence[str]) -> dict[str, Any]:
             pairs = {name: timesteps.pairs(name, some, task.num_train_timesteps) for name in names}
             by_name = {key: fingerprint[key] for key in ("checkpoints", "precondition") if key in fingerprint}
             return {
                 **fingerprint,
                 **{key: {name: value[name] for name in names} for key, value in by_name.items()},
+                "measure": measure,
                 "timesteps": {**timesteps.spec(), "digest": plan_digest(pairs)},
             }
 
         pairs = (next(iter(plans.values())).timesteps.shape[1], sketcher.dim)
         weights = {name: timesteps.weight(name) for name in checkpoints}
+        job = _Job(task, dataset, ids, checkpoints, timesteps, projection, frozenset(sketcher.shapes), divisors)
         plan = _recorded_plan(out)
         if plan is None:
             rows = batch_size
             if rows == "auto":
-                one = _Job(task, dataset, ids, checkpoints, timesteps, projection, frozenset(sketcher.shapes), divisors)
                 first = next(iter(checkpoints))
                 if client is None:
-                    rows = _fastest_batch(one, sketcher, first)
+                    rows = _fastest_batch(job, sketcher, first)
                 else:
-                    measure = [Task("sketch-batch-size", (first,))]
-                    ((_, rows),) = run(_fastest_batch_there, measure, client, shared=one, resources=resources)
+                    once = [Task("sketch-batch-size", (first,))]
+                    ((_, rows),) = run(_fastest_batch_there, once, client, shared=job, resources=resources)
             plan = {"batch_rows": rows, "threads": torch.get_num_threads() if client is None else 1}
         kept: dict[str, Any] = {
             "plan": plan,
@@ -181,64 +192,86 @@ def sketch(
             "columns": columns,
             "layout": layout,
         }
-        if grow:
-            stores = grow_store(out, pairs=pairs, describe_part=describe_part, **kept)
-        else:
-            stores = [create_store(out, shape=(len(ids), *pairs), fingerprint=fingerprint, **kept)]
-        with tqdm(total=0, unit="pair", desc="sketch", disable=not progress) as bar:
-            for store in stores:
-                todo = [
-                    (name, i) for name in store.checkpoints for i in np.flatnonzero(~store.committed(name)).tolist()
-                ]
-                places = {sample: row for row, sample in enumerate(ids.tolist())}
-                part = Subset(dataset, [places[sample] for sample in store.ids.tolist()])
-                job = _Job(
-                    task, part, store.ids, checkpoints, timesteps, projection, frozenset(sketcher.shapes), divisors
-                )
-                bar.total += len(store.checkpoints) * store.shape[0] * store.shape[1]
-                bar.update(bar.total - bar.n - sum(_pairs_in(store, block) for _, block in todo))
-                blocks = (_block_task(store, *block) for block in todo)
-                if client is None:
-                    share = _Share(job, store, sketcher, advance=bar.update)
-                    for _ in run(_Share.sketch, blocks, shared=share, threads=1, fatal=(GradientMismatchError,)):
-                        pass
-                else:
-                    there = run(
-                        _sketch_there,
-                        blocks,
-                        client,
-                        shared=(job, str(store.url), store.only_part.name),
-                        resources=resources,
-                        fatal=(GradientMismatchError,),
-                    )
-                    for _, pairs in there:
-                        bar.update(pairs)
+        parts = [] if grow else [create_store(out, shape=(len(ids), *pairs), fingerprint=fingerprint, **kept)]
+        for measure in task.measures if grow else task.measures[1:]:
+            parts += grow_store(out, pairs=pairs, describe_part=partial(describe_part, measure), **kept)
+        _fill(parts, job, sketcher, client, resources, progress)
     finally:
         task.model.load_state_dict(before)
-    return stores[0].refresh()
+    return parts[0].refresh()
 
 
-def _block_task(store: SketchStore, checkpoint: str, block: int) -> Task:
+def _fill(
+    parts: Sequence[SketchStore],
+    job: _Job,
+    sketcher: GradientSketcher,
+    client: Client | None,
+    resources: Mapping[str, float] | None,
+    progress: bool,
+) -> None:
+    """Compute what parts lack, those over the same samples together."""
+    together: dict[str, list[SketchStore]] = {}
+    for store in parts:
+        together.setdefault(store.only_part.same_samples, []).append(store)
+    rows = {sample: row for row, sample in enumerate(job.ids.tolist())}
+    with tqdm(total=0, unit="pair", desc="sketch", disable=not progress) as bar:
+        for stores in together.values():
+            ids, todo = stores[0].ids, _missing(stores)
+            own = replace(job, dataset=Subset(job.dataset, [rows[sample] for sample in ids.tolist()]), ids=ids)
+            bar.total += sum(len(store.checkpoints) * store.shape[0] * store.shape[1] for store in stores)
+            bar.update(bar.total - bar.n - sum(_pairs_in(stores[0], i) * len(x) for (_, i), x in todo.items()))
+            blocks = (_block_task(stores[0], *place, lacking) for place, lacking in todo.items())
+            if client is None:
+                share = _Share(own, stores, sketcher, advance=bar.update)
+                for _ in run(_Share.sketch, blocks, shared=share, threads=1, fatal=(GradientMismatchError,)):
+                    pass
+            else:
+                there = run(
+                    _sketch_there,
+                    blocks,
+                    client,
+                    shared=(own, str(stores[0].url), tuple(store.only_part.name for store in stores)),
+                    resources=resources,
+                    fatal=(GradientMismatchError,),
+                )
+                for _, pairs in there:
+                    bar.update(pairs)
+
+
+def _missing(stores: Sequence[SketchStore]) -> dict[tuple[str, int], list[str]]:
+    """Checkpoint and block -> the parts over the same samples that lack it, one for each measure."""
+    lacking: dict[tuple[str, int], list[str]] = {}
+    for store in stores:
+        for name in store.checkpoints:
+            for block in np.flatnonzero(~store.committed(name)).tolist():
+                lacking.setdefault((name, block), []).append(store.only_part.name)
+    return lacking
+
+
+def _block_task(store: SketchStore, checkpoint: str, block: int, parts: Sequence[str]) -> Task:
     samples = store.blocks[block]
-    return Task(f"sketch-{checkpoint}-samples-{samples.start}-{samples.stop}", (checkpoint, block))
+    return Task(f"sketch-{checkpoint}-samples-{samples.start}-{samples.stop}", (checkpoint, block, parts))
 
 
 class _Share:
     """One process's share of a job: the model at one checkpoint, and a sketcher whose first pair is checked."""
 
     def __init__(
-        self, job: _Job, store: SketchStore, sketcher: GradientSketcher, advance: Callable[[int], Any]
+        self, job: _Job, stores: Sequence[SketchStore], sketcher: GradientSketcher, advance: Callable[[int], Any]
     ) -> None:
-        self._job, self._store, self._sketcher, self._advance = job, store, sketcher, advance
+        self._job, self._sketcher, self._advance = job, sketcher, advance
+        self._stores = {store.only_part.name: store for store in stores}
         self._loaded: str | None = None
-        self._checked = False
+        self._checked: set[str] = set()
 
-    def sketch(self, checkpoint: str, block: int) -> int:
-        """Compute and commit one block as the store's plan says; returns its number of pairs.
+    def sketch(self, checkpoint: str, block: int, parts: Sequence[str]) -> int:
+        """Compute one block as the store's plan says and commit it to parts, one for each measure; returns its pairs.
 
         Of the first block, the first pair is recomputed by plain autograd before anything is written.
         """
-        job, task, store = self._job, self._job.task, self._store
+        job, stores = self._job, [self._stores[name] for name in parts]
+        store, measures = stores[0], [store.fingerprint["measure"] for store in stores]
+        task = job.task.only(*measures)
         if checkpoint != self._loaded:
             digest = task.load(checkpoint, job.checkpoints[checkpoint])
             if digest != store.fingerprint["checkpoints"][checkpoint]:
@@ -253,58 +286,58 @@ class _Share:
         plan = job.timesteps.pairs(checkpoint, ids, task.num_train_timesteps)
         n, t = plan.timesteps.shape
         items = [task.check_item(sample, job.dataset[samples.start + row]) for row, sample in enumerate(ids)]
-        sketches = np.empty((n * t, store.shape[2]), dtype=np.float32)
-        norms, losses = np.empty(n * t, dtype=np.float32), np.empty(n * t, dtype=np.float32)
+        sketches = np.empty((len(stores), n * t, store.shape[2]), dtype=np.float32)
+        norms, losses = np.empty((2, len(stores), n * t), dtype=np.float32)
         size = max(1, store.plan["batch_rows"] // plan.draws)
         for start in range(0, n * t, size):
             part = slice(start, min(start + size, n * t))
-
-            def measured(pairs: slice = part) -> tuple[torch.Tensor, torch.Tensor]:
-                return measured_pairs(task, items, ids, plan, np.arange(pairs.start, pairs.stop))
-
+            pairs = np.arange(part.start, part.stop)
             with _threads(store.plan["threads"]):
-                with self._sketcher as sketcher:
-                    value, loss = measured()
-                    sketched, norm = sketcher(value)
-                if not self._checked:
-                    where = f"checkpoint {checkpoint!r}, sample {ids[0]}, timestep {plan.timesteps[0, 0]}"
-                    tolerance = BFLOAT16_TOLERANCE if task.autocast else FLOAT32_TOLERANCE
-                    sketcher.check(
-                        (sketched, norm), lambda: measured()[0], lambda: measured(slice(0, 1))[0], where, tolerance
-                    )
-                    self._checked = True
-            sketches[part], norms[part], losses[part] = sketched.cpu(), norm.cpu(), loss.detach().float().cpu()
-            self._advance(part.stop - part.start)
-        write_block(
-            store,
-            checkpoint,
-            block,
-            sketches.reshape(n, t, -1),
-            norms.reshape(n, t),
-            losses=losses.reshape(n, t),
-            timesteps=plan.timesteps,
-        )
-        return int(n * t)
+                found = _sketched(self._sketcher, task, items, ids, plan, pairs)
+                for measure, (sketched, norm, _) in zip(measures, found, strict=True):
+                    if measure not in self._checked:
+                        where = f"checkpoint {checkpoint!r}, sample {ids[0]}, timestep {plan.timesteps[0, 0]}"
+                        values = partial(_values, task.only(measure), items, ids, plan)
+                        tolerance = BFLOAT16_TOLERANCE if task.autocast else FLOAT32_TOLERANCE
+                        batch, alone = partial(values, pairs), partial(values, pairs[:1])
+                        self._sketcher.check((sketched, norm), batch, alone, where, tolerance)
+                        self._checked.add(measure)
+            for row, (sketched, norm, loss) in enumerate(found):
+                sketches[row, part], norms[row, part], losses[row, part] = sketched.cpu(), norm.cpu(), loss.cpu()
+            self._advance(len(pairs) * len(stores))
+        for row, store in enumerate(stores):
+            write_block(
+                store,
+                checkpoint,
+                block,
+                sketches[row].reshape(n, t, -1),
+                norms[row].reshape(n, t),
+                losses=losses[row].reshape(n, t),
+                timesteps=plan.timesteps,
+            )
+        return int(n * t) * len(stores)
 
 
 _model_in_use = threading.Lock()
 
 
 @lru_cache(maxsize=1)
-def _share(job: _Job, url: str, part: str) -> _Share:
+def _share(job: _Job, url: str, parts: tuple[str, ...]) -> _Share:
     """One per worker process and run: the random signs are as large as the model."""
-    store = open_store(url, mode="r+", part=part)
-    return _Share(job, store, _new_sketcher(job), advance=lambda pairs: None)
+    stores = [open_store(url, mode="r+", part=part) for part in parts]
+    return _Share(job, stores, _new_sketcher(job), advance=lambda pairs: None)
 
 
 def _new_sketcher(job: _Job) -> GradientSketcher:
     return GradientSketcher(job.task.model, job.projection, parameters=job.parameters.__contains__)
 
 
-def _sketch_there(shared: tuple[_Job, str, str], checkpoint: str, block: int) -> int:
+def _sketch_there(
+    shared: tuple[_Job, str, tuple[str, ...]], checkpoint: str, block: int, lacking: Sequence[str]
+) -> int:
     with _model_in_use:
-        job, url, part = shared
-        return _share(job, url, part).sketch(checkpoint, block)
+        job, url, parts = shared
+        return _share(job, url, parts).sketch(checkpoint, block, lacking)
 
 
 def _fastest_batch_there(job: _Job, checkpoint: str) -> int:
@@ -312,10 +345,30 @@ def _fastest_batch_there(job: _Job, checkpoint: str) -> int:
         return _fastest_batch(job, _new_sketcher(job), checkpoint)
 
 
+def _sketched(
+    sketcher: GradientSketcher, task: DiffusionTask, items: list[Any], ids: Ids, plan: Pairs, pairs: Any
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """For each measure sketches `[pairs, k]`, norms, losses `[pairs]`: one forward pass, a backward pass for each."""
+    with sketcher:
+        measured = measured_pairs(task, items, ids, plan, pairs)
+        last = len(measured) - 1
+        return [
+            (*sketcher(values, retain_graph=number < last), losses.detach().float())
+            for number, (values, losses) in enumerate(measured)
+        ]
+
+
+def _values(task: DiffusionTask, items: list[Any], ids: Ids, plan: Pairs, pairs: Any) -> torch.Tensor:
+    return measured_pairs(task, items, ids, plan, pairs)[0][0]
+
+
 def measured_pairs(
     task: DiffusionTask, items: list[Any], ids: Ids, plan: Pairs, pairs: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values to be differentiated and losses of some pairs of a block, means over their noise draws, `[pairs]` each."""
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Values to be differentiated and losses of some pairs of a block, means over their noise draws, `[pairs]` each.
+
+    One of each for every measure of the task.
+    """
     rows, columns = np.divmod(pairs, plan.timesteps.shape[1])
     steps, seeds = plan.timesteps[rows, columns], plan.seeds[rows, columns]
     images = torch.stack([items[row][0] for row in rows])
@@ -333,13 +386,14 @@ def measured_pairs(
     def repeat(x: torch.Tensor) -> torch.Tensor:
         return x.repeat_interleave(plan.draws, 0)
 
-    values, losses = task.measured(
+    found = task.measured(
         repeat(images),
         repeat(torch.from_numpy(steps)),
         noise.flatten(0, 1).to(images.dtype),
         {key: repeat(value) for key, value in conditioning.items()},
     )
-    return values.reshape(len(pairs), plan.draws).mean(1), losses.reshape(len(pairs), plan.draws).mean(1)
+    shape = (len(pairs), plan.draws)
+    return [(values.reshape(shape).mean(1), losses.reshape(shape).mean(1)) for values, losses in found]
 
 
 @contextlib.contextmanager
@@ -369,10 +423,7 @@ def _fastest_batch(job: _Job, sketcher: GradientSketcher, checkpoint: str) -> in
 
     def run(rows: int) -> torch.Tensor:
         pairs = np.arange(max(1, rows // plan.draws)) % plan.timesteps.size
-        with sketcher:
-            values, _ = measured_pairs(job.task, items, ids, plan, pairs)
-            sketcher(values)
-        return values
+        return _sketched(sketcher, job.task, items, ids, plan, pairs)[0][2]
 
     pairs = len(job.ids) * plan.timesteps.shape[1]
     return fastest_batch(run, pairs * plan.draws, job.task.device)

@@ -39,6 +39,26 @@ def test_index_builds_what_build_index_builds(folder: Path, capsys: pytest.Captu
     assert "GradCos has no matched pairing" in errors
 
 
+def test_index_takes_a_damping_as_the_estimators_do(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = str(folder / "s")
+    for name, given, expected in (
+        ("number", ["--damping", "0.25"], rs.TRAK(0.25)),
+        ("auto", ["--damping", "auto"], rs.TRAK("auto")),
+        ("default", [], rs.TRAK("auto")),
+    ):
+        assert main(["index", store, str(folder / name), "--estimator", "TRAK", *given]) == 0
+        assert rs.open_index(folder / name).estimator == expected
+    assert rs.open_index(folder / "number").meta["fit"]["c"]["damping"] == 0.25
+    for estimator, damping in (("ReTrac", "0.25"), ("DAS", "-1")):
+        assert main(["index", store, str(folder / "n"), "--estimator", estimator, "--damping", damping]) == 1
+    errors = capsys.readouterr().err
+    assert "ReTrac inverts no matrix, so it has no damping; TRAK, RelatIF, RenormIF, DTRAK, DAS have" in errors
+    assert 'damping must be "auto" or a number of 0 or more, got -1.0' in errors
+    with pytest.raises(SystemExit, match="2"):
+        main(["index", store, str(folder / "n"), "--estimator", "TRAK", "--damping", "some"])
+    assert "invalid" in capsys.readouterr().err
+
+
 def test_stored_ids_are_queries_and_answers_go_to_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     index, store = rs.open_index(folder / "i"), rs.open_store(folder / "s")
     capsys.readouterr()

@@ -200,6 +200,89 @@ def test_an_interrupted_run_computes_only_what_is_missing(tmp_path: Path) -> Non
         np.testing.assert_array_equal(resumed.sketches(name), whole.sketches(name))
 
 
+MEASURES = ("mse", "mean_squared_output", "output_linf")
+
+
+def count_forward_passes(model: Any) -> list[int]:
+    passes: list[int] = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    return passes
+
+
+def assert_same(store: rs.SketchStore, other: rs.SketchStore) -> None:
+    assert store.fingerprint["measure"] == other.fingerprint["measure"]
+    for name in other.checkpoints:
+        for quantity in ("sketches", "norms", "losses", "timesteps"):
+            np.testing.assert_array_equal(getattr(store, quantity)(name), getattr(other, quantity)(name))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("projection", [rs.LowRank(2, 64), rs.CountSketch(64)])
+def test_measures_of_one_forward_pass_equal_separate_runs_bit_for_bit(
+    kind: str, projection: Any, tmp_path: Path
+) -> None:
+    model, dataset, plan = MODELS[kind](0), Labelled(random_images(5)), rs.EvenlySpaced(3, draws=2)
+    passes = count_forward_passes(model)
+    first = run(model, dataset, plan, projection, out=tmp_path / "s", measure=MEASURES)
+    shared = len(passes)
+    assert first.measurements == list(MEASURES)
+    assert_same(first, rs.open_store(tmp_path / "s", measure="mse"))
+    for measure in MEASURES:
+        passes.clear()
+        assert_same(
+            rs.open_store(tmp_path / "s", measure=measure), run(model, dataset, plan, projection, measure=measure)
+        )
+    assert shared == len(passes) + len(MEASURES) - 1  # the first pair of each measure is checked
+
+
+def test_several_measures_resume_where_any_of_them_stopped(tmp_path: Path) -> None:
+    model, images, plan = tiny_unet(), random_images(70), rs.Explicit([5])
+    states = {name: {k: v.clone() for k, v in tiny_unet(seed).state_dict().items()} for seed, name in enumerate("ab")}
+
+    def both(measure: Any = ("mse", "l1"), **options: Any) -> rs.SketchStore:
+        arguments = {"out": tmp_path / "s", "checkpoints": states, **options}
+        return run(model, images, plan, rs.CountSketch(64), measure=measure, batch_size=64, **arguments)
+
+    both("mse", checkpoints={"a": states["a"]})
+    with pytest.raises(ValueError, match="checkpoints"):
+        both()
+    both(grow=True)
+    (record,) = (tmp_path / "s").glob("parts/0002-*/b/commit/c.1.0")  # of l1: mse has a part for each checkpoint
+    record.unlink()
+    with pytest.raises(rs.IncompleteStoreError, match=r"checkpoint 'b', samples 64 \.\. 69"):
+        rs.open_store(tmp_path / "s", measure="l1").sketches("b")
+    passes = count_forward_passes(model)
+    both(grow=True)
+    assert len(passes) == 2  # the block, and the check of its first pair
+    both(grow=True)
+    assert len(passes) == 2
+    both("l1", out=tmp_path / "begun")
+    assert both(("l1", "mse"), out=tmp_path / "begun").measurements == ["l1", "mse"]
+    for measure in ("mse", "l1"):
+        alone = both(measure, out=None)
+        for place in ("s", "begun"):
+            assert_same(rs.open_store(tmp_path / place, measure=measure), alone)
+
+
+def test_queries_are_measured_like_a_store_in_one_or_all_of_its_measures(tmp_path: Path) -> None:
+    model, images = tiny_unet(), random_images(4)
+    state = {"c": {k: v.clone() for k, v in model.state_dict().items()}}
+    both: dict[str, Any] = {"timesteps": rs.Explicit([5, 40]), "checkpoints": state, "measure": ("mse", "output_l2")}
+    store = run(model, images, projection=rs.CountSketch(64), out=tmp_path / "s", **both)
+    norms = rs.open_store(tmp_path / "s", measure="output_l2")
+    run(model, images[:2], out=tmp_path / "q", like=store, projection=rs.CountSketch(64), **both)
+    task = rs.DiffusionTask(model, SCHEDULER, measure=both["measure"])
+    for of, estimator in ((store, rs.ReTrac()), (norms, rs.DTRAK())):
+        index = rs.build_index(of, estimator, None)
+        stored = index.query(rs.open_store(tmp_path / "q", measure=of.fingerprint["measure"]), 3)
+        sketched = index.query(rs.Samples(images[:2], task, state, both["timesteps"]), 3)
+        np.testing.assert_array_equal(stored.ids, sketched.ids)
+    with pytest.raises(ValueError, match="memory holds one measure, the task has 2"):
+        run(model, images, **both)
+    with pytest.raises(ValueError, match="measure is 'mse' there and 'l1' here"):
+        run(model, images, like=store, projection=rs.CountSketch(64), out=tmp_path / "r", **{**both, "measure": "l1"})
+
+
 def test_a_different_run_is_refused_with_the_field_that_differs(tmp_path: Path) -> None:
     model, images = tiny_unet(), random_images(2)
     run(model, images, rs.Explicit([5]), rs.CountSketch(64), out=tmp_path / "s")
@@ -281,15 +364,17 @@ def test_dask_workers_write_the_same_store(tmp_path: Path) -> None:
 
     model, images = tiny_unet(), random_images(130)
     state = {k: v.clone() for k, v in model.state_dict().items()}
-    arguments = {"checkpoints": {"c": state}, "dtype": "int8"}
+    arguments = {"checkpoints": {"c": state}, "dtype": "int8", "out": tmp_path / "here", "measure": ("mse", "l1")}
     local = run(model, images, rs.Explicit([5]), rs.CountSketch(64), **arguments)
     with (
         LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0") as cluster,
         Client(cluster) as client,
     ):
         client.run(torch.set_num_threads, 1)
-        store = run(model, images, rs.Explicit([5]), rs.CountSketch(64), out=tmp_path / "s", client=client, **arguments)
-        np.testing.assert_array_equal(store.sketches("c"), local.sketches("c"))
+        arguments["out"] = tmp_path / "s"
+        store = run(model, images, rs.Explicit([5]), rs.CountSketch(64), client=client, **arguments)
+        for measure in ("mse", "l1"):
+            assert_same(*(rs.open_store(tmp_path / name, measure=measure) for name in ("s", "here")))
         index = rs.build_index(store, rs.ReTrac(), tmp_path / "i", client=client)
         answer = index.query(store, k=5, client=client)
     here = rs.build_index(local, rs.ReTrac(), None).query(local, k=5)

@@ -8,15 +8,26 @@ from retrac_scale.cli.indexes import build_indexes, make_estimator
 from retrac_scale.cli.project import find
 from retrac_scale.cli.verb import Answer, Verb
 
+DAMPING_HELP = """of TRAK, RelatIF, RenormIF, DTRAK, DAS: what is added to the Gram matrix before it is inverted, in
+units of its mean eigenvalue, so that the scale of gradients does not matter; the more, the nearer the scores come to
+plain inner products; auto chooses by how well the samples determine the matrix, without labels or retraining; where
+you have retrained models to judge by, try 0.01 to 10 (default: auto)"""
+
 
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", nargs="?", help="path or URL of a complete store")
     parser.add_argument("out", nargs="?", help="path or URL of the index to make")
     parser.add_argument("--estimator", default="ReTrac", help="TracIn, TRAK, ... (default: ReTrac)")
+    parser.add_argument("--measure", help="of a store that was measured in several ways (default: its first)")
     parser.add_argument(
         "--pairing", choices=("cross", "matched"), default="cross", help="of timesteps (default: cross)"
     )
+    parser.add_argument("--damping", type=_damping, metavar="auto|NUMBER", help=DAMPING_HELP)
     parser.add_argument("--dtype", choices=("int8", "float16", "float32"), default="int8", help="default: int8")
+
+
+def _damping(given: str) -> float | str:
+    return given if given == "auto" else float(given)
 
 
 def _run(arguments: argparse.Namespace) -> Answer:
@@ -28,8 +39,9 @@ def _run(arguments: argparse.Namespace) -> Answer:
     elif arguments.out is None:
         raise ValueError("say where the index shall be made: index STORE OUT.")
     else:
-        estimator = make_estimator(arguments.estimator, arguments.pairing)
-        built = build_index(open_store(arguments.store), estimator, arguments.out, dtype=arguments.dtype)
+        estimator = make_estimator(arguments.estimator, arguments.pairing, arguments.damping)
+        store = open_store(arguments.store, measure=arguments.measure)
+        built = build_index(store, estimator, arguments.out, dtype=arguments.dtype)
         indexes = {arguments.estimator: built}
     places = {name: str(index.url) for name, index in indexes.items()}
     return Answer("\n".join(str(index) for index in indexes.values()), {"indexes": places})
@@ -40,7 +52,9 @@ VERB = Verb(
     "Collapse a store for one estimator, ready for queries.",
     """  retrac-scale index                                                 those of retrac-scale.toml
   retrac-scale index demo/sketches.zarr demo/retrac.zarr --estimator ReTrac
-  retrac-scale index sketches.zarr matched.zarr --estimator ReTrac --pairing matched --dtype float16""",
+  retrac-scale index sketches.zarr matched.zarr --estimator ReTrac --pairing matched --dtype float16
+  retrac-scale index sketches.zarr trak.zarr --estimator TRAK --damping 0.5
+  retrac-scale index sketches.zarr d-trak.zarr --estimator DTRAK --measure mean_squared_output""",
     _options,
     _run,
 )

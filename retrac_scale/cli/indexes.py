@@ -38,17 +38,21 @@ def build_indexes(project: Project) -> dict[str, Index]:
     return {name: build_index(store, make_estimator(name), url) for name, url in project.indexes.items()}
 
 
-def make_estimator(name: str, pairing: str = "cross") -> Estimator:
-    """An estimator by its name.
+def make_estimator(name: str, pairing: str = "cross", damping: float | str | None = None) -> Estimator:
+    """An estimator by its name; None leaves the damping at its default.
 
     Raises:
-        ValueError: there is none of that name, or it has no such pairing.
+        ValueError: there is none of that name, or it has no such pairing or no damping.
     """
     from retrac_scale.estimators import Estimator, estimator_from_spec
 
     if name not in Estimator.kinds:
         raise ValueError(f"there is no estimator {name!r}; choose one of {', '.join(Estimator.kinds)}.")
+    damped = [kind for kind, estimator in Estimator.kinds.items() if estimator.damping is not None]
+    if damping is not None and name not in damped:
+        raise ValueError(f"{name} inverts no matrix, so it has no damping; {', '.join(damped)} have.")
+    given = {"pairing": pairing} if pairing != "cross" else {}
     try:
-        return estimator_from_spec({"kind": name} | ({"pairing": pairing} if pairing != "cross" else {}))
+        return estimator_from_spec({"kind": name} | given | ({} if damping is None else {"damping": damping}))
     except TypeError:
         raise ValueError(f"{name} has no {pairing} pairing.") from None

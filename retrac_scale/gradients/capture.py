@@ -124,7 +124,14 @@ class GradientCapture:
             parameter.requires_grad_(True)
         self._forget()
 
-    def backward(self, losses: Tensor, sink: Sink, mixers: Mapping[str, Tensor] | None = None) -> None:
+    def backward(
+        self,
+        losses: Tensor,
+        sink: Sink,
+        mixers: Mapping[str, Tensor] | None = None,
+        *,
+        retain_graph: bool = False,
+    ) -> None:
         """Differentiate one loss per sample and hand every parameter's gradients to `sink`, once each.
 
         Args:
@@ -134,6 +141,7 @@ class GradientCapture:
             mixers: for the weight of a mixable layer, a matrix `[rank, o]` that its output gradients are multiplied
                 with, so that the gradients of the layer's parameters have `rank` in place of `o`; layers in
                 `single_position` are left as they are.
+            retain_graph: keep the forward pass, to differentiate another function of it next.
         """
         if losses.ndim != 1:
             raise ValueError(f"losses must hold one value per sample, shape [n]; got shape {tuple(losses.shape)}.")
@@ -142,9 +150,9 @@ class GradientCapture:
                 "the losses do not depend on any captured layer; run the forward pass inside the context, with "
                 "gradients enabled."
             )
-        self._backward = _Backward(len(losses), sink, mixers or {}, self._shared, self.single_position)
+        self._backward = _Backward(len(losses), sink, mixers or {}, self._shared, self.single_position, retain_graph)
         try:
-            torch.autograd.backward(losses.sum())
+            torch.autograd.backward(losses.sum(), retain_graph=retain_graph)
             self._recording = False
             with torch.no_grad():
                 for layer in self._layers:
@@ -153,7 +161,8 @@ class GradientCapture:
         finally:
             self._recording = True
             self._backward = None
-            self._forget()
+            if not retain_graph:
+                self._forget()
 
     def _forget(self) -> None:
         for layer in self._layers:
@@ -214,12 +223,14 @@ class _Backward:
     mixers: Mapping[str, Tensor]
     shared: set[str]
     single_position: set[str]
+    retain_graph: bool = False
     waiting: dict[str, Tensor] = field(default_factory=dict)
 
     def finish(self, layer: _Layer) -> None:
         """Form the gradients of a layer from all its calls and deliver them, some samples at a time."""
         calls = [call for call in layer.calls if call.grads]
-        layer.calls.clear()
+        if not self.retain_graph:
+            layer.calls.clear()
         if not calls:
             return
         for call in calls:
@@ -253,6 +264,8 @@ class _Backward:
                         [name],
                     )
                 self._deliver(name, total[own], samples)
+        for call in calls:
+            call.grads.clear()
 
     def _mixer(self, layer: _Layer, calls: list[_Call]) -> Tensor | None:
         """What the layer's output gradients are to be multiplied with; also notes whether it is `single_position`."""

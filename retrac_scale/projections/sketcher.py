@@ -85,10 +85,14 @@ class GradientSketcher:
     def __exit__(self, *exc: object) -> None:
         self._capture.__exit__(*exc)
 
-    def __call__(self, losses: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, losses: Tensor, *, retain_graph: bool = False) -> tuple[Tensor, Tensor]:
         """Sketches `[n, k]` and L2 norms `[n]` (units of the loss per unit of weight) of the gradients of `[n]` losses.
 
         Norms are those of the full gradient (CountSketch) or the sketch's own estimate (LowRank).
+
+        Args:
+            losses: functions of the last forward pass, `[n]`.
+            retain_graph: keep that forward pass, to sketch another function of it next.
         """
         projector = self._projector
         accumulator = projector.start(len(losses) if losses.ndim else 0)
@@ -99,7 +103,7 @@ class GradientSketcher:
             if added is not None:
                 squares[samples] += added
 
-        self._capture.backward(losses, add, projector.mixers)
+        self._capture.backward(losses, add, projector.mixers, retain_graph=retain_graph)
         return self._finished(accumulator, squares)
 
     def _divided(self, name: str, gradient: Tensor) -> Tensor:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -20,6 +21,7 @@ from retrac_scale.task.noising import noising_of
 from retrac_scale.task.weighting import Huber, PseudoHuber, Weighting, check_weighting
 
 Measure = Literal["mse", "l1", "mean_output", "mean_squared_output", "output_l1", "output_l2", "output_linf"]
+AnyMeasure = Measure | Huber | PseudoHuber
 
 
 class DiffusionTask:
@@ -34,6 +36,7 @@ class DiffusionTask:
         measure: "mse" or "l1", the mean over all entries of the prediction error (the paper's own code uses L1), or
             `Huber(delta)` or `PseudoHuber(c)`; or a function of the prediction alone: its mean ("mean_output", for
             DAS), mean square ("mean_squared_output", for D-TRAK), or norm ("output_l1", "output_l2", "output_linf").
+            Several, as a tuple, are sketched from one forward pass; where one is needed, the first counts.
         device: where to compute.
         autocast: None, or "bfloat16" for mixed precision.
         weighting: of the losses over timesteps, `MinSNR(gamma)`, `SD3Weighting(scheme)`; None is 1.
@@ -49,15 +52,20 @@ class DiffusionTask:
         model: nn.Module,
         scheduler: Any,
         *,
-        measure: Measure | Huber | PseudoHuber = "mse",
+        measure: AnyMeasure | Sequence[AnyMeasure] = "mse",
         device: str = "cpu",
         autocast: Literal["bfloat16"] | None = None,
         weighting: Weighting | None = None,
         encoder: Encoder | None = None,
         call: Call = call_model,
     ) -> None:
-        if not isinstance(measure, (Huber, PseudoHuber)) and measure not in get_args(Measure):
-            raise ValueError(f"measure must be Huber(), PseudoHuber() or one of {get_args(Measure)}, got {measure!r}.")
+        given = measure if isinstance(measure, (tuple, list)) else (measure,)
+        for one in given or (None,):
+            if not isinstance(one, (Huber, PseudoHuber)) and one not in get_args(Measure):
+                names = get_args(Measure)
+                raise ValueError(f"measure must be Huber(), PseudoHuber() or one of {names}, got {measure!r}.")
+        if len(set(given)) < len(given):
+            raise ValueError(f"measure has an entry twice: {measure!r}.")
         if autocast not in (None, "bfloat16"):
             raise ValueError(f"autocast must be None or 'bfloat16', got {autocast!r}.")
         self.model = model.to(device).eval()
@@ -65,17 +73,29 @@ class DiffusionTask:
         self.noising = noising_of(scheduler, model)
         self.weighting = weighting
         if weighting is not None:
-            check_weighting(weighting, self.noising, measure)
+            for one in given:
+                check_weighting(weighting, self.noising, one)
         self.encoder = encoder
         self.call = call
-        self._measure = measure
+        self._measures: dict[str, AnyMeasure] = {measure_name(one, weighting): one for one in given}
         self.device = torch.device(device)
         self.autocast = autocast
 
     @property
+    def measures(self) -> tuple[str, ...]:
+        """What is measured, in words for the fingerprints of stores."""
+        return tuple(self._measures)
+
+    @property
     def measure(self) -> str:
-        """What is measured, in words for the fingerprint of a store."""
-        return measure_name(self._measure, self.weighting)
+        """The first of `measures`."""
+        return self.measures[0]
+
+    def only(self, *measures: str) -> DiffusionTask:
+        """The same task with some of its measures, in the order given."""
+        one = copy.copy(self)
+        one._measures = {name: self._measures[name] for name in measures}
+        return one
 
     @property
     def num_train_timesteps(self) -> int:
@@ -84,8 +104,8 @@ class DiffusionTask:
 
     def measured(
         self, images: Tensor, timesteps: Tensor, noise: Tensor, conditioning: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """The value to be differentiated and the training loss of each pair, from one forward pass.
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The value to be differentiated and the training loss of each pair, for each measure, from one forward pass.
 
         Args:
             images: clean samples in the model's range, `[n, ...]`.
@@ -94,8 +114,8 @@ class DiffusionTask:
             conditioning: further arguments of the model's forward, batched alike.
 
         Returns:
-            values and losses, float32 `[n]` each; nothing is averaged over the batch. They are the same where the
-            error is measured; for a function of the prediction the loss is the mean squared error.
+            for each of `measures` values and losses, float32 `[n]` each; nothing is averaged over the batch. They are
+            the same where the error is measured; for a function of the prediction the loss is the mean squared error.
         """
         images, noise, timesteps = (x.to(self.device) for x in (images, noise, timesteps))
         conditioning = {name: value.to(self.device) for name, value in conditioning.items()}
@@ -103,19 +123,19 @@ class DiffusionTask:
         with self._precision():
             prediction = self.call(self.model, noisy, self.noising.times(timesteps), conditioning)
         prediction = prediction.float() if self.autocast else prediction
-        losses = self._entries(prediction - self.noising.target(images, noise, timesteps)).flatten(1).mean(1)
-        if self.weighting is not None:
-            losses = losses * self.weighting(self.noising, timesteps).to(losses.dtype)
-        return OUTPUTS[str(self._measure)](prediction.flatten(1)) if self._measure in OUTPUTS else losses, losses
+        error = prediction - self.noising.target(images, noise, timesteps)
+        found = []
+        for measure in self._measures.values():
+            losses = _entries(measure, error).flatten(1).mean(1)
+            if self.weighting is not None:
+                losses = losses * self.weighting(self.noising, timesteps).to(losses.dtype)
+            values = OUTPUTS[str(measure)](prediction.flatten(1)) if measure in OUTPUTS else losses
+            found.append((values, losses))
+        return found
 
     def losses(self, images: Tensor, timesteps: Tensor, noise: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
-        """The training losses of `measured`, `[n]`."""
-        return self.measured(images, timesteps, noise, conditioning)[1]
-
-    def _entries(self, error: Tensor) -> Tensor:
-        if isinstance(self._measure, (Huber, PseudoHuber)):
-            return self._measure(error)
-        return error.abs() if self._measure == "l1" else error.square()
+        """The training losses of `measured`, `[n]`, for the first measure."""
+        return self.measured(images, timesteps, noise, conditioning)[0][1]
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         if self.autocast is None:
@@ -240,6 +260,12 @@ class DiffusionTask:
         return config if isinstance(config, Mapping) else {}
 
 
-def measure_name(measure: Measure | Huber | PseudoHuber, weighting: Weighting | None) -> str:
+def _entries(measure: AnyMeasure, error: Tensor) -> Tensor:
+    if isinstance(measure, (Huber, PseudoHuber)):
+        return measure(error)
+    return error.abs() if measure == "l1" else error.square()
+
+
+def measure_name(measure: AnyMeasure, weighting: Weighting | None) -> str:
     """How the fingerprint of a store calls what was measured."""
     return str(measure) if weighting is None else f"{measure} x {weighting}"
