@@ -5,23 +5,28 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
-from distributed import Client
+from distributed import Client, get_task_stream
 
 import retrac_scale as rs
 import retrac_scale.index
+from benchmarks.scaling import make_index
+from benchmarks.scanning import asked, median
 from retrac_scale import planner
 from retrac_scale.execution import Task, run
 from retrac_scale.index import build_index
@@ -31,6 +36,7 @@ from tests.torture import contents
 
 DIM = 4096
 BATCH = 32
+QUERIES = 64
 
 
 @contextmanager
@@ -85,37 +91,50 @@ def sketch(out: Path, samples: int, block: int | None, client: Client | None = N
     return time.perf_counter() - started
 
 
-def scaling(samples: int, rows: int) -> None:
-    """Sketching and scanning by 1 and 2 worker processes against this one."""
+def scaling(samples: int, rows: int, repeats: int = 3) -> None:
+    """Sketching and scanning by 1 and 2 worker processes against this one; medians of the scans."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rng = np.random.default_rng(0)
-        index = build_index(
-            write_store(folder / "rows", {"c": rng.standard_normal((rows, 1, DIM), np.float32)}),
-            rs.ReTrac(),
-            folder / "i",
-        )
-        queries = write_store(None, {"c": rng.standard_normal((64, 1, DIM), np.float32)})
-        block = samples // 16
+        make_index(folder / "i", rows)
+        index, queries, block = rs.open_index(folder / "i"), asked(QUERIES), samples // 16
 
         def scan(client: Client | None) -> float:
-            index.query(queries, 10, client=client)
-            started = time.perf_counter()
-            index.query(queries, 10, client=client)
-            return time.perf_counter() - started
+            return median(lambda: index.query(queries, 10, client=client), repeats)
 
-        seconds = {0: (sketch(folder / "0", samples, block), scan(None))}
+        seconds, busy = {0: (sketch(folder / "0", samples, block), scan(None))}, {0: 0.0}
         for workers in (1, 2):
             with cluster(workers) as (client, _):
                 sketch(folder / f"warm-{workers}", 64 * workers, 64, client)
-                seconds[workers] = sketch(folder / str(workers), samples, block, client), scan(client)
+                with get_task_stream(client) as stream:
+                    took = sketch(folder / str(workers), samples, block, client)
+                seconds[workers] = took, scan(client)
+                busy[workers] = sum(part["stop"] - part["start"] for task in stream.data for part in task["startstops"])
             assert contents(folder / str(workers)) == contents(folder / "0"), "the stores differ"
+        # the most that this machine could give: plain processes side by side, with half of the samples or a scan each
+        with ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+            wait([pool.submit(sketch, folder / f"{i}-warm", 64, 64) for i in range(2)])
+            started = time.perf_counter()
+            wait([pool.submit(sketch, folder / f"{i}-plain", samples // 2, block) for i in range(2)])
+            sketching = time.perf_counter() - started
+            scans = [pool.submit(scan_alone, folder / "i", repeats) for _ in range(2)]
+            scanning = statistics.mean(job.result() for job in scans) / 2
+        print(
+            f"two plain processes side by side: sketching x {seconds[0][0] / sketching:.2f} of one, "
+            f"scanning x {seconds[0][1] / scanning:.2f}"
+        )
         for workers, (sketching, scanning) in seconds.items():
+            share = f" (workers at work {busy[workers] / workers / sketching:.1%} of the time)" if workers else ""
             print(
                 f"{f'{workers} workers' if workers else 'in-process'}: sketching {samples / sketching:.0f} pairs/s, "
-                f"x {seconds[1][0] / sketching:.2f} of one worker; scanning {rows} rows x 64 queries "
+                f"x {seconds[1][0] / sketching:.2f} of one worker{share}; scanning {rows} rows x {QUERIES} queries "
                 f"{scanning:.2f} s, x {seconds[1][1] / scanning:.2f}"
             )
+
+
+def scan_alone(folder: Path, repeats: int) -> float:
+    """Seconds of a scan in this process."""
+    index, queries = rs.open_index(folder), asked(QUERIES)
+    return median(lambda: index.query(queries, 10), repeats)
 
 
 def overhead(tasks: int) -> None:
@@ -240,8 +259,8 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("scaling", "overhead", "kills", "memory", "plan"))
-    parser.add_argument("--samples", type=int, default=2048)
-    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--samples", type=int, default=8192)
+    parser.add_argument("--rows", type=int, default=2_000_000)
     parser.add_argument("--tasks", type=int, default=100_000)
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--rate", type=float, default=200.0, help="pairs per second of one worker")

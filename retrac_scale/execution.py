@@ -157,9 +157,9 @@ def results(
     return [found[task] for task in order]
 
 
-def delayed(function: Callable[..., Any], name: str) -> Any:
-    """A function whose calls are delayed tasks of this name, for `compute`."""
-    return dask.delayed(Sealed(function), name=name, pure=False)
+def delayed(function: Callable[..., Any]) -> Any:
+    """A function whose calls are delayed tasks, for `compute`."""
+    return dask.delayed(Sealed(function), pure=False)
 
 
 def compute(tasks: list[Any], client: Client | None) -> list[Any]:

@@ -6,6 +6,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -247,7 +248,7 @@ class _Scan:
             return _scan_run(self.index, chunks, self._share(self.mask, chunks), self.rows, common)
         runs = self._tasks("scan", _scan_run, [list(run) for run in np.array_split(chunks, count)], common)
         while len(runs) > 1:
-            merged = delayed(merge, "merge")
+            merged = delayed(merge)
             runs = [merged(runs[i : i + MERGE_WIDTH], k) for i in range(0, len(runs), MERGE_WIDTH)]
         found: Found = compute(runs, self.client)[0]
         return found
@@ -265,7 +266,7 @@ class _Scan:
         common = (question.signs, excluded, question.reduce, len(labels))
         level = self._tasks("group", _group_run, runs, common, codes)
         while len(level) > 1:
-            merged = delayed(_merge_groups, "merge-groups")
+            merged = delayed(_merge_groups)
             level = [merged(level[i : i + MERGE_WIDTH], question.reduce) for i in range(0, len(level), MERGE_WIDTH)]
         totals, counts = compute(level, self.client)[0]
         many = np.tile(counts, (len(question.signs), 1))
@@ -283,17 +284,31 @@ class _Scan:
         source = self.index if self.client is None else _for_workers(self.index)
         # a key of its own: one by content is lost when an earlier query's release of it arrives late
         rows: Any = self.rows if self.client is None else self.client.scatter(self.rows, broadcast=True, hash=False)
-        task, share = delayed(function, name), self._share
+        task, share = delayed(function), self._share
 
-        def key(run: list[int]) -> str:
-            return f"{name}-chunks-{run[0]}-{run[-1] + 1}-{uuid.uuid4().hex[:8]}"
-
-        if codes is not None:
-            return [
-                task(source, run, share(self.mask, run), rows, common, share(codes, run), dask_key_name=key(run))
-                for run in runs
+        made = []
+        for run in runs:
+            key = f"{name}-chunks-{run[0]}-{run[-1] + 1}-{uuid.uuid4().hex[:8]}"
+            arguments = [
+                source,
+                run,
+                share(self.mask, run),
+                rows,
+                common,
+                *([] if codes is None else [share(codes, run)]),
             ]
-        return [task(source, run, share(self.mask, run), rows, common, dask_key_name=key(run)) for run in runs]
+            with self._at_home(run):
+                made.append(task(*arguments, dask_key_name=key))
+        return made
+
+    def _at_home(self, run: list[int]) -> AbstractContextManager[Any]:
+        """Sends a task to the same worker for every query, if that is there: it has mapped and verified its chunks."""
+        if self.client is None:
+            return nullcontext()
+        homes = [address for address, threads in sorted(self.client.nthreads().items()) for _ in range(threads)]
+        home = homes[run[len(run) // 2] * len(homes) // len(self.index.chunks)]
+        placed: AbstractContextManager[Any] = dask.annotate(workers=[home], allow_other_workers=True)
+        return placed
 
     def _share(self, values: npt.NDArray[Any] | None, run: list[int]) -> list[Any]:
         """For each chunk of a run, its part of values `[n]`."""
@@ -445,7 +460,7 @@ def all_scores(index: Index, queries: SketchStore) -> dask.array.Array:
     index.check_store()
     rows = index.query_rows(queries)
     source = _for_workers(index) if isinstance(index.url, str | os.PathLike) else index
-    one, shared = delayed(_chunk_scores, "scores"), dask.delayed(rows)
+    one, shared = delayed(_chunk_scores), dask.delayed(rows)
     parts = [
         dask.array.from_delayed(one(source, number, shared), (rows.shape[1], part.stop - part.start), np.float64)
         for number, part in enumerate(index.chunks)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import cloudpickle
+from dask.utils import funcname
 
 
 class Sealed:
@@ -18,6 +19,7 @@ class Sealed:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._bytes = cloudpickle.dumps(function)
+        self.__name__ = funcname(function).strip("_")  # which Dask shows
 
     def __call__(self, *args: Any) -> Any:
         """What the function returns."""

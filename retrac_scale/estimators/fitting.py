@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,8 +55,8 @@ def fit(store: SketchStore, estimator: Estimator, places: Places, client: Client
     if estimator.damping is None:
         return {}
     source: SketchStore | Url = store if client is None else store.url
-    run = delayed(functools.partial(_moments_of_run, source, store.fingerprint.get("measure"), estimator), "moments")
-    add, finish = delayed(_sum, "sum"), delayed(_solve, "solve")
+    run = delayed(partial(_moments_of_run, source, store.fingerprint.get("measure"), estimator))
+    add, finish = delayed(_sum), delayed(_solve)
     dual = len(places) < estimator.width(store)
     found = []
     for name in store.checkpoints:
