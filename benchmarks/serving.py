@@ -93,16 +93,19 @@ def running(folder: Path, batch: int) -> Iterator[tuple[str, int]]:
             break
         except httpx2.TransportError:
             time.sleep(0.2)
-    yield url, int(process.pid or 0)
-    process.terminate()
-    process.join()
+    try:
+        yield url, int(process.pid or 0)
+    finally:
+        process.terminate()
+        process.join()
 
 
 def fuzz(folder: Path, examples: int) -> int:
     """schemathesis against the server's own OpenAPI schema; its exit status."""
     with running(folder, 64) as (url, _):
         checks = ["--checks", "not_a_server_error,status_code_conformance", "--max-examples", str(examples)]
-        return subprocess.run(["schemathesis", "run", *checks, f"{url}/openapi.json"], check=False).returncode
+        program = str(Path(sys.executable).with_name("schemathesis"))
+        return subprocess.run([program, "run", *checks, f"{url}/openapi.json"], check=False).returncode
 
 
 def load(folder: Path, clients: int, seconds: float, batch: int) -> dict[str, Any]:

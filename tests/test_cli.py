@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,16 @@ def test_help_teaches_by_example(verb: str, capsys: pytest.CaptureFixture[str]) 
     told = capsys.readouterr().out
     assert f"examples:\n  retrac-scale {verb or 'demo'}" in told
     assert verb or "exit status: 0 done" in told
+
+
+def test_reading_what_is_stored_imports_no_model_library(folder: Path) -> None:
+    verbs = [["info", "s.zarr"], ["verify", "s.zarr"], ["query", "retrac.zarr", "--ids", "1"]]
+    asked = f"import sys; from retrac_scale.cli import main; print([main(verb) for verb in {verbs}]); "
+    loaded = "print([name for name in ('diffusers', 'transformers', 'peft', 'accelerate') if name in sys.modules])"
+    serving = "import retrac_scale.serve.library, retrac_scale.report; "
+    command = [sys.executable, "-c", asked + serving + loaded]
+    told = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert told[-2:] == ["[0, 0, 0]", "[]"]
 
 
 def test_query_prints_a_table_or_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import zarr
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLWan,
@@ -232,6 +233,25 @@ def test_encoding_goes_on_where_it_was_stopped_and_refuses_other_samples(tmp_pat
     assert all(torch.equal(encoded[row]["latents"], images[row]) for row in range(100))
     with pytest.raises(ValueError, match="encoded from other samples"):
         rs.encode(task, Items(images[:50]), out, progress=False)
+
+
+def test_a_chunk_of_encoded_samples_is_read_once_when_they_are_asked_for_in_order() -> None:
+    chunks: list[str] = []
+
+    class Counting(zarr.storage.MemoryStore):
+        async def get(self, key: str, *arguments: Any, **options: Any) -> Any:
+            chunks.extend([key] if "/c/" in key else [])
+            return await super().get(key, *arguments, **options)
+
+    task = rs.DiffusionTask(tiny_unet(), DDPMScheduler(**BETAS))
+    images = pixels(1, 8, 8).repeat(20, 1, 1, 1)
+    encoded = rs.encode(task, Items(images), Counting(), progress=False)  # type: ignore[arg-type]
+    chunks.clear()
+    assert all(torch.equal(encoded[row]["latents"], images[row]) for row in range(100))
+    assert len(chunks) == 2
+    encoded[0]["latents"].zero_()  # an item belongs to whoever asked for it
+    assert torch.equal(encoded[0]["latents"], images[0])
+    assert torch.equal(encoded[-1]["latents"], images[-1])
 
 
 def test_a_stable_diffusion_with_lora_adapters_whose_checkpoints_are_adapter_files(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import httpx2
 import numpy as np
 import pytest
 import schemathesis
+import torch
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from schemathesis import GenerationMode
@@ -30,6 +31,7 @@ from starlette.testclient import TestClient
 
 import retrac_scale as rs
 from retrac_scale.cli import main
+from retrac_scale.datasets.base import pixels
 from retrac_scale.query import Question
 from retrac_scale.report.content import ranked
 from retrac_scale.report.pictures import PictureFiles, Pictures
@@ -118,6 +120,13 @@ def test_an_uploaded_image_is_answered_as_if_sketched_here(client: TestClient, l
     assert parts["score"] == pytest.approx(best["score"], rel=1e-3)
     other = client.post("/api/upload", files={"file": png((20, 30))}).json()["queries"][0]
     assert other["note"] == "cropped and resized from 20 x 30 to 8 x 8"
+
+
+@pytest.mark.parametrize("size", [(8, 8), (20, 30), (31, 9)])
+def test_an_upload_is_cut_and_scaled_as_a_dataset_would(size: tuple[int, int]) -> None:
+    for channels in (1, 3):
+        ours = read_upload(png(size), (channels, 8, 8), LIMITS).dataset[0]
+        assert torch.equal(ours, pixels(png(size), channels, 8))
 
 
 def test_an_upload_is_answered_however_many_came_after_it(library: Library) -> None:
@@ -355,26 +364,33 @@ def test_only_loopback_is_this_machine(host: str, expected: bool) -> None:
     assert is_local(host) is expected
 
 
-def test_serve_ends_after_what_it_has_begun(library: Library, folder: Path, tmp_path: Path) -> None:
-    for name, pixels in (("images", library.pictures.images), ("made", library.pictures.queries)):
-        np.save(tmp_path / f"{name}.npy", np.asarray(pixels))
+def test_serve_says_where_once_it_has_the_port_and_ends_after_what_it_has_begun(
+    library: Library, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, shown in (("images", library.pictures.images), ("made", library.pictures.queries)):
+        np.save(tmp_path / f"{name}.npy", np.asarray(shown))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = ["serve", str(folder / "TracIn.zarr"), "--queries", str(folder / "q.zarr"), "--port", str(port)]
     arguments += ["--images", str(tmp_path / "images.npy"), "--query-images", str(tmp_path / "made.npy")]
     assert main([*arguments, "--host", "0.0.0.0"]) == 1  # no token
+    with socket.create_server(("127.0.0.1", port)):
+        capsys.readouterr()
+        assert main(arguments) == 1
+        out, error = capsys.readouterr()
+    assert not out
+    assert f"port {port}: Address already in use" in error
+    assert main([*arguments, "--port", "70000"]) == 1
+    assert "from 0 to 65535" in capsys.readouterr().err
     environment = {**os.environ, "RETRAC_SCALE_TOKEN": "t"}
-    command = [sys.executable, "-m", "retrac_scale.cli", *arguments]
+    command = [sys.executable, "-m", "retrac_scale.cli", *arguments, "--port", "0", "--json"]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
         try:
-            with httpx2.Client(base_url=f"http://127.0.0.1:{port}", headers={"authorization": "Bearer t"}) as client:
-                for _ in range(1200):
-                    try:
-                        assert client.get("/health").status_code == 200
-                        break
-                    except httpx2.TransportError:
-                        time.sleep(0.1)
+            assert process.stdout is not None
+            url = json.loads(process.stdout.readline())["url"]
+            with httpx2.Client(base_url=url, headers={"authorization": "Bearer t"}) as client:
+                assert client.get("/health").status_code == 200  # whoever reads the address can ask at once
 
                 def body() -> Iterator[bytes]:  # the signal comes while the request is being sent
                     process.send_signal(signal.SIGTERM)

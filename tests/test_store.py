@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import retrac_scale as rs
+from retrac_scale.store import create_store, write_block
+from retrac_scale.store.encoding import encode
 
 
 def random_store(out: Any = None, **options: Any) -> rs.SketchStore:
@@ -47,6 +50,67 @@ def test_stored_rows_are_within_the_step_of_their_type(seed: int, dtype: Any, ma
     bound = step * np.abs(rows).max(2, keepdims=True)
     assert (np.abs(store.sketches("c") - rows) <= bound).all()
     np.testing.assert_allclose(store.norms("c"), np.linalg.norm(rows.astype(np.float64), axis=2), rtol=1e-5)
+
+
+def by_definition(rows: Any, dtype: str) -> tuple[Any, Any]:
+    """Format version 1's rows and scales, one NumPy operation on all of them after another."""
+    scale = np.abs(rows).max(-1) / np.float32(127 if dtype == "int8" else 1)
+    unit = rows / np.where(scale > 0, scale, np.float32(1))[..., None]
+    if dtype != "bfloat16":
+        return (np.rint(unit) if dtype == "int8" else unit).astype(dtype), scale
+    bits = unit.view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16), scale
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float16", "bfloat16"])
+def test_stored_bits_are_those_of_the_format_whatever_the_tiles_and_magnitudes(dtype: Any) -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((130, 3, 4096), dtype=np.float32)  # several tiles, the last not full
+    rows *= np.exp(rng.uniform(-60, 60, rows.shape)).astype(np.float32)
+    rows *= np.float32(10) ** rng.integers(-20, 10, (130, 3, 1)).astype(np.float32)
+    rows[7] = 0
+    rows[8] = np.arange(-2048, 2048) / 2  # ties
+    for some in (rows, rows[::2], np.asfortranarray(rows)):
+        stored, scale = encode(some, dtype)
+        expected, scales = by_definition(np.ascontiguousarray(some), dtype)
+        assert stored.dtype == expected.dtype
+        assert stored.tobytes() == expected.tobytes()
+        np.testing.assert_array_equal(scale, scales)
+
+
+def test_files_are_on_the_disk_before_they_are_named_and_a_block_before_its_commit_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = create_store(
+        tmp_path / "s",
+        shape=(4, 1, 8),
+        ids=np.arange(4),
+        weights={"c": 1.0},
+        fingerprint={},
+        dtype="int8",
+        quantities=(),
+    )
+    done: list[tuple[str, str]] = []
+
+    def fsync(descriptor: int) -> None:
+        done.append(("forced", os.readlink(f"/proc/self/fd/{descriptor}")))
+
+    def replace(source: str, target: str) -> None:
+        assert ("forced", source) in done
+        done.append(("named", target))
+        rename(source, target)
+
+    rename = os.rename
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    write_block(store, "c", 0, np.ones((4, 1, 8), np.float32), np.ones((4, 1), np.float32))
+    commit = done.index(("named", f"{tmp_path}/s/c/commit/c.0.0"))
+    for file in ("sketch/c/0/0/0", "scale/c/0/0", "norm/c/0/0"):
+        place = tmp_path / "s" / "c" / file
+        named = done.index(("named", str(place)))
+        for folder in place.parents[: len(place.relative_to(tmp_path).parts)]:
+            assert ("forced", str(folder)) in done[named:commit]
+    assert ("forced", f"{tmp_path}/s/c/commit") in done[commit:]
 
 
 def test_weights_ids_and_timesteps_are_kept(tmp_path: Path) -> None:

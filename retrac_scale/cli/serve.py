@@ -21,7 +21,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timesteps", type=int, help="for uploads: evenly spaced (default: the project's, or 20)")
     parser.add_argument("--device", help="for uploads: where to sketch (default: the project's, or cpu)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, help="default: 8000")
+    parser.add_argument("--port", type=int, default=8000, help="0 for any that is free (default: 8000)")
     parser.add_argument("--token-file", help="file with the token that clients must send; or in RETRAC_SCALE_TOKEN")
     parser.add_argument("--max-k", type=int, default=100, help="most results per side (default: 100)")
     parser.add_argument("--max-upload-mb", type=float, default=10, help="largest file (default: 10)")
@@ -62,11 +62,13 @@ def _run(arguments: argparse.Namespace) -> Answer:
         concurrent=arguments.max_concurrent,
     )
     library = Library(indexes, pictures, queries=queries, measured=measured, kept_uploads=limits.kept_uploads)
-    host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
-    url = f"http://{host}:{arguments.port}/"
-    print(json.dumps({"url": url}) if arguments.json else f"serving at {url} ; Ctrl-C ends it", flush=True)
-    serve.run(library, host=arguments.host, port=arguments.port, token=token, limits=limits, title=arguments.title)
-    return Answer("ended", {"ended": url})
+
+    def announce(url: str) -> None:
+        print(json.dumps({"url": url}) if arguments.json else f"serving at {url} ; Ctrl-C ends it", flush=True)
+
+    place = {"host": arguments.host, "port": arguments.port}
+    serve.run(library, **place, token=token, limits=limits, title=arguments.title, announce=announce)
+    return Answer("ended", {"ended": True})
 
 
 VERB = Verb(

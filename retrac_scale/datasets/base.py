@@ -150,12 +150,12 @@ def pixels(image: Any, channels: int, size: int | None) -> Tensor:
     check_depth(image)
     image = image.convert("L" if channels == 1 else "RGB")
     if size is not None:
-        image = _middle_square(image, size)
+        image = middle_square(image, size)
     values = torch.from_numpy(np.asarray(image, dtype=np.float32))
     return values.reshape(*values.shape[:2], channels).permute(2, 0, 1) / 127.5 - 1
 
 
-def _middle_square(image: Image.Image, size: int) -> Image.Image:
+def middle_square(image: Image.Image, size: int) -> Image.Image:
     """torchvision's Resize(size) and CenterCrop(size), to the pixel."""
     width, height = (size * side // min(image.size) for side in image.size)
     left, top = round((width - size) / 2), round((height - size) / 2)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import signal
+import socket
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -17,28 +19,59 @@ GRACE = 30
 LOCAL_NAMES = ["localhost", "127.0.0.1", "[::1]", "::1"]
 
 
-def run(library: Library, *, host: str, port: int, token: str | None, limits: Limits, title: str) -> None:
+def run(
+    library: Library,
+    *,
+    host: str,
+    port: int,
+    token: str | None,
+    limits: Limits,
+    title: str,
+    announce: Callable[[str], object] = lambda url: None,
+) -> None:
     """Serve until SIGINT or SIGTERM; requests that have begun are answered.
+
+    Args:
+        library: what is served.
+        host: address to listen on.
+        port: 0 for any that is free.
+        token: see `create_app`; limits and title too.
+        announce: told the address once it is taken.
 
     Raises:
         ValueError: others could reach the service and no token is set.
+        OSError: the address cannot be had.
     """
     local = is_local(host)
     if not local and token is None:
         raise ValueError(f"--host {host} lets others in; set a token that they must send (--token-file).")
     app = create_app(library, title=title, token=token, limits=limits, hosts=LOCAL_NAMES if local else None)
-    config = uvicorn.Config(app, host, port, log_level="warning", timeout_graceful_shutdown=GRACE, server_header=False)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE, server_header=False)
     server = uvicorn.Server(config)
 
     def stop(number: int, frame: FrameType | None) -> None:
         server.should_exit = True
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:  # uvicorn puts these handlers back and raises the signal once more when it is done
-        server.run()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with _listen(host, port) as listener:
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:  # uvicorn puts these handlers back and raises the signal once more when it is done
+            announce(f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/")
+            server.run(sockets=[listener])
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    if not 0 <= port <= 65535:
+        raise ValueError(f"--port {port}: a port is a number from 0 to 65535.")
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise OSError(
+            error.errno, f"cannot listen on {host}, port {port}: {why}; choose another --port or --host"
+        ) from None
 
 
 def is_local(host: str) -> bool:

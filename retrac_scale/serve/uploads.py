@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from retrac_scale.datasets.base import check_depth
+from retrac_scale.datasets.base import check_depth, middle_square
 from retrac_scale.serve.limits import Limits
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
@@ -73,7 +73,8 @@ def read_upload(content: bytes, shape: tuple[int, int, int], limits: Limits) -> 
             check_depth(image)
             size = image.size
             upright = ImageOps.exif_transpose(image.convert("L" if channels == 1 else "RGB"))
-            fitted = ImageOps.fit(upright, (width, height))
+            square = height == width  # as the datasets do it; they know no other shape
+            fitted = middle_square(upright, width) if square else ImageOps.fit(upright, (width, height))
     except ValueError as error:
         raise (
             error if str(error).startswith("the image has") else ValueError(f"the image is damaged: {error}")

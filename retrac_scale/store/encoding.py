@@ -6,11 +6,14 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 Dtype = Literal["int8", "float16", "float32", "bfloat16"]
 Float32 = npt.NDArray[np.float32]
 
-TILE_ENTRIES = 2**17
+TILE_ENTRIES = 2**19
 """Rows are converted so many entries at a time, to stay in cache."""
 
 
@@ -25,30 +28,34 @@ def array_dtype(dtype: Dtype) -> str:
     return "uint16" if dtype == "bfloat16" else dtype
 
 
-def encode(rows: Float32, dtype: Dtype) -> tuple[npt.NDArray[Any], Float32]:
-    """Stored rows `[..., k]` and their scales `[...]`, one scale per row.
+def encode(rows: Float32, dtype: Dtype, out: npt.NDArray[Any] | None = None) -> tuple[npt.NDArray[Any], Float32]:
+    """Stored rows `[..., k]`, in `out` when it is given, and their scales `[...]`, one scale per row.
 
     int8 spreads a row's largest entry to +-127, float16 and bfloat16 (as uint16 bits) to +-1; float32 is stored as it
-    is, with scale 1. A zero row has scale 0 (but 1 in float32).
+    is, with scale 1. A zero row has scale 0 (but 1 in float32). A row that is not finite has a scale that is not.
     """
     if dtype == "float32":
-        return rows.astype(np.float32, copy=False), np.ones(rows.shape[:-1], np.float32)
-    flat = rows.reshape(-1, rows.shape[-1])
-    stored = np.empty(flat.shape, array_dtype(dtype))
-    scale = np.empty(len(flat), np.float32)
-    top = np.float32(127 if dtype == "int8" else 1)
-    step = max(1, TILE_ENTRIES // flat.shape[1])
-    unit_tile = np.empty((step, flat.shape[1]), np.float32)
-    for start in range(0, len(flat), step):
-        part = slice(start, start + step)
-        largest = np.maximum(flat[part].max(1), -flat[part].min(1))
-        scale[part] = largest / top
-        divisor = np.where(scale[part] > 0, scale[part], np.float32(1)).astype(np.float32)
-        unit: Float32 = np.divide(flat[part], divisor[:, None], out=unit_tile[: len(divisor)])
+        if out is None:
+            return rows.astype(np.float32, copy=False), np.ones(rows.shape[:-1], np.float32)
+        out[...] = rows
+        return out, np.ones(rows.shape[:-1], np.float32)
+    stored = np.empty(rows.shape, array_dtype(dtype)) if out is None else out
+    k = rows.shape[-1]
+    source = from_dlpack(np.ascontiguousarray(rows, np.float32).reshape(-1, k))
+    target = torch.from_numpy(stored.view(np.int16) if dtype == "bfloat16" else stored).view(-1, k)
+    scale = torch.empty(len(source))
+    top = torch.tensor(127.0 if dtype == "int8" else 1.0)
+    step = max(1, TILE_ENTRIES // k)
+    unit = torch.empty(min(step, len(source)), k)
+    for start in range(0, len(source), step):
+        tile = slice(start, min(start + step, len(source)))
+        values, scales, units = source[tile], scale[tile], unit[: tile.stop - start]
+        torch.div(torch.maximum(values.amax(1), -values.amin(1)), top, out=scales)
+        torch.div(values, torch.where(scales > 0, scales, 1.0)[:, None], out=units)
         if dtype == "int8":
-            np.rint(unit, out=unit)
-        np.copyto(stored[part], _bfloat16_bits(unit) if dtype == "bfloat16" else unit, casting="unsafe")
-    return stored.reshape(rows.shape), scale.reshape(rows.shape[:-1])
+            units.round_()
+        target[tile] = _bfloat16_bits(units) if dtype == "bfloat16" else units
+    return stored, scale.numpy().reshape(rows.shape[:-1])
 
 
 def decode(rows: npt.NDArray[Any], scale: Float32, out: Float32 | None = None) -> Float32:
@@ -58,7 +65,8 @@ def decode(rows: npt.NDArray[Any], scale: Float32, out: Float32 | None = None) -
     return raw
 
 
-def _bfloat16_bits(values: Float32) -> npt.NDArray[np.uint16]:
-    """The upper 16 bits, rounded to nearest, ties to even."""
-    bits = np.ascontiguousarray(values).view(np.uint32)
-    return ((bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16).astype(np.uint16)
+def _bfloat16_bits(values: Tensor) -> Tensor:
+    """The upper 16 bits as int16, rounded to nearest, ties to even, alike on every CPU."""
+    bits = values.numpy().view(np.uint32)
+    rounded = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16).astype(np.uint16)
+    return torch.from_numpy(rounded.view(np.int16))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import uuid
 from collections.abc import Coroutine, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +16,8 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore, MemoryStore, StorePath
 
 PARALLEL = 16
+SLICE = 2**21
+"""Bytes that are handed on to the disk at a time."""
 
 T = TypeVar("T")
 
@@ -44,14 +47,17 @@ def write_all(group: Place, objects: Mapping[str, Buffer | bytes]) -> None:
     if store.read_only:
         raise OSError(errno.EACCES, f"{store} was opened for reading; open it with mode='r+' to write")
     wrap = default_buffer_prototype().buffer.from_bytes
-
-    async def put(key: str) -> None:
-        value = objects[key]
-        await store.set(_full(group, key), wrap(value) if isinstance(value, bytes) else value)
-
-    _in_parallel(store, dict.fromkeys(objects, put))
+    buffers = {
+        _full(group, key): wrap(content) if isinstance(content, bytes) else content for key, content in objects.items()
+    }
     if isinstance(store, LocalStore):
-        _fsync(store.root, [store.root / _full(group, key) for key in objects])
+        _write_durably(store.root, buffers)
+    else:
+
+        async def put(key: str) -> None:
+            await store.set(key, buffers[key])
+
+        _in_parallel(store, dict.fromkeys(buffers, put))
 
 
 def write_new(place: Place, key: str, content: bytes) -> None:
@@ -127,12 +133,41 @@ def _in_parallel(store: Any, calls: Mapping[str, Any]) -> dict[str, Any]:
     return dict(zip(calls, sync(run()), strict=True))
 
 
-def _fsync(root: Path, files: list[Path]) -> None:
-    """Force files to the disk, then the folders that name them: zarr renames into place but forces nothing."""
-    folders = {folder for file in files for folder in file.parents if folder == root or root in folder.parents}
-    for path in [*files, *sorted(folders, reverse=True), root.parent]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _write_durably(root: Path, buffers: Mapping[str, Buffer]) -> None:
+    """Write files and force them to the disk, then the folders that name them: zarr renames but forces nothing."""
+    unnamed: dict[str, str] = {}
+    folders = {""}
+    try:
+        for key, buffer in buffers.items():
+            parts = key.split("/")[:-1]
+            folders.update("/".join(parts[: depth + 1]) for depth in range(len(parts)))
+            os.makedirs(f"{root}/{'/'.join(parts)}", exist_ok=True)
+            unnamed[f"{root}/{key}"] = f"{root}/{key}.{uuid.uuid4().hex}.partial"
+            _copy(memoryview(buffer.as_buffer_like()), unnamed[f"{root}/{key}"])
+        for file, partial in unnamed.items():
+            _force(partial)
+            os.replace(partial, file)
+    except Exception:
+        for partial in unnamed.values():
+            Path(partial).unlink(missing_ok=True)
+        raise
+    for folder in [*sorted((f"{root}/{folder}" for folder in folders), reverse=True), str(root.parent)]:
+        _force(folder)
+
+
+def _copy(content: memoryview, path: str) -> None:
+    """Write a file; the disk begins with each slice at once rather than when the file is forced to it."""
+    with open(path, "wb") as file:
+        for start in range(0, len(content), SLICE):
+            file.write(content[start : start + SLICE])
+            file.flush()
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), start, SLICE, os.POSIX_FADV_DONTNEED)
+
+
+def _force(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

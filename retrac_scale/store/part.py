@@ -172,10 +172,10 @@ class Part:
         now = np.where(self.deleted | samples, DELETED, KEPT).astype(np.uint8)
         size = array.chunks[0]
         touched = np.unique(np.flatnonzero(samples) // size).tolist()
-        objects.write_all(
-            self.root,
-            {f"deleted/c/{i}": encode_chunk(array, (i,), now[i * size : (i + 1) * size]) for i in touched},
-        )
+        chunks = {i: NewChunk(array, i, len(now[i * size : (i + 1) * size])) for i in touched}
+        for i, chunk in chunks.items():
+            chunk.values[:] = now[i * size : (i + 1) * size]
+        objects.write_all(self.root, {f"deleted/c/{i}": chunk.finished()[0] for i, chunk in chunks.items()})
 
     def committed(self, checkpoint: str) -> npt.NDArray[np.bool_]:
         """Which blocks of a checkpoint have a commit record now, bool `[blocks]`."""
@@ -271,22 +271,39 @@ def plans_of(fingerprint: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{key: value for key, value in plan.items() if key != "digest"} for plan in plans]
 
 
-def encode_chunk(array: zarr.Array[Any], chunk: tuple[int, ...], values: npt.NDArray[Any]) -> Buffer:
-    """The object that holds one chunk (or shard) of an array, as zarr encodes it, edges padded."""
-    if is_plain(array) and array.shards is None:  # as zarr would, with one copy less
-        size = math.prod(array.chunks) * array.dtype.itemsize
-        content = np.empty(size + CRC_BYTES, np.uint8)
-        content[: values.nbytes] = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-        content[values.nbytes :] = 0
-        content[size:].view("<u4")[:] = crc32c(content[:size])
-        return default_buffer_prototype().buffer.from_array_like(content)
-    memory = MemoryStore()
-    twin = zarr.Array.from_dict(zarr.storage.StorePath(memory), array.metadata.to_dict())
-    whole = array.shards or array.chunks
-    start = [place * width for place, width in zip(chunk, whole, strict=True)]
-    region = tuple(slice(a, a + width) for a, width in zip(start, values.shape, strict=True))
-    twin.with_config({"write_empty_chunks": True})[region] = values
-    return _in_memory(memory, array.metadata.encode_chunk_key(chunk))
+class NewChunk:
+    """One chunk (or shard) of an array: fill its values, then take the finished object.
+
+    Args:
+        array: an array of a part.
+        place: the chunk's place along the samples.
+        n: samples in it; the rest of the last chunk stays zero.
+
+    Attributes:
+        values: where they go, `[n, ...]`: the very memory that is written where zarr would only append a checksum.
+    """
+
+    def __init__(self, array: zarr.Array[Any], place: int, n: int) -> None:
+        self._array, self._place = array, place
+        whole = array.shards or array.chunks
+        self._content = np.empty(math.prod(whole) * array.dtype.itemsize + CRC_BYTES, np.uint8)
+        filled = n * math.prod(whole[1:]) * array.dtype.itemsize
+        self._content[filled:] = 0
+        self.values = self._content[:filled].view(array.dtype).reshape(n, *whole[1:])
+
+    def finished(self) -> tuple[Buffer, int]:
+        """The object as zarr encodes it, and the CRC-32C of the whole chunk's values."""
+        array, values = self._array, self._content[:-CRC_BYTES]
+        checksum = crc32c(values)
+        if is_plain(array) and array.shards is None:
+            self._content[-CRC_BYTES:] = np.frombuffer(checksum.to_bytes(CRC_BYTES, "little"), np.uint8)
+            return default_buffer_prototype().buffer.from_array_like(self._content), checksum
+        memory = MemoryStore()
+        twin = zarr.Array.from_dict(zarr.storage.StorePath(memory), array.metadata.to_dict())
+        start = self._place * (array.shards or array.chunks)[0]
+        twin.with_config({"write_empty_chunks": True})[start : start + len(self.values)] = self.values
+        key = array.metadata.encode_chunk_key((self._place, *[0] * (array.ndim - 1)))
+        return _in_memory(memory, key), checksum
 
 
 def _new_list(root: zarr.Group, name: str, n: int, dtype: Any, fill: int) -> zarr.Array[Any]:

@@ -15,7 +15,7 @@ import zarr
 from retrac_scale.store import commits, objects
 from retrac_scale.store.encoding import Dtype, Float32, array_dtype, check_dtype, encode
 from retrac_scale.store.errors import DamagedStoreError
-from retrac_scale.store.part import ROOT, encode_chunk, group_json, lay_out
+from retrac_scale.store.part import ROOT, NewChunk, group_json, lay_out
 from retrac_scale.store.reader import WHAT, SketchStore, open_parts
 from retrac_scale.store.schema import (
     ATTRIBUTE,
@@ -196,24 +196,26 @@ def write_block(
     for what, values in (("loss", losses), ("gradient norm", norms)):
         if values is not None:
             _check_finite(values, what, checkpoint, part.ids[samples], steps)
-    with np.errstate(invalid="ignore"):  # named below: a row that is not finite has a scale that is not
-        rows, scale = encode(sketches, part.meta["dtype"])
-    if part.meta["dtype"] == "float32" or not np.isfinite(scale).all():
-        _check_finite(sketches, "gradient", checkpoint, part.ids[samples], steps)
-    given: dict[str, Any] = {"sketch": rows, "scale": scale, "norm": norms, "loss": losses, "timestep": timesteps}
-    checksums, chunks = {}, {}
+    given: dict[str, Any] = {"sketch": sketches, "norm": norms, "loss": losses, "timestep": timesteps}
+    new: dict[str, NewChunk] = {}
     for quantity in part.meta["quantities"]:
         array = part.array(f"{checkpoint}/{quantity}")
-        stored = np.asarray(given[quantity])
         expected = (samples.stop - samples.start, *array.shape[1:])
-        if stored.shape != expected:
+        if quantity != "scale" and np.shape(given[quantity]) != expected:
             raise ValueError(
-                f"block {block} of checkpoint {checkpoint!r} needs {quantity} of shape {expected}, got {stored.shape}."
+                f"block {block} of checkpoint {checkpoint!r} needs {quantity} of shape {expected}, got "
+                f"{np.shape(given[quantity])}."
             )
-        stored = stored.astype(array.dtype, copy=False)
-        place = (block, *[0] * (array.ndim - 1))
-        chunks[part.chunk_key(checkpoint, quantity, block)] = encode_chunk(array, place, stored)
-        checksums[quantity] = part.checksum(stored)
+        new[quantity] = NewChunk(array, block, expected[0])
+        if quantity not in ("sketch", "scale"):
+            new[quantity].values[:] = given[quantity]
+    scale = new["scale"].values
+    scale[:] = encode(sketches, part.meta["dtype"], out=new["sketch"].values)[1]
+    if part.meta["dtype"] == "float32" or not np.isfinite(scale).all():
+        _check_finite(sketches, "gradient", checkpoint, part.ids[samples], steps)
+    chunks, checksums = {}, {}
+    for quantity, chunk in new.items():
+        chunks[part.chunk_key(checkpoint, quantity, block)], checksums[quantity] = chunk.finished()
     record = commits.pack(part.meta["digest"], checkpoint, block, checksums)
     try:
         objects.write_all(part.root, chunks)

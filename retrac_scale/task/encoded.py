@@ -35,12 +35,19 @@ class EncodedDataset:
         names: Any = group.attrs["names"]
         self.frozen: Any = group.attrs["encoder"]
         self._arrays: dict[str, Any] = {name: group[name] for name in names}
+        self._block: tuple[int, dict[str, Any]] = (-1, {})
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:
-        return {name: torch.as_tensor(np.asarray(array[row])) for name, array in self._arrays.items()}
+        row = range(len(self))[row]
+        number, values = self._block  # samples are asked for in order: a chunk is read once, not once a sample
+        if number != row // BLOCK:
+            start = row // BLOCK * BLOCK
+            values = {name: np.asarray(array[start : start + BLOCK]) for name, array in self._arrays.items()}
+            self._block = row // BLOCK, values
+        return {name: torch.as_tensor(np.array(value[row % BLOCK])) for name, value in values.items()}
 
 
 def encode(task: DiffusionTask, dataset: Any, out: Url, *, progress: bool = True) -> EncodedDataset:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from retrac_scale.task.checkpoints import weights_digest
@@ -52,6 +51,8 @@ def load_pipeline(path: str | os.PathLike[str]) -> Any:
     Raises:
         ValueError: the folder holds no pipeline.
     """
+    from diffusers import DiffusionPipeline  # takes seconds, and who reads a store needs none of it
+
     folder = Path(path)
     absent = {}
     if folder.is_dir():
