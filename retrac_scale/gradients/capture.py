@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from retrac_scale.gradients.errors import UncapturableError
 from retrac_scale.gradients.memory import keep_freed_pages
 from retrac_scale.gradients.nested import detached, mapped, tensors
+from retrac_scale.gradients.products import batched_product
 from retrac_scale.gradients.recompute import recomputed
 from retrac_scale.gradients.registry import LayerRule, is_whole, rule_for, why_alone
 
@@ -23,6 +24,9 @@ Sink = Callable[[str, Tensor, slice], None]
 
 CHUNK_BYTES = 24 << 20
 """A layer's gradients are formed and consumed for as many samples at a time as keep to this."""
+
+TAKEN_BYTES = 64 << 20
+"""Layers are finished when their activations and output gradients pass this."""
 
 
 @dataclass
@@ -157,7 +161,8 @@ class GradientCapture:
             self._recording = False
             with torch.no_grad():
                 for layer in self._layers:
-                    self._backward.finish(layer)
+                    self._backward.take(layer)
+                self._backward.finish()
                 self._backward.flush()
         finally:
             self._recording = True
@@ -218,7 +223,7 @@ class GradientCapture:
                 raise RuntimeError("differentiate with the sketcher, not with losses.backward(), inside its context.")
             call.grads[place] = grad
             if layer.rule is not None and len(layer.calls) == 1:
-                self._backward.finish(layer)
+                self._backward.take(layer)
 
         return on_gradient
 
@@ -232,10 +237,16 @@ class _Backward:
     mixers: Mapping[str, Tensor]
     shared: set[str]
     single_position: set[str]
+    taken: list[tuple[_Layer, list[_Call], Tensor | None]] = field(default_factory=list)
+    taken_bytes: int = 0
     waiting: dict[str, Tensor] = field(default_factory=dict)
 
-    def finish(self, layer: _Layer) -> None:
-        """Form the gradients of a layer from all its calls and deliver them, some samples at a time."""
+    def take(self, layer: _Layer) -> None:
+        """Take a layer's calls over, its output gradients mixed while the caches hold them.
+
+        Layers are finished several at a time: amid the model's own backward pass, which drives their code and data out
+        of the caches, a small one would cost twice as much.
+        """
         calls = [call for call in layer.calls if call.grads]
         layer.calls.clear()
         if not calls:
@@ -249,9 +260,23 @@ class _Backward:
                 )
             _check_rows(layer, call, self.n)
         mixer = self._mixer(layer, calls)
-        if mixer is not None:
-            for call in calls:
+        for call in calls:
+            if mixer is not None:
                 _mix(layer, call, mixer)
+            self.taken_bytes += sum(x.nbytes for x in tensors((call.args, call.kwargs, call.grads)))
+        self.taken.append((layer, calls, mixer))
+        if self.taken_bytes > TAKEN_BYTES:
+            self.finish()
+
+    def finish(self) -> None:
+        """Form the gradients of the layers taken over, and deliver them."""
+        for taken in self.taken:
+            self._finish(*taken)
+        self.taken.clear()
+        self.taken_bytes = 0
+
+    def _finish(self, layer: _Layer, calls: list[_Call], mixer: Tensor | None) -> None:
+        """Form a layer's gradients from all its calls, some samples at a time."""
         numel = layer.numel if mixer is None else layer.numel * len(mixer) // mixer.shape[1]
         size = max(1, CHUNK_BYTES // (4 * max(1, numel)))
         for start in range(0, self.n, size):
@@ -322,10 +347,15 @@ def _refuse(name: str) -> Callable[[Tensor], None]:
 def _mix(layer: _Layer, call: _Call, mixer: Tensor) -> None:
     grad = call.grads[0]
     mixer = mixer.to(grad.dtype)
-    if isinstance(layer.module, nn.Linear):  # with positions last, the product is fast in any memory order
-        call.grads[0] = (mixer @ grad.mT).mT if grad.ndim > 2 else grad @ mixer.T
-    else:
-        call.grads[0] = (mixer @ grad.flatten(2)).reshape(len(grad), len(mixer), *grad.shape[2:])
+    linear = isinstance(layer.module, nn.Linear)
+    if linear and grad.ndim == 2:
+        call.grads[0] = grad @ mixer.T
+        return
+    rows = grad.flatten(1, -2) if linear else grad.flatten(2).mT  # [n*f, s, o]
+    mixed = batched_product(
+        mixer.expand(len(rows), *mixer.shape), rows, grad.new_empty(len(rows), len(mixer), rows.shape[1])
+    )
+    call.grads[0] = mixed.mT.unflatten(1, grad.shape[1:-1]) if linear else mixed.unflatten(2, grad.shape[2:])
 
 
 def _versions(*values: Any) -> list[int]:

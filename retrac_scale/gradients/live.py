@@ -84,7 +84,7 @@ class LiveCapture(GradientCapture):
                 Variable._execution_engine.queue_callback(self._finish)
             call.grads[place] = grad
             if layer.rule is not None and len(layer.calls) == 1:
-                self._backward.finish(layer)
+                self._backward.take(layer)
 
         return on_gradient
 
@@ -94,7 +94,8 @@ class LiveCapture(GradientCapture):
         assert backward is not None
         with torch.no_grad():
             for layer in self._layers:
-                backward.finish(layer)
+                backward.take(layer)
+            backward.finish()
             backward.flush()
         self._forget()
         self._end()
