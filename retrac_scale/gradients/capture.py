@@ -347,15 +347,13 @@ def _refuse(name: str) -> Callable[[Tensor], None]:
 def _mix(layer: _Layer, call: _Call, mixer: Tensor) -> None:
     grad = call.grads[0]
     mixer = mixer.to(grad.dtype)
-    linear = isinstance(layer.module, nn.Linear)
+    n, r, linear = len(grad), len(mixer), isinstance(layer.module, nn.Linear)
     if linear and grad.ndim == 2:
         call.grads[0] = grad @ mixer.T
         return
     rows = grad.flatten(1, -2) if linear else grad.flatten(2).mT  # [n*f, s, o]
-    mixed = batched_product(
-        mixer.expand(len(rows), *mixer.shape), rows, grad.new_empty(len(rows), len(mixer), rows.shape[1])
-    )
-    call.grads[0] = mixed.mT.unflatten(1, grad.shape[1:-1]) if linear else mixed.unflatten(2, grad.shape[2:])
+    mixed = batched_product(mixer.expand(n, *mixer.shape), rows, grad.new_empty(n, r, rows.shape[1]))
+    call.grads[0] = mixed.mT.reshape(*grad.shape[:-1], r) if linear else mixed.reshape(n, r, *grad.shape[2:])
 
 
 def _versions(*values: Any) -> list[int]:
