@@ -28,17 +28,19 @@ TOP = 10
 
 
 def make_index(folder: Path, n: int) -> None:
-    """An index of n rows: the rows of one chunk's worth of a real index, in every order of its entries."""
+    """An index of n rows: those of a small real index over and over, each time in another order of their entries."""
     small = build_index(write_store(None, {"c": random_rows(0, 1024)[:, None]}), rs.ReTrac(), None)
     root = zarr.open_group(folder, mode="w")
     chunks = create_arrays(root, 1, np.arange(n), DIM, "int8")
     root.create_group("column")
-    row, scale, norm = (np.concatenate([get_array(small.root, name)[0]] * 16) for name in ("row", "scale", "norm"))
-    for number, part in enumerate(chunks):
-        size, order = part.stop - part.start, np.random.default_rng(number).permutation(DIM)
-        get_array(root, "row")[0, part] = row[:size][:, order]
-        get_array(root, "scale")[0, part] = scale[:size]
-        get_array(root, "norm")[0, part] = norm[:size]
+    row, scale, norm = (np.asarray(get_array(small.root, name)[0]) for name in ("row", "scale", "norm"))
+    rng = np.random.default_rng(0)
+    for part in chunks:
+        size = part.stop - part.start
+        copies = -(-size // len(row))
+        for name, values in (("scale", scale), ("norm", norm)):
+            get_array(root, name)[0, part] = np.tile(values, copies)[:size]
+        get_array(root, "row")[0, part] = np.concatenate([row[:, rng.permutation(DIM)] for _ in range(copies)])[:size]
     root.attrs[ATTRIBUTE] = {**small.meta, "complete": True}
 
 

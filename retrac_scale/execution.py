@@ -19,6 +19,8 @@ import dask
 import torch
 from threadpoolctl import ThreadpoolController
 
+from retrac_scale.sealed import Sealed
+
 if TYPE_CHECKING:
     from distributed import Client
 
@@ -155,6 +157,11 @@ def results(
     return [found[task] for task in order]
 
 
+def delayed(function: Callable[..., Any], name: str) -> Any:
+    """A function whose calls are delayed tasks of this name, for `compute`."""
+    return dask.delayed(Sealed(function), name=name, pure=False)
+
+
 def compute(tasks: list[Any], client: Client | None) -> list[Any]:
     """Results of a few delayed tasks with all that they depend on, on the client's workers, or here on threads."""
     if client is not None:
@@ -215,7 +222,7 @@ class _There:
     ) -> None:
         from distributed import as_completed
 
-        self._function, self._shared, self._client, self._resources = function, shared, client, resources
+        self._function, self._shared, self._client, self._resources = Sealed(function), shared, client, resources
         self._completed = as_completed(loop=client.loop, with_results=True, raise_errors=False)
         self._at_workers: Any = None
         self._room, self._looked = 0, -math.inf

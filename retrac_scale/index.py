@@ -53,6 +53,8 @@ CHUNK_BYTES = 32 * 2**20
 MIN_CHUNKS = 8
 MIN_CHUNK_SAMPLES = 64
 NORM_ROWS = 256
+KEPT_MAPS = 8192
+"""Files that an index keeps mapped; Linux lets a process have some 65,000 (vm.max_map_count)."""
 SETTLED_NS = 10**9
 ASKED = ("format", "store", "measure", "estimator", "dtype")
 """What of an index's description was asked for; the rest is what its store was when it was built."""
@@ -115,7 +117,9 @@ class Index:
         return blocks(self.shape[1], self._arrays["row"].chunks[1])
 
     def chunk(self, number: int) -> Chunk:
-        """One chunk: a map of its files where they can be mapped (kept for the next call), read through zarr if not.
+        """One chunk: a map of its files where they can be mapped, read through zarr if not.
+
+        The first maps are kept for the next call, as many as a process may have of them.
 
         Raises:
             DamagedStoreError: a file is missing or damaged.
@@ -128,13 +132,14 @@ class Index:
         scale, norm = (self._plane(name, number, samples) for name in ("scale", "norm"))
         ids = map_chunk(self._arrays["id"], (number,))
         ids = _listed(np.asarray(self._arrays["id"][samples])) if ids is None else ids
-        chunk = Chunk(rows, scale, norm, ids, mapped=all(view is not None for view in mapped))
+        kept = all(view is not None for view in mapped) and len(self._chunks) * (3 * len(rows) + 1) < KEPT_MAPS
+        chunk = Chunk(rows, scale, norm, ids, kept=kept)
         fill = self._arrays["row"].fill_value
         if np.isnan(scale).any() or any(np.array_equal(row[0, 0], fill, equal_nan=True) for row in rows):
             raise DamagedStoreError(
                 f"samples {samples.start} .. {samples.stop - 1} of the index {self.url} are missing."
             )
-        if chunk.mapped:
+        if kept:
             self._chunks[number] = chunk
         return chunk
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
-from retrac_scale.execution import compute
+from retrac_scale.execution import compute, delayed
 from retrac_scale.index import Index, Reduce, Side, open_on_worker
 from retrac_scale.rerank import as_measured, exact_scores
 from retrac_scale.samples import Samples
@@ -247,7 +247,7 @@ class _Scan:
             return _scan_run(self.index, chunks, self._share(self.mask, chunks), self.rows, common)
         runs = self._tasks("scan", _scan_run, [list(run) for run in np.array_split(chunks, count)], common)
         while len(runs) > 1:
-            merged = dask.delayed(merge, name="merge", pure=False)
+            merged = delayed(merge, "merge")
             runs = [merged(runs[i : i + MERGE_WIDTH], k) for i in range(0, len(runs), MERGE_WIDTH)]
         found: Found = compute(runs, self.client)[0]
         return found
@@ -265,7 +265,7 @@ class _Scan:
         common = (question.signs, excluded, question.reduce, len(labels))
         level = self._tasks("group", _group_run, runs, common, codes)
         while len(level) > 1:
-            merged = dask.delayed(_merge_groups, name="merge-groups", pure=False)
+            merged = delayed(_merge_groups, "merge-groups")
             level = [merged(level[i : i + MERGE_WIDTH], question.reduce) for i in range(0, len(level), MERGE_WIDTH)]
         totals, counts = compute(level, self.client)[0]
         many = np.tile(counts, (len(question.signs), 1))
@@ -283,7 +283,7 @@ class _Scan:
         source = self.index if self.client is None else _for_workers(self.index)
         # a key of its own: one by content is lost when an earlier query's release of it arrives late
         rows: Any = self.rows if self.client is None else self.client.scatter(self.rows, broadcast=True, hash=False)
-        task, share = dask.delayed(function, pure=False), self._share
+        task, share = delayed(function, name), self._share
 
         def key(run: list[int]) -> str:
             return f"{name}-chunks-{run[0]}-{run[-1] + 1}-{uuid.uuid4().hex[:8]}"
@@ -445,7 +445,7 @@ def all_scores(index: Index, queries: SketchStore) -> dask.array.Array:
     index.check_store()
     rows = index.query_rows(queries)
     source = _for_workers(index) if isinstance(index.url, str | os.PathLike) else index
-    one, shared = dask.delayed(_chunk_scores, name="scores", pure=False), dask.delayed(rows)
+    one, shared = delayed(_chunk_scores, "scores"), dask.delayed(rows)
     parts = [
         dask.array.from_delayed(one(source, number, shared), (rows.shape[1], part.stop - part.start), np.float64)
         for number, part in enumerate(index.chunks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ Float64 = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
+FIRST_ROWS = 4096
+"""Of a scan: a floor from a few rows spares most of the next ones."""
 POOL = 8
 EXACT_ROWS = 64
 SCORE_ROWS = 512
@@ -41,7 +44,7 @@ class Chunk:
         norm: no less than |row| x |scale|, `[c, n]`.
         ids: `[n]`.
         mask: which samples count, `[n]`; None for all.
-        mapped: whether the rows are views of a file, which may be kept at no cost.
+        kept: whether the rows stay in reach anyway, at no cost: views of a file that stays mapped.
     """
 
     rows: Sequence[npt.NDArray[Any]]
@@ -49,7 +52,7 @@ class Chunk:
     norm: Float32
     ids: npt.NDArray[Any]
     mask: Bools | None = None
-    mapped: bool = False
+    kept: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,14 +100,14 @@ def top(
     for chunk in chunks:
         if not products:
             products = [_product(query, chunk.rows[0].dtype, len(queries)) for query in queries]
-            size = min(pool.first, products[0].tile)  # a floor from a few rows spares most of the next ones
+            size = min(pool.first, products[0].tile)
         number, stop = pool.hold(chunk), 0
         while stop < len(chunk.ids):
             tile = slice(stop, min(stop + size, len(chunk.ids)))
             stop, size = tile.stop, min(2 * size, products[0].tile)
             if chunk.mask is None or chunk.mask[tile].any():
                 _scan_tile(chunk, number, tile, products, signs, query_ids, pool)
-        if not chunk.mapped:
+        if not chunk.kept:
             pool.settle()
             pool.release(number)
     return pool.best()
@@ -151,7 +154,11 @@ def _scan_tile(
     error = np.stack([product.error for product in products])
     slack = chunk.norm[:, tile].max(1).astype(np.float64) @ error
     for side, sign in enumerate(signs):
-        lowest = (pool.floor[side * q : (side + 1) * q] - slack).astype(np.float32)
+        part = slice(side * q, (side + 1) * q)
+        if np.isneginf(pool.floor[part]).any() and len(total) >= pool.k:
+            kth = _kth(sign * total.T, pool.k, chunk, tile, query_ids)
+            np.maximum(pool.floor[part], kth - slack, out=pool.floor[part])
+        lowest = (pool.floor[part] - slack).astype(np.float32)
         lowest = np.nextafter(lowest, np.float32(-np.inf))
         passed = np.greater_equal(total, lowest) if sign > 0 else np.less_equal(total, -lowest)
         places = np.flatnonzero(passed)
@@ -166,6 +173,15 @@ def _scan_tile(
         bound = np.einsum("cs,cs->s", chunk.norm[:, tile][:, rows].astype(np.float64), error[:, lanes])
         value = sign * total.ravel()[places].astype(np.float64)
         pool.add(number, tile.start + rows, side * q + lanes, value, bound)
+
+
+def _kth(values: Float32, k: int, chunk: Chunk, tile: slice, query_ids: npt.NDArray[Any] | None) -> Float64:
+    """The k-th largest of each query's values `[q, n]` over the samples of a tile that count for it; -inf: too few."""
+    if chunk.mask is not None:
+        values[:, ~chunk.mask[tile]] = -np.inf
+    if query_ids is not None:
+        values[query_ids[:, None] == chunk.ids[tile]] = -np.inf
+    return np.partition(values, -k, axis=1)[:, -k].astype(np.float64)
 
 
 class _Product:
@@ -204,7 +220,7 @@ def _product(queries: Float32, dtype: np.dtype[Any], checkpoints: int) -> _Produ
     """The fastest product that this machine has for rows of a dtype, with its error."""
     q, k = queries.shape
     exact = queries.astype(np.float64)
-    norm = np.linalg.norm(exact, axis=1)
+    norm = _lengths(exact)
     arithmetic = (8 + checkpoints) * ROUNDING * norm
     tile = 16384 if q < 8 else 2048 if q <= 256 else 512
     if torch.cuda.is_available():
@@ -232,11 +248,18 @@ def _integers(queries: Float64) -> tuple[npt.NDArray[np.int8], Float32, Float64]
     it never exceeds |r| |residual|. The smaller counts. Integers are small enough that no int32 sum overflows.
     """
     largest = min(127, (2**31 - 1) // (127 * queries.shape[1]))
-    unit = np.maximum(np.abs(queries).max(1) * (1.000001 / largest), 1e-37).astype(np.float32)
+    highest = np.maximum(queries.max(1), -queries.min(1))
+    unit = np.maximum(highest * (1.000001 / largest), 1e-37).astype(np.float32)
     scaled = queries / unit[:, None].astype(np.float64)
-    integers = np.floor(scaled + np.random.default_rng(0).random(scaled.shape)).astype(np.int8)
-    residual = np.linalg.norm(queries - integers * unit[:, None].astype(np.float64), axis=1)
-    return integers, unit, np.minimum(1.000001 * residual, unit * np.sqrt(np.log(2 / CHANCE) / 2))
+    rounded = np.random.default_rng(0).random(scaled.shape)
+    np.floor(np.add(scaled, rounded, out=rounded), out=rounded)
+    residual = unit * _lengths(np.subtract(scaled, rounded, out=scaled))
+    return rounded.astype(np.int8), unit, np.minimum(1.000001 * residual, unit * np.sqrt(np.log(2 / CHANCE) / 2))
+
+
+def _lengths(rows: Float64) -> Float64:
+    lengths: Float64 = np.sqrt(np.einsum("nk,nk->n", rows, rows))
+    return lengths
 
 
 class _Pool:
@@ -246,12 +269,13 @@ class _Pool:
         self, queries: Float32, k: int, signs: Sequence[int], floor: Float64 | None, sketch_dim: int | None
     ) -> None:
         self.k = k
-        self.first = max(8 * k, 64)
+        self.first = max(8 * k, FIRST_ROWS)
         self.lanes = len(signs) * queries.shape[1]
+        self._least = max(4 * k, 32) * self.lanes
         self.floor = np.full(self.lanes, -np.inf) if floor is None else floor
         self._sign = np.repeat(np.array(signs, dtype=np.float64), queries.shape[1])
         self._queries = queries.astype(np.float64)
-        self._lengths = np.linalg.norm(self._queries[0], axis=1)
+        self._lengths = _lengths(self._queries[0])
         self._sketch_dim = sketch_dim
         self._chunks: list[Chunk | None] = []
         self._ids: list[npt.NDArray[Any]] = []
@@ -276,9 +300,9 @@ class _Pool:
         added["error"] = np.nan
         self._new.append(added)
         self._size += len(added)
-        if self._size >= max(2 * len(self._held), self.first * self.lanes):
+        if self._size >= max(2 * len(self._held), self._least):
             self._prune()
-            if len(self._held) > POOL * self.first * self.lanes:
+            if len(self._held) > POOL * self._least:
                 self.settle()
 
     def settle(self) -> None:
@@ -329,16 +353,15 @@ class _Pool:
 
     def _make_exact(self, chosen: Bools) -> None:
         """Replace approximate values by float64 sums; each depends on its row and query alone."""
-        held = self._held
-        rows, queries = np.empty((2, EXACT_ROWS, self._queries.shape[2]))
-        for part, chunk in self._batches(chosen & (held["bound"] > 0)):
-            row, lane = held["row"][part], held["lane"][part]
-            total = np.zeros(len(part))
-            for c, stored in enumerate(chunk.rows):
-                rows[: len(part)] = stored[row]
-                np.take(self._queries[c], lane % self._queries.shape[1], axis=0, out=queries[: len(part)])
-                product = np.einsum("sk,sk->s", rows[: len(part)], queries[: len(part)])
-                total += product * chunk.scale[c, row]
+        held, q = self._held, self._queries.shape[1]
+        for part in self._batches(chosen & (held["bound"] > 0)):
+            lane = held["lane"][part]
+            edges = [*np.flatnonzero(np.diff(lane, prepend=-1)).tolist(), len(part)]
+            total, product = np.zeros((2, len(part)))
+            for query, (rows, scale) in zip(self._queries, self._taken(part, np.float64), strict=True):
+                for start, stop in itertools.pairwise(edges):
+                    np.einsum("sk,k->s", rows[start:stop], query[lane[start] % q], out=product[start:stop])
+                total += product * scale
             held["value"][part] = self._sign[lane] * total
             held["bound"][part] = 0
 
@@ -353,28 +376,43 @@ class _Pool:
         if k is None:
             held["error"] = 0
             return
-        for part, chunk in self._batches(np.isnan(held["error"])):
-            row, lane = held["row"][part], held["lane"][part]
+        for part in self._batches(np.isnan(held["error"])):
+            query = held["lane"][part] % self._queries.shape[1]
             if self._queries.shape[::2] == (1, k):  # one block: the norms and the score are known
-                lengths = chunk.norm[0, row] * self._lengths[lane % len(self._lengths)]
-                held["error"][part] = np.sqrt((lengths**2 + held["value"][part] ** 2) / k)
+                norm = np.empty(len(part))
+                for chunk, places, row in self._by_chunk(part):
+                    norm[places] = chunk.norm[0, row]
+                held["error"][part] = np.sqrt(((norm * self._lengths[query]) ** 2 + held["value"][part] ** 2) / k)
                 continue
-            weighted = [rows[row] * scale[row, None] for rows, scale in zip(chunk.rows, chunk.scale, strict=True)]
-            asked = self._queries[:, lane % self._queries.shape[1]].astype(np.float32)
+            weighted = [rows * scale[:, None] for rows, scale in self._taken(part, np.float32)]
+            asked = self._queries[:, query].astype(np.float32)
             x = np.stack(weighted, 1).reshape(len(part), -1, k)
             y = asked.swapaxes(0, 1).reshape(len(part), -1, k)
             xx, yy, xy = x @ x.swapaxes(1, 2), y @ y.swapaxes(1, 2), x @ y.swapaxes(1, 2)
             held["error"][part] = np.sqrt(np.maximum((xx * yy + xy * xy.swapaxes(1, 2)).sum((1, 2)), 0) / k)
 
-    def _batches(self, chosen: Bools) -> Iterator[tuple[Ints, Chunk]]:
-        """Chosen candidates, a few of one chunk at a time."""
-        numbers = self._held["chunk"]
-        for number in np.unique(numbers[chosen]).tolist():
-            chunk = self._chunks[number]
+    def _batches(self, chosen: Bools) -> Iterator[Ints]:
+        """Chosen candidates, a few at a time, ordered by lane."""
+        inside = np.flatnonzero(chosen)
+        inside = inside[np.argsort(self._held["lane"][inside], kind="stable")]
+        for start in range(0, len(inside), EXACT_ROWS):
+            yield inside[start : start + EXACT_ROWS]
+
+    def _by_chunk(self, part: Ints) -> Iterator[tuple[Chunk, Ints, Ints]]:
+        """For each chunk that some candidates come from: the chunk, their places in `part`, their rows in the chunk."""
+        numbers, row = self._held["chunk"][part], self._held["row"][part]
+        for number in np.unique(numbers).tolist():
+            chunk, places = self._chunks[number], np.flatnonzero(numbers == number)
             assert chunk is not None
-            inside = np.flatnonzero(chosen & (numbers == number))
-            for start in range(0, len(inside), EXACT_ROWS):
-                yield inside[start : start + EXACT_ROWS], chunk
+            yield chunk, places, row[places]
+
+    def _taken(self, part: Ints, dtype: Any) -> Iterator[tuple[npt.NDArray[Any], Float32]]:
+        """For each checkpoint, the stored rows of some candidates `[s, k]` in a dtype, and their scales `[s]`."""
+        rows, scale = np.empty((len(part), self._queries.shape[2]), dtype), np.empty(len(part), np.float32)
+        for c in range(len(self._queries)):
+            for chunk, places, row in self._by_chunk(part):
+                rows[places], scale[places] = chunk.rows[c][row], chunk.scale[c, row]
+            yield rows, scale
 
     def _names(self, held: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """The sample ids of candidates."""

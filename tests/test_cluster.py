@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from distributed import Client, LocalCluster
+from distributed import Client
+from distributed.deploy.subprocess import SubprocessCluster
 
 import retrac_scale as rs
 from retrac_scale.execution import GIVE_UP, Task, gpu_label, run
@@ -70,7 +72,12 @@ def sketch(dataset: Any, out: Any, client: Client | None = None) -> rs.SketchSto
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
     with (
-        LocalCluster(n_workers=2, threads_per_worker=1, resources={"GPU": 1}, dashboard_address=":0") as cluster,
+        SubprocessCluster(
+            n_workers=2,
+            threads_per_worker=1,
+            worker_kwargs={"resources": {"GPU": 1}, "memory_limit": 0},
+            dashboard_address=None,
+        ) as cluster,
         Client(cluster) as client,
     ):
         yield client
@@ -99,6 +106,9 @@ def test_store_and_index_are_bit_identical_and_answers_equal(client: Client, who
     np.testing.assert_array_equal(
         rs.self_influence(store, rs.ReTrac(), client=client), rs.self_influence(store, rs.ReTrac())
     )
+    trak = rs.build_index(store, rs.TRAK(damping=0.1), tmp_path / "trak", client=client)
+    assert trak.query(queries, 4, client=client).ids.shape == (2, 4)
+    assert not client.run_on_scheduler(lambda: "torch" in sys.modules), "tasks made the scheduler import torch"
 
 
 def test_after_workers_were_killed_the_store_is_the_same_and_no_block_ran_more_often(

@@ -57,11 +57,28 @@ def test_rows_times_scales_are_the_weighted_rows_of_the_estimator(tmp_path: Path
     for c, (name, weight) in enumerate(store.weights.items()):
         expected = weight * rs.ReTrac().rows(store, name)
         chunks = [index.chunk(number) for number in range(len(index.chunks))]
-        assert all(chunk.mapped for chunk in chunks)
+        assert all(chunk.kept for chunk in chunks)
         rows = np.concatenate([chunk.rows[c] * chunk.scale[c][:, None] for chunk in chunks])
         norms = np.concatenate([chunk.norm[c] for chunk in chunks])
         np.testing.assert_allclose(rows, expected, rtol=1e-6)
         assert (norms >= np.linalg.norm(rows.astype(np.float64), axis=1)).all()
+
+
+def test_an_index_of_more_files_than_a_process_may_map_keeps_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, queries = stores(tmp_path)
+    monkeypatch.setattr("retrac_scale.index.CHUNK_BYTES", 1)
+    index = rs.build_index(store, rs.ReTrac(), tmp_path / "i")
+    expected = index.query(queries, 20)
+    files_of_a_chunk = 3 * len(index.checkpoints) + 1
+    monkeypatch.setattr("retrac_scale.index.KEPT_MAPS", 2 * files_of_a_chunk)
+    index = rs.open_index(tmp_path / "i")
+    for _ in range(2):
+        found = index.query(queries, 20)
+        np.testing.assert_array_equal(found.ids, expected.ids)
+        np.testing.assert_array_equal(found.scores, expected.scores)
+    assert [index.chunk(number).kept for number in range(len(index.chunks))].count(True) == 2
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float16", "float32"])

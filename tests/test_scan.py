@@ -27,7 +27,7 @@ def random_rows(rng: Any, c: int, n: int, k: int, dtype: str, distinct: int) -> 
     return list(rows.astype(dtype)), scale
 
 
-def as_chunks(rows: list[Any], scale: Any, ids: Any, cuts: Any, mapped: bool, mask: Any = None) -> list[Chunk]:
+def as_chunks(rows: list[Any], scale: Any, ids: Any, cuts: Any, kept: bool, mask: Any = None) -> list[Chunk]:
     norm = np.abs(scale) * np.stack([np.linalg.norm(r.astype(np.float64), axis=1) for r in rows]) * (1 + 1e-6)
     edges = [0, *cuts, len(ids)]
     return [
@@ -37,7 +37,7 @@ def as_chunks(rows: list[Any], scale: Any, ids: Any, cuts: Any, mapped: bool, ma
             norm[:, a:b].astype(np.float32),
             ids[a:b],
             mask=None if mask is None else mask[a:b],
-            mapped=mapped,
+            kept=kept,
         )
         for a, b in itertools.pairwise(edges)
         if b > a
@@ -98,7 +98,7 @@ def test_long_scans_with_many_near_ties_lose_nothing(dtype: str, q: int) -> None
     rows[0][:2000] = rows[0][2000:4000]  # every one of these has an equal far away
     queries = rng.standard_normal((1, q, 1024)).astype(np.float32)
     ids = rng.permutation(9000)
-    found = top(as_chunks(rows, scale, ids, [4000, 4500], mapped=True), queries, 50)
+    found = top(as_chunks(rows, scale, ids, [4000, 4500], kept=True), queries, 50)
     check(found, brute_force(rows, scale, queries), ids, 50)
 
 
@@ -106,7 +106,7 @@ def test_equal_samples_are_ordered_by_id_however_many_there_are() -> None:
     rows = [np.tile(np.arange(-20, 20, dtype=np.int8), (6000, 1))]
     ids = np.random.default_rng(1).permutation(6000)
     queries = np.ones((1, 2, 40), np.float32)
-    found = top(as_chunks(rows, np.ones((1, 6000), np.float32), ids, [3000], mapped=True), queries, 4)
+    found = top(as_chunks(rows, np.ones((1, 6000), np.float32), ids, [3000], kept=True), queries, 4)
     assert found.ids.tolist() == [[0, 1, 2, 3]] * 2
 
 
@@ -118,11 +118,11 @@ def test_cpus_without_int8_and_bfloat16_products_give_the_same_answer(
     rng = np.random.default_rng(2)
     rows, scale = random_rows(rng, 2, 700, 300, dtype, 700)
     queries, ids = rng.standard_normal((2, q, 300)).astype(np.float32), np.arange(700)
-    here = top(as_chunks(rows, scale, ids, [], mapped=True), queries, 20)
+    here = top(as_chunks(rows, scale, ids, [], kept=True), queries, 20)
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    with_bfloat16 = top(as_chunks(rows, scale, ids, [], mapped=True), queries, 20)
+    with_bfloat16 = top(as_chunks(rows, scale, ids, [], kept=True), queries, 20)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    without = top(as_chunks(rows, scale, ids, [], mapped=True), queries, 20)
+    without = top(as_chunks(rows, scale, ids, [], kept=True), queries, 20)
     for other in (with_bfloat16, without):
         np.testing.assert_array_equal(other.ids, here.ids)
         np.testing.assert_array_equal(other.scores, here.scores)
@@ -135,7 +135,7 @@ def test_rows_too_wide_for_int32_sums_at_full_precision_are_still_exact() -> Non
     rows[0][:, :100] = rng.integers(-127, 128, (40, 100))
     queries, ids = np.ones((1, 1, k), np.float32), np.arange(40)
     scale = np.ones((1, 40), np.float32)
-    found = top(as_chunks(rows, scale, ids, [], mapped=True), queries, 5)
+    found = top(as_chunks(rows, scale, ids, [], kept=True), queries, 5)
     check(found, brute_force(rows, scale, queries), ids, 5)
 
 
@@ -144,7 +144,7 @@ def test_answers_of_runs_merge_to_the_answer_of_the_whole(seed: int, cuts: list[
     rng = np.random.default_rng(seed)
     rows, scale = random_rows(rng, 2, 200, 16, "int8", 20)
     queries, ids = rng.standard_normal((2, 3, 16)).astype(np.float32), rng.permutation(200)
-    chunks = as_chunks(rows, scale, ids, sorted(cuts), mapped=True)
+    chunks = as_chunks(rows, scale, ids, sorted(cuts), kept=True)
     whole, parts = top(chunks, queries, 9), [top([chunk], queries, 9) for chunk in chunks]
     merged = merge(parts, 9)
     np.testing.assert_array_equal(merged.ids, whole.ids)
@@ -156,7 +156,7 @@ def test_all_scores_equal_brute_force(dtype: str) -> None:
     rng = np.random.default_rng(4)
     rows, scale = random_rows(rng, 2, 700, 64, dtype, 700)
     queries = rng.standard_normal((2, 3, 64)).astype(np.float32)
-    (chunk,) = as_chunks(rows, scale, np.arange(700), [], mapped=False)
+    (chunk,) = as_chunks(rows, scale, np.arange(700), [], kept=False)
     expected = brute_force(rows, scale, queries)
     tolerance = 1e-12 if dtype == "float32" else 1e-5
     np.testing.assert_allclose(scores(chunk, queries), expected, atol=tolerance * np.abs(expected).max())
@@ -173,6 +173,6 @@ def test_standard_errors_are_those_of_random_projections() -> None:
     spread = np.einsum("tbk,tbk->t", *sketched).std()
     estimates = []
     for left, right in zip(*(part[:200].astype(np.float32) for part in sketched), strict=True):
-        chunks = as_chunks([row[None] for row in left], np.ones((2, 1), np.float32), np.array([7]), [], mapped=True)
+        chunks = as_chunks([row[None] for row in left], np.ones((2, 1), np.float32), np.array([7]), [], kept=True)
         estimates.append(top(chunks, right[:, None], 1, sketch_dim=k).errors[0, 0])
     assert np.mean(estimates) == pytest.approx(spread, rel=0.15)

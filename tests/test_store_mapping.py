@@ -23,8 +23,9 @@ def make(where: Any, **options: Any) -> tuple[zarr.Array[Any], Any]:
     return array, values
 
 
-def test_mapped_chunks_are_the_values_and_own_no_memory(tmp_path: Path) -> None:
-    array, values = make(tmp_path)
+@pytest.mark.parametrize("where", ["disk", "memory"])
+def test_mapped_chunks_are_the_values_and_own_no_memory(where: str, tmp_path: Path) -> None:
+    array, values = make(tmp_path if where == "disk" else zarr.storage.MemoryStore())
     for chunk in range(3):
         mapped = map_chunk(array, (chunk, 0))
         assert mapped is not None
@@ -43,7 +44,6 @@ def test_mapped_chunks_hold_no_file_open(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_mapped_is_left_to_zarr(tmp_path: Path) -> None:
-    assert map_chunk(make(zarr.storage.MemoryStore())[0], (0, 0)) is None
     assert map_chunk(make(tmp_path / "sharded", chunks=(2, 3), shards=(4, 3))[0], (0, 0)) is None
     assert map_chunk(make(tmp_path / "packed", compressors=(ZstdCodec(), Crc32cCodec()))[0], (0, 0)) is None
 
@@ -63,5 +63,20 @@ def test_missing_short_flipped_and_exchanged_chunks_are_refused(tmp_path: Path) 
         with pytest.raises(DamagedStoreError, match=message):
             map_chunk(array, (0, 0))
     file.unlink()
+    with pytest.raises(DamagedStoreError, match="is missing"):
+        map_chunk(array, (0, 0))
+
+
+def test_damage_of_a_store_in_memory_is_refused() -> None:
+    memory: dict[str, Any] = {}
+    array, values = make(zarr.storage.MemoryStore(memory))
+    with pytest.raises(DamagedStoreError, match="not the chunk that was committed"):
+        map_chunk(array, (1, 0), crc32c(values[:4]))
+    content = bytearray(memory["x/c/0/0"].to_bytes())
+    content[0] ^= 4
+    memory["x/c/0/0"] = type(memory["x/c/0/0"]).from_bytes(bytes(content))
+    with pytest.raises(DamagedStoreError, match="fails its checksum"):
+        map_chunk(array, (0, 0))
+    del memory["x/c/0/0"]
     with pytest.raises(DamagedStoreError, match="is missing"):
         map_chunk(array, (0, 0))

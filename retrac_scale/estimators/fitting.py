@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-import dask
 import numpy as np
 import numpy.typing as npt
 
 from retrac_scale.estimators import Estimator
 from retrac_scale.estimators.ridge import Damping, Moments, Ridge, moments, solve
-from retrac_scale.execution import compute
+from retrac_scale.execution import compute, delayed
 from retrac_scale.store import SketchStore, open_store
 from retrac_scale.store.encoding import Float32
 from retrac_scale.store.schema import Url, blocks
@@ -55,16 +55,12 @@ def fit(store: SketchStore, estimator: Estimator, places: Places, client: Client
     if estimator.damping is None:
         return {}
     source: SketchStore | Url = store if client is None else store.url
-    run, add, finish = (
-        dask.delayed(task, name=task.__name__.strip("_"), pure=False) for task in (_moments_of_run, _sum, _solve)
-    )
+    run = delayed(functools.partial(_moments_of_run, source, store.fingerprint.get("measure"), estimator), "moments")
+    add, finish = delayed(_sum, "sum"), delayed(_solve, "solve")
     dual = len(places) < estimator.width(store)
     found = []
     for name in store.checkpoints:
-        level = [
-            run(source, store.fingerprint.get("measure"), estimator, name, places[part], dual)
-            for part in blocks(len(places), RUN_ROWS)
-        ]
+        level = [run(name, places[part], dual) for part in blocks(len(places), RUN_ROWS)]
         while len(level) > 1:
             level = [add(level[i : i + 2]) for i in range(0, len(level), 2)]
         found.append(finish(level[0], estimator.damping, name))

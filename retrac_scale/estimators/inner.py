@@ -42,8 +42,8 @@ class ReTrac(Estimator):
 
     def vectors(self, sketches: Float32, norms: Float32) -> Float32:
         """Directions."""
-        safe = np.where(norms > 0, norms, np.float32(1))
-        directions: Float32 = np.where((norms > 0)[..., None], sketches / safe[..., None], np.float32(0))
+        long = (norms > 0)[..., None]
+        directions: Float32 = np.divide(sketches, norms[..., None], out=np.zeros_like(sketches), where=long)
         return directions
 
 

@@ -1,4 +1,4 @@
-"""A chunk of a local array, without a copy."""
+"""A chunk of a local array, on disk or in memory, without a copy."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ import numpy.typing as npt
 import torch
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
-from zarr.storage import LocalStore
+from zarr.core.buffer import default_buffer_prototype
+from zarr.storage import LocalStore, MemoryStore
 
 from retrac_scale.store.errors import DamagedStoreError
+from retrac_scale.store.objects import in_place
 
 CRC_BYTES = 4
+Bytes = npt.NDArray[np.uint8]
 
 _checked: dict[tuple[int, int], tuple[int, int]] = {}
 """(device, inode) -> (mtime_ns, size) of the files whose checksum this process has verified."""
@@ -30,10 +33,10 @@ def crc32c(values: npt.NDArray[Any], zeros: int = 0) -> int:
 
 
 def map_chunk(array: zarr.Array[Any], chunk: tuple[int, ...], crc: int | None = None) -> npt.NDArray[Any] | None:
-    """One chunk as a read-only view of its memory-mapped file, cut to the array's bounds.
+    """One chunk as a read-only view of its memory-mapped file, or of a store in memory, cut to the array's bounds.
 
     The checksum at the end of the file is verified the first time that this process maps the file, and again when the
-    file has changed since; that reads the chunk once, at the speed of a CRC-32C.
+    file has changed since; that reads the chunk once, at the speed of a CRC-32C. In memory it is verified every time.
 
     Args:
         array: any array of a store or an index.
@@ -41,37 +44,54 @@ def map_chunk(array: zarr.Array[Any], chunk: tuple[int, ...], crc: int | None = 
         crc: the checksum that the file must end with, where a commit record knows it.
 
     Returns:
-        the view, or None when the chunk cannot be mapped: remote, in memory, sharded, compressed or big-endian.
+        the view, or None when the chunk cannot be mapped: remote, sharded, compressed or big-endian.
 
     Raises:
         DamagedStoreError: the file is missing, cut short, damaged, or not the one that `crc` belongs to.
     """
-    if not (isinstance(array.store_path.store, LocalStore) and is_plain(array)):
-        return None
     store: Any = array.store_path.store
-    file = Path(store.root) / array.store_path.path / array.metadata.encode_chunk_key(chunk)
+    if not (isinstance(store, LocalStore | MemoryStore) and is_plain(array)):
+        return None
+    key = f"{array.store_path.path}/{array.metadata.encode_chunk_key(chunk)}".lstrip("/")
     size = int(np.prod(array.chunks)) * array.dtype.itemsize
+    if isinstance(store, LocalStore):
+        content = _file(Path(store.root) / key, size, crc)
+    else:
+        found = in_place(store.get(key, default_buffer_prototype()))
+        if found is None:
+            raise DamagedStoreError(f"chunk {key} of the store in memory is missing.")
+        content = found.as_numpy_array().view(np.uint8)
+        _check(content, size, crc, f"chunk {key} of the store in memory", verified=False)
+    content.flags.writeable = False
+    whole = content[:size].view(array.dtype).reshape(array.chunks)
+    bounds = zip(array.shape, array.chunks, chunk, strict=True)
+    return whole[tuple(slice(0, min(width, extent - place * width)) for extent, width, place in bounds)]
+
+
+def _file(file: Path, size: int, crc: int | None) -> Bytes:
+    """A checked map of a file of `size` bytes and their CRC-32C."""
     try:
         with open(file, "rb") as opened:
             status = os.fstat(opened.fileno())
             if status.st_size != size + CRC_BYTES:
                 raise DamagedStoreError(f"{file} has {status.st_size} bytes instead of {size + CRC_BYTES}: damaged.")
             # torch's mapping holds no file descriptor, of which a process has few; Python's holds one each
-            mapped = torch.from_file(str(file), shared=False, size=status.st_size, dtype=torch.uint8).numpy()
-            mapped.flags.writeable = False
+            content: Bytes = torch.from_file(str(file), shared=False, size=status.st_size, dtype=torch.uint8).numpy()
     except FileNotFoundError:
         raise DamagedStoreError(f"{file} is missing; run `retrac-scale verify` on the store.") from None
-    stored = int.from_bytes(mapped[size:].tobytes(), "little")
-    if crc is not None and stored != crc:
-        raise DamagedStoreError(f"{file} is not the chunk that was committed; run `retrac-scale verify` on the store.")
     place, state = (status.st_dev, status.st_ino), (status.st_mtime_ns, status.st_size)
-    if _checked.get(place) != state:
-        if crc32c(mapped[:size]) != stored:
-            raise DamagedStoreError(f"{file} fails its checksum; run `retrac-scale verify` on the store.")
-        _checked[place] = state
-    whole = mapped[:size].view(array.dtype).reshape(array.chunks)
-    bounds = zip(array.shape, array.chunks, chunk, strict=True)
-    return whole[tuple(slice(0, min(width, extent - place * width)) for extent, width, place in bounds)]
+    _check(content, size, crc, str(file), verified=_checked.get(place) == state)
+    _checked[place] = state
+    return content
+
+
+def _check(content: Bytes, size: int, crc: int | None, what: str, *, verified: bool) -> None:
+    """Raise DamagedStoreError unless content ends with its CRC-32C, which is `crc` where that is given."""
+    stored = int.from_bytes(content[size:].tobytes(), "little")
+    if crc is not None and stored != crc:
+        raise DamagedStoreError(f"{what} is not the chunk that was committed; run `retrac-scale verify` on the store.")
+    if not verified and crc32c(content[:size]) != stored:
+        raise DamagedStoreError(f"{what} fails its checksum; run `retrac-scale verify` on the store.")
 
 
 def is_plain(array: zarr.Array[Any]) -> bool:

@@ -125,24 +125,24 @@ class Part:
         self.place = place
         self._arrays: dict[str, zarr.Array[Any]] = {}
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int, int]:
         """(n, t, k)."""
         n, t, k = self.meta["shape"]
         return n, t, k
 
-    @property
+    @cached_property
     def blocks(self) -> list[slice]:
         """Sample ranges of the blocks within this part."""
         return blocks(self.shape[0], self.meta["block_samples"])
 
-    @property
+    @cached_property
     def same_samples(self) -> str:
         """Equal for parts over the same samples."""
         chunks = {key: value for key, value in self.meta["digests"].items() if key.startswith("id/")}
         return digest_of(json.dumps(chunks, sort_keys=True).encode())
 
-    @property
+    @cached_property
     def same_pairs(self) -> str:
         """Equal for parts that measure at the same timestep plan."""
         return json.dumps(plans_of(self.meta["fingerprint"]), sort_keys=True)

@@ -87,7 +87,7 @@ class SketchStore:
         """Checkpoint names, in the order they were given."""
         return list(self.weights)
 
-    @property
+    @cached_property
     def weights(self) -> dict[str, float]:
         """Checkpoint weights w_c."""
         found: dict[str, float] = {}
@@ -116,7 +116,7 @@ class SketchStore:
         """Which samples are not deleted, bool `[n]`."""
         return ~self.deleted
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int, int]:
         """(n, t, k)."""
         steps = {part.same_pairs: part.shape[1] for part in self._parts}
