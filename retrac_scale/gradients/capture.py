@@ -26,7 +26,7 @@ CHUNK_BYTES = 24 << 20
 """A layer's gradients are formed and consumed for as many samples at a time as keep to this."""
 
 TAKEN_BYTES = 64 << 20
-"""Layers are finished when their activations and output gradients pass this."""
+"""In training, layers are finished when their activations and output gradients pass this; with frozen weights at once."""
 
 
 @dataclass
@@ -237,6 +237,7 @@ class _Backward:
     mixers: Mapping[str, Tensor]
     shared: set[str]
     single_position: set[str]
+    most_bytes: int = 0
     taken: list[tuple[_Layer, list[_Call], Tensor | None]] = field(default_factory=list)
     taken_bytes: int = 0
     waiting: dict[str, Tensor] = field(default_factory=dict)
@@ -265,7 +266,7 @@ class _Backward:
                 _mix(layer, call, mixer)
             self.taken_bytes += sum(x.nbytes for x in tensors((call.args, call.kwargs, call.grads)))
         self.taken.append((layer, calls, mixer))
-        if self.taken_bytes > TAKEN_BYTES:
+        if self.taken_bytes > self.most_bytes:
             self.finish()
 
     def finish(self) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.variable import Variable
 
-from retrac_scale.gradients.capture import GradientCapture, ParameterFilter, Sink, _Backward, _Call, _Layer
+from retrac_scale.gradients.capture import TAKEN_BYTES, GradientCapture, ParameterFilter, Sink, _Backward, _Call, _Layer
 from retrac_scale.gradients.nested import tensors
 
 Begin = Callable[[int], tuple[Sink, Callable[[], None]]]
@@ -80,7 +80,9 @@ class LiveCapture(GradientCapture):
         def on_gradient(grad: Tensor) -> None:
             if self._backward is None:
                 sink, self._end = self._begin(self._samples)
-                self._backward = _Backward(self._samples, sink, self._mixers, self._shared, self.single_position)
+                self._backward = _Backward(
+                    self._samples, sink, self._mixers, self._shared, self.single_position, TAKEN_BYTES
+                )
                 Variable._execution_engine.queue_callback(self._finish)
             call.grads[place] = grad
             if layer.rule is not None and len(layer.calls) == 1:
