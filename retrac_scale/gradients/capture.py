@@ -26,7 +26,7 @@ CHUNK_BYTES = 24 << 20
 """A layer's gradients are formed and consumed for as many samples at a time as keep to this."""
 
 TAKEN_BYTES = 64 << 20
-"""In training, layers are finished when their activations and output gradients pass this; with frozen weights at once."""
+"""In training, layers are finished when what they hold passes this; with frozen weights, at once."""
 
 
 @dataclass
