@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from retrac_scale.gradients.errors import UncapturableError
 from retrac_scale.gradients.memory import keep_freed_pages
 from retrac_scale.gradients.nested import detached, mapped, tensors
-from retrac_scale.gradients.products import batched_product
 from retrac_scale.gradients.recompute import recomputed
 from retrac_scale.gradients.registry import LayerRule, is_whole, rule_for, why_alone
 
@@ -348,13 +347,10 @@ def _refuse(name: str) -> Callable[[Tensor], None]:
 def _mix(layer: _Layer, call: _Call, mixer: Tensor) -> None:
     grad = call.grads[0]
     mixer = mixer.to(grad.dtype)
-    n, r, linear = len(grad), len(mixer), isinstance(layer.module, nn.Linear)
-    if linear and grad.ndim == 2:
-        call.grads[0] = grad @ mixer.T
-        return
-    rows = grad.flatten(1, -2) if linear else grad.flatten(2).mT  # [n*f, s, o]
-    mixed = batched_product(mixer.expand(n, *mixer.shape), rows, grad.new_empty(n, r, rows.shape[1]))
-    call.grads[0] = mixed.mT.reshape(*grad.shape[:-1], r) if linear else mixed.reshape(n, r, *grad.shape[2:])
+    if isinstance(layer.module, nn.Linear):  # with positions last, the product is fast in any memory order
+        call.grads[0] = (mixer @ grad.mT).mT if grad.ndim > 2 else grad @ mixer.T
+    else:
+        call.grads[0] = (mixer @ grad.flatten(2)).reshape(len(grad), len(mixer), *grad.shape[2:])
 
 
 def _versions(*values: Any) -> list[int]:
