@@ -24,9 +24,6 @@ Sink = Callable[[str, Tensor, slice], None]
 CHUNK_BYTES = 24 << 20
 """A layer's gradients are formed and consumed for as many samples at a time as keep to this."""
 
-TAKEN_BYTES = 64 << 20
-"""In training, layers are finished when what they hold passes this; with frozen weights, at once."""
-
 
 @dataclass
 class _Layer:
@@ -160,8 +157,7 @@ class GradientCapture:
             self._recording = False
             with torch.no_grad():
                 for layer in self._layers:
-                    self._backward.take(layer)
-                self._backward.finish()
+                    self._backward.finish(layer)
                 self._backward.flush()
         finally:
             self._recording = True
@@ -222,7 +218,7 @@ class GradientCapture:
                 raise RuntimeError("differentiate with the sketcher, not with losses.backward(), inside its context.")
             call.grads[place] = grad
             if layer.rule is not None and len(layer.calls) == 1:
-                self._backward.take(layer)
+                self._backward.finish(layer)
 
         return on_gradient
 
@@ -236,17 +232,10 @@ class _Backward:
     mixers: Mapping[str, Tensor]
     shared: set[str]
     single_position: set[str]
-    most_bytes: int = 0
-    taken: list[tuple[_Layer, list[_Call], Tensor | None]] = field(default_factory=list)
-    taken_bytes: int = 0
     waiting: dict[str, Tensor] = field(default_factory=dict)
 
-    def take(self, layer: _Layer) -> None:
-        """Take a layer's calls over, its output gradients mixed while the caches hold them.
-
-        Layers are finished several at a time: amid the model's own backward pass, which drives their code and data out
-        of the caches, a small one would cost twice as much.
-        """
+    def finish(self, layer: _Layer) -> None:
+        """Form the gradients of a layer from all its calls and deliver them, some samples at a time."""
         calls = [call for call in layer.calls if call.grads]
         layer.calls.clear()
         if not calls:
@@ -260,23 +249,9 @@ class _Backward:
                 )
             _check_rows(layer, call, self.n)
         mixer = self._mixer(layer, calls)
-        for call in calls:
-            if mixer is not None:
+        if mixer is not None:
+            for call in calls:
                 _mix(layer, call, mixer)
-            self.taken_bytes += sum(x.nbytes for x in tensors((call.args, call.kwargs, call.grads)))
-        self.taken.append((layer, calls, mixer))
-        if self.taken_bytes > self.most_bytes:
-            self.finish()
-
-    def finish(self) -> None:
-        """Form the gradients of the layers taken over, and deliver them."""
-        for taken in self.taken:
-            self._finish(*taken)
-        self.taken.clear()
-        self.taken_bytes = 0
-
-    def _finish(self, layer: _Layer, calls: list[_Call], mixer: Tensor | None) -> None:
-        """Form a layer's gradients from all its calls, some samples at a time."""
         numel = layer.numel if mixer is None else layer.numel * len(mixer) // mixer.shape[1]
         size = max(1, CHUNK_BYTES // (4 * max(1, numel)))
         for start in range(0, self.n, size):

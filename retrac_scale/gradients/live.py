@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.variable import Variable
 
-from retrac_scale.gradients.capture import TAKEN_BYTES, GradientCapture, ParameterFilter, Sink, _Backward, _Call, _Layer
+from retrac_scale.gradients.capture import GradientCapture, ParameterFilter, Sink, _Backward, _Call, _Layer
 from retrac_scale.gradients.nested import tensors
 
 Begin = Callable[[int], tuple[Sink, Callable[[], None]]]
@@ -80,13 +80,11 @@ class LiveCapture(GradientCapture):
         def on_gradient(grad: Tensor) -> None:
             if self._backward is None:
                 sink, self._end = self._begin(self._samples)
-                self._backward = _Backward(
-                    self._samples, sink, self._mixers, self._shared, self.single_position, TAKEN_BYTES
-                )
+                self._backward = _Backward(self._samples, sink, self._mixers, self._shared, self.single_position)
                 Variable._execution_engine.queue_callback(self._finish)
             call.grads[place] = grad
             if layer.rule is not None and len(layer.calls) == 1:
-                self._backward.take(layer)
+                self._backward.finish(layer)
 
         return on_gradient
 
@@ -96,8 +94,7 @@ class LiveCapture(GradientCapture):
         assert backward is not None
         with torch.no_grad():
             for layer in self._layers:
-                backward.take(layer)
-            backward.finish()
+                backward.finish(layer)
             backward.flush()
         self._forget()
         self._end()
