@@ -19,9 +19,10 @@ import diffusers
 import torch
 from diffusers.models import transformers, unets
 
+import retrac_scale as rs
 from retrac_scale.check import FALLBACK
 from retrac_scale.gradients import GradientCapture, UncapturableError
-from tests.architectures import ARCHITECTURES, build, largest_error
+from tests.architectures import ARCHITECTURES, batch, build, largest_error
 
 TOLERANCE = 1e-4
 HEAD = """# Which models are sketched exactly
@@ -29,9 +30,9 @@ HEAD = """# Which models are sketched exactly
 Written by `python -m benchmarks.architectures` with diffusers {version} and torch {torch}; not by hand.
 
 Every model class under `diffusers.models.unets` and `diffusers.models.transformers` in a tiny configuration: its
-per-sample gradients, captured in a batch of two, against autograd of one sample at a time (in float64 where the model's
-own code allows it). **{exact} of {total} classes ({share:.1%}) are exact**, that is, within {tolerance:.0e} in relative
-L2 norm. The others were not compared, for the reason given, which was read from their code.
+per-sample gradients, captured in a batch of two (of one where it says so), against autograd of one sample at a time (in
+float64 where the model's own code allows it). **{exact} of {total} classes ({share:.1%}) are exact**, that is, within
+{tolerance:.0e} in relative L2 norm. The others are refused by `rs.check_model`; the table has its error.
 
 Shares of P are those of the tiny configuration: tables of positions or modulation weigh less in a large model.
 Parameters under *per-sample autograd* are exact too, at the speed of batches of one for the module that holds them;
@@ -74,20 +75,21 @@ def row(name: str) -> Row:
     architecture = ARCHITECTURES.get(name)
     if architecture is None:
         return Row(name, False, "no tiny configuration is known", "")
-    if architecture.unfit:
-        return Row(name, False, f"not compared: {architecture.unfit}", "")
     model = build(name, architecture)
-    try:
-        error = largest_error(model, architecture)
-    except UncapturableError as refusal:
-        return Row(name, False, f"refused: {refusal}", "")
+    if architecture.refused:
+        try:
+            rs.check_model(model, batch(architecture) | architecture.shared, samples=architecture.samples)
+        except UncapturableError as refusal:
+            return Row(name, False, f"refused: {refusal}", "")
+    error = largest_error(model, architecture)
     sizes: dict[str, int] = {}
     for parameter, (_, rule) in GradientCapture(model).users.items():
         kind = FALLBACK if rule is None else rule.form.__name__
         sizes[kind] = sizes.get(kind, 0) + model.get_parameter(parameter).numel()
     total = sum(sizes.values())
     shares = [f"{kind} {size / total:.1%}" for kind, size in sorted(sizes.items(), key=lambda item: -item[1])]
-    return Row(name, error < TOLERANCE, ", ".join(shares), f"{error:.0e}")
+    alone = "one sample in each forward pass; " if architecture.samples == 1 else ""
+    return Row(name, error < TOLERANCE, alone + ", ".join(shares), f"{error:.0e}")
 
 
 def main() -> None:

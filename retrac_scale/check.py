@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from retrac_scale.gradients import GradientCapture, ParameterFilter, UncapturableError
 from retrac_scale.gradients.nested import tensors
 from retrac_scale.gradients.recompute import alone_by, batched_sizes
+from retrac_scale.gradients.registry import why_alone
 from retrac_scale.sketching import BFLOAT16_TOLERANCE, FLOAT32_TOLERANCE, measured_pairs
 from retrac_scale.task.diffusion import DiffusionTask
 from retrac_scale.timesteps import EvenlySpaced
@@ -126,7 +127,8 @@ def check_model(
         parameters: glob patterns or a predicate on names; None for all trainable ones.
 
     Raises:
-        ValueError: fewer than two samples, or a sample alone gives another output than in the batch.
+        ValueError: fewer than two samples, where the model takes more than one at a time; a sample alone gives another
+            output than in the batch; or nothing can be differentiated.
     """
     if isinstance(model, DiffusionTask):
         network, tolerance = model.model, BFLOAT16_TOLERANCE if model.autocast else FLOAT32_TOLERANCE
@@ -134,7 +136,7 @@ def check_model(
     else:
         network, tolerance = model, FLOAT32_TOLERANCE
         batch, alone, n = _of_module(model, example, samples)
-    if n < 2:
+    if n < 2 and not why_alone(network):
         raise ValueError(f"check_model compares samples within a batch and needs two or more, got {n}.")
     with torch.no_grad():
         together = batch()
@@ -188,8 +190,16 @@ def _of_module(
     n = len(next(tensors((args, kwargs)))) if samples is None else samples
     with torch.no_grad():
         outputs = list(tensors(module(*args, **kwargs)))
+    if not outputs:
+        raise UncapturableError(
+            f"{type(module).__name__} returns no tensor, so there is no loss whose gradient its "
+            f"{next(iter(dict(module.named_parameters())))!r} could have; check the model that runs its layers.",
+            dict(module.named_parameters()),
+        )
+    GradientCapture(module).check_samples(n)
     try:
-        sizes = batched_sizes("", module, {}, args, kwargs, outputs, n)
+        with torch.no_grad():
+            sizes = batched_sizes("", module, {}, args, kwargs, outputs, n)
     except UncapturableError:
         raise ValueError(
             f"a sample of the example alone gives another output than among the {n} of the batch: samples meet in the "

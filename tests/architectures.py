@@ -12,6 +12,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
 from torch import Tensor, nn
 
 import retrac_scale as rs
@@ -32,7 +33,8 @@ class Architecture:
     shared: dict[str, Any] = field(default_factory=dict)  # the same for all samples
     name: str = ""  # the class, where the case is called otherwise
     double: bool = True  # whether all of its forward can run in float64
-    unfit: str = ""  # why nothing can be compared
+    samples: int = SAMPLES
+    refused: str = ""  # what check_model says of it
 
 
 TEXT = (1, 6, 8)
@@ -73,8 +75,17 @@ JOY = {
     "num_layers": 1,
     "rope_dim_list": [4, 6, 6],
 }
-FLEX = "its attention (torch's FlexAttention) has no backward pass on CPUs"
+FLEX = "cannot be differentiated on this device.*FlexAttention does not support backward on CPU"
 GENERATOR = torch.Generator().manual_seed(2)
+
+
+def reference_cache(states: Tensor) -> Any:
+    """What a reference pass leaves for the denoising passes of WanAnimate2Transformer3DModel."""
+    cache = WanAnimate2KVCache(1)
+    cache.get(0).store(states, states)
+    return cache
+
+
 PLACES = torch.cartesian_prod(*map(torch.arange, (1, 4, 4, 1))).float()
 IDS = {"img_ids": torch.cartesian_prod(torch.arange(1), torch.arange(4), torch.arange(4)), "txt_ids": torch.zeros(6, 3)}
 
@@ -635,7 +646,7 @@ ARCHITECTURES = {
             "r_timestep": torch.full((SAMPLES, 2), 90.0),
         },
         shared={"chunk_partition": [1, 1]},
-        unfit=FLEX,
+        refused=FLEX,
     ),
     "BriaTransformer2DModel": Architecture(
         {
@@ -776,7 +787,21 @@ ARCHITECTURES = {
             "vocab_size": 32,
         },
         {},
-        unfit="it takes the tokens of one sequence, without a batch axis",
+        timestep="",
+        shared={
+            "input_ids": torch.tensor([1, 2]),
+            "text_indexes": torch.tensor([0, 1]),
+            "position_ids": torch.arange(6).repeat(3, 1),
+            "und_len": 2,
+            "sequence_length": 6,
+            "vision_tokens": [torch.randn(1, 2, 1, 2, 2, generator=GENERATOR)],
+            "vision_token_shapes": [(1, 2, 2)],
+            "vision_sequence_indexes": torch.arange(2, 6),
+            "vision_mse_loss_indexes": torch.arange(2, 6),
+            "vision_timesteps": torch.full((4,), 300.0),
+            "vision_noisy_frame_indexes": [torch.tensor([0])],
+        },
+        samples=1,
     ),
     "EasyAnimateTransformer3DModel": Architecture(
         VIDEO
@@ -1074,7 +1099,7 @@ ARCHITECTURES = {
             "axes_dims": (4, 6, 6),
         },
         {"hidden_states": (1, 1, 8, 8, 5)},
-        unfit=FLEX,
+        refused=FLEX,
     ),
     "Krea2Transformer2DModel": Architecture(
         {
@@ -1137,9 +1162,33 @@ ARCHITECTURES = {
         shared={"num_frames": 2, "height": 4, "width": 4, "audio_num_frames": 5, "fps": 25.0},
     ),
     "MiniMaxH3Transformer3DModel": Architecture(
-        {},
-        {},
-        unfit="the tokens of all samples stand in one sequence",
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "hidden_size": 24,
+            "num_layers": 1,
+            "num_refiner_layers": 1,
+            "ffn_dim": 32,
+            "in_channels": 4,
+            "audio_in_channels": 6,
+            "text_dim": 8,
+            "freq_dim": 8,
+            "time_embed_hidden_dim": 24,
+            "time_embed_dim": 16,
+            "rope_freq_dim": 2,
+        },
+        {"hidden_states": (1, 8, 16), "audio_hidden_states": (1, 6, 6), "encoder_hidden_states": (1, 4, 8)},
+        timestep="",
+        shared={
+            "timestep": torch.tensor([0.7, 0.3]),
+            "timestep_indices": torch.tensor([0] * 4 + [1] * 6 + [0] * 8),
+            "token_tags": torch.tensor([1] * 4 + [2] * 6 + [0] * 8),  # text, audio, video
+            "position_ids": torch.stack([torch.arange(18), torch.arange(18) % 4, torch.arange(18) % 2], 1).float(),
+            "text_indices": torch.arange(4),
+            "audio_indices": torch.arange(4, 10),
+            "video_indices": torch.arange(10, 18),
+        },
+        samples=1,
     ),
     "MiniMaxMusic3Transformer1DModel": Architecture(
         {
@@ -1206,7 +1255,26 @@ ARCHITECTURES = {
         shared={"img_shapes": [(1, 4, 4)] * SAMPLES},
     ),
     "OmniGenTransformer2DModel": Architecture(
-        {}, {}, unfit="the tokens of text and images of all samples are put together"
+        {
+            "hidden_size": 16,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "intermediate_size": 24,
+            "num_layers": 1,
+            "pad_token_id": 0,
+            "vocab_size": 20,
+            "in_channels": 2,
+            "time_step_dim": 4,
+            "pos_embed_max_size": 8,
+            "rope_scaling": {"long_factor": [1.0, 2.0, 1.0, 2.0], "short_factor": [1.0, 2.0, 1.0, 2.0]},
+        },
+        {"hidden_states": (1, 2, 8, 8)},
+        given={
+            "input_ids": torch.tensor([[3, 7, 5], [9, 4, 7]]),
+            "position_ids": torch.arange(20).repeat(SAMPLES, 1),
+            "attention_mask": torch.ones(SAMPLES, 20, 20),
+        },
+        shared={"input_img_latents": [], "input_image_sizes": {}},
     ),
     "OvisImageTransformer2DModel": Architecture(
         FLUX | {"patch_size": 1, "out_channels": 4},
@@ -1416,12 +1484,67 @@ ARCHITECTURES = {
         double=False,
     ),
     "WanAnimate2Transformer3DModel": Architecture(
-        {}, {}, unfit="it takes lists of samples and patches them one by one"
+        {
+            "text_len": 8,
+            "in_dim": 6,
+            "dim": 32,
+            "ffn_dim": 16,
+            "freq_dim": 8,
+            "text_dim": 8,
+            "out_dim": 2,
+            "num_heads": 2,
+            "num_layers": 1,
+            "use_img_emb": False,
+        },
+        {},
+        timestep="",
+        shared={
+            "hidden_states": [torch.randn(2, 3, 4, 4, generator=GENERATOR)],
+            "condition_latents": [torch.randn(4, 3, 4, 4, generator=GENERATOR)],
+            "encoder_hidden_states": [torch.randn(6, 8, generator=GENERATOR)],
+            "timestep": torch.tensor([500.0]),
+            "kv_cache": reference_cache(torch.randn(1, 8, 2, 16, generator=GENERATOR)),
+            "kv_cache_mode": "cached",
+            "seq_len": 12,
+            "reference_grid_sizes": torch.tensor([[2, 2, 2]]),
+            "origin_len": 5,
+            "origin_area": [32, 32],
+        },
+        samples=1,
+        refused=FLEX,
     ),
     "ZImageTransformer2DModel": Architecture(
-        {}, {}, unfit="it takes lists of samples and joins their tokens to one sequence"
+        {
+            "in_channels": 4,
+            "dim": 16,
+            "n_layers": 1,
+            "n_refiner_layers": 1,
+            "n_heads": 1,
+            "n_kv_heads": 1,
+            "cap_feat_dim": 8,
+            "axes_dims": [8, 4, 4],
+            "axes_lens": [256, 32, 32],
+        },
+        {},
+        timestep="",
+        shared={
+            "x": [torch.randn(4, 1, 8, 8, generator=GENERATOR)],
+            "cap_feats": [torch.randn(6, 8, generator=GENERATOR)],
+            "t": torch.tensor([0.4]),
+        },
+        samples=1,
     ),
-    "MotionAdapter": Architecture({}, {}, unfit="it holds the motion modules of a UNetMotionModel and has no forward"),
+    "MotionAdapter": Architecture(
+        {
+            "block_out_channels": (8, 16),
+            "motion_layers_per_block": 1,
+            "motion_num_attention_heads": 2,
+            "motion_norm_num_groups": 4,
+        },
+        {"sample": (1, 2, 3, 8, 8)},
+        timestep="",
+        refused="MotionAdapter returns no tensor, so there is no loss",
+    ),
 }
 
 
@@ -1439,7 +1562,7 @@ def batch(architecture: Architecture) -> dict[str, Any]:
     """Arguments that hold one or more rows of every sample."""
     generator = torch.Generator().manual_seed(1)
     normal = {
-        name: torch.randn(SAMPLES * shape[0], *shape[1:], generator=generator)
+        name: torch.randn(architecture.samples * shape[0], *shape[1:], generator=generator)
         for name, shape in architecture.inputs.items()
     }
     times = {architecture.timestep: torch.tensor([0.2, 0.7]) * 1000} if architecture.timestep else {}
@@ -1456,17 +1579,17 @@ def largest_error(
     model: nn.Module, architecture: Architecture, parameters: Callable[[str], bool] | None = None
 ) -> float:
     """Relative error of sketches under Identity, and of norms, against autograd of one sample at a time in float64."""
-    rows, shared = batch(architecture), architecture.shared
+    rows, shared, n = batch(architecture), architecture.shared, architecture.samples
     with rs.GradientSketcher(model, rs.Identity(), parameters=parameters) as sketcher:
-        sketch, norm = sketcher(losses(model, rows | shared, SAMPLES))
+        sketch, norm = sketcher(losses(model, rows | shared, n))
     reference = copy.deepcopy(model)
     if architecture.double:
         reference, rows, shared = reference.double(), mapped(rows, _double), mapped(shared, _double)
     for name, parameter in reference.named_parameters():
         parameter.requires_grad_(name in sketcher.shapes)
     worst = 0.0
-    for sample in range(SAMPLES):
-        one = mapped(rows, lambda value, row=sample: value.chunk(SAMPLES)[row])  # type: ignore[misc]
+    for sample in range(n):
+        one = mapped(rows, lambda value, row=sample: value.chunk(n)[row])  # type: ignore[misc]
         alone = {key: _single(value) for key, value in shared.items()}
         expected = gradient(reference, losses(reference, one | alone, 1).sum())
         error = (sketch[sample] - expected).norm() / expected.norm()

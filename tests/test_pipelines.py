@@ -32,7 +32,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -282,6 +282,23 @@ def test_a_stable_diffusion_with_lora_adapters_whose_checkpoints_are_adapter_fil
     task.load("last", tmp_path / "run/checkpoint-10")
     sample, timestep, text = torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 8, 8)
     torch.testing.assert_close(task.model(sample, timestep, text).sample, model.eval()(sample, timestep, text).sample)
+
+
+def test_lora_adapters_in_a_folder_that_peft_wrote(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    stable_diffusion(tmp_path / "model")
+    base = UNet2DConditionModel.from_pretrained(tmp_path / "model/unet")
+    adapted = get_peft_model(base, LoraConfig(r=2, lora_alpha=6, target_modules=["to_q"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    task = rs.DiffusionTask.from_pretrained(tmp_path / "model", lora=tmp_path / "adapter")
+    trained = [name for name, parameter in task.model.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
+    sample, timestep, text = torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 8, 8)
+    expected = adapted.eval()(sample, timestep, text).sample
+    torch.testing.assert_close(task.model(sample, timestep, text).sample, expected)
+    task.load("again", tmp_path / "adapter")
+    torch.testing.assert_close(task.model(sample, timestep, text).sample, expected)
 
 
 def test_a_controlnet_beside_a_frozen_unet(tmp_path: Path) -> None:

@@ -232,6 +232,8 @@ def test_a_resumed_training_replaces_the_checkpoints_it_went_back_before(tmp_pat
     np.testing.assert_array_equal(store.sketches("a"), held)
     with pytest.raises(ValueError, match="would take every checkpoint out of the store"):
         recorder(model).restart(1)
+    with pytest.raises(ValueError, match="would leave the steps from 5 on out of the sketches"):
+        recorder(model).restart(6)
     with pytest.raises(ValueError, match="holds a store already"):
         rs.TrainingRecorder(
             tmp_path / "other", N, SCHEDULER, sketch=rs.CountSketch(64), store=tmp_path / "s.zarr", model=model

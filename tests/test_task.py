@@ -295,6 +295,35 @@ def test_options_that_do_not_fit_are_refused(options: Any, scheduler: Any, messa
         rs.DiffusionTask(Linear(), scheduler, **options)
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: rs.Huber(0), "Huber needs a delta above 0, got 0"),
+        (lambda: rs.PseudoHuber(-1), "PseudoHuber needs a c above 0, got -1"),
+        (lambda: rs.MinSNR(-1), "MinSNR needs a gamma above 0, got -1"),
+        (lambda: rs.Huber(float("nan")), "Huber needs a delta above 0, got nan"),
+    ],
+)
+def test_losses_and_weightings_without_a_meaning_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_model_of_the_same_shapes_but_other_heads_is_refused_as_queries() -> None:
+    built: Any = tiny_dit()
+
+    def sketched(heads: int, like: Any = None) -> Any:
+        model = type(built).from_config(built.config, num_attention_heads=heads, attention_head_dim=8 // heads)
+        options: Any = {"projection": rs.CountSketch(16)} if like is None else {"like": like}
+        options |= {"checkpoints": {"a": built.state_dict()}, "timesteps": rs.Explicit([5]), "progress": False}
+        return rs.sketch(rs.DiffusionTask(model, ddpm()), [(image, 3) for image in IMAGES[:2]], None, **options)
+
+    store = sketched(2)
+    sketched(2, like=store)
+    with pytest.raises(ValueError, match=r"num_attention_heads is '2' there and '4' here"):
+        sketched(4, like=store)
+
+
 def test_stores_measured_or_weighted_otherwise_do_not_mix() -> None:
     described = {
         rs.DiffusionTask(Linear(), ddpm(), measure=measure, weighting=weighting).measure

@@ -3,6 +3,14 @@
 from retrac_scale.gradients import convolution, embedding, linear, normalization, whole  # noqa: F401  (they register)
 from retrac_scale.gradients.capture import GradientCapture, ParameterFilter
 from retrac_scale.gradients.errors import UncapturableError
-from retrac_scale.gradients.registry import Rule, recompute_whole, register
+from retrac_scale.gradients.registry import Rule, one_at_a_time, recompute_whole, register
 
-__all__ = ["GradientCapture", "ParameterFilter", "Rule", "UncapturableError", "recompute_whole", "register"]
+__all__ = [
+    "GradientCapture",
+    "ParameterFilter",
+    "Rule",
+    "UncapturableError",
+    "one_at_a_time",
+    "recompute_whole",
+    "register",
+]

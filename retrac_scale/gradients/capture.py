@@ -16,7 +16,7 @@ from retrac_scale.gradients.errors import UncapturableError
 from retrac_scale.gradients.memory import keep_freed_pages
 from retrac_scale.gradients.nested import detached, mapped, tensors
 from retrac_scale.gradients.recompute import recomputed
-from retrac_scale.gradients.registry import LayerRule, is_whole, rule_for
+from retrac_scale.gradients.registry import LayerRule, is_whole, rule_for, why_alone
 
 ParameterFilter = Iterable[str] | Callable[[str], bool] | None
 Sink = Callable[[str, Tensor, slice], None]
@@ -70,6 +70,7 @@ class GradientCapture:
         names = selected_parameters(model, parameters)
         self.shapes = {name: tuple(model.get_parameter(name).shape) for name in names}
         self._layers = _layers(model, names)
+        self._why_alone = why_alone(model)
         users: dict[str, int] = defaultdict(int)
         for layer in self._layers:
             for name in layer.parameters.values():
@@ -123,6 +124,13 @@ class GradientCapture:
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._forget()
+        if isinstance(error := exc[1], NotImplementedError):
+            names = list(self.shapes)
+            raise UncapturableError(
+                f"{type(self.model).__name__} cannot be differentiated on this device, so that {names[0]!r} and its "
+                f"{len(names) - 1} other parameters have no gradients: {error}",
+                names,
+            ) from error
 
     def backward(
         self,
@@ -150,6 +158,7 @@ class GradientCapture:
                 "the losses do not depend on any captured layer; run the forward pass inside the context, with "
                 "gradients enabled."
             )
+        self.check_samples(len(losses))
         self._backward = _Backward(len(losses), sink, mixers or {}, self._shared, self.single_position, retain_graph)
         try:
             torch.autograd.backward(losses.sum(), retain_graph=retain_graph)
@@ -163,6 +172,15 @@ class GradientCapture:
             self._backward = None
             if not retain_graph:
                 self._forget()
+
+    def check_samples(self, n: int) -> None:
+        """Raise UncapturableError when the model cannot tell n samples of a forward pass apart."""
+        if n > 1 and self._why_alone:
+            raise UncapturableError(
+                f"{self._why_alone}, so the gradients of {n} samples cannot be told apart; give it one sample in each "
+                "forward pass.",
+                self.shapes,
+            )
 
     def _forget(self) -> None:
         for layer in self._layers:

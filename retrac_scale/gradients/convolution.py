@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from itertools import product
 from math import prod
+from operator import mul
 from typing import Any
 
 import torch
@@ -57,14 +58,11 @@ def _by_input_windows(layer: Any, inputs: Tensor, grad_output: Tensor, n: int, p
     spans = [step * (size - 1) + 1 for step, size in zip(layer.stride, grad_output.shape[2:], strict=True)]
     before = list(padding)
     after = [r + s - p - x for r, s, p, x in zip(reaches, spans, before, inputs.shape[2:], strict=True)]
-    cuts = [
-        [slice(k * span, k * span + length, step) for k in range(size)]
-        for size, span, length, step in zip(layer.kernel_size, layer.dilation, spans, layer.stride, strict=True)
-    ]
+    starts = [[k * span for k in range(size)] for size, span in zip(layer.kernel_size, layer.dilation, strict=True)]
     grad = _positions_last(grad_output, n)
-    padded = by_sample(_zeros_around(_channels_first(inputs), before, after), n)
+    padded = by_sample(_zeros_around(channels_first(inputs), before, after), n)
     weight = scratch("weight", (n, grad.shape[1], padded.shape[2] * prod(layer.kernel_size)), grad)
-    for samples, windows in _windows(padded, cuts, grad.shape[2]):
+    for samples, windows in _windows(padded, starts, grad_output.shape[2:], layer.stride):
         batched_product(grad[samples], windows.flatten(1, 2), weight[samples])
     return weight
 
@@ -75,25 +73,48 @@ def _by_gradient_windows(layer: Any, inputs: Tensor, grad_output: Tensor, n: int
     reaches = [span * (size - 1) for span, size in zip(layer.dilation, layer.kernel_size, strict=True)]
     before = [reach - size for reach, size in zip(reaches, padding, strict=True)]
     after = [x + p - g for x, p, g in zip(inputs.shape[2:], padding, grad_output.shape[2:], strict=True)]
-    cuts = [
-        [slice(reach - k * span, reach - k * span + length) for k in range(size)]
-        for reach, size, span, length in zip(reaches, layer.kernel_size, layer.dilation, inputs.shape[2:], strict=True)
+    starts = [
+        [reach - k * span for k in range(size)]
+        for reach, size, span in zip(reaches, layer.kernel_size, layer.dilation, strict=True)
     ]
     seen = _positions_last(inputs, n)
-    padded = by_sample(_zeros_around(_channels_first(grad_output), before, after), n)
+    padded = by_sample(_zeros_around(channels_first(grad_output), before, after), n)
     o, k = padded.shape[2], prod(layer.kernel_size)
     weight = scratch("weight", (n, k * o, seen.shape[1]), seen)
-    for samples, windows in _windows(padded, cuts, seen.shape[2], kernel_first=True):
+    for samples, windows in _windows(padded, starts, inputs.shape[2:], (1,) * len(starts), kernel_first=True):
         batched_product(windows.flatten(1, 2), seen[samples], weight[samples])
     return weight.unflatten(1, (k, o))  # type: ignore[no-untyped-call, no-any-return]
 
 
-def _windows(padded: Tensor, cuts: list[list[Any]], positions: int, *, kernel_first: bool = False) -> Any:
-    """Which samples, and their cuts `[m, channels, k, f*p]`, or `[m, k, channels, f*p]`, of `[n, f, channels, ...]`."""
-    n, _, channels = padded.shape[:3]
-    places = list(product(*cuts))
+def _windows(
+    padded: Tensor,
+    starts: list[list[int]],
+    lengths: tuple[int, ...],
+    steps: tuple[int, ...],
+    *,
+    kernel_first: bool = False,
+) -> Any:
+    """Which samples, and their windows `[m, channels, k, f*p]`, or `[m, k, channels, f*p]`.
+
+    Args:
+        padded: `[n, f, channels, *spatial]`.
+        starts: per spatial axis, where the windows of the kernel positions begin.
+        lengths: of all windows, per axis.
+        steps: between the positions in a window, per axis.
+        kernel_first: which of the two orders.
+    """
+    n, frames, channels = padded.shape[:3]
+    of_sample, of_frame, of_channel, *of_axes = padded.stride()
+    places = [sum(map(mul, place, of_axes)) for place in product(*starts)]
+    strides = (of_sample, of_channel, of_frame, *map(mul, steps, of_axes))
+
+    def window(samples: slice, place: int) -> Tensor:
+        shape = (samples.stop - samples.start, channels, frames, *lengths)
+        return padded.as_strided(shape, strides, padded.storage_offset() + samples.start * of_sample + place)
+
+    positions = frames * prod(lengths)
     if len(places) == 1:
-        part = padded[(..., *places[0])].movedim(1, 2).reshape(n, channels, 1, positions)
+        part = window(slice(0, n), places[0]).reshape(n, channels, 1, positions)
         yield slice(0, n), part.movedim(1, 2) if kernel_first else part
         return
     size = max(1, WINDOWS_BYTES // (channels * len(places) * positions * padded.itemsize))
@@ -102,19 +123,18 @@ def _windows(padded: Tensor, cuts: list[list[Any]], positions: int, *, kernel_fi
         m = samples.stop - start
         shape = (m, len(places), channels, positions) if kernel_first else (m, channels, len(places), positions)
         windows = scratch("windows", shape, padded)
-        for place, cut in enumerate(places):
-            source = padded[(samples, ..., *cut)].movedim(1, 2)
-            target = windows[:, place] if kernel_first else windows[:, :, place]
-            target.view(source.shape).copy_(source)
+        targets = windows.view(*shape[:3], frames, *lengths).unbind(1 if kernel_first else 2)
+        for target, place in zip(targets, places, strict=True):
+            target.copy_(window(samples, place))
         yield samples, windows
 
 
 def _positions_last(x: Tensor, n: int) -> Tensor:
     """`[n*f, channels, *spatial]` -> `[n, channels, f*positions]`."""
-    return by_sample(_channels_first(x).flatten(2), n).movedim(1, 2).flatten(2)
+    return by_sample(channels_first(x).flatten(2), n).movedim(1, 2).flatten(2)
 
 
-def _channels_first(x: Tensor) -> Tensor:
+def channels_first(x: Tensor) -> Tensor:
     """Contiguous; from channels last by one matrix transposition per row, at twice the rate of a copy."""
     if x.is_contiguous() or x.device.type != "cpu" or not x.movedim(1, -1).is_contiguous() or x[0].numel() < 1 << 15:
         return x.contiguous()

@@ -74,7 +74,7 @@ class LiveCapture(GradientCapture):
             if self._backward is not None:  # a backward pass that failed half way
                 self._backward = None
                 self._forget()
-            self._samples = len(next(tensors((args, kwargs))))
+            self._samples = 1 if self._why_alone else len(next(tensors((args, kwargs))))
 
     def _on_gradient(self, layer: _Layer, call: _Call, place: int) -> Callable[[Tensor], None]:
         def on_gradient(grad: Tensor) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from retrac_scale.gradients.convolution import channels_first
 from retrac_scale.gradients.registry import by_sample, register
 
 
@@ -22,6 +23,8 @@ def group_norm(
         variance, mean = torch.var_mean(x.reshape(rows, groups, -1), 2, correction=0)
         statistics = mean, torch.rsqrt(variance + layer.eps)
     mean, rstd = (value.to(dtype) for value in statistics)
+    if x.device.type == "cpu":
+        x, grad = channels_first(x), channels_first(grad)
     if x.is_contiguous() and grad.is_contiguous():
         # the rows of the batch become channels of one sample, for which torch's own kernel sums over positions alone
         shape, positions = (1, rows * channels, -1), x[0, 0].numel()

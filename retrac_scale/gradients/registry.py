@@ -30,6 +30,7 @@ class LayerRule:
 
 _rules: dict[str, LayerRule] = {}
 _whole: set[str] = set()
+_alone: dict[str, str] = {}
 
 
 def register(
@@ -68,6 +69,24 @@ def recompute_whole(layer_type: type[nn.Module] | str) -> None:
 def is_whole(module: nn.Module) -> bool:
     """Whether `recompute_whole` was called for the module's type."""
     return _name(type(module)) in _whole
+
+
+def one_at_a_time(layer_type: type[nn.Module] | str, why: str) -> None:
+    """Refuse batches of several samples to models that have a module of exactly this type; one alone is exact.
+
+    Args:
+        layer_type: the module class, or its qualified name.
+        why: what it does with the samples of a batch; follows the class's name in the error.
+    """
+    _alone[layer_type if isinstance(layer_type, str) else _name(layer_type)] = why
+
+
+def why_alone(model: nn.Module) -> str:
+    """Why the model takes one sample at a time; empty when it need not."""
+    for module in model.modules():
+        if _name(type(module)) in _alone:
+            return f"{type(module).__name__} {_alone[_name(type(module))]}"
+    return ""
 
 
 def rule_for(layer: nn.Module) -> LayerRule | None:

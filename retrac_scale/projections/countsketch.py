@@ -27,18 +27,17 @@ class SignedFold(Projector):
         self.seed = seed
         self.device = device
         self.scales = scales
-        self._rounds: dict[tuple[str, int], list[tuple[int, Tensor]]] = {}
+        self._rounds: dict[tuple[str, int], list[tuple[int, int, Tensor]]] = {}
 
-    def _blocks(self, name: str, size: int) -> list[tuple[int, Tensor]]:
-        """Shift and signs of every block of a parameter's entries."""
+    def _blocks(self, name: str, size: int) -> list[tuple[int, int, Tensor]]:
+        """Shift, length and signs of every block of a parameter's entries."""
         if (name, size) not in self._rounds:
             scale = 1 if weight_beside(name) in self.whole else self.scales.get(name, 1)
             signs = torch.split(
                 (torch.from_numpy(random.signs(self.seed, name, size)) * scale).to(self.device), self.dim
             )
-            self._rounds[name, size] = list(
-                zip(random.shifts(self.seed, name, len(signs), self.dim), signs, strict=True)
-            )
+            shifts = random.shifts(self.seed, name, len(signs), self.dim)
+            self._rounds[name, size] = [(shift, len(part), part) for shift, part in zip(shifts, signs, strict=True)]
         return self._rounds[name, size]
 
     def start(self, n: int) -> Tensor:
@@ -48,16 +47,18 @@ class SignedFold(Projector):
     def add(self, accumulator: Tensor, name: str, gradient: Tensor) -> Tensor | None:
         """Sign, rotate and add the blocks of one parameter."""
         entries = gradient.flatten(1)
-        squares = accumulator.new_zeros(len(entries))
-        pieces = torch.split(entries, self.dim, 1)
-        for (shift, signs), piece in zip(self._blocks(name, entries.shape[1]), pieces, strict=True):
+        blocks = zip(self._blocks(name, entries.shape[1]), torch.split(entries, self.dim, 1), strict=True)
+        if entries.dtype == accumulator.dtype:
+            for (shift, length, signs), piece in blocks:
+                accumulator.narrow(1, shift, length).addcmul_(piece, signs)
+            return squared_norm(entries) if self.exact_norm else None
+        squares = accumulator.new_zeros(len(entries)) if self.exact_norm else None
+        for (shift, length, signs), piece in blocks:
             wide = piece.to(accumulator.dtype)  # piece by piece: a wide copy of the whole would leave the cache
-            accumulator.narrow(1, shift, wide.shape[1]).addcmul_(wide, signs)
-            if self.exact_norm and wide is not piece:
+            accumulator.narrow(1, shift, length).addcmul_(wide, signs)
+            if squares is not None:
                 squares += squared_norm(wide)
-        if not self.exact_norm:
-            return None
-        return squared_norm(entries) if entries.dtype == accumulator.dtype else squares
+        return squares
 
     def finish(self, accumulator: Tensor) -> Tensor:
         """Close the round."""

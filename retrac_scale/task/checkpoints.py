@@ -136,8 +136,17 @@ def load_checkpoint(model: nn.Module, name: str, checkpoint: Checkpoint) -> str:
     return weights_digest(model.state_dict(), adapter_scales(model))
 
 
+def configuration(model: nn.Module) -> dict[str, str]:
+    """Entries of a diffusers model's configuration, JSON by name: heads and norm groups stand in no state dict."""
+    config = getattr(model, "config", None)
+    entries = config.items() if isinstance(config, Mapping) else ()
+    return {f"config.{key}": json.dumps(value, default=str) for key, value in entries if not key.startswith("_")}
+
+
 def add_adapters(model: Any, component: str, path: str | os.PathLike[str]) -> None:
     """Give a diffusers model the LoRA adapters of a file or folder, and make them its only trainable parameters.
+
+    Folders that PEFT itself wrote tell rank and alpha in their adapter_config.json.
 
     Raises:
         ValueError: there is no such file, or it holds no adapters for this component of the pipeline.
@@ -146,7 +155,13 @@ def add_adapters(model: Any, component: str, path: str | os.PathLike[str]) -> No
     if not file.exists():
         raise ValueError(f"lora: there is no file {file}.")
     _refuse_text_encoders(str(path), read_checkpoint(str(path), file))
-    model.load_lora_adapter(file.parent, weight_name=file.name, prefix=component, adapter_name="default")
+    if file.name == "adapter_model.safetensors" and (file.parent / "adapter_config.json").exists():
+        from peft import PeftConfig
+
+        model.add_adapter(PeftConfig.from_pretrained(str(file.parent)), adapter_name="default")
+        load_checkpoint(model, str(path), file)
+    else:
+        model.load_lora_adapter(file.parent, weight_name=file.name, prefix=component, adapter_name="default")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(_is_adapter(name))
     if not any(parameter.requires_grad for parameter in model.parameters()):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from retrac_scale.task.calling import LAYOUTS, Call, ThroughUNet, call_model
-from retrac_scale.task.checkpoints import COMPONENTS, Checkpoint, add_adapters, load_checkpoint
+from retrac_scale.task.checkpoints import COMPONENTS, Checkpoint, add_adapters, configuration, load_checkpoint
 from retrac_scale.task.encoding import Encoder, load_pipeline
 from retrac_scale.task.items import Item, take_apart
 from retrac_scale.task.measures import OUTPUTS
@@ -183,9 +183,9 @@ class DiffusionTask:
 
     @property
     def frozen(self) -> dict[str, str]:
-        """Hex digests of the parts beside the model that values depend on, by name: vae, text_encoder, unet."""
-        parts = {} if self.encoder is None else self.encoder.digests
-        return {**parts, "unet": self.call.digest} if isinstance(self.call, ThroughUNet) else dict(parts)
+        """What values depend on beside weights: hex digests of vae, text_encoder, unet; the model's configuration."""
+        parts = {**({} if self.encoder is None else self.encoder.digests), **configuration(self.model)}
+        return {**parts, "unet": self.call.digest} if isinstance(self.call, ThroughUNet) else parts
 
     def read_item(self, number: Any, item: Any) -> Item:
         """Take a dataset item apart and check it, without encoding anything.

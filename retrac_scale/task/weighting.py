@@ -30,6 +30,10 @@ class MinSNR:
 
     gamma: float | None = 5.0
 
+    def __post_init__(self) -> None:
+        if self.gamma is not None:
+            _check_positive("MinSNR", "gamma", self.gamma)
+
     def __call__(self, noising: Diffusion | Flow, timesteps: Tensor) -> Tensor:
         """See `Weighting`."""
         if not isinstance(noising, Diffusion):
@@ -80,6 +84,9 @@ class Huber:
 
     delta: float = 1.0
 
+    def __post_init__(self) -> None:
+        _check_positive("Huber", "delta", self.delta)
+
     def __call__(self, error: Tensor) -> Tensor:
         """Of every entry."""
         return F.huber_loss(error, torch.zeros_like(error), reduction="none", delta=self.delta)
@@ -91,12 +98,20 @@ class PseudoHuber:
 
     c: float = 0.1
 
+    def __post_init__(self) -> None:
+        _check_positive("PseudoHuber", "c", self.c)
+
     def __call__(self, error: Tensor) -> Tensor:
         """Of every entry."""
         return 2 * self.c * ((error.square() + self.c**2).sqrt() - self.c)
 
 
 Loss = Literal["mse", "l1"] | Huber | PseudoHuber
+
+
+def _check_positive(kind: str, name: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{kind} needs a {name} above 0, got {value}.")
 
 
 def check_loss(loss: Any) -> None:

@@ -130,6 +130,13 @@ class TrainingRecorder:
                 f"going on after step {self._steps} would take every checkpoint out of the store; to begin anew, "
                 f"remove {self.path} and the store, or choose other paths."
             )
+        if self._sketches is not None and self._record is not None:
+            newest = max(known.values(), default=self._record.begun)
+            if self._steps > newest:
+                raise ValueError(
+                    f"going on after step {self._steps} would leave the steps from {newest + 1} on out of the "
+                    "sketches, which end with the newest checkpoint; go on from that, or record without sketching."
+                )
         late = [name for name, step in known.items() if step > self._steps]
         if late:
             logger.warning("%s: goes on after step %d; checkpoints %s count no more", self.path, self._steps, late)
@@ -229,20 +236,32 @@ class TrainingRecorder:
         if self._sketches is not None:
             self._sketches.flush()
             _wait_for_all()
+        failure: Exception | None = None
         if self._process == 0:
-            record = read_record(self.path)
-            if record is not None and name in record.checkpoints:
-                raise ValueError(f"{self.path} has a checkpoint {name!r} already; give every checkpoint its own name.")
-            if self._sketches is not None:
-                assert record is not None  # a step was made
-                rows = record.rows(self._gathered_after, self._steps)
-                self._sketches.write(name, float(rows["lr"].sum() / self.n_samples), weights)
-            append(self.path, {"checkpoint": name, "step": self._steps})
+            try:
+                self._write_checkpoint(name, weights)
+            except Exception as error:
+                failure = error
         if self._sketches is not None:
-            _wait_for_all()
+            told = _from_first(lambda: "" if failure is None else f"{type(failure).__name__}: {failure}")
+            if failure is None and told:
+                raise RuntimeError(f"the first process could not write checkpoint {name!r}: {told}")
+        if failure is not None:
+            raise failure
+        if self._sketches is not None:
             self._sketches.clear()
             self._gathered_after = self._steps
         self._last_checkpoint = name, self._steps
+
+    def _write_checkpoint(self, name: str, weights: StateDict | None) -> None:
+        record = read_record(self.path)
+        if record is not None and name in record.checkpoints:
+            raise ValueError(f"{self.path} has a checkpoint {name!r} already; give every checkpoint its own name.")
+        if self._sketches is not None:
+            assert record is not None  # a step was made
+            rows = record.rows(self._gathered_after, self._steps)
+            self._sketches.write(name, float(rows["lr"].sum() / self.n_samples), weights)
+        append(self.path, {"checkpoint": name, "step": self._steps})
 
     def close(self) -> None:
         """Leave file and model alone, before another recorder takes them in the same process."""

@@ -32,7 +32,7 @@ from retrac_scale.store import (
 from retrac_scale.store.part import ROOT, group_json
 from retrac_scale.store.schema import Url
 from retrac_scale.store.writer import unfinished
-from retrac_scale.task.checkpoints import StateDict, adapter_scales, weights_digest
+from retrac_scale.task.checkpoints import StateDict, adapter_scales, configuration, weights_digest
 from retrac_scale.training.record import Rows
 
 Visits = int | Literal["sum"]
@@ -199,6 +199,7 @@ class TrainingSketches:
             "scheduler": scheduler_spec(self.scheduler),
             "measure": plan.measure,
             "autocast": None,
+            "frozen": configuration(self.model),
             "timesteps": {"kind": KIND, "visits": plan.visits, "share": plan.share},
         }
         pairs = (plan.kept, self.sketcher.dim)
