@@ -213,11 +213,17 @@ def kills(samples: int, count: int) -> None:
         )
 
 
+def many_chunks(folder: Path, chunks: int) -> None:
+    """An index of chunks of 64 rows of 64 bytes, as small as they get."""
+    width = retrac_scale.index.MIN_CHUNK_SAMPLES
+    retrac_scale.index.CHUNK_BYTES = width * width
+    rows = np.random.default_rng(0).standard_normal((chunks * width, 1, width), np.float32)
+    index = build_index(write_store(folder / "rows", {"c": rows}), rs.ReTrac(), folder / "i")
+    assert len(index.chunks) == chunks
+
+
 def memory(tasks: int, chunks: int = 20_000) -> None:
     """Memory of client and scheduler over many tasks, and over the scan of an index of many chunks with 64 queries."""
-    rng = np.random.default_rng(0)
-    width = retrac_scale.index.MIN_CHUNK_SAMPLES
-    retrac_scale.index.CHUNK_BYTES = width * width  # chunks of 64 rows of 64 bytes, as small as they get
     with tempfile.TemporaryDirectory() as name, cluster(2) as (client, scheduler):
         here = psutil.Process()
 
@@ -230,15 +236,15 @@ def memory(tasks: int, chunks: int = 20_000) -> None:
             if done and done % (tasks // 4) == 0:
                 report(f"{done} tasks done")
         report(f"{tasks} tasks done")
-        rows = rng.standard_normal((chunks * width, 1, width), np.float32)
-        store = write_store(Path(name) / "rows", {"c": rows})
-        index = build_index(store, rs.ReTrac(), Path(name) / "i")
-        queries = write_store(None, {"c": rng.standard_normal((64, 1, width), np.float32)})
-        del rows
-        report(f"index of {len(index.chunks)} chunks built here")
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # another process, so that this one only asks
+            pool.submit(many_chunks, Path(name), chunks).result()
+        index = rs.open_index(Path(name) / "i")
+        rows = np.random.default_rng(1).standard_normal((QUERIES, 1, index.shape[2]), np.float32)
+        queries = write_store(None, {"c": rows})
+        report(f"index of {len(index.chunks)} chunks opened")
         for number in range(3):
             index.query(queries, 10, client=client)
-            report(f"its scan {number + 1} with 64 queries done")
+            report(f"its scan {number + 1} with {QUERIES} queries done")
 
 
 def plan(samples: int, pairs_per_s: float, workers: int) -> None:

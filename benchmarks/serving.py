@@ -105,7 +105,7 @@ def fuzz(folder: Path, examples: int) -> int:
     with running(folder, 64) as (url, _):
         checks = ["--checks", "not_a_server_error,status_code_conformance", "--max-examples", str(examples)]
         program = str(Path(sys.executable).with_name("schemathesis"))
-        return subprocess.run([program, "run", *checks, f"{url}/openapi.json"], check=False).returncode
+        return subprocess.run([program, "run", *checks, f"{url}/openapi.json"], check=False, cwd=folder).returncode
 
 
 def load(folder: Path, clients: int, seconds: float, batch: int) -> dict[str, Any]:

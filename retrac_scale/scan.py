@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from retrac_scale.memory import keep_freed_pages
 from retrac_scale.store.encoding import Float32
 
 Float64 = npt.NDArray[np.float64]
@@ -95,6 +96,7 @@ def top(
         floor: `[lane]`, scores known to be reached by k samples elsewhere; raised on the way, may be shared by threads.
         sketch_dim: entries of one sketch for the standard errors; None when scores have none.
     """
+    keep_freed_pages()
     pool = _Pool(queries, k, signs, floor, sketch_dim)
     products: list[_Product] = []
     for chunk in chunks:
@@ -307,7 +309,7 @@ class _Pool:
 
     def settle(self) -> None:
         """Make the values of all that may be among the best exact, and keep the k best of each lane."""
-        self._prune()
+        self._take_in()
         held = self._held
         self._make_exact(held["value"] >= self._kth(held["value"])[held["lane"]])
         self._raise_floor()
@@ -329,9 +331,12 @@ class _Pool:
         ids[lane, place], errors[lane, place] = self._names(self._held), self._held["error"]
         return Found(scores, ids, errors)
 
-    def _prune(self) -> None:
+    def _take_in(self) -> None:
         self._held = np.concatenate([self._held, *self._new])
         self._new = []
+
+    def _prune(self) -> None:
+        self._take_in()
         self._raise_floor()
         held = self._held
         self._held = held[held["value"] + held["bound"] >= self.floor[held["lane"]]]
@@ -376,14 +381,16 @@ class _Pool:
         if k is None:
             held["error"] = 0
             return
-        for part in self._batches(np.isnan(held["error"])):
+        unknown = np.isnan(held["error"])
+        if self._queries.shape[::2] == (1, k):  # one block: the norms and the score are known
+            part = np.flatnonzero(unknown)
+            length = self._lengths[held["lane"][part] % len(self._lengths)]
+            for chunk, places, row in self._by_chunk(part):
+                length[places] *= chunk.norm[0, row]
+            held["error"][part] = np.sqrt((length**2 + held["value"][part] ** 2) / k)
+            return
+        for part in self._batches(unknown):
             query = held["lane"][part] % self._queries.shape[1]
-            if self._queries.shape[::2] == (1, k):  # one block: the norms and the score are known
-                norm = np.empty(len(part))
-                for chunk, places, row in self._by_chunk(part):
-                    norm[places] = chunk.norm[0, row]
-                held["error"][part] = np.sqrt(((norm * self._lengths[query]) ** 2 + held["value"][part] ** 2) / k)
-                continue
             weighted = [rows * scale[:, None] for rows, scale in self._taken(part, np.float32)]
             asked = self._queries[:, query].astype(np.float32)
             x = np.stack(weighted, 1).reshape(len(part), -1, k)

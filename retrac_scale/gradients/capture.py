@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from retrac_scale.gradients.errors import UncapturableError
-from retrac_scale.gradients.memory import keep_freed_pages
 from retrac_scale.gradients.nested import detached, mapped, tensors
 from retrac_scale.gradients.recompute import recomputed
 from retrac_scale.gradients.registry import LayerRule, is_whole, rule_for, why_alone
+from retrac_scale.memory import keep_freed_pages
 
 ParameterFilter = Iterable[str] | Callable[[str], bool] | None
 Sink = Callable[[str, Tensor, slice], None]

@@ -1,4 +1,4 @@
-"""Keeping freed memory in the process between batches."""
+"""Keeping freed memory in the process."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _KEPT_BYTES, _LARGEST_BYTES = 2**31 - 1, 32 << 20
 def keep_freed_pages() -> None:
     """Have glibc keep up to 2 GiB of freed memory and serve blocks up to 32 MiB from it; elsewhere, do nothing.
 
-    A sketch frees all its activations after every batch. Given back to the system, their pages would have to be faulted
-    in again for the next one, which costs a tenth of a small model's step. A training step keeps them by the accident
-    that its gradients lie behind them.
+    A sketch frees all its activations after every batch, a query its copies of the queries. Given back to the system,
+    their pages would have to be faulted in again for the next one, which costs a tenth of a small model's step, or of
+    a scan of 100,000 rows. A training step keeps them by the accident that its gradients lie behind them.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
