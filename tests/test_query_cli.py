@@ -59,6 +59,13 @@ def test_index_takes_a_damping_as_the_estimators_do(folder: Path, capsys: pytest
     assert "invalid" in capsys.readouterr().err
 
 
+def test_index_of_a_measure_and_options_without_a_store(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["index", str(folder / "s"), str(folder / "other"), "--measure", "l1"]) == 1
+    assert "has no measure 'l1'" in capsys.readouterr().err
+    assert main(["index", "--damping", "0"]) == 1
+    assert "--damping is for one index: index STORE OUT --damping" in capsys.readouterr().err
+
+
 def test_stored_ids_are_queries_and_answers_go_to_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     index, store = rs.open_index(folder / "i"), rs.open_store(folder / "s")
     capsys.readouterr()

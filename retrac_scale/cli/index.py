@@ -17,13 +17,11 @@ you have retrained models to judge by, try 0.01 to 10 (default: auto)"""
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", nargs="?", help="path or URL of a complete store")
     parser.add_argument("out", nargs="?", help="path or URL of the index to make")
-    parser.add_argument("--estimator", default="ReTrac", help="TracIn, TRAK, ... (default: ReTrac)")
+    parser.add_argument("--estimator", help="TracIn, TRAK, ... (default: ReTrac)")
     parser.add_argument("--measure", help="of a store that was measured in several ways (default: its first)")
-    parser.add_argument(
-        "--pairing", choices=("cross", "matched"), default="cross", help="of timesteps (default: cross)"
-    )
+    parser.add_argument("--pairing", choices=("cross", "matched"), help="of timesteps (default: cross)")
     parser.add_argument("--damping", type=_damping, metavar="auto|NUMBER", help=DAMPING_HELP)
-    parser.add_argument("--dtype", choices=("int8", "float16", "float32"), default="int8", help="default: int8")
+    parser.add_argument("--dtype", choices=("int8", "float16", "float32"), help="default: int8")
 
 
 def _damping(given: str) -> float | str:
@@ -34,15 +32,21 @@ def _run(arguments: argparse.Namespace) -> Answer:
     from retrac_scale.index import build_index
     from retrac_scale.store import open_store
 
+    given = [
+        name for name in ("estimator", "measure", "pairing", "damping", "dtype") if getattr(arguments, name) is not None
+    ]
+    if arguments.store is None and given:
+        raise ValueError(f"--{given[0]} is for one index: index STORE OUT --{given[0]} ...")
     if arguments.store is None:
         indexes = build_indexes(find(arguments.config))
     elif arguments.out is None:
         raise ValueError("say where the index shall be made: index STORE OUT.")
     else:
-        estimator = make_estimator(arguments.estimator, arguments.pairing, arguments.damping)
+        name = arguments.estimator or "ReTrac"
+        estimator = make_estimator(name, arguments.pairing or "cross", arguments.damping)
         store = open_store(arguments.store, measure=arguments.measure)
-        built = build_index(store, estimator, arguments.out, dtype=arguments.dtype)
-        indexes = {arguments.estimator: built}
+        built = build_index(store, estimator, arguments.out, dtype=arguments.dtype or "int8")
+        indexes = {name: built}
     places = {name: str(index.url) for name, index in indexes.items()}
     return Answer("\n".join(str(index) for index in indexes.values()), {"indexes": places})
 
