@@ -61,6 +61,7 @@ def main(folder: Path) -> None:
         recorder.checkpoint("last")
     except (RuntimeError, ValueError) as error:
         (folder / f"refused-{accelerator.process_index}").write_text(f"{type(error).__name__}: {error}")
+    accelerator.end_training()  # a process group that is alive at exit can abort the process
 
 
 if __name__ == "__main__":

@@ -344,4 +344,5 @@ def _from_first(read: Any) -> Any:
         return read()
     box = [read() if process == 0 else None]
     distributed.broadcast_object_list(box)
+    distributed.barrier()  # else gloo may free the tensors while the process ends, which deadlocks
     return box[0]
