@@ -289,16 +289,9 @@ class _Scan:
         made = []
         for run in runs:
             key = f"{name}-chunks-{run[0]}-{run[-1] + 1}-{uuid.uuid4().hex[:8]}"
-            arguments = [
-                source,
-                run,
-                share(self.mask, run),
-                rows,
-                common,
-                *([] if codes is None else [share(codes, run)]),
-            ]
+            extra = [] if codes is None else [share(codes, run)]
             with self._at_home(run):
-                made.append(task(*arguments, dask_key_name=key))
+                made.append(task(source, run, share(self.mask, run), rows, common, *extra, dask_key_name=key))
         return made
 
     def _at_home(self, run: list[int]) -> AbstractContextManager[Any]:
