@@ -13,7 +13,7 @@ from torch.utils.dlpack import from_dlpack
 Dtype = Literal["int8", "float16", "float32", "bfloat16"]
 Float32 = npt.NDArray[np.float32]
 
-TILE_ENTRIES = 2**19
+TILE_ENTRIES = 2**18
 """Rows are converted so many entries at a time, to stay in cache."""
 
 
@@ -28,18 +28,15 @@ def array_dtype(dtype: Dtype) -> str:
     return "uint16" if dtype == "bfloat16" else dtype
 
 
-def encode(rows: Float32, dtype: Dtype, out: npt.NDArray[Any] | None = None) -> tuple[npt.NDArray[Any], Float32]:
-    """Stored rows `[..., k]`, in `out` when it is given, and their scales `[...]`, one scale per row.
+def encode(rows: Float32, dtype: Dtype) -> tuple[npt.NDArray[Any], Float32]:
+    """Stored rows `[..., k]` and their scales `[...]`, one scale per row.
 
     int8 spreads a row's largest entry to +-127, float16 and bfloat16 (as uint16 bits) to +-1; float32 is stored as it
     is, with scale 1. A zero row has scale 0 (but 1 in float32). A row that is not finite has a scale that is not.
     """
     if dtype == "float32":
-        if out is None:
-            return rows.astype(np.float32, copy=False), np.ones(rows.shape[:-1], np.float32)
-        out[...] = rows
-        return out, np.ones(rows.shape[:-1], np.float32)
-    stored = np.empty(rows.shape, array_dtype(dtype)) if out is None else out
+        return rows.astype(np.float32, copy=False), np.ones(rows.shape[:-1], np.float32)
+    stored = np.empty(rows.shape, array_dtype(dtype))
     k = rows.shape[-1]
     source = from_dlpack(np.ascontiguousarray(rows, np.float32).reshape(-1, k))
     target = torch.from_numpy(stored.view(np.int16) if dtype == "bfloat16" else stored).view(-1, k)

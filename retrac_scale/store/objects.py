@@ -6,10 +6,12 @@ import asyncio
 import errno
 import os
 import uuid
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Coroutine, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import zarr
 from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.core.sync import sync
@@ -17,12 +19,15 @@ from zarr.storage import LocalStore, MemoryStore, StorePath
 
 PARALLEL = 16
 SLICE = 2**21
-"""Bytes that are handed on to the disk at a time."""
+"""Bytes that are made, and handed on to the disk, at a time."""
 
 T = TypeVar("T")
 
 Place = zarr.Group | StorePath
 """What objects are below: a group, or a place where a group should be."""
+
+Content = Buffer | bytes | Iterable[npt.NDArray[np.uint8]]
+"""Of an object to be written: whole, or pieces that are made one after the other."""
 
 
 def read_all(group: Place, keys: Iterable[str]) -> dict[str, bytes | None]:
@@ -41,18 +46,19 @@ def read(group: Place, key: str) -> bytes | None:
     return read_all(group, [key])[key]
 
 
-def write_all(group: Place, objects: Mapping[str, Buffer | bytes]) -> None:
-    """Write objects, each of them atomically; on a local disk they are durable when this returns."""
+def write_all(group: Place, objects: Mapping[str, Content]) -> None:
+    """Write objects, each of them atomically; on a local disk they are durable when this returns.
+
+    Pieces are asked for in the order of the objects; an exception while they are made leaves nothing written.
+    """
     store: Any = group.store
     if store.read_only:
         raise OSError(errno.EACCES, f"{store} was opened for reading; open it with mode='r+' to write")
-    wrap = default_buffer_prototype().buffer.from_bytes
-    buffers = {
-        _full(group, key): wrap(content) if isinstance(content, bytes) else content for key, content in objects.items()
-    }
+    contents = {_full(group, key): content for key, content in objects.items()}
     if isinstance(store, LocalStore):
-        _write_durably(store.root, buffers)
+        _write_durably(store.root, contents)
     else:
+        buffers = {key: _whole(content) for key, content in contents.items()}
 
         async def put(key: str) -> None:
             await store.set(key, buffers[key])
@@ -133,17 +139,32 @@ def _in_parallel(store: Any, calls: Mapping[str, Any]) -> dict[str, Any]:
     return dict(zip(calls, sync(run()), strict=True))
 
 
-def _write_durably(root: Path, buffers: Mapping[str, Buffer]) -> None:
+def _whole(content: Content) -> Buffer:
+    if isinstance(content, Buffer):
+        return content
+    joined = content if isinstance(content, bytes) else b"".join(_pieces(content))
+    return default_buffer_prototype().buffer.from_bytes(joined)
+
+
+def _pieces(content: Content) -> Iterator[memoryview]:
+    if isinstance(content, Buffer | bytes):
+        whole = memoryview(content if isinstance(content, bytes) else content.as_buffer_like())
+        yield from (whole[start : start + SLICE] for start in range(0, len(whole), SLICE))
+    else:
+        yield from (piece.data for piece in content)
+
+
+def _write_durably(root: Path, contents: Mapping[str, Content]) -> None:
     """Write files and force them to the disk, then the folders that name them: zarr renames but forces nothing."""
     unnamed: dict[str, str] = {}
     folders = {""}
     try:
-        for key, buffer in buffers.items():
+        for key, content in contents.items():
             parts = key.split("/")[:-1]
             folders.update("/".join(parts[: depth + 1]) for depth in range(len(parts)))
             os.makedirs(f"{root}/{'/'.join(parts)}", exist_ok=True)
             unnamed[f"{root}/{key}"] = f"{root}/{key}.{uuid.uuid4().hex}.partial"
-            _copy(memoryview(buffer.as_buffer_like()), unnamed[f"{root}/{key}"])
+            _write(content, unnamed[f"{root}/{key}"])
         for file, partial in unnamed.items():
             _force(partial)
             os.replace(partial, file)
@@ -155,14 +176,16 @@ def _write_durably(root: Path, buffers: Mapping[str, Buffer]) -> None:
         _force(folder)
 
 
-def _copy(content: memoryview, path: str) -> None:
-    """Write a file; the disk begins with each slice at once rather than when the file is forced to it."""
+def _write(content: Content, path: str) -> None:
+    """Write a file; the disk begins with each piece at once, while the next is made."""
+    start = 0
     with open(path, "wb") as file:
-        for start in range(0, len(content), SLICE):
-            file.write(content[start : start + SLICE])
+        for piece in _pieces(content):
+            file.write(piece)
             file.flush()
             if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), start, SLICE, os.POSIX_FADV_DONTNEED)
+                os.posix_fadvise(file.fileno(), start, len(piece), os.POSIX_FADV_DONTNEED)
+            start += len(piece)
 
 
 def _force(path: str) -> None:

@@ -6,10 +6,11 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import zarr
@@ -20,7 +21,7 @@ from zarr.storage import MemoryStore
 from retrac_scale.store import commits, objects
 from retrac_scale.store.encoding import array_dtype
 from retrac_scale.store.errors import DamagedStoreError
-from retrac_scale.store.mapping import CRC_BYTES, crc32c, is_plain, map_chunk
+from retrac_scale.store.mapping import CRC_BYTES, Bytes, crc32c, is_plain, map_chunk
 from retrac_scale.store.schema import ATTRIBUTE, LIST_CHUNK, blocks, new_array
 
 ROOT = "zarr.json"
@@ -172,10 +173,8 @@ class Part:
         now = np.where(self.deleted | samples, DELETED, KEPT).astype(np.uint8)
         size = array.chunks[0]
         touched = np.unique(np.flatnonzero(samples) // size).tolist()
-        chunks = {i: NewChunk(array, i, len(now[i * size : (i + 1) * size])) for i in touched}
-        for i, chunk in chunks.items():
-            chunk.values[:] = now[i * size : (i + 1) * size]
-        objects.write_all(self.root, {f"deleted/c/{i}": chunk.finished()[0] for i, chunk in chunks.items()})
+        chunks = {f"deleted/c/{i}": NewChunk(array, i, [now[i * size : (i + 1) * size]]) for i in touched}
+        objects.write_all(self.root, chunks)
 
     def committed(self, checkpoint: str) -> npt.NDArray[np.bool_]:
         """Which blocks of a checkpoint have a commit record now, bool `[blocks]`."""
@@ -272,38 +271,47 @@ def plans_of(fingerprint: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 class NewChunk:
-    """One chunk (or shard) of an array: fill its values, then take the finished object.
+    """One chunk (or shard) of an array as zarr encodes it, made while it is written.
 
     Args:
         array: an array of a part.
         place: the chunk's place along the samples.
-        n: samples in it; the rest of the last chunk stays zero.
+        values: those of its samples, `[m, ...]` for some of them at a time; zeros fill up the chunk.
 
     Attributes:
-        values: where they go, `[n, ...]`: the very memory that is written where zarr would only append a checksum.
+        checksum: the CRC-32C of the whole chunk's values, once it has been written.
     """
 
-    def __init__(self, array: zarr.Array[Any], place: int, n: int) -> None:
-        self._array, self._place = array, place
-        whole = array.shards or array.chunks
-        self._content = np.empty(math.prod(whole) * array.dtype.itemsize + CRC_BYTES, np.uint8)
-        filled = n * math.prod(whole[1:]) * array.dtype.itemsize
-        self._content[filled:] = 0
-        self.values = self._content[:filled].view(array.dtype).reshape(n, *whole[1:])
+    checksum: int
 
-    def finished(self) -> tuple[Buffer, int]:
-        """The object as zarr encodes it, and the CRC-32C of the whole chunk's values."""
-        array, values = self._array, self._content[:-CRC_BYTES]
-        checksum = crc32c(values)
-        if is_plain(array) and array.shards is None:
-            self._content[-CRC_BYTES:] = np.frombuffer(checksum.to_bytes(CRC_BYTES, "little"), np.uint8)
-            return default_buffer_prototype().buffer.from_array_like(self._content), checksum
-        memory = MemoryStore()
+    def __init__(self, array: zarr.Array[Any], place: int, values: Iterable[npt.NDArray[Any]]) -> None:
+        self._array, self._place, self._values = array, place, values
+
+    def __iter__(self) -> Iterator[Bytes]:
+        """The chunk's bytes, piece by piece."""
+        return self._plain() if is_plain(self._array) and self._array.shards is None else self._encoded()
+
+    def _plain(self) -> Iterator[Bytes]:
+        array, crc, left = self._array, 0, math.prod(self._array.chunks) * self._array.dtype.itemsize
+        for values in self._values:
+            piece = np.ascontiguousarray(values, array.dtype).reshape(-1).view(np.uint8)
+            crc, left = google_crc32c.extend(crc, piece), left - len(piece)
+            yield piece
+        zeros = np.zeros(left, np.uint8)
+        self.checksum = google_crc32c.extend(crc, zeros)
+        yield zeros
+        yield np.frombuffer(self.checksum.to_bytes(CRC_BYTES, "little"), np.uint8)
+
+    def _encoded(self) -> Iterator[Bytes]:
+        array, memory = self._array, MemoryStore()
+        values = np.concatenate([*self._values]).astype(array.dtype, copy=False)
+        whole = array.shards or array.chunks
+        self.checksum = crc32c(values, zeros=(whole[0] - len(values)) * values[:1].nbytes)
         twin = zarr.Array.from_dict(zarr.storage.StorePath(memory), array.metadata.to_dict())
-        start = self._place * (array.shards or array.chunks)[0]
-        twin.with_config({"write_empty_chunks": True})[start : start + len(self.values)] = self.values
+        start = self._place * whole[0]
+        twin.with_config({"write_empty_chunks": True})[start : start + len(values)] = values
         key = array.metadata.encode_chunk_key((self._place, *[0] * (array.ndim - 1)))
-        return _in_memory(memory, key), checksum
+        yield _in_memory(memory, key).as_numpy_array().view(np.uint8)
 
 
 def _new_list(root: zarr.Group, name: str, n: int, dtype: Any, fill: int) -> zarr.Array[Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -193,32 +194,40 @@ def write_block(
     part = store.only_part
     samples = part.blocks[block]
     steps = timesteps if timesteps is not None else np.tile(np.arange(sketches.shape[1]), (len(sketches), 1))
-    for what, values in (("loss", losses), ("gradient norm", norms)):
-        if values is not None:
-            _check_finite(values, what, checkpoint, part.ids[samples], steps)
+    for what, plane in (("loss", losses), ("gradient norm", norms)):
+        if plane is not None:
+            _check_finite(plane, what, checkpoint, part.ids[samples], steps)
     given: dict[str, Any] = {"sketch": sketches, "norm": norms, "loss": losses, "timestep": timesteps}
-    new: dict[str, NewChunk] = {}
+    count = samples.stop - samples.start
+    scale = np.empty((count, *part.shape[1:2]), np.float32)
+
+    def stored() -> Iterator[npt.NDArray[Any]]:
+        """The rows as they are stored, some at a time; fills `scale`."""
+        array = part.array(f"{checkpoint}/sketch")
+        size = max(1, objects.SLICE // (math.prod(array.shape[1:]) * array.dtype.itemsize))
+        for start in range(0, count, size):
+            some = slice(start, start + size)
+            rows, scale[some] = encode(sketches[some], part.meta["dtype"])
+            if part.meta["dtype"] == "float32" or not np.isfinite(scale[some]).all():
+                _check_finite(sketches[some], "gradient", checkpoint, part.ids[samples][some], steps[some])
+            yield rows
+
+    # sketch is the first of the quantities, so that scale is full when its turn comes
+    values: dict[str, Iterable[Any]] = {name: [array] for name, array in given.items()}
+    values |= {"sketch": stored(), "scale": [scale]}
+    chunks: dict[str, NewChunk] = {}
     for quantity in part.meta["quantities"]:
         array = part.array(f"{checkpoint}/{quantity}")
-        expected = (samples.stop - samples.start, *array.shape[1:])
-        if quantity != "scale" and np.shape(given[quantity]) != expected:
+        if quantity != "scale" and np.shape(given[quantity]) != (count, *array.shape[1:]):
             raise ValueError(
-                f"block {block} of checkpoint {checkpoint!r} needs {quantity} of shape {expected}, got "
-                f"{np.shape(given[quantity])}."
+                f"block {block} of checkpoint {checkpoint!r} needs {quantity} of shape {(count, *array.shape[1:])}, "
+                f"got {np.shape(given[quantity])}."
             )
-        new[quantity] = NewChunk(array, block, expected[0])
-        if quantity not in ("sketch", "scale"):
-            new[quantity].values[:] = given[quantity]
-    scale = new["scale"].values
-    scale[:] = encode(sketches, part.meta["dtype"], out=new["sketch"].values)[1]
-    if part.meta["dtype"] == "float32" or not np.isfinite(scale).all():
-        _check_finite(sketches, "gradient", checkpoint, part.ids[samples], steps)
-    chunks, checksums = {}, {}
-    for quantity, chunk in new.items():
-        chunks[part.chunk_key(checkpoint, quantity, block)], checksums[quantity] = chunk.finished()
-    record = commits.pack(part.meta["digest"], checkpoint, block, checksums)
+        chunks[quantity] = NewChunk(array, block, values[quantity])
     try:
-        objects.write_all(part.root, chunks)
+        objects.write_all(part.root, {part.chunk_key(checkpoint, name, block): new for name, new in chunks.items()})
+        checksums = {name: new.checksum for name, new in chunks.items()}
+        record = commits.pack(part.meta["digest"], checkpoint, block, checksums)
         objects.write_all(part.root, {commits.commit_key(checkpoint, block): record})
     except OSError as error:
         raise OSError(
