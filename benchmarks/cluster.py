@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -11,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -39,13 +40,25 @@ BATCH = 32
 QUERIES = 64
 
 
+CALM = {
+    "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False",
+    "DASK_DISTRIBUTED__WORKER__MEMORY__MONITOR_INTERVAL": "1s",
+    "DASK_DISTRIBUTED__ADMIN__SYSTEM_MONITOR__INTERVAL": "5s",
+    "DASK_DISTRIBUTED__ADMIN__TICK__INTERVAL": "500ms",
+}
+"""Dask watches itself less often, see docs/cluster.md."""
+
+
 @contextmanager
-def cluster(workers: int) -> Iterator[tuple[Client, psutil.Process]]:
+def cluster(workers: int, settings: Mapping[str, str] = CALM) -> Iterator[tuple[Client, psutil.Process]]:
     """A client, and the scheduler's process: everything in processes of its own, one thread per worker."""
     with tempfile.TemporaryDirectory() as folder:
         file = f"{folder}/scheduler.json"
         dask = [sys.executable, "-m", "dask"]
-        quiet: dict[str, Any] = {"stderr": subprocess.DEVNULL, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+        quiet: dict[str, Any] = {
+            "stderr": subprocess.DEVNULL,
+            "env": {**os.environ, **settings, "OMP_NUM_THREADS": "1"},
+        }
         scheduler = subprocess.Popen(
             [*dask, "scheduler", "--port", "0", "--no-dashboard", "--scheduler-file", file], **quiet
         )
@@ -91,43 +104,53 @@ def sketch(out: Path, samples: int, block: int | None, client: Client | None = N
     return time.perf_counter() - started
 
 
-def scaling(samples: int, rows: int, repeats: int = 3) -> None:
-    """Sketching and scanning by 1 and 2 worker processes against this one; medians of the scans."""
+def scaling(samples: int, rows: int, rounds: int = 3, repeats: int = 3) -> None:
+    """Sketching and scanning by 1 and 2 worker processes against this one, in turns; medians of the rounds."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_index(folder / "i", rows)
-        index, queries, block = rs.open_index(folder / "i"), asked(QUERIES), samples // 16
+        index, queries, block = rs.open_index(folder / "i"), asked(QUERIES), samples // 32
+        sketching: dict[str, list[float]] = {}
+        scanning: dict[str, list[float]] = {}
+        busy: dict[str, list[float]] = {}
 
         def scan(client: Client | None) -> float:
             return median(lambda: index.query(queries, 10, client=client), repeats)
 
-        seconds, busy = {0: (sketch(folder / "0", samples, block), scan(None))}, {0: 0.0}
-        for workers in (1, 2):
-            with cluster(workers) as (client, _):
-                sketch(folder / f"warm-{workers}", 64 * workers, 64, client)
-                with get_task_stream(client) as stream:
-                    took = sketch(folder / str(workers), samples, block, client)
-                seconds[workers] = took, scan(client)
-                busy[workers] = sum(part["stop"] - part["start"] for task in stream.data for part in task["startstops"])
-            assert contents(folder / str(workers)) == contents(folder / "0"), "the stores differ"
-        # the most that this machine could give: plain processes side by side, with half of the samples or a scan each
-        with ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-            wait([pool.submit(sketch, folder / f"{i}-warm", 64, 64) for i in range(2)])
-            started = time.perf_counter()
-            wait([pool.submit(sketch, folder / f"{i}-plain", samples // 2, block) for i in range(2)])
-            sketching = time.perf_counter() - started
-            scans = [pool.submit(scan_alone, folder / "i", repeats) for _ in range(2)]
-            scanning = statistics.mean(job.result() for job in scans) / 2
-        print(
-            f"two plain processes side by side: sketching x {seconds[0][0] / sketching:.2f} of one, "
-            f"scanning x {seconds[0][1] / scanning:.2f}"
-        )
-        for workers, (sketching, scanning) in seconds.items():
-            share = f" (workers at work {busy[workers] / workers / sketching:.1%} of the time)" if workers else ""
+        for number in range(rounds):
+            at = folder / str(number)
+            sketching.setdefault("in-process", []).append(sketch(at / "0", samples, block))
+            scanning.setdefault("in-process", []).append(scan(None))
+            for who, workers, settings in (
+                ("1 worker", 1, CALM),
+                ("2 workers", 2, CALM),
+                ("2 workers under Dask's own settings", 2, {}),
+            ):
+                with cluster(workers, settings) as (client, _):
+                    sketch(at / f"warm {who}", 64 * workers, 64, client)
+                    with get_task_stream(client) as stream:
+                        took = sketch(at / who, samples, block, client)
+                    work = sum(part["stop"] - part["start"] for task in stream.data for part in task["startstops"])
+                    sketching.setdefault(who, []).append(took)
+                    busy.setdefault(who, []).append(work / workers / took)
+                    scanning.setdefault(who, []).append(scan(client))
+                assert contents(at / who) == contents(at / "0"), "the stores differ"
+            # the most that this machine could give: two plain processes, with half of the samples or a scan each
+            with ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+                wait([pool.submit(sketch, at / f"{i}-warm", 64, 64) for i in range(2)])
+                started = time.perf_counter()
+                wait([pool.submit(sketch, at / f"{i}-plain", samples // 2, block) for i in range(2)])
+                sketching.setdefault("2 plain processes", []).append(time.perf_counter() - started)
+                scans = [pool.submit(scan_alone, folder / "i", repeats) for _ in range(2)]
+                scanning.setdefault("2 plain processes", []).append(statistics.mean(job.result() for job in scans) / 2)
+            shutil.rmtree(at)
+        for who, took in sketching.items():
+            times, one = [[statistics.median(x[name]) for x in (sketching, scanning)] for name in (who, "1 worker")]
+            share = f" (at work {statistics.median(busy[who]):.1%} of the time)" if who in busy else ""
+            each = ", ".join(f"{a / b:.2f}" for a, b in zip(sketching["1 worker"], took, strict=True))
             print(
-                f"{f'{workers} workers' if workers else 'in-process'}: sketching {samples / sketching:.0f} pairs/s, "
-                f"x {seconds[1][0] / sketching:.2f} of one worker{share}; scanning {rows} rows x {QUERIES} queries "
-                f"{scanning:.2f} s, x {seconds[1][1] / scanning:.2f}"
+                f"{who}: sketching {samples / times[0]:.0f} pairs/s, x {one[0] / times[0]:.2f} of one worker ({each})"
+                f"{share}; scanning {rows} rows x {QUERIES} queries {times[1]:.2f} s, x {one[1] / times[1]:.2f}"
             )
 
 
