@@ -60,7 +60,7 @@ def _by_input_windows(layer: Any, inputs: Tensor, grad_output: Tensor, n: int, p
     after = [r + s - p - x for r, s, p, x in zip(reaches, spans, before, inputs.shape[2:], strict=True)]
     starts = [[k * span for k in range(size)] for size, span in zip(layer.kernel_size, layer.dilation, strict=True)]
     grad = _positions_last(grad_output, n)
-    padded = by_sample(_zeros_around(channels_first(inputs), before, after), n)
+    padded = by_sample(_zeros_around(_channels_first(inputs), before, after), n)
     weight = scratch("weight", (n, grad.shape[1], padded.shape[2] * prod(layer.kernel_size)), grad)
     for samples, windows in _windows(padded, starts, grad_output.shape[2:], layer.stride):
         batched_product(grad[samples], windows.flatten(1, 2), weight[samples])
@@ -78,7 +78,7 @@ def _by_gradient_windows(layer: Any, inputs: Tensor, grad_output: Tensor, n: int
         for reach, size, span in zip(reaches, layer.kernel_size, layer.dilation, strict=True)
     ]
     seen = _positions_last(inputs, n)
-    padded = by_sample(_zeros_around(channels_first(grad_output), before, after), n)
+    padded = by_sample(_zeros_around(_channels_first(grad_output), before, after), n)
     o, k = padded.shape[2], prod(layer.kernel_size)
     weight = scratch("weight", (n, k * o, seen.shape[1]), seen)
     for samples, windows in _windows(padded, starts, inputs.shape[2:], (1,) * len(starts), kernel_first=True):
@@ -130,11 +130,11 @@ def _windows(
 
 
 def _positions_last(x: Tensor, n: int) -> Tensor:
-    """`[n*f, channels, *spatial]` -> `[n, channels, f*positions]`."""
-    return by_sample(channels_first(x).flatten(2), n).movedim(1, 2).flatten(2)
+    """`[n*f, channels, *spatial]` -> `[n, channels, f*positions]`, in the memory order that it comes in if f is 1."""
+    return by_sample(x.flatten(2), n).movedim(1, 2).flatten(2)
 
 
-def channels_first(x: Tensor) -> Tensor:
+def _channels_first(x: Tensor) -> Tensor:
     """Contiguous; from channels last by one matrix transposition per row, at twice the rate of a copy."""
     if x.is_contiguous() or x.device.type != "cpu" or not x.movedim(1, -1).is_contiguous() or x[0].numel() < 1 << 15:
         return x.contiguous()

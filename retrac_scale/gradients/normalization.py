@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from retrac_scale.gradients.convolution import channels_first
 from retrac_scale.gradients.registry import by_sample, register
 
 
@@ -23,8 +22,6 @@ def group_norm(
         variance, mean = torch.var_mean(x.reshape(rows, groups, -1), 2, correction=0)
         statistics = mean, torch.rsqrt(variance + layer.eps)
     mean, rstd = (value.to(dtype) for value in statistics)
-    if x.device.type == "cpu":
-        x, grad = channels_first(x), channels_first(grad)
     if x.is_contiguous() and grad.is_contiguous():
         # the rows of the batch become channels of one sample, for which torch's own kernel sums over positions alone
         shape, positions = (1, rows * channels, -1), x[0, 0].numel()
@@ -41,7 +38,7 @@ def group_norm(
             [False, True, True],
         )
         weight, bias = weight.view(rows, channels), bias.view(rows, channels)
-    else:
+    else:  # channels last: a plain sum over positions runs along the memory
         each = channels // groups
         bias = grad.flatten(2).sum(2)
         weight = (grad.flatten(2) * x.flatten(2)).sum(2) - mean.repeat_interleave(each, 1) * bias

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,18 +14,25 @@ MANY_OPERATIONS = 1 << 20
 """Multiply-adds per sample from which one oneDNN call each beats a batched MKL call (alike at 0.8 million)."""
 
 _scratch = threading.local()
-_onednn: Any = (
-    torch.ops.mkldnn._linear_pointwise
-    if torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    else None
-)
+
+
+def _faster_than_mkl() -> Any:
+    """oneDNN's product, None where there is none or the processor is one that MKL is made for."""
+    processor = Path("/proc/cpuinfo")
+    if processor.exists() and "GenuineIntel" in processor.read_text():
+        return None
+    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None) if available else None
+
+
+_onednn = _faster_than_mkl()
 
 
 def batched_product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     """`[n, a, s]` times `[n, b, s]`, summed over s, into `out [n, a, b]`.
 
-    torch's float32 products on the CPU go to MKL, which on AMD processors reaches 0.4 of oneDNN's rate.
+    torch's float32 products on the CPU go to MKL, which on AMD processors reaches 0.4 of oneDNN's rate; on Intel's it
+    is as fast or, since it writes into `out` itself, up to four times faster.
     """
     a, s = left.shape[1:]
     b = right.shape[1]
