@@ -24,6 +24,8 @@ FIRST_ROWS = 4096
 """Of a scan: a floor from a few rows spares most of the next ones."""
 POOL = 8
 EXACT_ROWS = 64
+GATHERED = 2**21
+"""Entries of the rows that are brought together before any becomes float64."""
 SCORE_ROWS = 512
 ROUNDING = 2.0**-24
 CHANCE = 1e-21
@@ -358,14 +360,17 @@ class _Pool:
 
     def _make_exact(self, chosen: Bools) -> None:
         """Replace approximate values by float64 sums; each depends on its row and query alone."""
-        held, q = self._held, self._queries.shape[1]
-        for part in self._batches(chosen & (held["bound"] > 0)):
+        held, (_, q, k) = self._held, self._queries.shape
+        exact = np.empty((EXACT_ROWS, k))
+        for part in self._batches(chosen & (held["bound"] > 0), max(EXACT_ROWS, GATHERED // k)):
             lane = held["lane"][part]
-            edges = [*np.flatnonzero(np.diff(lane, prepend=-1)).tolist(), len(part)]
+            edges = [start for run in _runs(lane) for start in range(run.start, run.stop, EXACT_ROWS)]
             total, product = np.zeros((2, len(part)))
-            for query, (rows, scale) in zip(self._queries, self._taken(part, np.float64), strict=True):
-                for start, stop in itertools.pairwise(edges):
-                    np.einsum("sk,k->s", rows[start:stop], query[lane[start] % q], out=product[start:stop])
+            for query, (rows, scale) in zip(self._queries, self._taken(part), strict=True):
+                for start, stop in itertools.pairwise([*edges, len(part)]):
+                    few = exact[: stop - start]
+                    few[:] = rows[start:stop]
+                    np.einsum("sk,k->s", few, query[lane[start] % q], out=product[start:stop])
                 total += product * scale
             held["value"][part] = self._sign[lane] * total
             held["bound"][part] = 0
@@ -385,53 +390,65 @@ class _Pool:
         if self._queries.shape[::2] == (1, k):  # one block: the norms and the score are known
             part = np.flatnonzero(unknown)
             length = self._lengths[held["lane"][part] % len(self._lengths)]
-            for chunk, places, row in self._by_chunk(part):
-                length[places] *= chunk.norm[0, row]
+            for number, places, row in _by_chunk(held[part]):
+                length[places] *= self._chunk(number).norm[0, row]
             held["error"][part] = np.sqrt((length**2 + held["value"][part] ** 2) / k)
             return
-        for part in self._batches(unknown):
+        for part in self._batches(unknown, EXACT_ROWS):
             query = held["lane"][part] % self._queries.shape[1]
-            weighted = [rows * scale[:, None] for rows, scale in self._taken(part, np.float32)]
+            weighted = [rows * scale[:, None] for rows, scale in self._taken(part)]
             asked = self._queries[:, query].astype(np.float32)
             x = np.stack(weighted, 1).reshape(len(part), -1, k)
             y = asked.swapaxes(0, 1).reshape(len(part), -1, k)
             xx, yy, xy = x @ x.swapaxes(1, 2), y @ y.swapaxes(1, 2), x @ y.swapaxes(1, 2)
             held["error"][part] = np.sqrt(np.maximum((xx * yy + xy * xy.swapaxes(1, 2)).sum((1, 2)), 0) / k)
 
-    def _batches(self, chosen: Bools) -> Iterator[Ints]:
-        """Chosen candidates, a few at a time, ordered by lane."""
+    def _batches(self, chosen: Bools, size: int) -> Iterator[Ints]:
+        """Chosen candidates, so many at a time, ordered by lane."""
         inside = np.flatnonzero(chosen)
         inside = inside[np.argsort(self._held["lane"][inside], kind="stable")]
-        for start in range(0, len(inside), EXACT_ROWS):
-            yield inside[start : start + EXACT_ROWS]
+        for start in range(0, len(inside), size):
+            yield inside[start : start + size]
 
-    def _by_chunk(self, part: Ints) -> Iterator[tuple[Chunk, Ints, Ints]]:
-        """For each chunk that some candidates come from: the chunk, their places in `part`, their rows in the chunk."""
-        numbers, row = self._held["chunk"][part], self._held["row"][part]
-        for number in np.unique(numbers).tolist():
-            chunk, places = self._chunks[number], np.flatnonzero(numbers == number)
-            assert chunk is not None
-            yield chunk, places, row[places]
-
-    def _taken(self, part: Ints, dtype: Any) -> Iterator[tuple[npt.NDArray[Any], Float32]]:
-        """For each checkpoint, the stored rows of some candidates `[s, k]` in a dtype, and their scales `[s]`."""
-        rows, scale = np.empty((len(part), self._queries.shape[2]), dtype), np.empty(len(part), np.float32)
+    def _taken(self, part: Ints) -> Iterator[tuple[npt.NDArray[Any], Float32]]:
+        """For each checkpoint, the rows of some candidates as they are stored, `[s, k]`, and their scales `[s]`."""
+        found = [(self._chunk(number), places, row) for number, places, row in _by_chunk(self._held[part])]
+        rows = np.empty((len(part), self._queries.shape[2]), found[0][0].rows[0].dtype)
+        scale = np.empty(len(part), np.float32)
         for c in range(len(self._queries)):
-            for chunk, places, row in self._by_chunk(part):
+            for chunk, places, row in found:
                 rows[places], scale[places] = chunk.rows[c][row], chunk.scale[c, row]
             yield rows, scale
+
+    def _chunk(self, number: int) -> Chunk:
+        chunk = self._chunks[number]
+        assert chunk is not None
+        return chunk
 
     def _names(self, held: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """The sample ids of candidates."""
         names: npt.NDArray[Any] = np.zeros(len(held), dtype=self._id_type)
-        for number in np.unique(held["chunk"]).tolist():
-            inside = held["chunk"] == number
-            names[inside] = self._ids[number][held["row"][inside]]
+        for number, places, row in _by_chunk(held):
+            names[places] = self._ids[number][row]
         return names
 
     @property
     def _id_type(self) -> np.dtype[Any]:
         return np.result_type(*{ids.dtype for ids in self._ids}) if self._ids else np.dtype(np.int64)
+
+
+def _by_chunk(held: npt.NDArray[Any]) -> Iterator[tuple[int, Ints, Ints]]:
+    """For each chunk that some candidates come from: its number, their places in `held`, their rows in the chunk."""
+    order = np.argsort(held["chunk"], kind="stable")
+    numbers, rows = held["chunk"][order], held["row"][order]
+    for run in _runs(numbers):
+        yield int(numbers[run.start]), order[run], rows[run]
+
+
+def _runs(values: npt.NDArray[Any]) -> list[slice]:
+    """Where equal values stand side by side."""
+    edges = [*np.flatnonzero(np.diff(values, prepend=-1)).tolist(), len(values)]
+    return [slice(*pair) for pair in itertools.pairwise(edges)]
 
 
 def _places(lanes: Ints) -> Ints:
