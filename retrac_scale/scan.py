@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ FIRST_ROWS = 4096
 """Of a scan: a floor from a few rows spares most of the next ones."""
 POOL = 8
 EXACT_ROWS = 64
+GATHERED = 2**21
+"""Entries of the rows that are brought together before any becomes float64."""
 SCORE_ROWS = 512
 ROUNDING = 2.0**-24
 CHANCE = 1e-21
@@ -101,7 +104,7 @@ def top(
     products: list[_Product] = []
     for chunk in chunks:
         if not products:
-            products = [_product(query, chunk.rows[0].dtype, len(queries)) for query in queries]
+            products = [_product(*query, chunk.rows[0].dtype, len(queries)) for query in pool.queries]
             size = min(pool.first, products[0].tile)
         number, stop = pool.hold(chunk), 0
         while stop < len(chunk.ids):
@@ -158,7 +161,7 @@ def _scan_tile(
     for side, sign in enumerate(signs):
         part = slice(side * q, (side + 1) * q)
         if np.isneginf(pool.floor[part]).any() and len(total) >= pool.k:
-            kth = _kth(sign * total.T, pool.k, chunk, tile, query_ids)
+            kth = _reached(sign * total, pool.k, chunk, tile, query_ids)
             np.maximum(pool.floor[part], kth - slack, out=pool.floor[part])
         lowest = (pool.floor[part] - slack).astype(np.float32)
         lowest = np.nextafter(lowest, np.float32(-np.inf))
@@ -166,24 +169,28 @@ def _scan_tile(
         places = np.flatnonzero(passed)
         if not len(places):
             continue
-        rows, lanes = np.divmod(places, q)
-        keep = np.ones(len(rows), dtype=bool) if chunk.mask is None else chunk.mask[tile][rows]
+        if chunk.mask is not None:
+            places = places[chunk.mask[tile][places // q]]
         if query_ids is not None:
-            keep &= chunk.ids[tile][rows] != query_ids[lanes]
-        if not keep.all():
-            rows, lanes, places = rows[keep], lanes[keep], places[keep]
+            places = places[chunk.ids[tile][places // q] != query_ids[places % q]]
+        rows, lanes = np.divmod(places, q)
         bound = np.einsum("cs,cs->s", chunk.norm[:, tile][:, rows].astype(np.float64), error[:, lanes])
         value = sign * total.ravel()[places].astype(np.float64)
         pool.add(number, tile.start + rows, side * q + lanes, value, bound)
 
 
-def _kth(values: Float32, k: int, chunk: Chunk, tile: slice, query_ids: npt.NDArray[Any] | None) -> Float64:
-    """The k-th largest of each query's values `[q, n]` over the samples of a tile that count for it; -inf: too few."""
+def _reached(values: Float32, k: int, chunk: Chunk, tile: slice, query_ids: npt.NDArray[Any] | None) -> Float64:
+    """What k samples of a tile that count for a query reach, of values `[n, q]`: the k-th largest, or a little less.
+
+    It is the k-th largest of the maxima of some groups of samples, which are much fewer; -inf when too few count.
+    """
     if chunk.mask is not None:
-        values[:, ~chunk.mask[tile]] = -np.inf
+        values[~chunk.mask[tile]] = -np.inf
     if query_ids is not None:
-        values[query_ids[:, None] == chunk.ids[tile]] = -np.inf
-    return np.partition(values, -k, axis=1)[:, -k].astype(np.float64)
+        values[chunk.ids[tile][:, None] == query_ids] = -np.inf
+    size = max(1, len(values) // (8 * k))
+    groups = values[: len(values) // size * size].reshape(size, -1, values.shape[1])
+    return np.partition(groups.max(0).T, -k, axis=1)[:, -k].astype(np.float64)
 
 
 class _Product:
@@ -218,18 +225,16 @@ class _Product:
         return weighted
 
 
-def _product(queries: Float32, dtype: np.dtype[Any], checkpoints: int) -> _Product:
-    """The fastest product that this machine has for rows of a dtype, with its error."""
+def _product(queries: Float64, norm: Float64, dtype: np.dtype[Any], checkpoints: int) -> _Product:
+    """The fastest product that this machine has for queries `[q, k]` and rows of a dtype, with its error."""
     q, k = queries.shape
-    exact = queries.astype(np.float64)
-    norm = _lengths(exact)
     arithmetic = (8 + checkpoints) * ROUNDING * norm
     tile = 16384 if q < 8 else 2048 if q <= 256 else 512
     if torch.cuda.is_available():
         rounded = torch.from_numpy(queries).bfloat16().T.contiguous().cuda()
         return _Product(rounded, np.ones(q, np.float32), arithmetic + 2.0**-6 * norm, 16384)
     if dtype == np.int8 and torch.cpu._is_vnni_supported():  # other CPUs saturate sums of int8 products
-        integers, unit, error = _integers(exact)
+        integers, unit, error = _integers(queries)
         return _Product(torch.from_numpy(integers.T.copy()), unit, error + 1.1 * arithmetic, tile)
     summation = 1.1 * k * ROUNDING * norm
     if torch.cpu._is_avx512_bf16_supported() and q >= 16:  # queries, rows and result round to 8 bits
@@ -238,7 +243,7 @@ def _product(queries: Float32, dtype: np.dtype[Any], checkpoints: int) -> _Produ
         return _Product(rounded, np.ones(q, np.float32), error, min(tile, 512))
     if torch.get_float32_matmul_precision() != "highest":
         summation = summation + 2.0**-6 * norm
-    matrix = torch.from_numpy(queries.T.copy())
+    matrix = torch.from_numpy(queries.astype(np.float32).T.copy())
     return _Product(matrix, np.ones(q, np.float32), arithmetic + summation, min(tile, 512))
 
 
@@ -247,16 +252,22 @@ def _integers(queries: Float64) -> tuple[npt.NDArray[np.int8], Float32, Float64]
 
     The error of a product with a row r is a sum of independent terms, each of mean zero and in a range of unit |r_k|:
     by Hoeffding's inequality it exceeds unit |r| sqrt(ln(2/p)/2) with a probability of at most p; by Cauchy and Schwarz
-    it never exceeds |r| |residual|. The smaller counts. Integers are small enough that no int32 sum overflows.
+    it never exceeds unit |r| sqrt(k). The smaller counts. Integers are small enough that no int32 sum overflows.
     """
-    largest = min(127, (2**31 - 1) // (127 * queries.shape[1]))
+    k = queries.shape[1]
+    largest = min(127, (2**31 - 1) // (127 * k))
     highest = np.maximum(queries.max(1), -queries.min(1))
     unit = np.maximum(highest * (1.000001 / largest), 1e-37).astype(np.float32)
-    scaled = queries / unit[:, None].astype(np.float64)
-    rounded = np.random.default_rng(0).random(scaled.shape)
-    np.floor(np.add(scaled, rounded, out=rounded), out=rounded)
-    residual = unit * _lengths(np.subtract(scaled, rounded, out=scaled))
-    return rounded.astype(np.int8), unit, np.minimum(1.000001 * residual, unit * np.sqrt(np.log(2 / CHANCE) / 2))
+    scaled = queries * (1 / unit.astype(np.float64))[:, None]
+    scaled += _dice(k)
+    rounded = np.floor(scaled, out=scaled).astype(np.int8)
+    return rounded, unit, 1.000001 * unit * np.sqrt(min(k, np.log(2 / CHANCE) / 2))
+
+
+@functools.lru_cache(maxsize=4)
+def _dice(k: int) -> Float64:
+    """Random numbers in [0, 1), the same for all queries: of each query alone, the entries are independent."""
+    return np.random.default_rng(0).random(k)
 
 
 def _lengths(rows: Float64) -> Float64:
@@ -277,13 +288,18 @@ class _Pool:
         self.floor = np.full(self.lanes, -np.inf) if floor is None else floor
         self._sign = np.repeat(np.array(signs, dtype=np.float64), queries.shape[1])
         self._queries = queries.astype(np.float64)
-        self._lengths = _lengths(self._queries[0])
+        self._lengths = np.stack([_lengths(query) for query in self._queries])
         self._sketch_dim = sketch_dim
         self._chunks: list[Chunk | None] = []
         self._ids: list[npt.NDArray[Any]] = []
         self._held = np.empty(0, CANDIDATE)
         self._new: list[npt.NDArray[Any]] = []
         self._size = 0
+
+    @property
+    def queries(self) -> Iterator[tuple[Float64, Float64]]:
+        """For each checkpoint the queries `[q, k]` and their lengths `[q]`."""
+        return zip(self._queries, self._lengths, strict=True)
 
     def hold(self, chunk: Chunk) -> int:
         """Keep a chunk within reach; its number."""
@@ -348,24 +364,27 @@ class _Pool:
     def _kth(self, values: Float64) -> Float64:
         """The k-th largest of the held candidates' values in each lane, -inf where there are fewer."""
         lanes = self._held["lane"]
-        order = np.argsort(lanes.astype(np.uint16) if self.lanes < 2**16 else lanes, kind="stable")
-        ends = np.cumsum(np.bincount(lanes, minlength=self.lanes))
+        order = np.argsort(values)
+        order = order[np.argsort(lanes[order].astype(np.min_scalar_type(self.lanes)), kind="stable")]
+        counts = np.bincount(lanes, minlength=self.lanes)
+        full = counts >= self.k
         kth = np.full(self.lanes, -np.inf)
-        for lane, (start, end) in enumerate(zip(np.r_[0, ends[:-1]], ends, strict=True)):
-            if end - start >= self.k:
-                kth[lane] = np.partition(values[order[start:end]], end - start - self.k)[end - start - self.k]
+        kth[full] = values[order[np.cumsum(counts)[full] - self.k]]
         return kth
 
     def _make_exact(self, chosen: Bools) -> None:
         """Replace approximate values by float64 sums; each depends on its row and query alone."""
-        held, q = self._held, self._queries.shape[1]
-        for part in self._batches(chosen & (held["bound"] > 0)):
+        held, (_, q, k) = self._held, self._queries.shape
+        exact = np.empty((EXACT_ROWS, k))
+        for part in self._batches(chosen & (held["bound"] > 0), max(EXACT_ROWS, GATHERED // k)):
             lane = held["lane"][part]
-            edges = [*np.flatnonzero(np.diff(lane, prepend=-1)).tolist(), len(part)]
+            edges = [start for run in _runs(lane) for start in range(run.start, run.stop, EXACT_ROWS)]
             total, product = np.zeros((2, len(part)))
-            for query, (rows, scale) in zip(self._queries, self._taken(part, np.float64), strict=True):
-                for start, stop in itertools.pairwise(edges):
-                    np.einsum("sk,k->s", rows[start:stop], query[lane[start] % q], out=product[start:stop])
+            for query, (rows, scale) in zip(self._queries, self._taken(part), strict=True):
+                for start, stop in itertools.pairwise([*edges, len(part)]):
+                    few = exact[: stop - start]
+                    few[:] = rows[start:stop]
+                    np.einsum("sk,k->s", few, query[lane[start] % q], out=product[start:stop])
                 total += product * scale
             held["value"][part] = self._sign[lane] * total
             held["bound"][part] = 0
@@ -384,54 +403,66 @@ class _Pool:
         unknown = np.isnan(held["error"])
         if self._queries.shape[::2] == (1, k):  # one block: the norms and the score are known
             part = np.flatnonzero(unknown)
-            length = self._lengths[held["lane"][part] % len(self._lengths)]
-            for chunk, places, row in self._by_chunk(part):
-                length[places] *= chunk.norm[0, row]
+            length = self._lengths[0, held["lane"][part] % self._queries.shape[1]]
+            for number, places, row in _by_chunk(held[part]):
+                length[places] *= self._chunk(number).norm[0, row]
             held["error"][part] = np.sqrt((length**2 + held["value"][part] ** 2) / k)
             return
-        for part in self._batches(unknown):
+        for part in self._batches(unknown, EXACT_ROWS):
             query = held["lane"][part] % self._queries.shape[1]
-            weighted = [rows * scale[:, None] for rows, scale in self._taken(part, np.float32)]
+            weighted = [rows * scale[:, None] for rows, scale in self._taken(part)]
             asked = self._queries[:, query].astype(np.float32)
             x = np.stack(weighted, 1).reshape(len(part), -1, k)
             y = asked.swapaxes(0, 1).reshape(len(part), -1, k)
             xx, yy, xy = x @ x.swapaxes(1, 2), y @ y.swapaxes(1, 2), x @ y.swapaxes(1, 2)
             held["error"][part] = np.sqrt(np.maximum((xx * yy + xy * xy.swapaxes(1, 2)).sum((1, 2)), 0) / k)
 
-    def _batches(self, chosen: Bools) -> Iterator[Ints]:
-        """Chosen candidates, a few at a time, ordered by lane."""
+    def _batches(self, chosen: Bools, size: int) -> Iterator[Ints]:
+        """Chosen candidates, so many at a time, ordered by lane."""
         inside = np.flatnonzero(chosen)
         inside = inside[np.argsort(self._held["lane"][inside], kind="stable")]
-        for start in range(0, len(inside), EXACT_ROWS):
-            yield inside[start : start + EXACT_ROWS]
+        for start in range(0, len(inside), size):
+            yield inside[start : start + size]
 
-    def _by_chunk(self, part: Ints) -> Iterator[tuple[Chunk, Ints, Ints]]:
-        """For each chunk that some candidates come from: the chunk, their places in `part`, their rows in the chunk."""
-        numbers, row = self._held["chunk"][part], self._held["row"][part]
-        for number in np.unique(numbers).tolist():
-            chunk, places = self._chunks[number], np.flatnonzero(numbers == number)
-            assert chunk is not None
-            yield chunk, places, row[places]
-
-    def _taken(self, part: Ints, dtype: Any) -> Iterator[tuple[npt.NDArray[Any], Float32]]:
-        """For each checkpoint, the stored rows of some candidates `[s, k]` in a dtype, and their scales `[s]`."""
-        rows, scale = np.empty((len(part), self._queries.shape[2]), dtype), np.empty(len(part), np.float32)
+    def _taken(self, part: Ints) -> Iterator[tuple[npt.NDArray[Any], Float32]]:
+        """For each checkpoint, the rows of some candidates as they are stored, `[s, k]`, and their scales `[s]`."""
+        found = [(self._chunk(number), places, row) for number, places, row in _by_chunk(self._held[part])]
+        rows = np.empty((len(part), self._queries.shape[2]), found[0][0].rows[0].dtype)
+        scale = np.empty(len(part), np.float32)
         for c in range(len(self._queries)):
-            for chunk, places, row in self._by_chunk(part):
+            for chunk, places, row in found:
                 rows[places], scale[places] = chunk.rows[c][row], chunk.scale[c, row]
             yield rows, scale
+
+    def _chunk(self, number: int) -> Chunk:
+        chunk = self._chunks[number]
+        assert chunk is not None
+        return chunk
 
     def _names(self, held: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """The sample ids of candidates."""
         names: npt.NDArray[Any] = np.zeros(len(held), dtype=self._id_type)
-        for number in np.unique(held["chunk"]).tolist():
-            inside = held["chunk"] == number
-            names[inside] = self._ids[number][held["row"][inside]]
+        for number, places, row in _by_chunk(held):
+            names[places] = self._ids[number][row]
         return names
 
     @property
     def _id_type(self) -> np.dtype[Any]:
         return np.result_type(*{ids.dtype for ids in self._ids}) if self._ids else np.dtype(np.int64)
+
+
+def _by_chunk(held: npt.NDArray[Any]) -> Iterator[tuple[int, Ints, Ints]]:
+    """For each chunk that some candidates come from: its number, their places in `held`, their rows in the chunk."""
+    order = np.argsort(held["chunk"], kind="stable")
+    numbers, rows = held["chunk"][order], held["row"][order]
+    for run in _runs(numbers):
+        yield int(numbers[run.start]), order[run], rows[run]
+
+
+def _runs(values: npt.NDArray[Any]) -> list[slice]:
+    """Where equal values stand side by side."""
+    edges = [*np.flatnonzero(np.diff(values, prepend=-1)).tolist(), len(values)]
+    return [slice(*pair) for pair in itertools.pairwise(edges)]
 
 
 def _places(lanes: Ints) -> Ints:

@@ -69,7 +69,7 @@ class Estimator(ABC):
         Cross pairing: the mean over timesteps, `[n, k]`. Matched pairing: all timesteps side by side, `[n, t*k]`, so
         that the inner product is the sum over timesteps.
         """
-        return self.collapse(store.sketches(checkpoint, samples), store.norms(checkpoint, samples))
+        return self.collapse(*store.sketches_and_norms(checkpoint, samples))
 
     def train_rows(
         self, store: SketchStore, checkpoint: str, samples: slice = slice(None), ridge: Ridge | None = None
@@ -80,8 +80,9 @@ class Estimator(ABC):
     def collapse(self, sketches: Float32, norms: Float32) -> Float32:
         """The rows of samples from their gradients, or sketches of them, `[n, t, k]` and norms `[n, t]`."""
         vectors = self.vectors(sketches, norms)
-        if self.pairing == "matched":
-            return vectors.reshape(len(vectors), -1)
+        n, t, k = vectors.shape
+        if self.pairing == "matched" or t == 1:
+            return vectors.reshape(n, t * k)
         mean: Float32 = vectors.mean(1)
         return mean
 

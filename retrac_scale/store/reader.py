@@ -191,11 +191,13 @@ class SketchStore:
 
     def sketches(self, checkpoint: str, samples: slice = ALL) -> Float32:
         """Raw sketches, float32 `[n, t, k]`; their inner products estimate those of the gradients."""
+        (sketches,) = self._gather(checkpoint, samples, "sketch")
+        return sketches
 
-        def fill(out: Float32, read: Read, rows: slice) -> None:
-            decode(read("sketch")[rows], read("scale")[rows], out=out)
-
-        return self._gather(checkpoint, samples, fill, self.shape[1:], np.float32)
+    def sketches_and_norms(self, checkpoint: str, samples: slice = ALL) -> tuple[Float32, Float32]:
+        """What `sketches` and `norms` give, at the cost of one search for the blocks."""
+        sketches, norms = self._gather(checkpoint, samples, "sketch", "norm")
+        return sketches, norms
 
     def stored(self, checkpoint: str, block: int) -> tuple[npt.NDArray[Any], Float32]:
         """One block as it is stored, without a copy where that is possible.
@@ -211,15 +213,18 @@ class SketchStore:
 
     def norms(self, checkpoint: str, samples: slice = ALL) -> Float32:
         """L2 norms of the full gradients (or their estimates, see the projection), float32 `[n, t]`."""
-        return self._plane(checkpoint, "norm", samples)
+        (norms,) = self._gather(checkpoint, samples, "norm")
+        return norms
 
     def losses(self, checkpoint: str, samples: slice = ALL) -> Float32:
         """Training losses, float32 `[n, t]`; mean squared errors where another function was differentiated."""
-        return self._plane(checkpoint, "loss", samples)
+        (losses,) = self._gather(checkpoint, samples, "loss")
+        return losses
 
     def timesteps(self, checkpoint: str, samples: slice = ALL) -> npt.NDArray[np.int64]:
         """Diffusion timesteps, int64 `[n, t]`."""
-        return self._plane(checkpoint, "timestep", samples)
+        (timesteps,) = self._gather(checkpoint, samples, "timestep")
+        return timesteps
 
     def has(self, quantity: str) -> bool:
         """Whether the store carries 'loss' or 'timestep', which `write_store` may leave out."""
@@ -270,34 +275,36 @@ class SketchStore:
         if checkpoint not in self.checkpoints:
             raise KeyError(f"the store has no checkpoint {checkpoint!r}; it has {self.checkpoints}.")
 
-    def _plane(self, checkpoint: str, quantity: str, samples: slice) -> npt.NDArray[Any]:
+    def _gather(self, checkpoint: str, samples: slice, *quantities: str) -> list[npt.NDArray[Any]]:
+        """Some samples' values of each quantity `[n, ...]`, put together from the blocks of all parts."""
         self._check(checkpoint)
-        if not all(quantity in part.meta["quantities"] for part in self._parts):
-            raise ValueError(f"the store was written without {quantity}; give it to write_store.")
-
-        def fill(out: npt.NDArray[Any], read: Read, rows: slice) -> None:
-            out[:] = read(quantity)[rows]
-
-        return self._gather(
-            checkpoint, samples, fill, self.shape[1:2], np.int64 if quantity == "timestep" else np.float32
-        )
-
-    def _gather(
-        self, checkpoint: str, samples: slice, fill: Callable[..., None], tail: tuple[int, ...], dtype: Any
-    ) -> npt.NDArray[Any]:
-        """Some samples' values `[n, *tail]`, put together from the blocks of all parts."""
-        self._check(checkpoint)
-        chosen = range(*samples.indices(self.shape[0]))
+        for quantity in quantities:
+            if not self.has(quantity):
+                raise ValueError(f"the store was written without {quantity}; give it to write_store.")
+        n, t, k = self.shape
+        chosen = range(*samples.indices(n))
         start, stop = (min(chosen[0], chosen[-1]), max(chosen[0], chosen[-1]) + 1) if chosen else (0, 0)
-        out = np.empty((stop - start, *tail), dtype)
+        found: list[npt.NDArray[Any]] = [
+            np.empty(
+                (stop - start, t, k)[: 3 if name == "sketch" else 2], np.int64 if name == "timestep" else np.float32
+            )
+            for name in quantities
+        ]
         done = 0
         for first, number, rows, block in self._overlapping(slice(start, stop)):
             below, column = done + rows.stop - rows.start, 0
             for read, steps in self._filled(first, checkpoint, number, block):
-                fill(out[done:below, column : column + steps], read, rows)
+                for quantity, values in zip(quantities, found, strict=True):
+                    out = values[done:below, column : column + steps]
+                    if quantity == "sketch":
+                        decode(read("sketch")[rows], read("scale")[rows], out=out)
+                    else:
+                        out[:] = read(quantity)[rows]
                 column += steps
             done = below
-        return out if chosen.step == 1 else out[np.arange(chosen.start, chosen.stop, chosen.step) - start]
+        if chosen.step == 1:
+            return found
+        return [values[np.arange(chosen.start, chosen.stop, chosen.step) - start] for values in found]
 
     def _overlapping(self, samples: slice) -> Iterator[tuple[Part, int, slice, slice]]:
         """Blocks that hold some of the samples: segment, number in it, rows within the block, the whole block."""
