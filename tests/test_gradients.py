@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import retrac_scale as rs
+from retrac_scale.gradients import products
 from tests.oracle import gradient
 
 
@@ -289,3 +290,55 @@ def test_losses_made_outside_the_context_are_refused() -> None:
     losses = F.relu(model(torch.randn(2, 3))).sum(1).detach()
     with rs.GradientSketcher(model, rs.Identity()) as sketcher, pytest.raises(ValueError, match="inside the context"):
         sketcher(losses)
+
+
+@pytest.mark.parametrize("kernel", ["MKL", "oneDNN"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_of_a_batch_are_the_same_by_either_kernel(
+    kernel: str, transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if kernel == "oneDNN" and onednn is None:
+        pytest.skip("this build of torch has no oneDNN")
+    monkeypatch.setattr(products, "_onednn", None if kernel == "MKL" else onednn)
+    generator = torch.Generator().manual_seed(0)
+    a, b, s = 64, 128, 256
+    assert a * b * s >= products.MANY_OPERATIONS
+    left, right = (
+        torch.randn((3, s, rows), generator=generator).mT
+        if transposed
+        else torch.randn((3, rows, s), generator=generator)
+        for rows in (a, b)
+    )
+    out = products.batched_product(left, right, torch.empty(3, a, b))
+    expected = torch.einsum("nas,nbs->nab", left.double(), right.double())
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_channels_last_activations_make_no_difference(rows: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(4, 24, 3, padding=1),
+        nn.GroupNorm(4, 24),
+        nn.Conv2d(24, 4, 3, stride=2, padding=1),  # by the windows of the gradient
+        nn.GroupNorm(2, 4),
+        nn.Conv2d(4, 24, 1),
+    ).to(memory_format=torch.channels_last)
+    inputs = torch.randn(2 * rows, 4, 6, 6).to(memory_format=torch.channels_last)
+    hidden = model[0](inputs)
+    assert not hidden.is_contiguous() and hidden.is_contiguous(memory_format=torch.channels_last)
+    check(model, inputs, rows=rows)
+
+
+def test_mixed_gradients_of_channels_last_activations_are_those_of_contiguous_ones() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 64, 3, padding=1), nn.GroupNorm(4, 64), nn.Conv2d(64, 64, 3, padding=1))
+    inputs = torch.randn(3, 4, 6, 6)
+    found = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        with rs.GradientSketcher(model.to(memory_format=memory_format), rs.LowRank(4, 256)) as sketcher:
+            outputs = model(inputs.to(memory_format=memory_format))
+            assert outputs.is_contiguous(memory_format=memory_format)
+            found.append(sketcher(outputs.sin().square().flatten(1).mean(1))[0])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)

@@ -180,3 +180,24 @@ def test_a_damaged_chunk_is_never_read_as_data(tmp_path: Path) -> None:
     chunk.write_bytes(content)
     with pytest.raises(ValueError, match="checksum"):
         store.sketches("a")
+
+
+def test_a_row_that_is_not_finite_behind_many_good_ones_leaves_no_file(tmp_path: Path) -> None:
+    n, k = 24, 2**18  # several pieces of the chunk stand on the disk when the last row is reached
+    store = create_store(
+        tmp_path / "s",
+        shape=(n, 1, k),
+        ids=np.arange(n),
+        weights={"a": 1.0},
+        fingerprint={},
+        dtype="int8",
+        quantities=(),
+    )
+    before = sorted(tmp_path.rglob("*"))
+    rows = np.ones((n, 1, k), np.float32)
+    rows[-1, 0, -1] = np.nan
+    last = store.blocks[-1]
+    with pytest.raises(ValueError, match=f"sample {n - 1}"):
+        write_block(store, "a", len(store.blocks) - 1, rows[last], np.ones((last.stop - last.start, 1), np.float32))
+    assert [path for path in sorted(tmp_path.rglob("*")) if path.is_file()] == [p for p in before if p.is_file()]
+    assert not store.committed("a").any()
