@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -44,17 +43,10 @@ def test_two_accelerate_processes_record_and_sketch_every_step_whole_and_it_is_r
 ) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    for attempt in range(3):  # on a busy machine some launches never get going; why is not known
-        tmp_path = tmp_path / str(attempt)
-        tmp_path.mkdir()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            done = subprocess.run(
-                [*command, str(ROOT / "tests" / "accelerate_script.py"), str(tmp_path)],
-                env=environment, capture_output=True, text=True, timeout=60, check=False,
-            )  # fmt: skip
-            break
-    else:
-        pytest.fail("three launches of two processes hung")
+    done = subprocess.run(
+        [*command, str(ROOT / "tests" / "accelerate_script.py"), str(tmp_path)],
+        env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     record = rs.read_record(tmp_path / "recorded")
     assert record is not None

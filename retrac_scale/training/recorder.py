@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 from collections.abc import Callable, Sized
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ from retrac_scale.training.record import IDS, NO_SEED, ROW, SampleRows, Training
 from retrac_scale.training.sketches import SketchPlan, TrainingSketches, Visits
 
 logger = logging.getLogger(__name__)
+
+SAID = "retrac_scale"
+"""Key under which the first process tells the others something."""
 
 
 class TrainingRecorder:
@@ -338,11 +342,18 @@ def _process() -> tuple[int, int]:
 
 
 def _from_first(read: Any) -> Any:
-    """What the first process reads, on all of them, so that none sees what another has begun to write."""
+    """What the first process reads, on all of them, so that none sees what another has begun to write.
+
+    It goes through the group's key-value store. Tensors that Python made are freed by gloo's threads, which need the
+    interpreter's lock for it; a process that ends meanwhile holds that lock and waits for those threads, for ever.
+    """
     process, processes = _process()
     if processes == 1:
         return read()
-    box = [read() if process == 0 else None]
-    distributed.broadcast_object_list(box)
-    distributed.barrier()  # else gloo may free the tensors while the process ends, which deadlocks
-    return box[0]
+    store: Any = distributed.distributed_c10d._get_default_store()
+    if process == 0:
+        store.set(SAID, pickle.dumps(read()))
+    distributed.barrier()
+    said = pickle.loads(store.get(SAID))
+    distributed.barrier()  # all have it, and the first may say something else
+    return said
