@@ -12,11 +12,13 @@ import sys
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -50,7 +52,9 @@ CALM = {
 
 
 @contextmanager
-def cluster(workers: int, settings: Mapping[str, str] = CALM) -> Iterator[tuple[Client, psutil.Process]]:
+def cluster(
+    workers: int, settings: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[tuple[Client, psutil.Process]]:
     """A client, and the scheduler's process: everything in processes of its own, one thread per worker."""
     with tempfile.TemporaryDirectory() as folder:
         file = f"{folder}/scheduler.json"
@@ -110,17 +114,15 @@ def scaling(samples: int, rows: int, rounds: int = 3, repeats: int = 3) -> None:
         folder = Path(name)
         make_index(folder / "i", rows)
         index, queries, block = rs.open_index(folder / "i"), asked(QUERIES), samples // 32
-        sketching: dict[str, list[float]] = {}
-        scanning: dict[str, list[float]] = {}
-        busy: dict[str, list[float]] = {}
+        sketching, scanning, busy = (defaultdict[str, list[float]](list) for _ in range(3))
 
         def scan(client: Client | None) -> float:
             return median(lambda: index.query(queries, 10, client=client), repeats)
 
         for number in range(rounds):
             at = folder / str(number)
-            sketching.setdefault("in-process", []).append(sketch(at / "0", samples, block))
-            scanning.setdefault("in-process", []).append(scan(None))
+            sketching["in-process"].append(sketch(at / "0", samples, block))
+            scanning["in-process"].append(scan(None))
             for who, workers, settings in (
                 ("1 worker", 1, CALM),
                 ("2 workers", 2, CALM),
@@ -131,18 +133,18 @@ def scaling(samples: int, rows: int, rounds: int = 3, repeats: int = 3) -> None:
                     with get_task_stream(client) as stream:
                         took = sketch(at / who, samples, block, client)
                     work = sum(part["stop"] - part["start"] for task in stream.data for part in task["startstops"])
-                    sketching.setdefault(who, []).append(took)
-                    busy.setdefault(who, []).append(work / workers / took)
-                    scanning.setdefault(who, []).append(scan(client))
+                    sketching[who].append(took)
+                    busy[who].append(work / workers / took)
+                    scanning[who].append(scan(client))
                 assert contents(at / who) == contents(at / "0"), "the stores differ"
             # the most that this machine could give: two plain processes, with half of the samples or a scan each
             with ProcessPoolExecutor(2, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
                 wait([pool.submit(sketch, at / f"{i}-warm", 64, 64) for i in range(2)])
                 started = time.perf_counter()
                 wait([pool.submit(sketch, at / f"{i}-plain", samples // 2, block) for i in range(2)])
-                sketching.setdefault("2 plain processes", []).append(time.perf_counter() - started)
+                sketching["2 plain processes"].append(time.perf_counter() - started)
                 scans = [pool.submit(scan_alone, folder / "i", repeats) for _ in range(2)]
-                scanning.setdefault("2 plain processes", []).append(statistics.mean(job.result() for job in scans) / 2)
+                scanning["2 plain processes"].append(statistics.mean(job.result() for job in scans) / 2)
             shutil.rmtree(at)
         for who, took in sketching.items():
             times, one = [[statistics.median(x[name]) for x in (sketching, scanning)] for name in (who, "1 worker")]

@@ -11,7 +11,6 @@ from .index import Index, StaleIndexError, build_index, open_index
 from .journey import Journey, sample_journey, sketch_journey
 from .preconditioning import adam_divisors
 from .projections import CountSketch, Dense, GradientSketcher, Identity, LowRank
-from .query import TopK
 from .samples import Samples, take
 from .sketching import sketch
 from .store import IncompleteStoreError, SketchStore, open_store, write_store
@@ -22,6 +21,7 @@ from .task.encoded import EncodedDataset, encode
 from .task.noising import timestep_numbers
 from .task.weighting import Huber, MinSNR, PseudoHuber, SD3Weighting
 from .timesteps import EvenlySpaced, Explicit, Recorded, draw_noise
+from .topk import TopK
 from .training.callbacks import lightning_callback, transformers_callback
 from .training.record import TrainingRecord, read_record
 from .training.recorder import TrainingRecorder

@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from distributed import Client
 
     from retrac_scale.explain import Explanation
-    from retrac_scale.query import TopK
     from retrac_scale.samples import Samples
+    from retrac_scale.topk import TopK
 
 IndexDtype = Literal["int8", "float16", "float32"]
 Side = Literal["proponents", "opponents", "both"]

@@ -7,15 +7,13 @@ import os
 import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, get_args
 
 import dask
 import dask.array
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import torch
 
 from retrac_scale.execution import compute, delayed
@@ -25,10 +23,10 @@ from retrac_scale.samples import Samples
 from retrac_scale.scan import Bools, Chunk, Float64, Found, merge, scores, top
 from retrac_scale.store import SketchStore
 from retrac_scale.store.encoding import Float32
+from retrac_scale.topk import TopK
 from retrac_scale.where import which
 
 if TYPE_CHECKING:
-    import pyarrow
     from distributed import Client
 
 MERGE_WIDTH = 16
@@ -39,87 +37,6 @@ Source = Index | tuple[str, str]
 
 RESOLVED = 2.0
 """Standard errors of the difference between neighbours above which their order counts as resolved."""
-
-
-@dataclass(frozen=True, eq=False)
-class TopK:
-    """The best training samples (or groups of them) of each query, best first.
-
-    Scores are sums over checkpoints of w_c times an inner product, in the estimator's units: squared loss gradient for
-    TracIn, cosines for ReTrac. A positive score means that training on the sample lowered the query's loss (proponent),
-    a negative one that it raised it (opponent).
-
-    Attributes:
-        ids: `[q, k]` sample ids, or labels of groups. Under side "both" the first half are proponents.
-        scores: float64 `[q, k]`.
-        query_ids: `[q]`.
-        side: "proponents", "opponents" or "both".
-        estimator: JSON description of the estimator.
-        errors: standard error of each score that comes from a projection to k entries, float64 `[q, k]`: what a
-            CountSketch or a Gaussian matrix of that size would give; the mixing of a LowRank comes on top. None for
-            groups, and for estimators with a ridge.
-        resolved: whether a result stands more than two standard errors of the difference before the next one, bool
-            `[q, k]`. None where there are no errors.
-        sketch_rank: after `rerank`, the rank (from 1) that the sketch gave to the result, `[q, k]`; where it is not
-            the result's rank, the place has changed.
-    """
-
-    ids: npt.NDArray[Any]
-    scores: Float64
-    query_ids: npt.NDArray[Any]
-    side: Side
-    estimator: dict[str, Any] = field(default_factory=dict)
-    errors: Float64 | None = None
-    resolved: Bools | None = None
-    sketch_rank: npt.NDArray[np.int64] | None = None
-
-    def to_frame(self) -> pd.DataFrame:
-        """A pandas table: query, rank (from 1), id, score; error, resolved and sketch_rank where known; side."""
-        q, width = self.ids.shape
-        sides = ["proponents", "opponents"] if self.side == "both" else [self.side]
-        k = width // len(sides)
-        columns = {
-            "query": np.repeat(self.query_ids, width),
-            "rank": np.tile(np.arange(1, k + 1), q * len(sides)),
-            "id": self.ids.ravel(),
-            "score": self.scores.ravel(),
-        }
-        known = {"error": self.errors, "resolved": self.resolved, "sketch_rank": self.sketch_rank}
-        columns |= {name: x.ravel() for name, x in known.items() if x is not None}
-        return pd.DataFrame({**columns, "side": np.tile(np.repeat(sides, k), q)})
-
-    def to_arrow(self) -> pyarrow.Table:
-        """The table of `to_frame` for Arrow and Parquet, with the estimator in its metadata."""
-        import pyarrow
-
-        table = pyarrow.Table.from_pandas(self.to_frame(), preserve_index=False)
-        return table.replace_schema_metadata({**table.schema.metadata, "estimator": json.dumps(self.estimator)})
-
-    def to_json(self) -> str:
-        """JSON: the estimator, the side, and for each query its ids and scores, and what else `to_frame` has."""
-        known = {"errors": self.errors, "resolved": self.resolved, "sketch_ranks": self.sketch_rank}
-        fields = {"ids": self.ids, "scores": self.scores} | {name: x for name, x in known.items() if x is not None}
-        results = [
-            {"query": query, **{name: values[place].tolist() for name, values in fields.items()}}
-            for place, query in enumerate(self.query_ids.tolist())
-        ]
-        return json.dumps({"estimator": self.estimator, "side": self.side, "results": results})
-
-    def report(
-        self, path: str | os.PathLike[str], images: npt.ArrayLike, query_images: npt.ArrayLike, *, ids: npt.ArrayLike
-    ) -> Path:
-        """Write a self-contained HTML page with each query beside its results.
-
-        Args:
-            path: the file to write.
-            images: training images `[n, h, w]` or `[n, h, w, 3]`, integers 0 .. 255 or floats 0 .. 1.
-            query_images: likewise `[q, ...]`.
-            ids: sample ids of `images`, `[n]`.
-        """
-        from retrac_scale.report import Pictures, write_report  # at call time: the street runs from query to report
-
-        pictures = Pictures(np.asarray(images), np.asarray(ids), np.asarray(query_images))
-        return write_report(path, {str(self.estimator.get("kind", "score")): self}, pictures)
 
 
 @dataclass(frozen=True, eq=False)

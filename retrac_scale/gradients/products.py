@@ -17,12 +17,13 @@ _scratch = threading.local()
 
 
 def _faster_than_mkl() -> Any:
-    """oneDNN's product, None where there is none or the processor is one that MKL is made for."""
+    """oneDNN's product, None where there is none or MKL is there and runs on a processor that it is made for."""
+    mkl: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
     processor = Path("/proc/cpuinfo")
-    if processor.exists() and "GenuineIntel" in processor.read_text():
+    if mkl and processor.exists() and "GenuineIntel" in processor.read_text():
         return None
-    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return getattr(torch.ops.mkldnn, "_linear_pointwise", None) if available else None
+    onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None) if onednn else None
 
 
 _onednn = _faster_than_mkl()

@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from retrac_scale.explain import Explanation, explain_lists
 from retrac_scale.index import Index, Side
-from retrac_scale.query import TopK
 from retrac_scale.report.pictures import Pictures, data_uri
 from retrac_scale.store import SketchStore
+from retrac_scale.topk import TopK
 
 MOST_LABELS = 1000
 """A column with more distinct values is no grouping."""

@@ -9,9 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from retrac_scale.query import TopK
 from retrac_scale.report.pictures import Pictures
 from retrac_scale.store import SketchStore
+from retrac_scale.topk import TopK
 
 BINS = 25
 

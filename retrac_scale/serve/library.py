@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from retrac_scale.index import Index
-from retrac_scale.query import Question, TopK, answer_rows
+from retrac_scale.query import Question, answer_rows
 from retrac_scale.report import Pictures, norm_curve
 from retrac_scale.report.content import Json, Rows, check_same_samples, curve_of, explained, group_columns, plain
 from retrac_scale.report.pictures import data_uri
@@ -20,6 +20,7 @@ from retrac_scale.scan import Bools
 from retrac_scale.serve.uploads import Upload
 from retrac_scale.store import SketchStore
 from retrac_scale.store.encoding import Float32
+from retrac_scale.topk import TopK
 from retrac_scale.where import which
 
 Source = Literal["queries", "training", "uploads"]

@@ -218,10 +218,11 @@ def write_block(
     chunks: dict[str, NewChunk] = {}
     for quantity in part.meta["quantities"]:
         array = part.array(f"{checkpoint}/{quantity}")
-        if quantity != "scale" and np.shape(given[quantity]) != (count, *array.shape[1:]):
+        expected = (count, *array.shape[1:])
+        if quantity != "scale" and np.shape(given[quantity]) != expected:
             raise ValueError(
-                f"block {block} of checkpoint {checkpoint!r} needs {quantity} of shape {(count, *array.shape[1:])}, "
-                f"got {np.shape(given[quantity])}."
+                f"block {block} of checkpoint {checkpoint!r} needs {quantity} of shape {expected}, got "
+                f"{np.shape(given[quantity])}."
             )
         chunks[quantity] = NewChunk(array, block, values[quantity])
     try:
