@@ -24,7 +24,7 @@ Bools = npt.NDArray[np.bool_]
 FIRST_ROWS = 4096
 """Of a scan: a floor from a few rows spares most of the next ones."""
 POOL = 8
-EXACT_ROWS = 64
+EXACT_ROWS = 32
 GATHERED = 2**21
 """Entries of the rows that are brought together before any becomes float64."""
 SCORE_ROWS = 512
@@ -33,9 +33,9 @@ CHANCE = 1e-21
 """That the bound on a product of int8 queries fails for one row and query (Hoeffding's inequality)."""
 
 CANDIDATE = np.dtype(
-    [("chunk", "i4"), ("row", "i4"), ("lane", "i4"), ("value", "f8"), ("bound", "f8"), ("error", "f8")]
+    [("value", "f8"), ("bound", "f8"), ("error", "f8"), ("chunk", "i4"), ("row", "i4"), ("lane", "i4")], align=True
 )
-"""One sample for one lane: |score - value| <= bound; value is exact where bound is 0. The standard error comes last."""
+"""One sample for one lane: |score - value| <= bound, exact where bound is 0; error is the score's standard error."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +108,8 @@ def top(
             size = min(pool.first, products[0].tile)
         number, stop = pool.hold(chunk), 0
         while stop < len(chunk.ids):
-            tile = slice(stop, min(stop + size, len(chunk.ids)))
+            rest = len(chunk.ids) - stop
+            tile = slice(stop, stop + (rest if rest <= size + size // 4 else size))  # a short rest joins a tile
             stop, size = tile.stop, min(2 * size, products[0].tile)
             if chunk.mask is None or chunk.mask[tile].any():
                 _scan_tile(chunk, number, tile, products, signs, query_ids, pool)
@@ -202,8 +203,9 @@ class _Product:
         self.unit = torch.from_numpy(unit)
         self.error = error
         self.tile = tile
-        self._product = torch.empty(tile, q, dtype=torch.int32 if matrix.dtype == torch.int8 else matrix.dtype)
-        self._float = torch.empty(tile, q)
+        room = tile + tile // 4
+        self._product = torch.empty(room, q, dtype=torch.int32 if matrix.dtype == torch.int8 else matrix.dtype)
+        self._float = torch.empty(room, q)
         self._rows = torch.empty(0, dtype=matrix.dtype)
 
     def weighted(self, rows: npt.NDArray[Any], scale: Float32) -> Float32:
@@ -217,7 +219,7 @@ class _Product:
         else:
             if given.dtype != self.matrix.dtype:
                 if not len(self._rows):
-                    self._rows = torch.empty(self.tile, rows.shape[1], dtype=self.matrix.dtype)
+                    self._rows = torch.empty(len(self._float), rows.shape[1], dtype=self.matrix.dtype)
                 given = self._rows[:n].copy_(given)
             out.copy_(torch.mm(given, self.matrix, out=self._product[:n]))
         out.mul_(self.unit).mul_(from_dlpack(scale)[:, None])
@@ -229,13 +231,13 @@ def _product(queries: Float64, norm: Float64, dtype: np.dtype[Any], checkpoints:
     """The fastest product that this machine has for queries `[q, k]` and rows of a dtype, with its error."""
     q, k = queries.shape
     arithmetic = (8 + checkpoints) * ROUNDING * norm
-    tile = 16384 if q < 8 else 2048 if q <= 256 else 512
+    tile = 16384 if q < 8 else 4096 if q <= 64 else 2048 if q <= 256 else 512
     if torch.cuda.is_available():
         rounded = torch.from_numpy(queries).bfloat16().T.contiguous().cuda()
         return _Product(rounded, np.ones(q, np.float32), arithmetic + 2.0**-6 * norm, 16384)
     if dtype == np.int8 and torch.cpu._is_vnni_supported():  # other CPUs saturate sums of int8 products
         integers, unit, error = _integers(queries)
-        return _Product(torch.from_numpy(integers.T.copy()), unit, error + 1.1 * arithmetic, tile)
+        return _Product(torch.from_numpy(integers).T, unit, error + 1.1 * arithmetic, tile)
     summation = 1.1 * k * ROUNDING * norm
     if torch.cpu._is_avx512_bf16_supported() and q >= 16:  # queries, rows and result round to 8 bits
         rounded = torch.from_numpy(queries).bfloat16().T.contiguous()
@@ -292,9 +294,9 @@ class _Pool:
         self._sketch_dim = sketch_dim
         self._chunks: list[Chunk | None] = []
         self._ids: list[npt.NDArray[Any]] = []
-        self._held = np.empty(0, CANDIDATE)
-        self._new: list[npt.NDArray[Any]] = []
+        self._buffer = np.empty(0, CANDIDATE)
         self._size = 0
+        self._full = self._least
 
     @property
     def queries(self) -> Iterator[tuple[Float64, Float64]]:
@@ -313,59 +315,59 @@ class _Pool:
 
     def add(self, chunk: int, rows: Ints, lanes: Ints, values: Float64, bounds: Float64) -> None:
         """Take in candidates; when they have doubled, drop those that can no longer be among the best."""
-        added = np.empty(len(rows), CANDIDATE)
+        stop = self._size + len(rows)
+        if stop > len(self._buffer):
+            self._buffer = np.concatenate([self._held, np.empty(stop, CANDIDATE)])
+        added = self._buffer[self._size : stop]
         added["chunk"], added["row"], added["lane"], added["value"], added["bound"] = chunk, rows, lanes, values, bounds
         added["error"] = np.nan
-        self._new.append(added)
-        self._size += len(added)
-        if self._size >= max(2 * len(self._held), self._least):
-            self._prune()
-            if len(self._held) > POOL * self._least:
+        self._size = stop
+        if stop >= self._full:
+            value, bound, lane = (self._held[name] for name in ("value", "bound", "lane"))
+            self._raise_floor(lane, value - bound)
+            self._keep(np.flatnonzero(value + bound >= self.floor[lane]))
+            if self._size > POOL * self._least:
                 self.settle()
+            self._full = max(2 * self._size, self._least)
 
-    def settle(self) -> None:
-        """Make the values of all that may be among the best exact, and keep the k best of each lane."""
-        self._take_in()
-        held = self._held
-        self._make_exact(held["value"] >= self._kth(held["value"])[held["lane"]])
-        self._raise_floor()
-        self._make_exact(held["value"] + held["bound"] >= self.floor[held["lane"]])
-        held = held[held["bound"] == 0]
-        order = np.lexsort((self._names(held), -held["value"], held["lane"]))
-        place = _places(held["lane"][order])
-        self._held = held[order[place < self.k]]
-        self._size = len(self._held)
+    def settle(self) -> npt.NDArray[Any]:
+        """Keep the k best of each lane, best first, with exact values; their sample ids."""
+        value, bound, lane = (self._held[name] for name in ("value", "bound", "lane"))
+        self._make_exact(value >= self._kth(lane, value)[lane])
+        exact = np.flatnonzero(bound == 0)
+        self._raise_floor(lane[exact], value[exact])
+        self._make_exact(value + bound >= self.floor[lane])
+        self._keep(np.flatnonzero((bound == 0) & (value >= self.floor[lane])))
+        held, names = self._held, self._names()
+        order = np.lexsort((names, -held["value"], held["lane"]))
+        order = order[_places(held["lane"][order]) < self.k]
+        self._keep(order)
         self._estimate_errors()
+        return names[order]
 
     def best(self) -> Found:
         """The k best of each lane."""
-        self.settle()
-        lane, place, shape = self._held["lane"], _places(self._held["lane"]), (self.lanes, self.k)
-        scores, errors = np.full(shape, -np.inf), np.zeros(shape)
-        ids = np.zeros(shape, dtype=self._id_type)
-        scores[lane, place] = self._held["value"]
-        ids[lane, place], errors[lane, place] = self._names(self._held), self._held["error"]
+        names, held = self.settle(), self._held
+        lane, place, shape = held["lane"], _places(held["lane"]), (self.lanes, self.k)
+        scores, errors, ids = np.full(shape, -np.inf), np.zeros(shape), np.zeros(shape, names.dtype)
+        scores[lane, place], errors[lane, place], ids[lane, place] = held["value"], held["error"], names
         return Found(scores, ids, errors)
 
-    def _take_in(self) -> None:
-        self._held = np.concatenate([self._held, *self._new])
-        self._new = []
+    @property
+    def _held(self) -> npt.NDArray[Any]:
+        return self._buffer[: self._size]
 
-    def _prune(self) -> None:
-        self._take_in()
-        self._raise_floor()
-        held = self._held
-        self._held = held[held["value"] + held["bound"] >= self.floor[held["lane"]]]
-        self._size = len(self._held)
+    def _keep(self, chosen: Ints) -> None:
+        self._buffer[: len(chosen)] = self._held.take(chosen)  # a mask takes ten times as long
+        self._size = len(chosen)
 
-    def _raise_floor(self) -> None:
-        np.maximum(self.floor, self._kth(self._held["value"] - self._held["bound"]), out=self.floor)
+    def _raise_floor(self, lanes: Ints, values: Float64) -> None:
+        np.maximum(self.floor, self._kth(lanes, values), out=self.floor)
 
-    def _kth(self, values: Float64) -> Float64:
-        """The k-th largest of the held candidates' values in each lane, -inf where there are fewer."""
-        lanes = self._held["lane"]
+    def _kth(self, lanes: Ints, values: Float64) -> Float64:
+        """The k-th largest of some candidates' values in each lane, -inf where there are fewer."""
         order = np.argsort(values)
-        order = order[np.argsort(lanes[order].astype(np.min_scalar_type(self.lanes)), kind="stable")]
+        order = order[_stable_order(lanes[order], self.lanes)]
         counts = np.bincount(lanes, minlength=self.lanes)
         full = counts >= self.k
         kth = np.full(self.lanes, -np.inf)
@@ -378,13 +380,17 @@ class _Pool:
         exact = np.empty((EXACT_ROWS, k))
         for part in self._batches(chosen & (held["bound"] > 0), max(EXACT_ROWS, GATHERED // k)):
             lane = held["lane"][part]
-            edges = [start for run in _runs(lane) for start in range(run.start, run.stop, EXACT_ROWS)]
+            edges = sorted({*range(0, len(part), EXACT_ROWS), *(run.start for run in _runs(lane))})
+            asked = (lane[edges] % q).tolist()
             total, product = np.zeros((2, len(part)))
-            for query, (rows, scale) in zip(self._queries, self._taken(part), strict=True):
-                for start, stop in itertools.pairwise([*edges, len(part)]):
-                    few = exact[: stop - start]
-                    few[:] = rows[start:stop]
-                    np.einsum("sk,k->s", few, query[lane[start] % q], out=product[start:stop])
+            for query, (rows, places, scale) in zip(self._queries, self._taken(part), strict=True):
+                for number, start, stop in zip(asked, edges, [*edges[1:], len(part)], strict=True):
+                    first = start % EXACT_ROWS
+                    if not first:
+                        some = places[start : start + EXACT_ROWS]
+                        exact[: len(some)] = rows.take(some, axis=0)
+                    few = exact[first : first + stop - start]
+                    np.einsum("sk,k->s", few, query[number], out=product[start:stop])
                 total += product * scale
             held["value"][part] = self._sign[lane] * total
             held["bound"][part] = 0
@@ -404,13 +410,13 @@ class _Pool:
         if self._queries.shape[::2] == (1, k):  # one block: the norms and the score are known
             part = np.flatnonzero(unknown)
             length = self._lengths[0, held["lane"][part] % self._queries.shape[1]]
-            for number, places, row in _by_chunk(held[part]):
+            for number, places, row in self._by_chunk(part):
                 length[places] *= self._chunk(number).norm[0, row]
             held["error"][part] = np.sqrt((length**2 + held["value"][part] ** 2) / k)
             return
         for part in self._batches(unknown, EXACT_ROWS):
             query = held["lane"][part] % self._queries.shape[1]
-            weighted = [rows * scale[:, None] for rows, scale in self._taken(part)]
+            weighted = [rows.take(places, axis=0) * scale[:, None] for rows, places, scale in self._taken(part)]
             asked = self._queries[:, query].astype(np.float32)
             x = np.stack(weighted, 1).reshape(len(part), -1, k)
             y = asked.swapaxes(0, 1).reshape(len(part), -1, k)
@@ -420,43 +426,51 @@ class _Pool:
     def _batches(self, chosen: Bools, size: int) -> Iterator[Ints]:
         """Chosen candidates, so many at a time, ordered by lane."""
         inside = np.flatnonzero(chosen)
-        inside = inside[np.argsort(self._held["lane"][inside], kind="stable")]
+        inside = inside[_stable_order(self._held["lane"][inside], self.lanes)]
         for start in range(0, len(inside), size):
             yield inside[start : start + size]
 
-    def _taken(self, part: Ints) -> Iterator[tuple[npt.NDArray[Any], Float32]]:
-        """For each checkpoint, the rows of some candidates as they are stored, `[s, k]`, and their scales `[s]`."""
-        found = [(self._chunk(number), places, row) for number, places, row in _by_chunk(self._held[part])]
+    def _taken(self, part: Ints) -> Iterator[tuple[npt.NDArray[Any], Ints, Float32]]:
+        """For each checkpoint, the rows of some candidates as they are stored, `[s, k]`, chunk after chunk.
+
+        With them the place of each candidate's row in them, `[s]`, and its scale, `[s]`.
+        """
+        found = [(self._chunk(number), places, row) for number, places, row in self._by_chunk(part)]
         rows = np.empty((len(part), self._queries.shape[2]), found[0][0].rows[0].dtype)
-        scale = np.empty(len(part), np.float32)
+        place, scale = np.empty(len(part), np.int64), np.empty(len(part), np.float32)
         for c in range(len(self._queries)):
+            stop = 0
             for chunk, places, row in found:
-                rows[places], scale[places] = chunk.rows[c][row], chunk.scale[c, row]
-            yield rows, scale
+                start, stop = stop, stop + len(row)
+                np.take(chunk.rows[c], row, axis=0, out=rows[start:stop], mode="clip")  # "raise" would copy once more
+                place[places], scale[places] = np.arange(start, stop), chunk.scale[c, row]
+            yield rows, place, scale
 
     def _chunk(self, number: int) -> Chunk:
         chunk = self._chunks[number]
         assert chunk is not None
         return chunk
 
-    def _names(self, held: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """The sample ids of candidates."""
-        names: npt.NDArray[Any] = np.zeros(len(held), dtype=self._id_type)
-        for number, places, row in _by_chunk(held):
+    def _names(self) -> npt.NDArray[Any]:
+        """The sample ids of all candidates."""
+        dtype = np.result_type(*{ids.dtype for ids in self._ids}) if self._ids else np.dtype(np.int64)
+        names: npt.NDArray[Any] = np.zeros(self._size, dtype)
+        for number, places, row in self._by_chunk(np.arange(self._size)):
             names[places] = self._ids[number][row]
         return names
 
-    @property
-    def _id_type(self) -> np.dtype[Any]:
-        return np.result_type(*{ids.dtype for ids in self._ids}) if self._ids else np.dtype(np.int64)
+    def _by_chunk(self, part: Ints) -> Iterator[tuple[int, Ints, Ints]]:
+        """For each chunk that some candidates come from: its number, their places in `part`, their rows in it."""
+        numbers, rows = self._held["chunk"][part], self._held["row"][part]
+        order = _stable_order(numbers, len(self._chunks))
+        numbers, rows = numbers[order], rows[order]
+        for run in _runs(numbers):
+            yield int(numbers[run.start]), order[run], rows[run]
 
 
-def _by_chunk(held: npt.NDArray[Any]) -> Iterator[tuple[int, Ints, Ints]]:
-    """For each chunk that some candidates come from: its number, their places in `held`, their rows in the chunk."""
-    order = np.argsort(held["chunk"], kind="stable")
-    numbers, rows = held["chunk"][order], held["row"][order]
-    for run in _runs(numbers):
-        yield int(numbers[run.start]), order[run], rows[run]
+def _stable_order(numbers: Ints, count: int) -> Ints:
+    """The stable order of integers below a count; a few bits of each are sorted in linear time."""
+    return np.argsort(numbers.astype(np.min_scalar_type(count)), kind="stable")
 
 
 def _runs(values: npt.NDArray[Any]) -> list[slice]:
