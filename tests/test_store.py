@@ -69,13 +69,15 @@ def test_stored_bits_are_those_of_the_format_whatever_the_tiles_and_magnitudes(d
     rows *= np.exp(rng.uniform(-60, 60, rows.shape)).astype(np.float32)
     rows *= np.float32(10) ** rng.integers(-20, 10, (130, 3, 1)).astype(np.float32)
     rows[7] = 0
+    rows[7, 1] = -0.0
+    rows[7, 2] = 1e-45  # its scale is 0 as well
     rows[8] = np.arange(-2048, 2048) / 2  # ties
     for some in (rows, rows[::2], np.asfortranarray(rows)):
         stored, scale = encode(some, dtype)
         expected, scales = by_definition(np.ascontiguousarray(some), dtype)
         assert stored.dtype == expected.dtype
         assert stored.tobytes() == expected.tobytes()
-        np.testing.assert_array_equal(scale, scales)
+        assert scale.tobytes() == scales.tobytes()
 
 
 def test_files_are_on_the_disk_before_they_are_named_and_a_block_before_its_commit_record(
