@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import retrac_scale as rs
-from retrac_scale.projections import Projection, from_spec
+from retrac_scale.projections import Projection, folding, from_spec
+from retrac_scale.projections.folding import fold, fold_by_block
 
 SHAPES = {"a.weight": (7, 5), "a.bias": (7,), "b.weight": (3, 40)}
 SIZE = sum(int(np.prod(shape)) for shape in SHAPES.values())
@@ -190,3 +191,41 @@ def test_check_passes_for_every_projection(projection: Projection) -> None:
     with sketcher:
         sketched = sketcher(model(x).square().sum(1))
     sketcher.check(sketched, lambda: model(x).square().sum(1), lambda: model(x[:1]).square().sum(1), "sample 0")
+
+
+def folded(entries: Tensor, k: int, scale: float) -> tuple[Tensor, ...]:
+    """Signs, shifts and what entry by entry addition in float64 makes of entries `[n, p]`."""
+    rng = np.random.default_rng(0)
+    signs = rng.choice(np.array([-1, 1], np.int8), entries.shape[1])
+    shifts = rng.integers(0, k, -(-entries.shape[1] // k))
+    expected = torch.zeros(len(entries), 2 * k, dtype=torch.float64)
+    for place, sign in enumerate(signs):
+        expected[:, shifts[place // k] + place % k] += scale * int(sign) * entries[:, place].double()
+    return torch.from_numpy(signs), torch.from_numpy(shifts), expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(("p", "k"), [(1, 8), (64, 16), (37, 16), (5, 16), (1000, 33)])
+def test_the_compiled_fold_and_torchs_equal_entry_by_entry_addition(dtype: torch.dtype, p: int, k: int) -> None:
+    entries = torch.randn(3, p, generator=torch.Generator().manual_seed(p), dtype=torch.float64).to(dtype)
+    signs, shifts, expected = folded(entries, k, 0.25)
+    compiled, by_block = torch.zeros(2, 3, 2 * k)
+    squares = fold(compiled, entries, signs.numpy(), shifts.numpy(), 0.25)
+    fold_by_block(by_block, entries, signs, shifts.numpy(), 0.25)
+    torch.testing.assert_close(compiled.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(by_block.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(squares.double(), entries.double().square().sum(1), rtol=1e-5, atol=0)
+
+
+def test_threads_share_a_fold_without_changing_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = torch.randn(7, 5000, generator=torch.Generator().manual_seed(0))
+    signs, shifts, _ = folded(entries, 64, 1)
+    found = []
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(folding, "THREAD_BYTES", 1)
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        accumulator = torch.zeros(7, 128)
+        found.append((accumulator, fold(accumulator, entries, signs.numpy(), shifts.numpy(), 1)))
+    for accumulator, squares in found[1:]:
+        assert torch.equal(accumulator, found[0][0])
+        assert torch.equal(squares, found[0][1])

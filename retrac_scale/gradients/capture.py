@@ -21,7 +21,7 @@ from retrac_scale.memory import keep_freed_pages
 ParameterFilter = Iterable[str] | Callable[[str], bool] | None
 Sink = Callable[[str, Tensor, slice], None]
 
-CHUNK_BYTES = 24 << 20
+CHUNK_BYTES = 8 << 20
 """A layer's gradients are formed and consumed for as many samples at a time as keep to this."""
 
 

@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from retrac_scale.projections import random
 from retrac_scale.projections.base import Projection, Projector, Shapes, check_dim, squared_norm, weight_beside
+from retrac_scale.projections.folding import fold, fold_by_block
 
 
 class SignedFold(Projector):
@@ -27,18 +30,16 @@ class SignedFold(Projector):
         self.seed = seed
         self.device = device
         self.scales = scales
-        self._rounds: dict[tuple[str, int], list[tuple[int, int, Tensor]]] = {}
+        self._blocks: dict[tuple[str, int], tuple[Tensor, npt.NDArray[np.int64]]] = {}
 
-    def _blocks(self, name: str, size: int) -> list[tuple[int, int, Tensor]]:
-        """Shift, length and signs of every block of a parameter's entries."""
-        if (name, size) not in self._rounds:
-            scale = 1 if weight_beside(name) in self.whole else self.scales.get(name, 1)
-            signs = torch.split(
-                (torch.from_numpy(random.signs(self.seed, name, size)) * scale).to(self.device), self.dim
-            )
-            shifts = random.shifts(self.seed, name, len(signs), self.dim)
-            self._rounds[name, size] = [(shift, len(part), part) for shift, part in zip(shifts, signs, strict=True)]
-        return self._rounds[name, size]
+    def _signs_and_shifts(self, name: str, size: int) -> tuple[Tensor, npt.NDArray[np.int64]]:
+        """Of a parameter's entries `[size]`, and of their blocks."""
+        if (name, size) not in self._blocks:
+            signs = torch.from_numpy(random.signs(self.seed, name, size))
+            shifts = random.shifts(self.seed, name, -(-size // self.dim), self.dim)
+            signs = signs.to(torch.int8) if self.device.type == "cpu" else signs.to(self.device)
+            self._blocks[name, size] = signs, np.array(shifts, np.int64)
+        return self._blocks[name, size]
 
     def start(self, n: int) -> Tensor:
         """Two rounds wide, so that a rotated block is one contiguous addition."""
@@ -47,18 +48,13 @@ class SignedFold(Projector):
     def add(self, accumulator: Tensor, name: str, gradient: Tensor) -> Tensor | None:
         """Sign, rotate and add the blocks of one parameter."""
         entries = gradient.flatten(1)
-        blocks = zip(self._blocks(name, entries.shape[1]), torch.split(entries, self.dim, 1), strict=True)
-        if entries.dtype == accumulator.dtype:
-            for (shift, length, signs), piece in blocks:
-                accumulator.narrow(1, shift, length).addcmul_(piece, signs)
-            return squared_norm(entries) if self.exact_norm else None
-        squares = accumulator.new_zeros(len(entries)) if self.exact_norm else None
-        for (shift, length, signs), piece in blocks:
-            wide = piece.to(accumulator.dtype)  # piece by piece: a wide copy of the whole would leave the cache
-            accumulator.narrow(1, shift, length).addcmul_(wide, signs)
-            if squares is not None:
-                squares += squared_norm(wide)
-        return squares
+        signs, shifts = self._signs_and_shifts(name, entries.shape[1])
+        scale = 1 if weight_beside(name) in self.whole else self.scales.get(name, 1)
+        if accumulator.device.type == "cpu":
+            squares = fold(accumulator, entries, signs.numpy(), shifts, scale)
+            return squares if self.exact_norm else None
+        fold_by_block(accumulator, entries, signs, shifts, scale)
+        return squared_norm(entries) if self.exact_norm else None
 
     def finish(self, accumulator: Tensor) -> Tensor:
         """Close the round."""
