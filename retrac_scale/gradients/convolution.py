@@ -23,13 +23,19 @@ WINDOWS_BYTES = 4 << 20
 NARROW = 64 * 64
 """Up to so many weights per kernel position, oneDNN's grouped weight gradient beats windows and a product."""
 
+MANY_POSITIONS = 32 * 32
+"""From so many on, one call of oneDNN's weight gradient for each sample beats them: windows would leave the cache."""
+
 
 def convolution(layer: Any, activation: Tensor, grad_output: Tensor, n: int) -> dict[str, Tensor]:
     """weight[n,o,i,k]: sum_p grad[n,o,p] activation[n,i, stride p + dilation k - padding]."""
     inputs, padding = _padded(layer, activation.to(grad_output.dtype))
     o, i = layer.weight.shape[:2]
+    many = grad_output[0, 0].numel() >= MANY_POSITIONS and prod(layer.kernel_size) > 1
     if layer.groups > 1 or (grad_output.device.type == "cpu" and min(o, i) >= 16 and o * i <= NARROW):
         weight = _grouped(layer, inputs, grad_output, n, padding)
+    elif many and grad_output.device.type == "cpu" and grad_output.dtype == torch.float32:
+        weight = _one_by_one(layer, inputs, grad_output, n, padding)
     elif 4 * o <= i:
         weight = _by_gradient_windows(layer, inputs, grad_output, n, padding).movedim(1, -1)
     else:
@@ -162,14 +168,28 @@ def _spread(grad_output: Tensor, stride: tuple[int, ...]) -> Tensor:
     return out
 
 
+def _one_by_one(layer: Any, inputs: Tensor, grad_output: Tensor, n: int, padding: tuple[int, ...]) -> Tensor:
+    weight = scratch("weight", (n, *layer.weight.shape), grad_output)
+    for target, x, g in zip(weight, by_sample(inputs, n), by_sample(grad_output, n), strict=True):
+        target.copy_(_weight_gradient(layer, x, g, 1, padding))
+    return weight
+
+
 def _grouped(layer: Any, inputs: Tensor, grad_output: Tensor, n: int, padding: tuple[int, ...]) -> Tensor:
     """The batch becomes groups of one convolution, whose weight gradient then stands per sample."""
-    x, g = by_sample(inputs.to(grad_output.dtype), n), by_sample(grad_output, n)
-    frames = x.shape[1]
+    x, g = (
+        of_sample.transpose(0, 1).flatten(1, 2)
+        for of_sample in (by_sample(inputs.to(grad_output.dtype), n), by_sample(grad_output, n))
+    )
+    return _weight_gradient(layer, x, g, n, padding).reshape(n, *layer.weight.shape)
+
+
+def _weight_gradient(layer: Any, inputs: Tensor, grad_output: Tensor, n: int, padding: tuple[int, ...]) -> Tensor:
+    """Of n such layers side by side, as channels `[frames, n*i, ...]` and `[frames, n*o, ...]`."""
     _, weight, _ = torch.ops.aten.convolution_backward(
-        g.transpose(0, 1).reshape(frames, n * g.shape[2], *g.shape[3:]),
-        x.transpose(0, 1).reshape(frames, n * x.shape[2], *x.shape[3:]),
-        g.new_empty(()).expand(n * layer.weight.shape[0], *layer.weight.shape[1:]),
+        grad_output,
+        inputs,
+        grad_output.new_empty(()).expand(n * layer.weight.shape[0], *layer.weight.shape[1:]),
         None,
         layer.stride,
         padding,
@@ -179,7 +199,7 @@ def _grouped(layer: Any, inputs: Tensor, grad_output: Tensor, n: int, padding: t
         n * layer.groups,
         [False, True, False],
     )
-    return weight.reshape(n, *layer.weight.shape)  # type: ignore[no-any-return]
+    return weight  # type: ignore[no-any-return]
 
 
 def _padded(layer: Any, activation: Tensor) -> tuple[Tensor, tuple[int, ...]]:
