@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +16,8 @@ from retrac_scale.training.record import NO_SEED, SampleRows, TrainingRecord, re
 
 Ids = npt.NDArray[Any]
 Int64 = npt.NDArray[np.int64]
+
+QUERY_SEED = 1
 
 
 def draw_noise(
@@ -87,10 +89,18 @@ class TimestepPlan(Protocol):
 
 @dataclass(frozen=True)
 class Explicit:
-    """The same chosen timesteps for every sample, with `draws` noises averaged into one gradient at each."""
+    """The same chosen timesteps for every sample, with `draws` noises averaged into one gradient at each.
+
+    Attributes:
+        timesteps: integers, each once.
+        draws: noises at each.
+        seed: of the noise, see `draw_noise`; None: 0, and 1 for what is sketched `like` another store, so that queries
+            have noise of their own where ids are the same on both sides. A number counts on either side.
+    """
 
     timesteps: Sequence[int]
     draws: int = 1
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         steps = tuple(int(t) for t in self.timesteps)
@@ -100,7 +110,7 @@ class Explicit:
             raise ValueError(
                 f"Explicit got a timestep twice in {list(steps)}; give each once and raise draws= instead."
             )
-        _check_draws(self.draws)
+        _check_noise(self.draws, self.seed)
         object.__setattr__(self, "timesteps", steps)
 
     def pairs(self, checkpoint: str, ids: Ids, num_train_timesteps: int) -> Pairs:
@@ -108,7 +118,7 @@ class Explicit:
         steps = np.array(self.timesteps, dtype=np.int64)
         check_timesteps(steps, num_train_timesteps)
         table = np.tile(steps, (len(ids), 1))
-        return Pairs(table, np.zeros_like(table), self.draws)
+        return Pairs(table, np.full_like(table, self.seed or 0), self.draws)
 
     def weight(self, checkpoint: str) -> float:
         """1: an explicit list knows nothing of the training."""
@@ -116,12 +126,14 @@ class Explicit:
 
     def spec(self) -> dict[str, Any]:
         """JSON description."""
-        return {"kind": "Explicit", "timesteps": list(self.timesteps), "draws": self.draws}
+        return {"kind": "Explicit", "timesteps": list(self.timesteps), "draws": self.draws, **_seed_spec(self.seed)}
 
 
 @dataclass(frozen=True)
 class EvenlySpaced:
     """`count` timesteps evenly spaced over 1 .. T-1, as on the query side of arXiv 2401.09031.
+
+    `draws` and `seed` are those of `Explicit`.
 
     >>> EvenlySpaced(4).pairs("final", np.arange(2), 1000).timesteps.tolist()
     [[1, 334, 666, 999], [1, 334, 666, 999]]
@@ -129,11 +141,12 @@ class EvenlySpaced:
 
     count: int
     draws: int = 1
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         if self.count < 1:
             raise ValueError(f"EvenlySpaced needs a count of 1 or more, got {self.count}.")
-        _check_draws(self.draws)
+        _check_noise(self.draws, self.seed)
 
     def pairs(self, checkpoint: str, ids: Ids, num_train_timesteps: int) -> Pairs:
         """Every sample at every one of the evenly spaced timesteps."""
@@ -143,7 +156,7 @@ class EvenlySpaced:
                 f"{num_train_timesteps - 1}; lower the count."
             )
         steps = np.rint(np.linspace(1, num_train_timesteps - 1, self.count)).astype(np.int64)
-        return Explicit(steps.tolist(), self.draws).pairs(checkpoint, ids, num_train_timesteps)
+        return Explicit(steps.tolist(), self.draws, self.seed).pairs(checkpoint, ids, num_train_timesteps)
 
     def weight(self, checkpoint: str) -> float:
         """1: a grid knows nothing of the training."""
@@ -151,7 +164,7 @@ class EvenlySpaced:
 
     def spec(self) -> dict[str, Any]:
         """JSON description."""
-        return {"kind": "EvenlySpaced", "count": self.count, "draws": self.draws}
+        return {"kind": "EvenlySpaced", "count": self.count, "draws": self.draws, **_seed_spec(self.seed)}
 
 
 @dataclass(frozen=True)
@@ -228,6 +241,18 @@ def check_timesteps(timesteps: Int64, num_train_timesteps: int) -> None:
         )
 
 
-def _check_draws(draws: int) -> None:
+def of_queries(plan: TimestepPlan) -> TimestepPlan:
+    """The plan by which queries are measured: a grid whose seed is left open has noise that no training sample has."""
+    return replace(plan, seed=QUERY_SEED) if isinstance(plan, Explicit | EvenlySpaced) and plan.seed is None else plan
+
+
+def _seed_spec(seed: int | None) -> dict[str, int]:
+    """Nothing for seed 0: so were stores described before plans had a seed."""
+    return {"seed": int(seed)} if seed else {}
+
+
+def _check_noise(draws: int, seed: int | None) -> None:
     if draws < 1:
         raise ValueError(f"draws must be 1 or more, got {draws}.")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be None or an integer of 0 or more, got {seed}.")

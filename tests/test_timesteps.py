@@ -30,9 +30,17 @@ def test_evenly_spaced_covers_one_to_the_last() -> None:
     assert pairs.timesteps.tolist() == [[1, 334, 666, 999]] * 5
 
 
-@pytest.mark.parametrize("bad", [lambda: rs.EvenlySpaced(0), lambda: rs.Explicit([]), lambda: rs.Explicit([1, 1])])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        lambda: rs.EvenlySpaced(0),
+        lambda: rs.Explicit([]),
+        lambda: rs.Explicit([1, 1]),
+        lambda: rs.Explicit([1], seed=-1),
+    ],
+)
 def test_plans_without_sense_are_refused(bad: Any) -> None:
-    with pytest.raises(ValueError, match=r"EvenlySpaced|Explicit"):
+    with pytest.raises(ValueError, match=r"EvenlySpaced|Explicit|seed"):
         bad()
 
 
