@@ -21,7 +21,7 @@ QUERY_SEED = 1
 
 
 def draw_noise(
-    shape: Sequence[int], ids: Sequence[Any] | Ids, timesteps: Any, seed: Any, *, draw: int = 0
+    shape: Sequence[int], ids: Sequence[Any] | Ids | torch.Tensor, timesteps: Any, seed: Any, *, draw: int = 0
 ) -> torch.Tensor:
     """Standard normal noise for a batch, one independent stream per pair.
 
@@ -30,7 +30,7 @@ def draw_noise(
 
     Args:
         shape: of one sample, without the batch axis.
-        ids: sample ids, integers or strings, `[n]`.
+        ids: sample ids, integers or strings, `[n]`; an integer tensor, on any device, counts as its numbers.
         timesteps: `[n]` integers t; for the floats of a flow matching loop `timestep_numbers(scheduler, timesteps)`.
         seed: one integer, or one per pair `[n]`.
         draw: number of the noise draw at that timestep.
@@ -41,16 +41,17 @@ def draw_noise(
     Raises:
         ValueError: timesteps are no integers, so a replay would draw other noise than the training did.
     """
-    given = np.asarray(timesteps)
+    given = on_host(timesteps)
     if given.size and given.dtype.kind not in "iu":
         raise ValueError(
             f"draw_noise takes integer timesteps, got dtype {given.dtype}; a flow matching loop gives it "
             "timestep_numbers(scheduler, timesteps)."
         )
     steps = given.astype(np.int64)
-    seeds = np.broadcast_to(np.asarray(seed, dtype=np.int64), steps.shape)
+    seeds = np.broadcast_to(on_host(seed).astype(np.int64), steps.shape)
     out = np.empty((len(steps), *shape), dtype=np.float32)
-    for row, (sample, step, key) in enumerate(zip(ids, steps, seeds, strict=True)):
+    samples = ids.tolist() if isinstance(ids, torch.Tensor) else ids
+    for row, (sample, step, key) in enumerate(zip(samples, steps, seeds, strict=True)):
         generator = np.random.Generator(
             np.random.Philox(key=[np.uint64(key), _id_bits(sample)], counter=[0, 0, int(step), draw])
         )
@@ -58,7 +59,14 @@ def draw_noise(
     return torch.from_numpy(out)
 
 
+def on_host(values: Any) -> npt.NDArray[Any]:
+    """A tensor on any device, a sequence or a number as an array."""
+    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+
+
 def _id_bits(sample: Any) -> np.uint64:
+    if isinstance(sample, torch.Tensor):  # its text would be hashed
+        sample = sample.item()
     if isinstance(sample, (int, np.integer)):
         return np.uint64(int(sample) & 0xFFFFFFFFFFFFFFFF)
     digest = hashlib.blake2b(str(sample).encode(), digest_size=8).digest()

@@ -25,6 +25,20 @@ def test_noise_depends_on_seed_id_timestep_and_draw_and_is_standard_normal() -> 
     assert abs(draw().var() - 1) < 5 * (2 / 4096) ** 0.5
 
 
+def test_noise_of_ids_and_timesteps_in_tensors_is_that_of_their_numbers() -> None:
+    expected = rs.draw_noise((2,), np.array([3, 5]), np.array([7, 8]), 9)
+    ids, steps = torch.tensor([3, 5]), torch.tensor([7, 8])
+    assert torch.equal(rs.draw_noise((2,), ids, steps, 9), expected)
+    assert torch.equal(rs.draw_noise((2,), list(ids), steps, torch.tensor(9)), expected)
+    assert torch.equal(rs.draw_noise((2,), ids.int(), steps.int(), torch.tensor([9, 9])), expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_noise_of_tensors_on_a_gpu_is_that_of_their_numbers() -> None:
+    ids, steps = torch.tensor([3, 5]), torch.tensor([7, 8])
+    assert torch.equal(rs.draw_noise((2,), ids.cuda(), steps.cuda(), 9), rs.draw_noise((2,), ids, steps, 9))
+
+
 def test_evenly_spaced_covers_one_to_the_last() -> None:
     pairs = rs.EvenlySpaced(4).pairs("c", IDS, 1000)
     assert pairs.timesteps.tolist() == [[1, 334, 666, 999]] * 5
