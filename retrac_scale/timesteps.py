@@ -18,6 +18,7 @@ Ids = npt.NDArray[Any]
 Int64 = npt.NDArray[np.int64]
 
 QUERY_SEED = 1
+STEPS_AT_ONCE = 256  # of a training record
 
 
 def draw_noise(
@@ -232,10 +233,17 @@ class _Seen:
 
 def _last_seen(record: TrainingRecord, checkpoint: str) -> _Seen:
     previous, until = record.before(checkpoint)
-    rows = record.rows(record.begun, until)
     timestep, seed = np.full((2, record.n_samples), -1, dtype=np.int64)
-    timestep[rows["sample"]], seed[rows["sample"]] = rows["timestep"], rows["noise_seed"]  # the last of a sample stays
-    weight = float(rows["lr"][rows["step"] > previous].sum() / record.n_samples)
+    rates: list[npt.NDArray[np.float64]] = []
+    last = until
+    while last > record.begun and (last > previous or (timestep < 0).any()):  # from the newest step back
+        first = max(last - STEPS_AT_ONCE, record.begun)
+        rows = record.rows(first, last)
+        rates.append(rows["lr"][rows["step"] > previous])
+        rows = rows[timestep[rows["sample"]] < 0]
+        timestep[rows["sample"]], seed[rows["sample"]] = rows["timestep"], rows["noise_seed"]  # a sample's last stays
+        last = first
+    weight = float(np.concatenate([np.empty(0), *rates[::-1]]).sum() / record.n_samples)
     return _Seen(SampleRows(record.n_samples, record.ids), timestep, seed, weight)
 
 

@@ -73,6 +73,43 @@ def test_a_recorder_continues_and_keeps_what_earlier_checkpoints_saw(tmp_path: P
         rs.TrainingRecorder(tmp_path, 6, scheduler)
 
 
+def test_the_last_pair_of_each_sample_is_found_in_pieces_from_the_newest_step_back(
+    tmp_path: Path, scheduler: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    recorder = rs.TrainingRecorder(tmp_path, 20, scheduler)
+    for step in range(1, 41):
+        ids = rng.integers(0, 10, 4) if step > 20 else np.arange(step - 1, step + 3) % 20  # some only in old steps
+        recorder.step(ids, rng.integers(0, 100, 4), step, 0.1 / step)
+        if step in (20, 30, 40):
+            recorder.checkpoint(str(step))
+    record = rs.read_record(tmp_path)
+    assert record is not None
+    read: list[tuple[int, int]] = []
+    whole = type(record).rows
+
+    def rows_noted(self: Any, after: int, until: int) -> Any:
+        read.append((after, until))
+        return whole(self, after, until)
+
+    monkeypatch.setattr("retrac_scale.timesteps.STEPS_AT_ONCE", 3)
+    monkeypatch.setattr(type(record), "rows", rows_noted)
+    for name, previous in (("20", 0), ("30", 20), ("40", 30)):
+        plan = rs.Recorded(tmp_path)
+        pairs = plan.pairs(name, np.arange(20), 100)
+        rows = whole(record, 0, int(name))
+        last = {int(row["sample"]): row for row in rows}
+        assert pairs.timesteps.ravel().tolist() == [last[i]["timestep"] for i in range(20)]
+        assert pairs.seeds.ravel().tolist() == [last[i]["noise_seed"] for i in range(20)]
+        assert plan.weight(name) == rows["lr"][rows["step"] > previous].sum() / 20  # bit for bit
+    assert max(until - after for after, until in read) == 3
+    read.clear()
+    recorder.step(np.arange(20), [50] * 20, 41, 0.1)
+    recorder.checkpoint("41")
+    rs.Recorded(tmp_path).pairs("41", np.arange(20), 100)
+    assert read == [(38, 41)]
+
+
 @pytest.mark.parametrize(
     ("ids", "steps", "message"),
     [
