@@ -112,7 +112,10 @@ class Explicit:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        steps = tuple(int(t) for t in self.timesteps)
+        given = on_host(self.timesteps)
+        if given.size and given.dtype.kind not in "iu":
+            raise ValueError(f"Explicit takes integer timesteps, got dtype {given.dtype}.")
+        steps = tuple(given.tolist())
         if not steps:
             raise ValueError("Explicit got no timesteps; give at least one, e.g. Explicit([10, 500]).")
         if len(set(steps)) != len(steps):

@@ -51,6 +51,7 @@ def test_evenly_spaced_covers_one_to_the_last() -> None:
         lambda: rs.Explicit([]),
         lambda: rs.Explicit([1, 1]),
         lambda: rs.Explicit([1], seed=-1),
+        lambda: rs.Explicit([0.5, 10.9]),  # type: ignore[list-item]
     ],
 )
 def test_plans_without_sense_are_refused(bad: Any) -> None:
