@@ -110,7 +110,7 @@ def explain_lists(index: Index, queries: SketchStore, lists: Sequence[Sequence[A
 
 def _vectors(index: Index, side: SketchStore, checkpoint: str, samples: slice) -> Float32:
     """What each pair of some samples contributes, `[n, t, k]`."""
-    return index.estimator.vectors(*side.sketches_and_norms(checkpoint, samples))
+    return index.estimator.stored_vectors(side, checkpoint, samples)
 
 
 def _timesteps(index: Index, side: SketchStore, place: int) -> Ints | None:

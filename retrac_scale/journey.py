@@ -16,7 +16,7 @@ from retrac_scale.store import SketchStore, create_store, write_block
 from retrac_scale.store.schema import Url, check_ids
 from retrac_scale.task.checkpoints import Checkpoint
 from retrac_scale.task.diffusion import DiffusionTask
-from retrac_scale.timesteps import Explicit
+from retrac_scale.timesteps import QUERY_SEED, Explicit
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +122,7 @@ def sketch_journey(
         for number, timestep in enumerate(journey.timesteps)
     ]
     first = steps[0]
-    plan = {"kind": "Journey", "timesteps": journey.timesteps, "draws": draws}
+    plan = {"kind": "Journey", "timesteps": journey.timesteps, "draws": draws, "seed": QUERY_SEED}
     store = create_store(
         out,
         shape=(len(ids), len(steps), first.shape[2]),

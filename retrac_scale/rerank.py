@@ -19,7 +19,7 @@ from retrac_scale.store.encoding import Float32
 from retrac_scale.store.part import plans_of
 from retrac_scale.store.schema import differences
 from retrac_scale.task.diffusion import DiffusionTask
-from retrac_scale.timesteps import Pairs
+from retrac_scale.timesteps import Pairs, of_queries
 
 BATCH_PAIRS = 64
 BATCH_BYTES = 256 * 2**20
@@ -67,7 +67,7 @@ def exact_scores(
     A checkpoint's query rows are formed once and held, q times the number of parameters; candidates pass in batches.
 
     Args:
-        queries: the queries.
+        queries: the queries, measured as `Samples.sketch` measures them.
         train: the training samples.
         candidates: ids of m of them.
         estimator: makes rows of gradients as it makes them of sketches.
@@ -77,6 +77,7 @@ def exact_scores(
     Raises:
         ValueError: a candidate is not in the dataset, or a checkpoint is missing or another one.
     """
+    queries = replace(queries, timesteps=[of_queries(plan) for plan in queries.plans])
     places = {sample: row for row, sample in enumerate(train.ids.tolist())}
     lost = [sample for sample in candidates.tolist() if sample not in places]
     if lost:

@@ -45,7 +45,7 @@ class Samples:
         return list(self.timesteps) if isinstance(self.timesteps, Sequence) else [self.timesteps]
 
     def sketch(self, like: SketchStore) -> SketchStore:
-        """Their sketches in memory, float32, made as those of another store.
+        """Their sketches in memory, float32, made as those of another store, with noise of their own.
 
         Raises:
             ValueError: they have several timestep plans, or do not fit the other store.

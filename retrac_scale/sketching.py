@@ -27,7 +27,7 @@ from retrac_scale.store.encoding import check_dtype
 from retrac_scale.store.schema import Url, check_columns, check_ids
 from retrac_scale.task.checkpoints import Checkpoint
 from retrac_scale.task.diffusion import DiffusionTask
-from retrac_scale.timesteps import Ids, Pairs, TimestepPlan, draw_noise
+from retrac_scale.timesteps import Ids, Pairs, TimestepPlan, draw_noise, of_queries
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -92,7 +92,8 @@ def sketch(
         parameters: glob patterns or a predicate on names; None for all trainable ones, or those of `like`.
         precondition: {checkpoint: {parameter: what its gradients are divided by before they are projected}}, see
             `adam_divisors` and `fisher_divisors`. `like` does not pass it on: divide one side of a score, or both.
-        like: a store that these sketches will be compared with.
+        like: a store that these sketches will be compared with. A grid of timesteps then has other noise than the
+            store's, unless its seed is given.
         grow: add what the store at `out` lacks: samples with new ids, checkpoints, timesteps, another first measure.
             Without it a call that differs from the one that began the store is refused.
         layout: how samples are cut into blocks; None chooses.
@@ -114,6 +115,7 @@ def sketch(
     if not checkpoints:
         raise ValueError("sketch got no checkpoint; give checkpoints={'name': path or state dict}.")
     if like is not None:
+        timesteps = of_queries(timesteps)
         projection = from_spec(like.fingerprint["projection"]) if projection is None else projection
         if parameters is None:
             parameters = list(like.fingerprint["parameters"]).__contains__

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,9 +17,12 @@ from retrac_scale.training.record import NO_SEED, SampleRows, TrainingRecord, re
 Ids = npt.NDArray[Any]
 Int64 = npt.NDArray[np.int64]
 
+QUERY_SEED = 1
+STEPS_AT_ONCE = 256  # of a training record
+
 
 def draw_noise(
-    shape: Sequence[int], ids: Sequence[Any] | Ids, timesteps: Any, seed: Any, *, draw: int = 0
+    shape: Sequence[int], ids: Sequence[Any] | Ids | torch.Tensor, timesteps: Any, seed: Any, *, draw: int = 0
 ) -> torch.Tensor:
     """Standard normal noise for a batch, one independent stream per pair.
 
@@ -28,7 +31,7 @@ def draw_noise(
 
     Args:
         shape: of one sample, without the batch axis.
-        ids: sample ids, integers or strings, `[n]`.
+        ids: sample ids, integers or strings, `[n]`; an integer tensor, on any device, counts as its numbers.
         timesteps: `[n]` integers t; for the floats of a flow matching loop `timestep_numbers(scheduler, timesteps)`.
         seed: one integer, or one per pair `[n]`.
         draw: number of the noise draw at that timestep.
@@ -39,16 +42,17 @@ def draw_noise(
     Raises:
         ValueError: timesteps are no integers, so a replay would draw other noise than the training did.
     """
-    given = np.asarray(timesteps)
+    given = on_host(timesteps)
     if given.size and given.dtype.kind not in "iu":
         raise ValueError(
             f"draw_noise takes integer timesteps, got dtype {given.dtype}; a flow matching loop gives it "
             "timestep_numbers(scheduler, timesteps)."
         )
     steps = given.astype(np.int64)
-    seeds = np.broadcast_to(np.asarray(seed, dtype=np.int64), steps.shape)
+    seeds = np.broadcast_to(on_host(seed).astype(np.int64), steps.shape)
     out = np.empty((len(steps), *shape), dtype=np.float32)
-    for row, (sample, step, key) in enumerate(zip(ids, steps, seeds, strict=True)):
+    samples = ids.tolist() if isinstance(ids, torch.Tensor) else ids
+    for row, (sample, step, key) in enumerate(zip(samples, steps, seeds, strict=True)):
         generator = np.random.Generator(
             np.random.Philox(key=[np.uint64(key), _id_bits(sample)], counter=[0, 0, int(step), draw])
         )
@@ -56,7 +60,14 @@ def draw_noise(
     return torch.from_numpy(out)
 
 
+def on_host(values: Any) -> npt.NDArray[Any]:
+    """A tensor on any device, a sequence or a number as an array."""
+    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+
+
 def _id_bits(sample: Any) -> np.uint64:
+    if isinstance(sample, torch.Tensor):  # its text would be hashed
+        sample = sample.item()
     if isinstance(sample, (int, np.integer)):
         return np.uint64(int(sample) & 0xFFFFFFFFFFFFFFFF)
     digest = hashlib.blake2b(str(sample).encode(), digest_size=8).digest()
@@ -87,20 +98,31 @@ class TimestepPlan(Protocol):
 
 @dataclass(frozen=True)
 class Explicit:
-    """The same chosen timesteps for every sample, with `draws` noises averaged into one gradient at each."""
+    """The same chosen timesteps for every sample, with `draws` noises averaged into one gradient at each.
+
+    Attributes:
+        timesteps: integers, each once.
+        draws: noises at each.
+        seed: of the noise, see `draw_noise`; None: 0, and 1 for what is sketched `like` another store, so that queries
+            have noise of their own where ids are the same on both sides. A number counts on either side.
+    """
 
     timesteps: Sequence[int]
     draws: int = 1
+    seed: int | None = None
 
     def __post_init__(self) -> None:
-        steps = tuple(int(t) for t in self.timesteps)
+        given = on_host(self.timesteps)
+        if given.size and given.dtype.kind not in "iu":
+            raise ValueError(f"Explicit takes integer timesteps, got dtype {given.dtype}.")
+        steps = tuple(given.tolist())
         if not steps:
             raise ValueError("Explicit got no timesteps; give at least one, e.g. Explicit([10, 500]).")
         if len(set(steps)) != len(steps):
             raise ValueError(
                 f"Explicit got a timestep twice in {list(steps)}; give each once and raise draws= instead."
             )
-        _check_draws(self.draws)
+        _check_noise(self.draws, self.seed)
         object.__setattr__(self, "timesteps", steps)
 
     def pairs(self, checkpoint: str, ids: Ids, num_train_timesteps: int) -> Pairs:
@@ -108,7 +130,7 @@ class Explicit:
         steps = np.array(self.timesteps, dtype=np.int64)
         check_timesteps(steps, num_train_timesteps)
         table = np.tile(steps, (len(ids), 1))
-        return Pairs(table, np.zeros_like(table), self.draws)
+        return Pairs(table, np.full_like(table, self.seed or 0), self.draws)
 
     def weight(self, checkpoint: str) -> float:
         """1: an explicit list knows nothing of the training."""
@@ -116,12 +138,14 @@ class Explicit:
 
     def spec(self) -> dict[str, Any]:
         """JSON description."""
-        return {"kind": "Explicit", "timesteps": list(self.timesteps), "draws": self.draws}
+        return {"kind": "Explicit", "timesteps": list(self.timesteps), "draws": self.draws, **_seed_spec(self.seed)}
 
 
 @dataclass(frozen=True)
 class EvenlySpaced:
     """`count` timesteps evenly spaced over 1 .. T-1, as on the query side of arXiv 2401.09031.
+
+    `draws` and `seed` are those of `Explicit`.
 
     >>> EvenlySpaced(4).pairs("final", np.arange(2), 1000).timesteps.tolist()
     [[1, 334, 666, 999], [1, 334, 666, 999]]
@@ -129,11 +153,12 @@ class EvenlySpaced:
 
     count: int
     draws: int = 1
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         if self.count < 1:
             raise ValueError(f"EvenlySpaced needs a count of 1 or more, got {self.count}.")
-        _check_draws(self.draws)
+        _check_noise(self.draws, self.seed)
 
     def pairs(self, checkpoint: str, ids: Ids, num_train_timesteps: int) -> Pairs:
         """Every sample at every one of the evenly spaced timesteps."""
@@ -143,7 +168,7 @@ class EvenlySpaced:
                 f"{num_train_timesteps - 1}; lower the count."
             )
         steps = np.rint(np.linspace(1, num_train_timesteps - 1, self.count)).astype(np.int64)
-        return Explicit(steps.tolist(), self.draws).pairs(checkpoint, ids, num_train_timesteps)
+        return Explicit(steps.tolist(), self.draws, self.seed).pairs(checkpoint, ids, num_train_timesteps)
 
     def weight(self, checkpoint: str) -> float:
         """1: a grid knows nothing of the training."""
@@ -151,7 +176,7 @@ class EvenlySpaced:
 
     def spec(self) -> dict[str, Any]:
         """JSON description."""
-        return {"kind": "EvenlySpaced", "count": self.count, "draws": self.draws}
+        return {"kind": "EvenlySpaced", "count": self.count, "draws": self.draws, **_seed_spec(self.seed)}
 
 
 @dataclass(frozen=True)
@@ -211,10 +236,17 @@ class _Seen:
 
 def _last_seen(record: TrainingRecord, checkpoint: str) -> _Seen:
     previous, until = record.before(checkpoint)
-    rows = record.rows(record.begun, until)
     timestep, seed = np.full((2, record.n_samples), -1, dtype=np.int64)
-    timestep[rows["sample"]], seed[rows["sample"]] = rows["timestep"], rows["noise_seed"]  # the last of a sample stays
-    weight = float(rows["lr"][rows["step"] > previous].sum() / record.n_samples)
+    rates: list[npt.NDArray[np.float64]] = []
+    last = until
+    while last > record.begun and (last > previous or (timestep < 0).any()):  # from the newest step back
+        first = max(last - STEPS_AT_ONCE, record.begun)
+        rows = record.rows(first, last)
+        rates.append(rows["lr"][rows["step"] > previous])
+        rows = rows[timestep[rows["sample"]] < 0]
+        timestep[rows["sample"]], seed[rows["sample"]] = rows["timestep"], rows["noise_seed"]  # a sample's last stays
+        last = first
+    weight = float(np.concatenate([np.empty(0), *rates[::-1]]).sum() / record.n_samples)
     return _Seen(SampleRows(record.n_samples, record.ids), timestep, seed, weight)
 
 
@@ -228,6 +260,18 @@ def check_timesteps(timesteps: Int64, num_train_timesteps: int) -> None:
         )
 
 
-def _check_draws(draws: int) -> None:
+def of_queries(plan: TimestepPlan) -> TimestepPlan:
+    """The plan by which queries are measured: a grid whose seed is left open has noise that no training sample has."""
+    return replace(plan, seed=QUERY_SEED) if isinstance(plan, Explicit | EvenlySpaced) and plan.seed is None else plan
+
+
+def _seed_spec(seed: int | None) -> dict[str, int]:
+    """Nothing for seed 0: so were stores described before plans had a seed."""
+    return {"seed": int(seed)} if seed else {}
+
+
+def _check_noise(draws: int, seed: int | None) -> None:
     if draws < 1:
         raise ValueError(f"draws must be 1 or more, got {draws}.")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be None or an integer of 0 or more, got {seed}.")

@@ -18,6 +18,7 @@ from PIL import Image
 import retrac_scale as rs
 from retrac_scale.cli import main
 from retrac_scale.cli.project import FILE, Project, find
+from retrac_scale.report.pictures import PictureFiles
 from tests.conftest import tiny_unet
 
 
@@ -147,6 +148,18 @@ def test_images_that_do_not_fit_the_model_are_named_by_init(folder: Path, capsys
     assert main(INIT) == 1
     assert "0.png is 9 x 8, the model takes 8 x 8" in capsys.readouterr().err
     assert not Path(FILE).exists()
+
+
+def test_init_and_reports_see_a_photograph_upright(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the camera was turned by 90 degrees
+    lying = np.arange(9 * 8, dtype=np.uint8).reshape(8, 9)
+    for file in (folder / "training-images").iterdir():
+        Image.fromarray(lying).save(file, exif=turned)
+    assert main(INIT) == 1
+    assert "0.png is 8 x 9, the model takes 8 x 8" in capsys.readouterr().err
+    shown = PictureFiles([str(next((folder / "training-images").iterdir()))])[0]
+    np.testing.assert_array_equal(shown[..., 0], np.rot90(lying, -1))
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,24 @@ def test_scores_equal_float64_numpy_with_fewer_and_with_more_rows_than_entries(
     np.testing.assert_allclose(answer.scores, np.take_along_axis(expected, answer.ids, 1), atol=1e-6 * scale)
 
 
+def test_retrac_averages_over_the_visits_made_and_tracin_adds_them_up() -> None:
+    """One direction, visited 3, 1 and 0 of 3 times, each time with another length."""
+    direction = np.array([0.6, 0.8, 0.0, 0.0])
+    lengths = np.array([[1.0, 2.0, 4.0], [0.0, 0.0, 5.0], [0.0, 0.0, 0.0]])
+    steps = np.where(lengths > 0, 7, -1)
+    train = {"c": lengths[..., None] * direction}
+    store = rs.write_store(None, train, timesteps={"c": steps}, dtype="float32")
+    query = rs.write_store(None, {"c": direction[None, None]}, timesteps=[7], dtype="float32")
+    retrac = rs.build_index(store, rs.ReTrac(), None, dtype="float32")
+    np.testing.assert_allclose(retrac.scores(query).compute(), [[1, 1, 0]], rtol=1e-6)
+    np.testing.assert_allclose(rs.self_influence(store, rs.ReTrac()), [1, 1, 0], rtol=1e-6)
+    explanation = retrac.explain(query, 1)
+    np.testing.assert_allclose(explanation.contributions, [[[0], [0], [1]]], rtol=1e-6)
+    assert explanation.score == pytest.approx(1)
+    tracin = rs.build_index(store, rs.TracIn(), None, dtype="float32")
+    np.testing.assert_allclose(tracin.scores(query).compute(), [[7 / 3, 5 / 3, 0]], rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["TRAK", "RelatIF", "DAS"])
 def test_self_influence_is_the_diagonal(name: str) -> None:
     store, _, losses = stores(1, 30, 3)

@@ -48,6 +48,7 @@ def test_journey_sketches_are_gradients_at_the_predicted_clean_image_of_each_ste
                 name,
                 timestep,
                 conditioning={key: value[row] for key, value in labels.items()},
+                seed=1,
             )
             found = queries.sketches("last")[row, column]
             assert np.linalg.norm(found - expected) < 1e-4 * np.linalg.norm(expected)

@@ -305,23 +305,62 @@ def test_scores_of_a_diffusion_model_are_those_of_the_paper(seed: int) -> None:
     store = rs.sketch(task, images, None, timesteps=rs.Explicit([20]), projection=rs.Identity(), **common)
     queries = rs.sketch(task, generated, None, timesteps=rs.EvenlySpaced(3, draws=2), like=store, **common)
 
-    def gradients(samples: Any, timesteps: list[int], draws: int) -> Any:
+    def gradients(samples: Any, timesteps: list[int], draws: int, noise: int) -> Any:
+        def one(state: Any, i: int, t: int) -> Any:
+            return oracle.pair_gradient(task.model, state, SCHEDULER, samples[i], i, t, draws=draws, seed=noise)
+
         return {
-            name: np.array(
-                [
-                    [oracle.pair_gradient(task.model, state, SCHEDULER, x, i, t, draws=draws) for t in timesteps]
-                    for i, x in enumerate(samples)
-                ]
-            )
+            name: np.array([[one(state, i, t) for t in timesteps] for i in range(len(samples))])
             for name, state in states.items()
         }
 
-    train, asked = gradients(images, [20], 1), gradients(generated, [1, 50, 99], 2)
+    train, asked = gradients(images, [20], 1, 0), gradients(generated, [1, 50, 99], 2, 1)
     for estimator, reference in ((rs.TracIn(), oracle.tracin), (rs.ReTrac(), oracle.retrac)):
         expected = reference(train, asked, {"early": 1, "late": 1})
         answer = rs.build_index(store, estimator, None, dtype="float32").query(queries, 50)
         scale = np.abs(expected).max()
         np.testing.assert_allclose(answer.scores, np.take_along_axis(expected, answer.ids, 1), atol=1e-4 * scale)
+
+
+def test_query_i_shares_no_noise_with_training_sample_i() -> None:
+    """One image on both sides under default ids: with shared noise its gradients would be the same."""
+    images, task = random_images(4, 0), rs.DiffusionTask(tiny_unet(), SCHEDULER)
+    options: dict[str, Any] = {"checkpoints": {"c": tiny_unet().state_dict()}, "dtype": "float32", "progress": False}
+
+    def sketched(plan: Any, like: Any = None) -> Any:
+        projection = None if like else rs.CountSketch(64)
+        made = rs.sketch(task, images, None, timesteps=plan, like=like, projection=projection, batch_size=8, **options)
+        return made, made.sketches("c")
+
+    plans: list[tuple[Any, Any]] = [(rs.EvenlySpaced, 3), (rs.Explicit, [20, 70])]
+    for plan, unset in plans:
+        store, rows = sketched(plan(unset))
+        queries, asked = sketched(plan(unset), store)
+        assert (rows != asked).any(axis=2).all()
+        assert "seed" not in store.fingerprint["timesteps"]  # as before plans had one
+        assert queries.fingerprint["timesteps"]["seed"] == 1
+        np.testing.assert_array_equal(sketched(plan(unset, seed=1))[1], asked)
+        np.testing.assert_array_equal(sketched(plan(unset, seed=0), store)[1], rows)
+        again = rs.Samples(images, task, options["checkpoints"], plan(unset)).sketch(like=store)
+        assert again.fingerprint["timesteps"] == queries.fingerprint["timesteps"]
+
+
+def test_unrelated_queries_do_not_rank_the_training_sample_of_their_id_first() -> None:
+    images, others = random_images(40, 0), random_images(40, 1)
+    task, states = rs.DiffusionTask(tiny_unet(), SCHEDULER), {"c": tiny_unet().state_dict()}
+    common: dict[str, Any] = {"checkpoints": states, "dtype": "float32", "progress": False}
+    store = rs.sketch(task, images, None, timesteps=rs.EvenlySpaced(4), projection=rs.CountSketch(1024), **common)
+    index = rs.build_index(store, rs.ReTrac(), None, dtype="float32")
+
+    def excess(seed: int | None) -> float:
+        """How far the scores of sample i for query i lie above those of the others, in standard errors."""
+        asked = rs.sketch(task, others, None, timesteps=rs.EvenlySpaced(4, seed=seed), like=store, **common)
+        scores = index.scores(asked).compute()
+        centred = scores - scores.mean(0) - scores.mean(1, keepdims=True) + scores.mean()
+        return float(np.diag(centred).mean() / centred.std() * len(scores) ** 0.5)
+
+    assert excess(0) > 5
+    assert abs(excess(None)) < 3
 
 
 def test_self_influence_is_the_score_of_a_sample_with_itself() -> None:

@@ -97,11 +97,16 @@ def test_image_files_are_sketched_and_asked(tmp_path: Path, capsys: pytest.Captu
     rs.build_index(store, rs.ReTrac(), tmp_path / "i")
     files = [str(tmp_path / "pictures" / "1.png")]
     weights = f"final={tmp_path / 'model' / 'unet'}"
-    arguments = ["query", str(tmp_path / "i"), *files, "-k", "1", "--timesteps", "2", "--json"]
+    arguments = ["query", str(tmp_path / "i"), *files, "-k", "3", "--timesteps", "2", "--json"]
     assert main([*arguments, "--model", str(tmp_path / "model" / "unet"), "--checkpoint", weights]) == 0
     (result,) = json.loads(capsys.readouterr().out)["results"]
-    assert result["query"] == result["ids"][0] == files[0]
-    assert result["scores"][0] == pytest.approx(rs.self_influence(store, rs.ReTrac())[1], rel=0.01)
+    asked = rs.Samples(ImageFiles(files, 1), task, {"final": model.state_dict()}, rs.EvenlySpaced(2)).sketch(store)
+    expected = rs.open_index(tmp_path / "i").query(asked, 3)  # with other noise than the training image's
+    assert result["query"] == files[0]
+    assert result["ids"] == expected.ids[0].tolist()
+    np.testing.assert_allclose(result["scores"], expected.scores[0], rtol=1e-4)
+    own = dict(zip(result["ids"], result["scores"], strict=True))[files[0]]
+    assert own < 0.99 * rs.self_influence(store, rs.ReTrac())[1]
     assert main(arguments) == 1
     assert "give --model and a --checkpoint" in capsys.readouterr().err
 

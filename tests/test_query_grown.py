@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,11 @@ def gradients(samples: Any, plans: Any) -> dict[str, Any]:
     """Full gradients by plain autograd, float64 `{c: [n, t, P]}`."""
 
     def row(state: Any, image: Any, sample: int) -> Any:
-        pairs = [(t, plan.draws) for plan in plans for t in plan.timesteps]
-        return [oracle.pair_gradient(TASK.model, state, SCHEDULER, image, sample, t, draws=draws) for t, draws in pairs]
+        return [
+            oracle.pair_gradient(TASK.model, state, SCHEDULER, image, sample, t, draws=plan.draws, seed=plan.seed or 0)
+            for plan in plans
+            for t in plan.timesteps
+        ]
 
     return {name: np.array([row(state, x, i) for i, x in enumerate(samples)]) for name, state in STATES.items()}
 
@@ -97,16 +101,17 @@ def test_rerank_recomputes_the_pairs_that_a_store_grew_by(tmp_path: Path) -> Non
     store = grown_by_timesteps(tmp_path / "s")
     asked = rs.Explicit([30, 60])
     queries = rs.Samples(GENERATED, TASK, STATES, asked)
-    expected = oracle.retrac(train_gradients(), gradients(GENERATED, [asked]), {"early": 1, "late": 1})
+    expected = oracle.retrac(train_gradients(), gradients(GENERATED, [replace(asked, seed=1)]), {"early": 1, "late": 1})
     index = rs.build_index(store, rs.ReTrac(), None)
     for plans in (PLANS, PLANS[::-1]):
         answer = index.query(queries, 7, rerank=7, train=rs.Samples(IMAGES, TASK, STATES, plans))
         np.testing.assert_array_equal(answer.ids, np.argsort(-expected, axis=1))
         np.testing.assert_allclose(answer.scores, -np.sort(-expected, axis=1), atol=1e-4 * np.abs(expected).max())
     matched = rs.build_index(store, rs.ReTrac(pairing="matched"), None)
-    queries = rs.Samples(GENERATED, TASK, STATES, rs.Explicit([20, 70, 50]))
+    asked = rs.Explicit([20, 70, 50])
+    queries = rs.Samples(GENERATED, TASK, STATES, asked)
     answer = matched.query(queries, 7, rerank=7, train=rs.Samples(IMAGES, TASK, STATES, PLANS[::-1]))
-    both = train_gradients(), gradients(GENERATED, [queries.timesteps])
+    both = train_gradients(), gradients(GENERATED, [replace(asked, seed=1)])
     expected = oracle.retrac_matched(*both, {"early": 1, "late": 1})
     np.testing.assert_allclose(answer.scores, -np.sort(-expected, axis=1), atol=1e-4 * np.abs(expected).max())
 

@@ -162,6 +162,18 @@ def test_deleted_samples_count_no_longer_in_the_norm_curve() -> None:
     assert norm_curve(store)[1].tolist() == [1]
 
 
+def test_visits_that_were_not_made_are_in_no_norm_curve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    norms = {"c": np.array([[0, 2], [2, 2]], np.float32)}
+    sketches = {"c": np.ones((2, 2, 4)) * (norms["c"] > 0)[..., None]}
+    store = rs.write_store(tmp_path / "s", sketches, norms=norms, timesteps={"c": np.array([[-1, 0], [0, 99]])})
+    centres, mean, _ = norm_curve(store)
+    assert centres.min() > 0
+    assert mean.tolist() == [2, 2]
+    assert main(["info", str(tmp_path / "s"), "--json"]) == 0
+    curve = json.loads(capsys.readouterr().out)["measurements"][0]["norms"]
+    assert [(part["from"], part["mean_norm"]) for part in curve] == [(0, 2), (80, 2)]
+
+
 def test_a_page_of_several_indexes_or_answers_is_of_the_same_samples_and_queries(folder: Path, tmp_path: Path) -> None:
     queries, images = rs.open_store(folder / "q.zarr"), np.load(folder / "images.npy")
     sketches = {name: np.random.default_rng(1).standard_normal((5, 1, 64)) for name in ("early", "late")}

@@ -21,7 +21,7 @@ from retrac_scale.store.encoding import encode
 def random_store(out: Any = None, **options: Any) -> rs.SketchStore:
     rng = np.random.default_rng(0)
     sketches = {name: rng.standard_normal((5, 2, 16)) for name in ("a", "b")}
-    return rs.write_store(out, sketches, timesteps=[3, 9], **options)
+    return rs.write_store(out, sketches, **{"timesteps": [3, 9], **options})
 
 
 def test_zarr_and_xarray_open_it_with_named_dimensions(tmp_path: Path) -> None:
@@ -136,6 +136,8 @@ def test_weights_ids_and_timesteps_are_kept(tmp_path: Path) -> None:
         ({"norms": {"a": np.ones((5, 2))}}, r"norms are given for \['a'\]"),
         ({"norms": {"a": np.ones((5, 2)), "b": np.ones((5, 3))}}, r"norms of checkpoint 'b' have shape \(5, 3\)"),
         ({"dtype": "int4"}, "dtype must be one of"),
+        ({"norms": {"a": np.ones((5, 2)), "b": -np.ones((5, 2))}}, r"norms of checkpoint 'b' are negative, such as -1"),
+        ({"timesteps": [0.3, 0.9]}, "timesteps of checkpoint 'a' have dtype float64; give integers"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:

@@ -25,14 +25,37 @@ def test_noise_depends_on_seed_id_timestep_and_draw_and_is_standard_normal() -> 
     assert abs(draw().var() - 1) < 5 * (2 / 4096) ** 0.5
 
 
+def test_noise_of_ids_and_timesteps_in_tensors_is_that_of_their_numbers() -> None:
+    expected = rs.draw_noise((2,), np.array([3, 5]), np.array([7, 8]), 9)
+    ids, steps = torch.tensor([3, 5]), torch.tensor([7, 8])
+    assert torch.equal(rs.draw_noise((2,), ids, steps, 9), expected)
+    assert torch.equal(rs.draw_noise((2,), list(ids), steps, torch.tensor(9)), expected)
+    assert torch.equal(rs.draw_noise((2,), ids.int(), steps.int(), torch.tensor([9, 9])), expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_noise_of_tensors_on_a_gpu_is_that_of_their_numbers() -> None:
+    ids, steps = torch.tensor([3, 5]), torch.tensor([7, 8])
+    assert torch.equal(rs.draw_noise((2,), ids.cuda(), steps.cuda(), 9), rs.draw_noise((2,), ids, steps, 9))
+
+
 def test_evenly_spaced_covers_one_to_the_last() -> None:
     pairs = rs.EvenlySpaced(4).pairs("c", IDS, 1000)
     assert pairs.timesteps.tolist() == [[1, 334, 666, 999]] * 5
 
 
-@pytest.mark.parametrize("bad", [lambda: rs.EvenlySpaced(0), lambda: rs.Explicit([]), lambda: rs.Explicit([1, 1])])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        lambda: rs.EvenlySpaced(0),
+        lambda: rs.Explicit([]),
+        lambda: rs.Explicit([1, 1]),
+        lambda: rs.Explicit([1], seed=-1),
+        lambda: rs.Explicit([0.5, 10.9]),  # type: ignore[list-item]
+    ],
+)
 def test_plans_without_sense_are_refused(bad: Any) -> None:
-    with pytest.raises(ValueError, match=r"EvenlySpaced|Explicit"):
+    with pytest.raises(ValueError, match=r"EvenlySpaced|Explicit|seed"):
         bad()
 
 
@@ -49,6 +72,43 @@ def test_a_recorder_continues_and_keeps_what_earlier_checkpoints_saw(tmp_path: P
     assert plan.weight("b") == pytest.approx(0.5 * 2 / 5)
     with pytest.raises(ValueError, match="holds the record of 5 samples, not 6"):
         rs.TrainingRecorder(tmp_path, 6, scheduler)
+
+
+def test_the_last_pair_of_each_sample_is_found_in_pieces_from_the_newest_step_back(
+    tmp_path: Path, scheduler: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    recorder = rs.TrainingRecorder(tmp_path, 20, scheduler)
+    for step in range(1, 41):
+        ids = rng.integers(0, 10, 4) if step > 20 else np.arange(step - 1, step + 3) % 20  # some only in old steps
+        recorder.step(ids, rng.integers(0, 100, 4), step, 0.1 / step)
+        if step in (20, 30, 40):
+            recorder.checkpoint(str(step))
+    record = rs.read_record(tmp_path)
+    assert record is not None
+    read: list[tuple[int, int]] = []
+    whole = type(record).rows
+
+    def rows_noted(self: Any, after: int, until: int) -> Any:
+        read.append((after, until))
+        return whole(self, after, until)
+
+    monkeypatch.setattr("retrac_scale.timesteps.STEPS_AT_ONCE", 3)
+    monkeypatch.setattr(type(record), "rows", rows_noted)
+    for name, previous in (("20", 0), ("30", 20), ("40", 30)):
+        plan = rs.Recorded(tmp_path)
+        pairs = plan.pairs(name, np.arange(20), 100)
+        rows = whole(record, 0, int(name))
+        last = {int(row["sample"]): row for row in rows}
+        assert pairs.timesteps.ravel().tolist() == [last[i]["timestep"] for i in range(20)]
+        assert pairs.seeds.ravel().tolist() == [last[i]["noise_seed"] for i in range(20)]
+        assert plan.weight(name) == rows["lr"][rows["step"] > previous].sum() / 20  # bit for bit
+    assert max(until - after for after, until in read) == 3
+    read.clear()
+    recorder.step(np.arange(20), [50] * 20, 41, 0.1)
+    recorder.checkpoint("41")
+    rs.Recorded(tmp_path).pairs("41", np.arange(20), 100)
+    assert read == [(38, 41)]
 
 
 @pytest.mark.parametrize(

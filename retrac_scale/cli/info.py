@@ -75,8 +75,9 @@ def _describe(store: SketchStore) -> tuple[str, dict[str, Any]]:
     size = f"{written * k * item / 1e6:.1f} MB of sketches, {4 / item:.0f} times smaller than in float32"
     lines.append(f"{written} of {pairs} pairs, {size}")
     curve = []
-    if steps:
-        every, norm = np.concatenate(steps), np.concatenate(norms)
+    every, norm = (np.concatenate([np.empty(0), *planes]) for planes in (steps, norms))
+    every, norm = every[every >= 0], norm[every >= 0]  # a visit that was not made stands at -1
+    if len(every):
         edges = np.unique(np.linspace(every.min(), every.max() + 1, 6).astype(int))
         for low, high in itertools.pairwise(edges.tolist()):
             inside = (every >= low) & (every < high)

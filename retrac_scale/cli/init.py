@@ -57,7 +57,7 @@ def _look(project: Project) -> dict[str, str]:
     Raises:
         ValueError: a folder lacks what it should hold, or images do not fit the model; says which.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     from retrac_scale.datasets import ImageFiles
 
@@ -80,7 +80,7 @@ def _look(project: Project) -> dict[str, str]:
         if folder := getattr(project, name):
             files = ImageFiles([project.path(folder)], 3).ids
             with Image.open(files[0]) as first:
-                own = first.size
+                own = ImageOps.exif_transpose(first).size
             if shape is not None and own != shape:
                 raise ValueError(
                     f"{files[0]} is {own[0]} x {own[1]}, the model takes {shape[0]} x {shape[1]}; resize the images."

@@ -69,7 +69,11 @@ class Estimator(ABC):
         Cross pairing: the mean over timesteps, `[n, k]`. Matched pairing: all timesteps side by side, `[n, t*k]`, so
         that the inner product is the sum over timesteps.
         """
-        return self.collapse(*store.sketches_and_norms(checkpoint, samples))
+        return self._row(self.stored_vectors(store, checkpoint, samples))
+
+    def stored_vectors(self, store: SketchStore, checkpoint: str, samples: slice = slice(None)) -> Float32:
+        """What each stored pair of some samples contributes at a checkpoint, `[n, t, k]`."""
+        return self.vectors(*store.sketches_and_norms(checkpoint, samples))
 
     def train_rows(
         self, store: SketchStore, checkpoint: str, samples: slice = slice(None), ridge: Ridge | None = None
@@ -79,7 +83,9 @@ class Estimator(ABC):
 
     def collapse(self, sketches: Float32, norms: Float32) -> Float32:
         """The rows of samples from their gradients, or sketches of them, `[n, t, k]` and norms `[n, t]`."""
-        vectors = self.vectors(sketches, norms)
+        return self._row(self.vectors(sketches, norms))
+
+    def _row(self, vectors: Float32) -> Float32:
         n, t, k = vectors.shape
         if self.pairing == "matched" or t == 1:
             return vectors.reshape(n, t * k)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from retrac_scale.estimators.base import Estimator, Pairing
+from retrac_scale.store import SketchStore
 from retrac_scale.store.encoding import Float32
 
 
@@ -14,7 +15,8 @@ from retrac_scale.store.encoding import Float32
 class TracIn(Estimator):
     """Diffusion-TracIn: sum_c w_c < mean_t g(c,i,t), mean_s g(c,q,s) > (arXiv 2401.09031, after Pruthi et al. 2020).
 
-    With recorded timesteps a sample has one t per checkpoint, the one it was trained at.
+    With recorded timesteps a sample has one t per checkpoint, the one it was trained at. In a store sketched while
+    training, a visit that was not made counts as zero: samples that were trained more often have more influence.
     """
 
     pairing: Pairing = "cross"
@@ -32,13 +34,24 @@ class ReTrac(Estimator):
     """Diffusion-ReTrac: as TracIn, with every gradient divided by its full L2 norm (arXiv 2401.09031).
 
     Noise draws are averaged before the norm is taken, timesteps after it, and nothing is renormalised then. A gradient
-    of norm zero has no direction and contributes zero.
+    of norm zero has no direction and contributes zero. The mean is over the visits that were made, where a store was
+    sketched while training: directions do not count how often a sample was trained.
     """
 
     pairing: Pairing = "cross"
 
     def __post_init__(self) -> None:
         self._check_pairing()
+
+    def stored_vectors(self, store: SketchStore, checkpoint: str, samples: slice = slice(None)) -> Float32:
+        """Directions, those of the visits made scaled up so that the mean over all slots is the mean over them."""
+        vectors = super().stored_vectors(store, checkpoint, samples)
+        slots = vectors.shape[1]
+        if slots > 1 and store.has("timestep"):
+            made = (store.timesteps(checkpoint, samples) >= 0).sum(1)
+            if (made < slots).any():
+                vectors *= (slots / np.maximum(made, 1)).astype(np.float32)[:, None, None]
+        return vectors
 
     def vectors(self, sketches: Float32, norms: Float32) -> Float32:
         """Directions."""

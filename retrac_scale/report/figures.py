@@ -17,7 +17,7 @@ BINS = 25
 
 
 def norm_curve(store: SketchStore) -> tuple[Any, Any, Any]:
-    """Gradient norm by timestep, pooled over checkpoints and the samples that are not deleted.
+    """Gradient norm by timestep, pooled over checkpoints, the samples that are not deleted and the visits made.
 
     Returns:
         centres of 25 timestep bins, and the mean and the standard deviation of the norms in each; empty bins left out.
@@ -25,6 +25,8 @@ def norm_curve(store: SketchStore) -> tuple[Any, Any, Any]:
     alive = store.alive
     steps = np.concatenate([store.timesteps(name)[alive].ravel() for name in store.checkpoints])
     norms = np.concatenate([store.norms(name)[alive].ravel() for name in store.checkpoints])
+    made = steps >= 0
+    steps, norms = steps[made], norms[made]
     edges = np.linspace(steps.min(), steps.max() + 1, BINS + 1)
     places = np.digitize(steps, edges) - 1
     used = [b for b in range(BINS) if (places == b).any()]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageOps
 
 SMALL, LARGEST = 64, 160
 Images = npt.NDArray[Any] | Sequence[npt.NDArray[Any]]
@@ -28,7 +28,7 @@ class PictureFiles(Sequence[npt.NDArray[Any]]):
 
     def __getitem__(self, row: Any) -> Any:
         with Image.open(self.paths[row]) as picture:
-            return np.asarray(picture.convert("RGB"))
+            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))  # upright, as the dataset has it
 
 
 def read_images(file: str | None, ids: npt.NDArray[Any]) -> Images:

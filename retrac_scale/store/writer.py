@@ -285,7 +285,8 @@ def write_store(
         the complete store.
 
     Raises:
-        ValueError: shapes that do not fit each other, values that are not finite, ids given twice, `out` in use.
+        ValueError: shapes that do not fit each other, values that are not finite, negative norms, timesteps that are no
+            integers, ids given twice, `out` in use.
 
     >>> store = write_store(None, {"final": np.eye(3)[:, None]}, ids=["a", "b", "c"])
     >>> store.shape
@@ -352,7 +353,7 @@ def _zip_weights(arrays: Mapping[str, Any], weights: Sequence[float] | None) -> 
 def _timestep_tables(timesteps: Any, arrays: Mapping[str, Any], n: int) -> Mapping[str, Any] | None:
     if timesteps is None or isinstance(timesteps, Mapping):
         return timesteps
-    table = np.asarray(timesteps, dtype=np.int64)
+    table = np.asarray(timesteps)
     return {name: np.tile(table, (n, 1)) if table.ndim == 1 else table for name in arrays}
 
 
@@ -365,4 +366,8 @@ def _planes(
     for name, plane in checked.items():
         if plane.shape != shape:
             raise ValueError(f"{what} of checkpoint {name!r} have shape {plane.shape}; its sketches need {shape}.")
+        if what == "norms" and (plane < 0).any():
+            raise ValueError(f"norms of checkpoint {name!r} are negative, such as {plane[plane < 0][0]}; give lengths.")
+        if what == "timesteps" and plane.dtype.kind not in "iu":
+            raise ValueError(f"timesteps of checkpoint {name!r} have dtype {plane.dtype}; give integers.")
     return checked

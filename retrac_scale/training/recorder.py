@@ -21,7 +21,7 @@ from retrac_scale.task.checkpoints import StateDict
 from retrac_scale.task.diffusion import measure_name
 from retrac_scale.task.noising import is_flow, noising_of, timestep_numbers
 from retrac_scale.task.weighting import Loss, Weighting, check_loss, check_weighting
-from retrac_scale.timesteps import check_timesteps
+from retrac_scale.timesteps import check_timesteps, on_host
 from retrac_scale.training.record import IDS, NO_SEED, ROW, SampleRows, TrainingRecord, append, read_record, rows_file
 from retrac_scale.training.sketches import SketchPlan, TrainingSketches, Visits
 
@@ -180,8 +180,8 @@ class TrainingRecorder:
         """
         if loss is not None and not loss.requires_grad:
             return
-        samples = self._samples.rows(_on_host(ids))
-        steps = _on_host(timesteps)
+        samples = self._samples.rows(on_host(ids))
+        steps = on_host(timesteps)
         if steps.dtype.kind == "f" and is_flow(self._scheduler):
             steps = timestep_numbers(self._scheduler, torch.from_numpy(steps)).numpy()
         if steps.dtype.kind not in "iu":
@@ -308,10 +308,6 @@ class TrainingRecorder:
         if self._record is None or self._steps <= self._record.begun:
             return 0
         return len(self._record.rows(self._record.begun, self._steps))
-
-
-def _on_host(values: Any) -> np.ndarray[Any, Any]:
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
 
 
 def _factors(loss: Tensor | None, n: int) -> Callable[[], Tensor]:
