@@ -188,6 +188,18 @@ def _write(content: Content, path: str) -> None:
             start += len(piece)
 
 
+def force_all(group: Place) -> None:
+    """Have all objects below a group on the disk, where that is a local one; what is there already costs nothing."""
+    store: Any = group.store
+    if isinstance(store, LocalStore):
+        root = store.root / group.path
+        for folder, _, files in os.walk(root, topdown=False):
+            for file in files:
+                force(f"{folder}/{file}")
+            force(folder)
+        force(root.parent)
+
+
 def force(path: str | os.PathLike[str]) -> None:
     """Have a file or a folder on the disk when this returns."""
     descriptor = os.open(path, os.O_RDONLY)
