@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import retrac_scale as rs
 from retrac_scale.store import create_store, write_block
 from retrac_scale.store.encoding import encode
+from retrac_scale.store.schema import check_ids
 
 
 def random_store(out: Any = None, **options: Any) -> rs.SketchStore:
@@ -203,3 +204,12 @@ def test_a_row_that_is_not_finite_behind_many_good_ones_leaves_no_file(tmp_path:
         write_block(store, "a", len(store.blocks) - 1, rows[last], np.ones((last.stop - last.start, 1), np.float32))
     assert [path for path in sorted(tmp_path.rglob("*")) if path.is_file()] == [p for p in before if p.is_file()]
     assert not store.committed("a").any()
+
+
+@pytest.mark.parametrize(
+    "ids", [np.array([3, 2**63 + 5], np.uint64), [3, 2**63 + 5], [2**63 + 5, 2**63], [2**70, 3], [-(2**63) - 1, 3]]
+)
+def test_ids_beyond_int64_are_refused_and_never_wrap(ids: Any) -> None:
+    with pytest.raises(ValueError, match=r"sample id -?\d{19,22} is beyond int64; give such ids as strings"):
+        check_ids(ids, 2)
+    assert check_ids(np.array([3, 2**63 - 1], np.uint64), 2).tolist() == [3, 2**63 - 1]

@@ -157,6 +157,12 @@ def check_ids(ids: Sequence[Any] | npt.NDArray[Any] | None, n_samples: int) -> n
     array = np.asarray(ids)
     if array.shape != (n_samples,):
         raise ValueError(f"got ids of shape {array.shape} for {n_samples} samples; give one id per sample.")
+    if array.dtype.kind not in "iU":  # a list with a number beyond int64 becomes unsigned, float or object
+        beyond = [
+            one for one in np.asarray(ids, object).tolist() if isinstance(one, int) and not -(2**63) <= one < 2**63
+        ]
+        if beyond:
+            raise ValueError(f"sample id {beyond[0]} is beyond int64; give such ids as strings.")
     if array.dtype.kind not in "iuU":
         raise ValueError(f"sample ids must be integers or strings, got dtype {array.dtype}.")
     values, counts = np.unique(array, return_counts=True)
