@@ -133,6 +133,8 @@ def test_weights_ids_and_timesteps_are_kept(tmp_path: Path) -> None:
     [
         ({"ids": [1, 2, 2, 3, 4]}, r"id .*2.* is given twice, at positions \[1, 2\]"),
         ({"ids": [1, 2]}, "give one id per sample"),
+        ({"columns": {"class": [1] * 5}}, r"cannot be called 'class'; .* where="),
+        ({"columns": {"in": [1] * 5}}, "cannot be called 'in'"),
         ({"weights": [1.0]}, "got 1 weights for 2 checkpoints"),
         ({"norms": {"a": np.ones((5, 2))}}, r"norms are given for \['a'\]"),
         ({"norms": {"a": np.ones((5, 2)), "b": np.ones((5, 3))}}, r"norms of checkpoint 'b' have shape \(5, 3\)"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -201,9 +202,10 @@ def check_columns(columns: Mapping[str, Any] | None, n_samples: int) -> dict[str
     checked = {}
     for name, values in (columns or {}).items():
         array = np.asarray(values)
-        if not name.isidentifier() or name in RESERVED:
+        if not name.isidentifier() or keyword.iskeyword(name) or name in RESERVED:
             raise ValueError(
-                f"a column cannot be called {name!r}; use letters, digits and '_', and none of {RESERVED}."
+                f"a column cannot be called {name!r}; use letters, digits and '_', and neither one of {RESERVED} nor a "
+                "word that has a meaning in where=, such as 'in' and all of Python's keywords."
             )
         if array.shape != (n_samples,):
             raise ValueError(
