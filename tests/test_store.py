@@ -208,6 +208,17 @@ def test_a_row_that_is_not_finite_behind_many_good_ones_leaves_no_file(tmp_path:
     assert not store.committed("a").any()
 
 
+def test_strings_of_pandas_are_ids_and_columns_but_other_objects_are_not() -> None:
+    names = np.array(["b", "añ", "c"], object)
+    store = rs.write_store(None, {"c": np.ones((3, 1, 4))}, ids=names, columns={"artist": names})
+    assert store.ids.tolist() == store.columns["artist"].tolist() == names.tolist()
+    for values in (np.array(["b", None, "c"], object), np.array(["b", 1.5, "c"], object)):
+        with pytest.raises(ValueError, match="must be integers or strings, got dtype object"):
+            check_ids(values, 3)
+        with pytest.raises(ValueError, match="column 'artist' has dtype object"):
+            rs.write_store(None, {"c": np.ones((3, 1, 4))}, columns={"artist": values})
+
+
 @pytest.mark.parametrize(
     "ids", [np.array([3, 2**63 + 5], np.uint64), [3, 2**63 + 5], [2**63 + 5, 2**63], [2**70, 3], [-(2**63) - 1, 3]]
 )

@@ -155,7 +155,7 @@ def check_ids(ids: Sequence[Any] | npt.NDArray[Any] | None, n_samples: int) -> n
     """
     if ids is None:
         return np.arange(n_samples, dtype=np.int64)
-    array = np.asarray(ids)
+    array = _texts(ids)
     if array.shape != (n_samples,):
         raise ValueError(f"got ids of shape {array.shape} for {n_samples} samples; give one id per sample.")
     if array.dtype.kind not in "iU":  # a list with a number beyond int64 becomes unsigned, float or object
@@ -201,7 +201,7 @@ def check_columns(columns: Mapping[str, Any] | None, n_samples: int) -> dict[str
         raise ValueError(f"columns must map names to values, got a {type(columns).__name__}.")
     checked = {}
     for name, values in (columns or {}).items():
-        array = np.asarray(values)
+        array = _texts(values)
         if not name.isidentifier() or keyword.iskeyword(name) or name in RESERVED:
             raise ValueError(
                 f"a column cannot be called {name!r}; use letters, digits and '_', and neither one of {RESERVED} nor a "
@@ -215,6 +215,14 @@ def check_columns(columns: Mapping[str, Any] | None, n_samples: int) -> dict[str
             raise ValueError(f"column {name!r} has dtype {array.dtype}; give booleans, numbers or strings.")
         checked[name] = array
     return checked
+
+
+def _texts(values: Any) -> npt.NDArray[Any]:
+    """Values as an array; Python strings that stand in one of objects, as pandas has them, as one of strings."""
+    array = np.asarray(values)
+    if array.dtype != object or not all(isinstance(value, str) for value in array.flat):
+        return array
+    return array.astype(str)
 
 
 def column_types(ids: npt.NDArray[Any], columns: Mapping[str, npt.NDArray[Any]]) -> dict[str, str]:
