@@ -155,7 +155,7 @@ def check_ids(ids: Sequence[Any] | npt.NDArray[Any] | None, n_samples: int) -> n
     """
     if ids is None:
         return np.arange(n_samples, dtype=np.int64)
-    array = _texts(ids)
+    array = _texts(ids, "sample id")
     if array.shape != (n_samples,):
         raise ValueError(f"got ids of shape {array.shape} for {n_samples} samples; give one id per sample.")
     if array.dtype.kind not in "iU":  # a list with a number beyond int64 becomes unsigned, float or object
@@ -201,7 +201,7 @@ def check_columns(columns: Mapping[str, Any] | None, n_samples: int) -> dict[str
         raise ValueError(f"columns must map names to values, got a {type(columns).__name__}.")
     checked = {}
     for name, values in (columns or {}).items():
-        array = _texts(values)
+        array = _texts(values, f"column {name!r}: value")
         if not name.isidentifier() or keyword.iskeyword(name) or name in RESERVED:
             raise ValueError(
                 f"a column cannot be called {name!r}; use letters, digits and '_', and neither one of {RESERVED} nor a "
@@ -217,12 +217,22 @@ def check_columns(columns: Mapping[str, Any] | None, n_samples: int) -> dict[str
     return checked
 
 
-def _texts(values: Any) -> npt.NDArray[Any]:
-    """Values as an array; Python strings that stand in one of objects, as pandas has them, as one of strings."""
+def _texts(values: Any, what: str) -> npt.NDArray[Any]:
+    """Values as an array; Python strings that stand in one of objects, as pandas has them, as one of strings.
+
+    Raises:
+        ValueError: a string has no UTF-8, as a file's name in Latin-1; names it.
+    """
     array = np.asarray(values)
-    if array.dtype != object or not all(isinstance(value, str) for value in array.flat):
-        return array
-    return array.astype(str)
+    if array.dtype == object and all(isinstance(value, str) for value in array.flat):
+        array = array.astype(str)
+    if array.dtype.kind == "U":
+        for text in array.flat:
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"{what} {str(text)!r} has no UTF-8; give it another name.") from None
+    return array
 
 
 def column_types(ids: npt.NDArray[Any], columns: Mapping[str, npt.NDArray[Any]]) -> dict[str, str]:
