@@ -377,13 +377,18 @@ def _if_sound(url: Url, store: SketchStore) -> Index | None:
     return index
 
 
+def chunk_samples(n_samples: int, row_bytes: int) -> int:
+    """Samples per chunk of an index."""
+    by_bytes = max(1, CHUNK_BYTES // row_bytes)
+    return min(by_bytes, max(MIN_CHUNK_SAMPLES, -(-n_samples // MIN_CHUNKS)))
+
+
 def create_arrays(
     root: zarr.Group, checkpoints: int, ids: npt.NDArray[Any], width: int, dtype: IndexDtype
 ) -> list[slice]:
     """The empty arrays of an index, their ids written; the sample ranges of their chunks, of about 32 MiB."""
     n, c = len(ids), checkpoints
-    by_bytes = max(1, CHUNK_BYTES // (width * np.dtype(dtype).itemsize))
-    size = min(by_bytes, max(MIN_CHUNK_SAMPLES, -(-n // MIN_CHUNKS)))
+    size = chunk_samples(n, width * np.dtype(dtype).itemsize)
     dims, nan = ["checkpoint", "sample", "k"], float("nan")
     fill = UNWRITTEN if dtype == "int8" else nan
     new_array(root, "row", shape=(c, n, width), chunks=(1, size, width), dtype=dtype, dims=dims, fill_value=fill)
