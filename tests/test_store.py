@@ -208,6 +208,19 @@ def test_a_row_that_is_not_finite_behind_many_good_ones_leaves_no_file(tmp_path:
     assert not store.committed("a").any()
 
 
+@given(units=st.lists(st.integers(1, 2**17), min_size=1, max_size=20), seed=st.integers(0, 99))
+def test_int8_rows_of_denormals_never_wrap_round(units: list[int], seed: int) -> None:
+    largest = np.array([189, *units], np.float32)[:, None] * np.float32(2.0**-149)  # 189 / 127 is stored as 1
+    rows = np.random.default_rng(seed).uniform(-1, 1, (len(largest), 8)).astype(np.float32) * largest
+    rows[:, :2] = np.hstack([largest, -largest])
+    stored, scale = encode(rows, "int8")
+    kept = scale > 0
+    assert (np.abs(rows[~kept]) < 4.6e-41).all()
+    assert (stored[~kept] == 0).all()
+    assert (stored[kept, 0] == 127).all()
+    assert (stored[kept, 1] == -127).all()
+
+
 def test_strings_of_pandas_are_ids_and_columns_but_other_objects_are_not() -> None:
     names = np.array(["b", "añ", "c"], object)
     store = rs.write_store(None, {"c": np.ones((3, 1, 4))}, ids=names, columns={"artist": names})
