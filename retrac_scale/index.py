@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from retrac_scale.estimators.fitting import fit, rows_at
 from retrac_scale.estimators.ridge import Ridge
 from retrac_scale.execution import Task, results
 from retrac_scale.scan import Chunk
-from retrac_scale.store import DamagedStoreError, IncompleteStoreError, SketchStore, open_store
+from retrac_scale.store import DamagedStoreError, IncompleteStoreError, SketchStore, objects, open_store
 from retrac_scale.store.compatibility import COMPARED, check_compatible
 from retrac_scale.store.encoding import Float32, encode
 from retrac_scale.store.mapping import map_chunk
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from retrac_scale.explain import Explanation
     from retrac_scale.samples import Samples
     from retrac_scale.topk import TopK
+
+logger = logging.getLogger(__name__)
 
 IndexDtype = Literal["int8", "float16", "float32"]
 Side = Literal["proponents", "opponents", "both"]
@@ -278,7 +281,8 @@ def build_index(
 ) -> Index:
     """Collapse a complete store for one estimator; an index of the same store and estimator at `out` is kept.
 
-    When the store has changed since, the index at `out` is replaced; those who have it open are refused from then on.
+    When the store has changed since, or a file on this disk fails its checksum, the index at `out` is replaced; those
+    who have it open are refused from then on.
     Deleted samples are left out. Memory stays below a few blocks of the store per thread; an estimator that fits a
     ridge takes a few float64 matrices of min(n, k) x k per checkpoint and thread besides. Rows in int8 change a score
     by at most sum_c |w_c| max_k |row_k| sum_k |query_k| / 254.
@@ -330,10 +334,10 @@ def build_index(
             raise ValueError(f"{out} holds something that is no index; choose another path.")
         if stored.get("complete"):
             found = differences({k: v for k, v in stored.items() if k not in ("complete", "fit")}, meta)
-            if not found:
-                return Index(open_root(out, "index"), out, store)
+            if not found and (sound := _if_sound(out, store)) is not None:
+                return sound
             other = differences({key: stored[key] for key in ASKED}, {key: meta[key] for key in ASKED})
-            if other or meta["store"] is None:
+            if other or (found and meta["store"] is None):
                 what = "; ".join(other or found)
                 raise ValueError(f"{out} already holds a different index: {what}; choose another path.")
     root = zarr.open_group(location, mode="a")
@@ -353,8 +357,30 @@ def build_index(
     ]
     results(_build_chunk, tasks, client, shared=common)
     described = {name: ridge.describe() for name, ridge in ridges.items()}
+    objects.force_all(root)  # first: what is called complete survives a power cut
     root.attrs[ATTRIBUTE] = {**meta, "fit": described, "complete": True}
+    objects.force_all(root)
     return Index(root, out, store)
+
+
+def _if_sound(url: Url, store: SketchStore) -> Index | None:
+    """The complete index at a URL; None where it is on this disk and damaged. Queries check no file again."""
+    try:
+        index = Index(open_root(url, "index"), url, store)
+        if isinstance(index.root.store, LocalStore):
+            for number in range(len(index.chunks)):
+                index.chunk(number)
+            _ = index.columns
+    except (KeyError, ValueError) as error:
+        logger.warning("%s is damaged and built again: %s", url, error)
+        return None
+    return index
+
+
+def chunk_samples(n_samples: int, row_bytes: int) -> int:
+    """Samples per chunk of an index."""
+    by_bytes = max(1, CHUNK_BYTES // row_bytes)
+    return min(by_bytes, max(MIN_CHUNK_SAMPLES, -(-n_samples // MIN_CHUNKS)))
 
 
 def create_arrays(
@@ -362,8 +388,7 @@ def create_arrays(
 ) -> list[slice]:
     """The empty arrays of an index, their ids written; the sample ranges of their chunks, of about 32 MiB."""
     n, c = len(ids), checkpoints
-    by_bytes = max(1, CHUNK_BYTES // (width * np.dtype(dtype).itemsize))
-    size = min(by_bytes, max(MIN_CHUNK_SAMPLES, -(-n // MIN_CHUNKS)))
+    size = chunk_samples(n, width * np.dtype(dtype).itemsize)
     dims, nan = ["checkpoint", "sample", "k"], float("nan")
     fill = UNWRITTEN if dtype == "int8" else nan
     new_array(root, "row", shape=(c, n, width), chunks=(1, size, width), dtype=dtype, dims=dims, fill_value=fill)

@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoModel, DDPMScheduler
 
 from retrac_scale.estimators import ReTrac
-from retrac_scale.index import build_index
+from retrac_scale.index import build_index, chunk_samples
 from retrac_scale.projections import Projection
 from retrac_scale.sketching import sketch
 from retrac_scale.store import Dtype, Layout, write_store
@@ -99,8 +99,10 @@ def store_size(
 
 
 def index_bytes(samples: int, checkpoints: int, dim: int) -> int:
-    """Bytes of an int8 index with cross pairing: rows, scales and ids."""
-    return samples * (checkpoints * (dim + 4) + 8)
+    """Bytes of all chunks of an int8 index with cross pairing and integer ids, without columns: to the byte."""
+    size = chunk_samples(samples, dim)  # the last chunk is as long as the others
+    planes = checkpoints * (size * dim + 2 * 4 * size + 3 * CRC_BYTES)  # rows, scales, norms
+    return -(-samples // size) * (planes + 8 * size + CRC_BYTES)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ GATHERED = 2**21
 """Entries of the rows that are brought together before any becomes float64."""
 SCORE_ROWS = 512
 ROUNDING = 2.0**-24
+WIDEST = (2**31 - 1) // 127
+"""Entries of int8 rows whose sum no int32 overflows."""
 CHANCE = 1e-21
 """That the bound on a product of int8 queries fails for one row and query (Hoeffding's inequality)."""
 
@@ -218,8 +220,8 @@ class _Product:
             out.copy_(torch._int_mm(given, self.matrix, out=self._product[:n]))
         else:
             if given.dtype != self.matrix.dtype:
-                if not len(self._rows):
-                    self._rows = torch.empty(len(self._float), rows.shape[1], dtype=self.matrix.dtype)
+                if len(self._rows) < n:
+                    self._rows = torch.empty(n, rows.shape[1], dtype=self.matrix.dtype)
                 given = self._rows[:n].copy_(given)
             out.copy_(torch.mm(given, self.matrix, out=self._product[:n]))
         out.mul_(self.unit).mul_(from_dlpack(scale)[:, None])
@@ -235,7 +237,7 @@ def _product(queries: Float64, norm: Float64, dtype: np.dtype[Any], checkpoints:
     if torch.cuda.is_available():
         rounded = torch.from_numpy(queries).bfloat16().T.contiguous().cuda()
         return _Product(rounded, np.ones(q, np.float32), arithmetic + 2.0**-6 * norm, 16384)
-    if dtype == np.int8 and torch.cpu._is_vnni_supported():  # other CPUs saturate sums of int8 products
+    if dtype == np.int8 and k <= WIDEST and torch.cpu._is_vnni_supported():  # other CPUs saturate sums of products
         integers, unit, error = _integers(queries)
         return _Product(torch.from_numpy(integers).T, unit, error + 1.1 * arithmetic, tile)
     summation = 1.1 * k * ROUNDING * norm
@@ -257,7 +259,7 @@ def _integers(queries: Float64) -> tuple[npt.NDArray[np.int8], Float32, Float64]
     it never exceeds unit |r| sqrt(k). The smaller counts. Integers are small enough that no int32 sum overflows.
     """
     k = queries.shape[1]
-    largest = min(127, (2**31 - 1) // (127 * k))
+    largest = min(127, WIDEST // k)
     highest = np.maximum(queries.max(1), -queries.min(1))
     unit = np.maximum(highest * (1.000001 / largest), 1e-37).astype(np.float32)
     scaled = queries * (1 / unit.astype(np.float64))[:, None]

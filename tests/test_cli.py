@@ -60,6 +60,13 @@ def test_query_prints_a_table_or_json(folder: Path, capsys: pytest.CaptureFixtur
     assert json.loads(capsys.readouterr().out)["results"][0]["ids"] == expected.ids[0].tolist()
 
 
+@pytest.mark.parametrize("name", ["samples", "timesteps", "checkpoints", "dim"])
+def test_plan_takes_no_negative_number(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"samples": 5, "timesteps": 1, "checkpoints": 1, "dim": 16} | {name: -5}
+    assert main(["plan", *(f"--{key}={value}" for key, value in sizes.items())]) == 1
+    assert "give --samples, --timesteps, --checkpoints and --dim, each 1 or more" in capsys.readouterr().err
+
+
 def test_verify_takes_an_index_for_no_damaged_store(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(folder / "retrac.zarr"), "--repair"]) == 1
     assert "is a zarr group but no sketch store" in capsys.readouterr().err

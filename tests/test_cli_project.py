@@ -88,6 +88,38 @@ def test_three_commands_lead_from_folders_to_a_report(folder: Path, capsys: pyte
         json.loads(line)
 
 
+def test_ids_and_pictures_do_not_depend_on_where_a_command_is_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*INIT, *SMALL]) == 0
+    assert main(["sketch"]) == 0
+    commit = folder / "attribution" / "sketches.zarr" / "final" / "commit"
+    written = {file: file.stat().st_mtime_ns for file in commit.rglob("*")}
+    monkeypatch.chdir(folder.parent)
+    capsys.readouterr()
+    for config in (Path(folder.name, FILE), folder / FILE):
+        assert main(["sketch", "--config", str(config)]) == 0, capsys.readouterr().err
+        assert main(["report", "--config", str(config), "-k", "2"]) == 0, capsys.readouterr().err
+    assert {file: file.stat().st_mtime_ns for file in commit.rglob("*")} == written
+    shutil.rmtree(folder / "attribution")  # and the other way about
+    assert main(["sketch", "--config", f"{folder.name}/{FILE}"]) == 0
+    assert rs.open_store(folder / "attribution" / "sketches.zarr").ids[0] == "training-images/0.png"
+    monkeypatch.chdir(folder)
+    assert main(["sketch"]) == 0
+    assert main(["report", "-k", "2"]) == 0
+
+
+def test_absolute_paths_stay_the_ids_from_everywhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = ["--images", str(folder / "training-images"), "--query-images", str(folder / "generated-images")]
+    assert main(["init", "--model", "model", *images, *SMALL]) == 0
+    assert main(["sketch"]) == 0
+    monkeypatch.chdir("/")
+    assert main(["sketch", "--config", str(folder / FILE)]) == 0
+    assert main(["report", "--config", str(folder / FILE), "-k", "2"]) == 0
+    store = rs.open_store(folder / "attribution" / "sketches.zarr")
+    assert store.ids[0] == str(folder / "training-images" / "0.png")
+
+
 def test_an_option_overrules_the_file(folder: Path) -> None:
     assert main([*INIT, *SMALL]) == 0
     assert main(["sketch", "--out", "elsewhere", "--checkpoint", "a=model/unet", "--query-images", ""]) == 0

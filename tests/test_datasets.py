@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import tarfile
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from PIL import Image
 import retrac_scale as rs
 from retrac_scale.datasets import Arrays, CorruptImageError, HuggingFace, ImageFiles, Parquet, TarShards
 from retrac_scale.datasets.base import pixels
+from retrac_scale.store.schema import check_columns
 from tests.conftest import tiny_unet
 from tests.small_denoiser import SCHEDULER
 
@@ -270,3 +272,19 @@ def test_torch_datasets_and_tensors_go_in_as_they_are() -> None:
 def test_images_of_more_than_8_bits_are_refused_not_cut_to_white(dtype: Any) -> None:
     with pytest.raises(ValueError, match="the image has more than 8 bits per channel"):
         pixels(Image.fromarray(np.full((4, 4), 1000).astype(dtype)), 1, None)
+
+
+def test_a_file_whose_name_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    (tmp_path / "plain").mkdir()
+    (folder / "0.png").write_bytes(png(0))
+    latin = tmp_path / "plain" / os.fsdecode(b"caf\xe9.png")
+    latin.write_bytes(png(0))
+    with pytest.raises(ValueError, match=r"sample id '.*caf\\udce9.png' has no UTF-8"):
+        ImageFiles([str(tmp_path / "plain")])
+    with pytest.raises(ValueError, match=r"column 'folder': value 'caf\\udce9' has no UTF-8"):
+        check_columns({"folder": [folder.name]}, 1)

@@ -307,3 +307,16 @@ def test_dtrak_and_das_refuse_a_store_that_was_measured_with_another_function(tm
     assert rs.self_influence(norms, rs.DTRAK()).shape == (4,)
     with pytest.raises(ValueError, match="measure is 'mean_output' there and 'mse' here"):
         rs.open_index(tmp_path / "i").query(store)
+
+
+@pytest.mark.parametrize("damping", [np.float32(0.5), np.float64(0.5), np.int64(2), 2, 0.5])
+def test_damping_may_be_a_number_of_numpy(damping: Any, tmp_path: Path) -> None:
+    store = rs.write_store(tmp_path / "s", {"c": np.eye(4, dtype=np.float32)[:, None]})
+    rs.build_index(store, rs.TRAK(damping), tmp_path / "i")
+    assert rs.open_index(tmp_path / "i").estimator == rs.TRAK(float(damping))
+
+
+@pytest.mark.parametrize("damping", [True, np.True_, -1, np.inf, np.float32(np.nan), "0.5", None])
+def test_what_is_no_damping_is_refused(damping: Any) -> None:
+    with pytest.raises(ValueError, match='damping must be "auto" or a number of 0 or more'):
+        rs.TRAK(damping)

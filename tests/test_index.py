@@ -15,7 +15,7 @@ import zarr
 from distributed import Client
 
 import retrac_scale as rs
-from retrac_scale.store import DamagedStoreError
+from retrac_scale.store import DamagedStoreError, objects
 
 
 def stores(folder: Path | None, n: int = 300, **options: Any) -> tuple[rs.SketchStore, rs.SketchStore]:
@@ -193,12 +193,46 @@ def test_a_damaged_or_missing_chunk_is_never_scored(tmp_path: Path) -> None:
     content = bytearray(file.read_bytes())
     content[5] ^= 1
     file.write_bytes(content)
-    with pytest.raises(DamagedStoreError, match="fails its checksum"):
+    with pytest.raises(DamagedStoreError, match=r"fails its checksum; .* build an index again"):
         rs.open_index(tmp_path / "i").query(queries)
     remote = rs.build_index(store, rs.ReTrac(), "memory://damaged")
     fsspec.filesystem("memory").rm("/damaged/row/c/1/2/0")
     with pytest.raises(DamagedStoreError, match=r"samples 128 \.\. 191 of the index memory://damaged are missing"):
         remote.query(queries)
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [("row/c/1/2/0", "flip"), ("scale/c/0/1", "cut"), ("id/c/3", "remove"), ("column/artist/c/0", "flip"),
+     ("norm/zarr.json", "remove")],
+)  # fmt: skip
+def test_a_damaged_index_is_built_again(tmp_path: Path, name: str, harm: str, caplog: pytest.LogCaptureFixture) -> None:
+    store, queries = stores(tmp_path)
+    expected = rs.build_index(store, rs.ReTrac(), tmp_path / "i").query(queries)
+    file = tmp_path / "i" / name
+    content = file.read_bytes()
+    if harm == "remove":
+        file.unlink()
+    else:
+        file.write_bytes(content[:9] if harm == "cut" else bytes([content[0] ^ 1]) + content[1:])
+    found = rs.build_index(store, rs.ReTrac(), tmp_path / "i")
+    assert "is damaged and built again" in caplog.text
+    assert file.read_bytes() == content
+    np.testing.assert_array_equal(found.query(queries).ids, expected.ids)
+    np.testing.assert_array_equal(rs.open_index(tmp_path / "i").query(queries).scores, expected.scores)
+
+
+def test_an_index_is_on_the_disk_before_it_is_called_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, _ = stores(tmp_path)
+    forced: dict[str, bool] = {}
+    monkeypatch.setattr(
+        objects,
+        "force",
+        lambda path: forced.setdefault(str(path), "complete" in (tmp_path / "i" / "zarr.json").read_text()),
+    )
+    rs.build_index(store, rs.ReTrac(), tmp_path / "i")
+    places = [tmp_path / "i", *(tmp_path / "i").rglob("*")]
+    assert {str(place): False for place in places}.items() <= forced.items()
 
 
 @pytest.mark.parametrize("options", [{}, {"group_by": "artist"}])

@@ -56,7 +56,7 @@ def test_index_takes_a_damping_as_the_estimators_do(folder: Path, capsys: pytest
     assert 'damping must be "auto" or a number of 0 or more, got -1.0' in errors
     with pytest.raises(SystemExit, match="2"):
         main(["index", store, str(folder / "n"), "--estimator", "TRAK", "--damping", "some"])
-    assert "invalid" in capsys.readouterr().err
+    assert "argument --damping: give auto or a number, not 'some'" in capsys.readouterr().err
 
 
 def test_index_of_a_measure_and_options_without_a_store(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

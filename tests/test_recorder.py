@@ -285,3 +285,35 @@ def test_lightning_records_through_the_callback(tmp_path: Path) -> None:
     loader: Any = torch.utils.data.DataLoader(list(enumerate(images(8))), 2, shuffle=True)  # type: ignore[arg-type]
     trainer.fit(Module(), loader)
     check_trainer_record(tmp_path / "recorded", {"step-2": 2, "step-4": 4}, [0.1, 0.1, 0.05, 0.05])
+
+
+def test_a_disk_that_is_full_for_a_moment_costs_no_step_and_never_leaves_half_a_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = rs.TrainingRecorder(tmp_path / "recorded", 4, SCHEDULER)
+    write, refusals = os.write, [False, False, True]
+
+    def nearly_full(file: int, content: Any) -> int:
+        if refusals.pop(0):
+            raise OSError(28, "No space left on device")
+        return write(file, content[:50])
+
+    def make_step(number: int) -> None:
+        recorder.step(np.arange(4), np.arange(4) + number, number, 0.1)
+
+    make_step(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", nearly_full)
+        recorder.batch(np.arange(4), np.arange(4) + 2, 2)
+        with pytest.raises(OSError, match="No space left"):
+            recorder.update(0.1)
+    recorder.update(0.1)  # the same step again
+    monkeypatch.setattr(os, "write", lambda file, content: write(file, content[:50]))
+    make_step(3)
+    recorder.checkpoint("last")
+    recorder.close()
+    record = rs.read_record(tmp_path / "recorded")
+    assert record is not None
+    rows = record.rows(0, 3)
+    assert rows["step"].tolist() == [1] * 4 + [2] * 4 + [3] * 4
+    assert rows["timestep"].tolist() == [1, 2, 3, 4, 2, 3, 4, 5, 3, 4, 5, 6]

@@ -139,6 +139,16 @@ def test_rows_too_wide_for_int32_sums_at_full_precision_are_still_exact() -> Non
     check(found, brute_force(rows, scale, queries), ids, 5)
 
 
+def test_rows_too_wide_for_any_int32_sum_are_scored_by_floats() -> None:
+    k = 17_000_000
+    rows = [np.full((3, k), 127, np.int8)]
+    rows[0][:, 0] = 1, 3, 2
+    scale = np.ones((1, 3), np.float32)
+    found = top(as_chunks(rows, scale, np.arange(3), [], kept=True), np.ones((1, 1, k), np.float32), 2)
+    assert found.ids.tolist() == [[1, 2]]
+    assert found.scores.tolist() == [[127.0 * (k - 1) + 3, 127.0 * (k - 1) + 2]]
+
+
 @given(seed=st.integers(0, 99), cuts=st.lists(st.integers(1, 199), max_size=4, unique=True))
 def test_answers_of_runs_merge_to_the_answer_of_the_whole(seed: int, cuts: list[int]) -> None:
     rng = np.random.default_rng(seed)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import retrac_scale as rs
 from retrac_scale.store import create_store, write_block
 from retrac_scale.store.encoding import encode
+from retrac_scale.store.schema import check_ids
 
 
 def random_store(out: Any = None, **options: Any) -> rs.SketchStore:
@@ -132,6 +133,8 @@ def test_weights_ids_and_timesteps_are_kept(tmp_path: Path) -> None:
     [
         ({"ids": [1, 2, 2, 3, 4]}, r"id .*2.* is given twice, at positions \[1, 2\]"),
         ({"ids": [1, 2]}, "give one id per sample"),
+        ({"columns": {"class": [1] * 5}}, r"cannot be called 'class'; .* where="),
+        ({"columns": {"in": [1] * 5}}, "cannot be called 'in'"),
         ({"weights": [1.0]}, "got 1 weights for 2 checkpoints"),
         ({"norms": {"a": np.ones((5, 2))}}, r"norms are given for \['a'\]"),
         ({"norms": {"a": np.ones((5, 2)), "b": np.ones((5, 3))}}, r"norms of checkpoint 'b' have shape \(5, 3\)"),
@@ -205,3 +208,36 @@ def test_a_row_that_is_not_finite_behind_many_good_ones_leaves_no_file(tmp_path:
         write_block(store, "a", len(store.blocks) - 1, rows[last], np.ones((last.stop - last.start, 1), np.float32))
     assert [path for path in sorted(tmp_path.rglob("*")) if path.is_file()] == [p for p in before if p.is_file()]
     assert not store.committed("a").any()
+
+
+@given(units=st.lists(st.integers(1, 2**17), min_size=1, max_size=20), seed=st.integers(0, 99))
+def test_int8_rows_of_denormals_never_wrap_round(units: list[int], seed: int) -> None:
+    largest = np.array([189, *units], np.float32)[:, None] * np.float32(2.0**-149)  # 189 / 127 is stored as 1
+    rows = np.random.default_rng(seed).uniform(-1, 1, (len(largest), 8)).astype(np.float32) * largest
+    rows[:, :2] = np.hstack([largest, -largest])
+    stored, scale = encode(rows, "int8")
+    kept = scale > 0
+    assert (np.abs(rows[~kept]) < 4.6e-41).all()
+    assert (stored[~kept] == 0).all()
+    assert (stored[kept, 0] == 127).all()
+    assert (stored[kept, 1] == -127).all()
+
+
+def test_strings_of_pandas_are_ids_and_columns_but_other_objects_are_not() -> None:
+    names = np.array(["b", "añ", "c"], object)
+    store = rs.write_store(None, {"c": np.ones((3, 1, 4))}, ids=names, columns={"artist": names})
+    assert store.ids.tolist() == store.columns["artist"].tolist() == names.tolist()
+    for values in (np.array(["b", None, "c"], object), np.array(["b", 1.5, "c"], object)):
+        with pytest.raises(ValueError, match="must be integers or strings, got dtype object"):
+            check_ids(values, 3)
+        with pytest.raises(ValueError, match="column 'artist' has dtype object"):
+            rs.write_store(None, {"c": np.ones((3, 1, 4))}, columns={"artist": values})
+
+
+@pytest.mark.parametrize(
+    "ids", [np.array([3, 2**63 + 5], np.uint64), [3, 2**63 + 5], [2**63 + 5, 2**63], [2**70, 3], [-(2**63) - 1, 3]]
+)
+def test_ids_beyond_int64_are_refused_and_never_wrap(ids: Any) -> None:
+    with pytest.raises(ValueError, match=r"sample id -?\d{19,22} is beyond int64; give such ids as strings"):
+        check_ids(ids, 2)
+    assert check_ids(np.array([3, 2**63 - 1], np.uint64), 2).tolist() == [3, 2**63 - 1]

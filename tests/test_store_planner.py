@@ -36,6 +36,14 @@ def test_the_size_of_a_store_is_predicted_to_the_byte(
     assert (predicted.array_bytes, predicted.files) == array_bytes(tmp_path / "s")
 
 
+@pytest.mark.parametrize(("n", "c", "k"), [(1000, 1, 16), (130, 3, 5), (7, 2, 64)])
+def test_the_size_of_an_index_is_predicted_to_the_byte(tmp_path: Path, n: int, c: int, k: int) -> None:
+    rng = np.random.default_rng(0)
+    store = rs.write_store(None, {f"checkpoint-{i}": rng.standard_normal((n, 2, k)) for i in range(c)})
+    rs.build_index(store, rs.ReTrac(), tmp_path / "i")
+    assert planner.index_bytes(n, c, k) == array_bytes(tmp_path / "i")[0]
+
+
 def test_workers_for_a_deadline_share_the_blocks() -> None:
     assert planner.workers_needed(100.0, 30.0) == 4
     with pytest.raises(ValueError, match="must be in the future"):

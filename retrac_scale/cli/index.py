@@ -25,7 +25,10 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _damping(given: str) -> float | str:
-    return given if given == "auto" else float(given)
+    try:
+        return given if given == "auto" else float(given)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"give auto or a number, not {given!r}") from None
 
 
 def _run(arguments: argparse.Namespace) -> Answer:

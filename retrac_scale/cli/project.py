@@ -52,6 +52,10 @@ class Project:
         joined = os.path.join(self.folder, name)
         return joined if "://" not in name and os.path.exists(joined) else name
 
+    def own_name(self, file: str) -> str:
+        """A file as a command that is run in the project's folder names it."""
+        return file.removeprefix(os.path.join(self.folder, "")) if self.folder else file
+
     def place(self, name: str) -> str:
         """Where something stands in the output folder."""
         out = self.out if "://" in self.out else os.path.join(self.folder, self.out)

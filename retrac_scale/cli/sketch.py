@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from retrac_scale.cli.measured import image_files, load_denoiser, load_scheduler
-from retrac_scale.cli.project import add_options, find, need, overruled
+from retrac_scale.cli.project import Project, add_options, find, need, overruled
 from retrac_scale.cli.verb import Answer, Verb
+
+if TYPE_CHECKING:
+    from retrac_scale.datasets import ImageFiles
+    from retrac_scale.task.diffusion import DiffusionTask
 
 
 def _run(arguments: argparse.Namespace) -> Answer:
@@ -23,17 +30,25 @@ def _run(arguments: argparse.Namespace) -> Answer:
     task = DiffusionTask(model, scheduler, measure=project.measure, device=project.device)  # type: ignore[arg-type]
     projection: Projection = LowRank(project.rank, project.dim) if project.rank else CountSketch(project.dim)
     common: dict[str, Any] = {"checkpoints": project.weights, "timesteps": EvenlySpaced(project.timesteps)}
-    training = image_files([project.path(project.images)], task)
+    training = _images(project, project.images, task)
     store = sketch(task, training, project.store, projection=projection, **common)
     made = [store]
     if project.query_images:
-        asked = image_files([project.path(project.query_images)], task)
+        asked = _images(project, project.query_images, task)
         made.append(sketch(task, asked, project.queries, like=store, **common))
     text = "\n".join(str(one) for one in made)
     data = {"store": project.store, "samples": store.shape[0]}
     if len(made) > 1:
         data |= {"queries": project.queries, "query_samples": made[1].shape[0]}
     return Answer(text, data)
+
+
+def _images(project: Project, folder: str, task: DiffusionTask) -> ImageFiles:
+    """The images in a folder of the project; their ids do not depend on where the command is run."""
+    files = image_files([project.path(folder)], task)
+    if not os.path.isabs(folder):
+        files.ids = np.array([project.own_name(file) for file in files.ids.tolist()])
+    return files
 
 
 VERB = Verb(

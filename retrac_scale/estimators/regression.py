@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import ClassVar
 
 import numpy as np
@@ -35,8 +36,12 @@ class TRAK(Estimator):
     squared: bool = False
 
     def __post_init__(self) -> None:
-        if self.damping != "auto" and not (isinstance(self.damping, int | float) and 0 <= self.damping < np.inf):
+        if self.damping == "auto":
+            return
+        if not isinstance(self.damping, Real) or isinstance(self.damping, bool) or not 0 <= self.damping < np.inf:
             raise ValueError(f'damping must be "auto" or a number of 0 or more, got {self.damping!r}.')
+        if not isinstance(self.damping, int):  # NumPy's numbers are not JSON's
+            object.__setattr__(self, "damping", float(self.damping))
 
     def vectors(self, sketches: Float32, norms: Float32) -> Float32:
         """The gradients themselves."""

@@ -31,16 +31,22 @@ class PictureFiles(Sequence[npt.NDArray[Any]]):
             return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))  # upright, as the dataset has it
 
 
-def read_images(file: str | None, ids: npt.NDArray[Any]) -> Images:
+def read_images(file: str | None, ids: npt.NDArray[Any], folder: str = "") -> Images:
     """The images of samples: a .npy file `[n, h, w(, 3)]`, or without one the files that their ids name.
+
+    Args:
+        file: None for the files that the ids name.
+        ids: of the samples `[n]`.
+        folder: that the ids are relative to; where it has no such files, they are taken as they are.
 
     Raises:
         ValueError: the ids name no files, or the file is no array of images.
     """
     if file is None:
-        if ids.dtype.kind != "U" or not os.path.isfile(ids[0]):
-            raise ValueError(f"the ids, such as {ids[0]!s}, are no image files; give the pictures in a .npy file.")
-        return PictureFiles(ids.tolist())
+        for base in (folder, "") if ids.dtype.kind == "U" else ():
+            if os.path.isfile(os.path.join(base, ids[0])):
+                return PictureFiles([os.path.join(base, name) for name in ids.tolist()])
+        raise ValueError(f"the ids, such as {ids[0]!s}, are no image files; give the pictures in a .npy file.")
     try:
         images = np.lib.format.open_memmap(file, mode="r")
     except ValueError as error:

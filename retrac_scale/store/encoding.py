@@ -16,6 +16,9 @@ Float32 = npt.NDArray[np.float32]
 TILE_ENTRIES = 2**17
 """Rows are converted so many entries at a time per thread, to stay in a core's cache."""
 
+FAINTEST = 2.0**-141
+"""Least scale of an int8 row: a smaller one is too coarse a float32 for the largest entry to come to 127."""
+
 INTEGER_STEP = 1.5 * 2**23
 """float32 numbers near it are the integers; the low byte of such a sum is the int8 that was added."""
 
@@ -35,7 +38,8 @@ def encode(rows: Float32, dtype: Dtype) -> tuple[npt.NDArray[Any], Float32]:
     """Stored rows `[..., k]` and their scales `[...]`, one scale per row.
 
     int8 spreads a row's largest entry to +-127, float16 and bfloat16 (as uint16 bits) to +-1; float32 is stored as it
-    is, with scale 1. A zero row has scale 0 (but 1 in float32). A row that is not finite has a scale that is not.
+    is, with scale 1. A zero row has scale 0 (but 1 in float32), and so has one in int8 whose entries are all below
+    4.6e-41. A row that is not finite has a scale that is not.
     """
     if dtype == "float32":
         return rows.astype(np.float32, copy=False), np.ones(rows.shape[:-1], np.float32)
@@ -57,6 +61,8 @@ def encode(rows: Float32, dtype: Dtype) -> tuple[npt.NDArray[Any], Float32]:
         else:
             torch.div(values, torch.where(scales > 0, scales, 1.0)[:, None], out=units)
             target[tile] = _bfloat16_bits(units) if dtype == "bfloat16" else units
+    if dtype == "int8" and (faint := (scale > 0) & (scale < FAINTEST)).any():
+        target[faint], scale[faint] = 0, 0
     return stored, scale.numpy().reshape(rows.shape[:-1])
 
 

@@ -20,6 +20,7 @@ from retrac_scale.store.errors import DamagedStoreError
 from retrac_scale.store.objects import in_place
 
 CRC_BYTES = 4
+REMEDY = "run `retrac-scale verify` on a store; build an index again."
 Bytes = npt.NDArray[np.uint8]
 
 _checked: dict[tuple[int, int], tuple[int, int]] = {}
@@ -78,7 +79,7 @@ def _file(file: Path, size: int, crc: int | None) -> Bytes:
             # torch's mapping holds no file descriptor, of which a process has few; Python's holds one each
             content: Bytes = torch.from_file(str(file), shared=False, size=status.st_size, dtype=torch.uint8).numpy()
     except FileNotFoundError:
-        raise DamagedStoreError(f"{file} is missing; run `retrac-scale verify` on the store.") from None
+        raise DamagedStoreError(f"{file} is missing; {REMEDY}") from None
     place, state = (status.st_dev, status.st_ino), (status.st_mtime_ns, status.st_size)
     _check(content, size, crc, str(file), verified=_checked.get(place) == state)
     _checked[place] = state
@@ -89,9 +90,9 @@ def _check(content: Bytes, size: int, crc: int | None, what: str, *, verified: b
     """Raise DamagedStoreError unless content ends with its CRC-32C, which is `crc` where that is given."""
     stored = int.from_bytes(content[size:].tobytes(), "little")
     if crc is not None and stored != crc:
-        raise DamagedStoreError(f"{what} is not the chunk that was committed; run `retrac-scale verify` on the store.")
+        raise DamagedStoreError(f"{what} is not the chunk that was committed; {REMEDY}")
     if not verified and crc32c(content[:size]) != stored:
-        raise DamagedStoreError(f"{what} fails its checksum; run `retrac-scale verify` on the store.")
+        raise DamagedStoreError(f"{what} fails its checksum; {REMEDY}")
 
 
 def is_plain(array: zarr.Array[Any]) -> bool:

@@ -166,14 +166,14 @@ def _write_durably(root: Path, contents: Mapping[str, Content]) -> None:
             unnamed[f"{root}/{key}"] = f"{root}/{key}.{uuid.uuid4().hex}.partial"
             _write(content, unnamed[f"{root}/{key}"])
         for file, partial in unnamed.items():
-            _force(partial)
+            force(partial)
             os.replace(partial, file)
     except Exception:
         for partial in unnamed.values():
             Path(partial).unlink(missing_ok=True)
         raise
     for folder in [*sorted((f"{root}/{folder}" for folder in folders), reverse=True), str(root.parent)]:
-        _force(folder)
+        force(folder)
 
 
 def _write(content: Content, path: str) -> None:
@@ -188,7 +188,20 @@ def _write(content: Content, path: str) -> None:
             start += len(piece)
 
 
-def _force(path: str) -> None:
+def force_all(group: Place) -> None:
+    """Have all objects below a group on the disk, where that is a local one; what is there already costs nothing."""
+    store: Any = group.store
+    if isinstance(store, LocalStore):
+        root = store.root / group.path
+        for folder, _, files in os.walk(root, topdown=False):
+            for file in files:
+                force(f"{folder}/{file}")
+            force(folder)
+        force(root.parent)
+
+
+def force(path: str | os.PathLike[str]) -> None:
+    """Have a file or a folder on the disk when this returns."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -154,9 +155,15 @@ def check_ids(ids: Sequence[Any] | npt.NDArray[Any] | None, n_samples: int) -> n
     """
     if ids is None:
         return np.arange(n_samples, dtype=np.int64)
-    array = np.asarray(ids)
+    array = _texts(ids, "sample id")
     if array.shape != (n_samples,):
         raise ValueError(f"got ids of shape {array.shape} for {n_samples} samples; give one id per sample.")
+    if array.dtype.kind not in "iU":  # a list with a number beyond int64 becomes unsigned, float or object
+        beyond = [
+            one for one in np.asarray(ids, object).tolist() if isinstance(one, int) and not -(2**63) <= one < 2**63
+        ]
+        if beyond:
+            raise ValueError(f"sample id {beyond[0]} is beyond int64; give such ids as strings.")
     if array.dtype.kind not in "iuU":
         raise ValueError(f"sample ids must be integers or strings, got dtype {array.dtype}.")
     values, counts = np.unique(array, return_counts=True)
@@ -194,10 +201,11 @@ def check_columns(columns: Mapping[str, Any] | None, n_samples: int) -> dict[str
         raise ValueError(f"columns must map names to values, got a {type(columns).__name__}.")
     checked = {}
     for name, values in (columns or {}).items():
-        array = np.asarray(values)
-        if not name.isidentifier() or name in RESERVED:
+        array = _texts(values, f"column {name!r}: value")
+        if not name.isidentifier() or keyword.iskeyword(name) or name in RESERVED:
             raise ValueError(
-                f"a column cannot be called {name!r}; use letters, digits and '_', and none of {RESERVED}."
+                f"a column cannot be called {name!r}; use letters, digits and '_', and neither one of {RESERVED} nor a "
+                "word that has a meaning in where=, such as 'in' and all of Python's keywords."
             )
         if array.shape != (n_samples,):
             raise ValueError(
@@ -207,6 +215,24 @@ def check_columns(columns: Mapping[str, Any] | None, n_samples: int) -> dict[str
             raise ValueError(f"column {name!r} has dtype {array.dtype}; give booleans, numbers or strings.")
         checked[name] = array
     return checked
+
+
+def _texts(values: Any, what: str) -> npt.NDArray[Any]:
+    """Values as an array; Python strings that stand in one of objects, as pandas has them, as one of strings.
+
+    Raises:
+        ValueError: a string has no UTF-8, as a file's name in Latin-1; names it.
+    """
+    array = np.asarray(values)
+    if array.dtype == object and all(isinstance(value, str) for value in array.flat):
+        array = array.astype(str)
+    if array.dtype.kind == "U":
+        for text in array.flat:
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"{what} {str(text)!r} has no UTF-8; give it another name.") from None
+    return array
 
 
 def column_types(ids: npt.NDArray[Any], columns: Mapping[str, npt.NDArray[Any]]) -> dict[str, str]:

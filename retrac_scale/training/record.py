@@ -168,6 +168,18 @@ def rows_file(path: Path, run: int, process: int) -> Path:
     return path / f"run-{run:04d}-process-{process:04d}.rows"
 
 
+def write_whole(file: int, content: bytes) -> None:
+    """Append all of it to an open file, or nothing: straight to the system, so that it outlives this process."""
+    before = os.fstat(file).st_size
+    rest = memoryview(content)
+    try:
+        while rest:  # the system may take a part only, as of a disk that is nearly full
+            rest = rest[os.write(file, rest) :]
+    except BaseException:
+        os.ftruncate(file, before)
+        raise
+
+
 def append(path: Path, entry: dict[str, Any]) -> None:
     """Add one line to the log, in place of one that was cut off in writing, and force it to the disk."""
     with open(path / LOG, "a+b") as log:

@@ -15,14 +15,24 @@ from torch import Tensor, distributed, nn
 
 from retrac_scale.gradients import ParameterFilter
 from retrac_scale.projections import Projection
-from retrac_scale.store import Dtype
+from retrac_scale.store import Dtype, objects
 from retrac_scale.store.schema import Url, check_columns, check_ids
 from retrac_scale.task.checkpoints import StateDict
 from retrac_scale.task.diffusion import measure_name
 from retrac_scale.task.noising import is_flow, noising_of, timestep_numbers
 from retrac_scale.task.weighting import Loss, Weighting, check_loss, check_weighting
 from retrac_scale.timesteps import check_timesteps, on_host
-from retrac_scale.training.record import IDS, NO_SEED, ROW, SampleRows, TrainingRecord, append, read_record, rows_file
+from retrac_scale.training.record import (
+    IDS,
+    NO_SEED,
+    ROW,
+    SampleRows,
+    TrainingRecord,
+    append,
+    read_record,
+    rows_file,
+    write_whole,
+)
 from retrac_scale.training.sketches import SketchPlan, TrainingSketches, Visits
 
 logger = logging.getLogger(__name__)
@@ -209,15 +219,15 @@ class TrainingRecorder:
             raise ValueError("an optimizer step without a batch; call batch(ids, timesteps, noise_seed) before update.")
         rows = np.concatenate(self._batches)
         factors = [factor() for factor in self._factors] if self._sketches is not None else []
+        rows["step"], rows["lr"], rows["rows"], rows["process"] = self._steps + 1, lr, len(rows), self._process
+        rows["epoch"] = self._seen * self._processes // self.n_samples if epoch is None else epoch
+        if self._file is None:
+            self._file = self._begin_run()
+        write_whole(self._file, rows.tobytes())
         self._batches.clear()
         self._factors.clear()
         self._steps += 1
-        rows["step"], rows["lr"], rows["rows"], rows["process"] = self._steps, lr, len(rows), self._process
-        rows["epoch"] = self._seen * self._processes // self.n_samples if epoch is None else epoch
         self._seen += len(rows)
-        if self._file is None:
-            self._file = self._begin_run()
-        os.write(self._file, rows.tobytes())  # straight to the system, so that it outlives this process
         if self._sketches is not None:
             self._sketches.add(rows, factors)
             self._sketches.prepare(self._steps + 1)
@@ -283,12 +293,15 @@ class TrainingRecorder:
         if self._process == 0:
             if self._sketches is not None and self._record is not None:
                 known = self._record.checkpoints.items()
-                self._sketches.keep_only([name for name, step in known if step < self._steps])
+                self._sketches.keep_only([name for name, step in known if step <= self._steps])
             if self._ids is not None and not (self.path / IDS).exists():
                 np.save(self.path / f"partial-{IDS}", self._ids)
+                objects.force(self.path / f"partial-{IDS}")
                 os.replace(self.path / f"partial-{IDS}", self.path / IDS)
-            run = {"run": number, "after": self._steps - 1, "processes": self._processes, "n_samples": self.n_samples}
+            run = {"run": number, "after": self._steps, "processes": self._processes, "n_samples": self.n_samples}
             append(self.path, run)
+        for folder in (self.path, self.path.parent):  # they name what was made, which a power cut would lose otherwise
+            objects.force(folder)
         return file
 
     def _check_record(self) -> None:
