@@ -13,7 +13,8 @@ from .preconditioning import adam_divisors
 from .projections import CountSketch, Dense, GradientSketcher, Identity, LowRank
 from .samples import Samples, take
 from .sketching import sketch
-from .store import IncompleteStoreError, SketchStore, open_store, write_store
+from .store import DamagedStoreError, IncompleteStoreError, Layout, SketchStore, open_store, write_store
+from .store.verify import repair_store, verify_store
 from .task.calling import ThroughUNet
 from .task.checkpoints import find_checkpoints
 from .task.diffusion import DiffusionTask
@@ -31,6 +32,7 @@ __all__ = [
     "DTRAK",
     "TRAK",
     "CountSketch",
+    "DamagedStoreError",
     "Dense",
     "DiffusionTask",
     "EncodedDataset",
@@ -46,6 +48,7 @@ __all__ = [
     "IncompleteStoreError",
     "Index",
     "Journey",
+    "Layout",
     "LowRank",
     "MinSNR",
     "ModelCheck",
@@ -79,6 +82,7 @@ __all__ = [
     "open_store",
     "projections",
     "read_record",
+    "repair_store",
     "report",
     "sample_journey",
     "self_influence",
@@ -87,5 +91,6 @@ __all__ = [
     "take",
     "timestep_numbers",
     "transformers_callback",
+    "verify_store",
     "write_store",
 ]

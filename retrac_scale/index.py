@@ -305,6 +305,8 @@ def build_index(
         raise IncompleteStoreError(f"{store.url} is not complete; run its sketch(...) again before building an index.")
     if client is not None and (out is None or store.url is None):
         raise ValueError("workers cannot reach this process's memory; give store and index a path or URL.")
+    if not isinstance(estimator, Estimator):
+        raise ValueError(f"estimator must be one, such as ReTrac(), got {estimator!r}.")
     estimator.check_training(store)
     kept = np.flatnonzero(~store.deleted)
     if not len(kept):

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, get_args
 
 import dask
@@ -53,8 +54,8 @@ class Question:
     train: Samples | None = None
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ValueError(f"k must be 1 or more, got {self.k}.")
+        if not isinstance(self.k, Integral) or self.k < 1:
+            raise ValueError(f"k must be an integer of 1 or more, got {self.k!r}.")
         for name, value, kinds in (("side", self.side, Side), ("reduce", self.reduce, Reduce)):
             if value not in get_args(kinds):
                 raise ValueError(f"{name} must be one of {get_args(kinds)}, got {value!r}.")

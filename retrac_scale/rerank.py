@@ -12,7 +12,7 @@ import numpy.typing as npt
 from retrac_scale.estimators import Estimator
 from retrac_scale.projections import GradientSketcher, Identity
 from retrac_scale.samples import Samples
-from retrac_scale.sketching import measured_pairs, plan_digest, scheduler_spec
+from retrac_scale.sketching import brought, measured_pairs, plan_digest, scheduler_spec
 from retrac_scale.store import SketchStore
 from retrac_scale.store.compatibility import of_both
 from retrac_scale.store.encoding import Float32
@@ -34,7 +34,7 @@ def as_measured(train: Samples, store: SketchStore) -> Samples:
         ValueError: they would be measured otherwise than the store's; says what differs.
     """
     given = {"measure": train.task.measure, "scheduler": scheduler_spec(train.task.scheduler)}
-    given["frozen"] = {**train.task.frozen, **getattr(train.dataset, "frozen", {})}
+    given["frozen"] = {**train.task.frozen, **(brought(train.dataset, "frozen") or {})}
     found = differences(*of_both({key: store.fingerprint.get(key) for key in given}, given))
     stored, specs = plans_of(store.fingerprint), [plan.spec() for plan in train.plans]
     if len(specs) != len(stored) or any(spec not in specs for spec in stored):

@@ -112,8 +112,10 @@ def sketch(
     check_dtype(dtype)
     if timesteps is None:
         raise ValueError("say where to measure: timesteps=Recorded(path), EvenlySpaced(count) or Explicit([...]).")
-    if not checkpoints:
-        raise ValueError("sketch got no checkpoint; give checkpoints={'name': path or state dict}.")
+    if not hasattr(timesteps, "pairs"):
+        raise ValueError(f"timesteps must be a plan, such as EvenlySpaced(10), got {timesteps!r}.")
+    if not checkpoints or not isinstance(checkpoints, Mapping):
+        raise ValueError(f"sketch needs checkpoints={{'name': path or state dict}}, got {checkpoints!r}.")
     if like is not None:
         timesteps = of_queries(timesteps)
         projection = from_spec(like.fingerprint["projection"]) if projection is None else projection
@@ -122,15 +124,19 @@ def sketch(
         if out is None and like.fingerprint.get("measure") in task.measures:
             task = task.only(like.fingerprint["measure"])
     projection = LowRank() if projection is None else projection
+    if not isinstance(projection, Projection):
+        raise ValueError(f"projection must be one, such as CountSketch(4096), got {projection!r}.")
     if out is None and len(task.measures) > 1:
         raise ValueError(f"memory holds one measure, the task has {len(task.measures)}; give out= a path.")
-    if batch_size != "auto" and batch_size < 1:
-        raise ValueError(f"batch_size must be 'auto' or 1 or more, got {batch_size}.")
+    if batch_size != "auto" and not (isinstance(batch_size, int) and batch_size >= 1):
+        raise ValueError(f"batch_size must be 'auto' or an integer of 1 or more, got {batch_size!r}.")
+    if grow and out is None:
+        raise ValueError("grow=True adds to a store that is there; give out= its path or URL.")
     if client is not None and out is None:
         raise ValueError("workers cannot write into this process's memory; give out= a path or URL they can reach.")
     resources = gpu_label(client) if client is not None and task.device.type == "cuda" else None
     ids = check_ids(dataset_ids(dataset), len(dataset))
-    columns = check_columns(getattr(dataset, "columns", None), len(ids))
+    columns = check_columns(brought(dataset, "columns"), len(ids))
     plans = {name: timesteps.pairs(name, ids, task.num_train_timesteps) for name in checkpoints}
     _check_items(task, dataset, ids)
     sketcher = GradientSketcher(task.model, projection, parameters=parameters)
@@ -151,7 +157,7 @@ def sketch(
             "autocast": task.autocast,
             "timesteps": {**timesteps.spec(), "digest": plan_digest(plans)},
         }
-        frozen = {**task.frozen, **getattr(dataset, "frozen", {})}
+        frozen = {**task.frozen, **(brought(dataset, "frozen") or {})}
         if frozen:
             fingerprint["frozen"] = frozen
         if divisors:
@@ -287,13 +293,18 @@ class _Share:
         ids = job.ids[samples]
         plan = job.timesteps.pairs(checkpoint, ids, task.num_train_timesteps)
         n, t = plan.timesteps.shape
-        items = [task.check_item(sample, job.dataset[samples.start + row]) for row, sample in enumerate(ids)]
+        items: dict[int, Any] = {}
         sketches = np.empty((len(stores), n * t, store.shape[2]), dtype=np.float32)
         norms, losses = np.empty((2, len(stores), n * t), dtype=np.float32)
         size = max(1, store.plan["batch_rows"] // plan.draws)
         for start in range(0, n * t, size):
             part = slice(start, min(start + size, n * t))
             pairs = np.arange(part.start, part.stop)
+            # of a block only one batch is held, beside the sample that all others must be like
+            items = {
+                row: items[row] if row in items else task.check_item(ids[row], job.dataset[samples.start + row])
+                for row in {0, *(pairs // t).tolist()}
+            }
             with _threads(store.plan["threads"]):
                 found = _sketched(self._sketcher, task, items, ids, plan, pairs)
                 for measure, (sketched, norm, _) in zip(measures, found, strict=True):
@@ -322,6 +333,9 @@ class _Share:
 
 _model_in_use = threading.Lock()
 
+Items = Sequence[Any] | Mapping[int, Any]
+"""What `DiffusionTask.check_item` gives for samples of a block, by number: the first and those asked for."""
+
 
 @lru_cache(maxsize=1)
 def _share(job: _Job, url: str, parts: tuple[str, ...]) -> _Share:
@@ -348,7 +362,7 @@ def _fastest_batch_there(job: _Job, checkpoint: str) -> int:
 
 
 def _sketched(
-    sketcher: GradientSketcher, task: DiffusionTask, items: list[Any], ids: Ids, plan: Pairs, pairs: Any
+    sketcher: GradientSketcher, task: DiffusionTask, items: Items, ids: Ids, plan: Pairs, pairs: Any
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """For each measure sketches `[pairs, k]`, norms, losses `[pairs]`: one forward pass, a backward pass for each."""
     with sketcher:
@@ -360,12 +374,12 @@ def _sketched(
         ]
 
 
-def _values(task: DiffusionTask, items: list[Any], ids: Ids, plan: Pairs, pairs: Any) -> torch.Tensor:
+def _values(task: DiffusionTask, items: Items, ids: Ids, plan: Pairs, pairs: Any) -> torch.Tensor:
     return measured_pairs(task, items, ids, plan, pairs)[0][0]
 
 
 def measured_pairs(
-    task: DiffusionTask, items: list[Any], ids: Ids, plan: Pairs, pairs: Any
+    task: DiffusionTask, items: Items, ids: Ids, plan: Pairs, pairs: Any
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Values to be differentiated and losses of some pairs of a block, means over their noise draws, `[pairs]` each.
 
@@ -420,7 +434,7 @@ def _recorded_plan(out: Url) -> dict[str, Any] | None:
 
 def _fastest_batch(job: _Job, sketcher: GradientSketcher, checkpoint: str) -> int:
     ids = job.ids[:CALIBRATION_ITEMS]
-    items = [job.task.check_item(sample, job.dataset[row]) for row, sample in enumerate(ids)]
+    items = {row: job.task.check_item(sample, job.dataset[row]) for row, sample in enumerate(ids)}
     plan = job.timesteps.pairs(checkpoint, ids, job.task.num_train_timesteps)
 
     def run(rows: int) -> torch.Tensor:
@@ -437,7 +451,21 @@ def dataset_ids(dataset: Any) -> Any:
         raise ValueError("the dataset must be map-style: it needs __len__ and __getitem__.")
     if len(dataset) == 0:
         raise ValueError("the dataset is empty.")
-    return getattr(dataset, "ids", None)
+    return brought(dataset, "ids")
+
+
+def brought(dataset: Any, name: str) -> Any:
+    """The `ids`, `columns` or `frozen` of a dataset, those of its own samples if it is a torch `Subset`; else None."""
+    if not isinstance(dataset, Subset):
+        return getattr(dataset, name, None)
+    whole, rows = brought(dataset.dataset, name), list(dataset.indices)
+    if whole is None or name == "frozen":
+        return whole
+    return (
+        {key: np.asarray(values)[rows] for key, values in whole.items()}
+        if name == "columns"
+        else np.asarray(whole)[rows]
+    )
 
 
 def _check_items(task: DiffusionTask, dataset: Any, ids: Ids) -> None:

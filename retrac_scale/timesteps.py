@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any, Protocol
 
 import numpy as np
@@ -156,8 +157,8 @@ class EvenlySpaced:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.count < 1:
-            raise ValueError(f"EvenlySpaced needs a count of 1 or more, got {self.count}.")
+        if not isinstance(self.count, Integral) or self.count < 1:
+            raise ValueError(f"EvenlySpaced needs an integer count of 1 or more, got {self.count!r}.")
         _check_noise(self.draws, self.seed)
 
     def pairs(self, checkpoint: str, ids: Ids, num_train_timesteps: int) -> Pairs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import Dataset, Subset
 
 import retrac_scale as rs
+from retrac_scale.task.diffusion import measure_name, measure_named
 from tests import oracle
 from tests.conftest import MODELS, Labelled, random_images, tiny_dit, tiny_unet
+from tests.small_denoiser import SmallDenoiser, images
 
 SCHEDULER = DDPMScheduler(num_train_timesteps=100, beta_schedule="squaredcos_cap_v2")
 
@@ -405,3 +409,86 @@ def test_a_resumed_run_obeys_the_recorded_plan(tmp_path: Path) -> None:
 def test_an_automatic_batch_stays_within_the_pairs_there_are() -> None:
     store = run(tiny_unet(), random_images(2), rs.Explicit([3, 9]), None, batch_size="auto")
     assert 1 <= store.plan["batch_rows"] <= 4
+
+
+def test_a_subset_keeps_the_ids_columns_and_timesteps_of_its_samples(tmp_path: Path) -> None:
+    whole = WithIds(images(6), np.array([10, 11, 12, 13, 14, 15]))
+    part = run(SmallDenoiser(), Subset(Subset[Any](whole, [5, 3, 1]), [0, 2]), rs.Explicit([5]))
+    alone = run(SmallDenoiser(), whole, rs.Explicit([5]))
+    assert part.ids.tolist() == [15, 11]
+    assert part.columns["label"].tolist() == ["f", "b"]
+    np.testing.assert_allclose(part.sketches("last"), alone.sketches("last")[[5, 1]], rtol=1e-5, atol=1e-6)
+
+
+class WithIds(Dataset[torch.Tensor]):
+    def __init__(self, data: torch.Tensor, ids: Any) -> None:
+        self.data, self.ids, self.columns = data, ids, {"label": np.resize(np.array(list("abcdef")), len(data))}
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, row: int) -> torch.Tensor:
+        return self.data[row]
+
+
+def test_no_more_samples_are_held_than_a_batch_needs() -> None:
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    class Watched(WithIds):
+        def __getitem__(self, row: int) -> torch.Tensor:
+            nonlocal most
+            item = self.data[row].clone()
+            alive.append(weakref.ref(item))
+            most = max(most, sum(reference() is not None for reference in alive))
+            return item
+
+    run(SmallDenoiser(), Watched(images(6).repeat(8, 1, 1, 1), None), rs.Explicit([5, 20]), batch_size=4)
+    assert most <= 6  # a batch of two samples, the next one, and the first of the block
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_items_of_another_floating_type_are_measured_in_the_models(dtype: torch.dtype) -> None:
+    given = images(2).to(dtype)
+    found, expected = (run(SmallDenoiser(), data, rs.Explicit([5])) for data in (given, given.float()))
+    np.testing.assert_array_equal(found.sketches("last"), expected.sketches("last"))
+
+
+def test_items_that_a_16_bit_model_cannot_take_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"item 0 has dtype torch.float32, but the model's weights are torch.bfloat16"):
+        run(SmallDenoiser().bfloat16(), images(2), rs.Explicit([5]), out=tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"checkpoints": ["last"]}, r"checkpoints=\{'name': path or state dict\}, got \['last'\]"),
+        ({"timesteps": 10}, r"timesteps must be a plan, such as EvenlySpaced\(10\), got 10"),
+        ({"projection": rs.CountSketch}, "projection must be one"),
+        ({"batch_size": 2.5}, "batch_size must be 'auto' or an integer of 1 or more, got 2.5"),
+        ({"grow": True}, "give out= its path or URL"),
+    ],
+)
+def test_an_argument_of_the_wrong_kind_is_refused_by_name(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(SmallDenoiser(), images(2), **{"timesteps": rs.Explicit([5]), **arguments})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: rs.CountSketch(64.5),  # type: ignore[arg-type]
+        lambda: rs.EvenlySpaced(2.5),  # type: ignore[arg-type]
+        lambda: rs.build_index(rs.write_store(None, {"c": np.ones((2, 1, 4), np.float32)}), rs.ReTrac, None),  # type: ignore[arg-type]
+    ],
+)
+def test_numbers_and_estimators_of_the_wrong_kind_are_refused(wrong: Any) -> None:
+    with pytest.raises(ValueError, match=r"integer|such as ReTrac"):
+        wrong()
+
+
+@pytest.mark.parametrize("measure", ["mse", "l1", rs.Huber(0.5), rs.PseudoHuber(0.2)])
+@pytest.mark.parametrize("weighting", [None, rs.MinSNR(3), rs.SD3Weighting("cosmap", True)])
+def test_a_measure_is_read_back_from_its_name(measure: Any, weighting: Any) -> None:
+    assert measure_named(measure_name(measure, weighting)) == {"measure": measure, "weighting": weighting}

@@ -56,7 +56,7 @@ def measured_like(index: Index, model: str, checkpoints: Mapping[str, str], time
     import diffusers
 
     from retrac_scale.samples import Samples
-    from retrac_scale.task.diffusion import DiffusionTask
+    from retrac_scale.task.diffusion import DiffusionTask, measure_named
     from retrac_scale.timesteps import EvenlySpaced
 
     store = index.check_store()
@@ -64,6 +64,6 @@ def measured_like(index: Index, model: str, checkpoints: Mapping[str, str], time
         raise ValueError("images can only be sketched like a store that sketch(...) made and that is still there.")
     config = dict(store.fingerprint["scheduler"])
     scheduler = getattr(diffusers, config.pop("class"))(**config)
-    measure, autocast = store.fingerprint["measure"], store.fingerprint["autocast"]
-    task = DiffusionTask(load_denoiser(model), scheduler, measure=measure, device=device, autocast=autocast)
+    measured = {**measure_named(store.fingerprint["measure"]), "autocast": store.fingerprint["autocast"]}
+    task = DiffusionTask(load_denoiser(model), scheduler, device=device, **measured)
     return Samples((), task, dict(checkpoints), EvenlySpaced(timesteps))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import copy
 import inspect
@@ -18,7 +19,7 @@ from retrac_scale.task.encoding import Encoder, load_pipeline
 from retrac_scale.task.items import Item, take_apart
 from retrac_scale.task.measures import OUTPUTS
 from retrac_scale.task.noising import noising_of
-from retrac_scale.task.weighting import Huber, PseudoHuber, Weighting, check_weighting
+from retrac_scale.task.weighting import Huber, MinSNR, PseudoHuber, SD3Weighting, Weighting, check_weighting
 
 Measure = Literal["mse", "l1", "mean_output", "mean_squared_output", "output_l1", "output_l2", "output_linf"]
 AnyMeasure = Measure | Huber | PseudoHuber
@@ -209,6 +210,13 @@ class DiffusionTask:
                 f"dataset item {number} brings a prompt, but the task has no text encoder; use "
                 "DiffusionTask.from_pretrained, or give the embeddings by the names of the model's arguments."
             )
+        dtype = found.sample.dtype
+        narrow = self._dtype.itemsize < 4 and self.autocast is None and not self._encodes(found)
+        if narrow and dtype != self._dtype:
+            raise ValueError(
+                f"dataset item {number} has dtype {dtype}, but the model's weights are {self._dtype}; load the model "
+                "in float32 and give the task autocast='bfloat16', or convert the items."
+            )
         return found
 
     def check_item(self, number: Any, item: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -229,7 +237,12 @@ class DiffusionTask:
             conditioning = {**self.encoder.embeddings(found.prompt, size, self.device), **conditioning}
         if self.encoder is not None and self._encodes(found):
             sample = self.encoder.latents(sample, self.device)
-        return sample, conditioning
+        return sample if self._dtype.itemsize < 4 else sample.to(self._dtype), conditioning
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(value.dtype for value in self.model.parameters() if value.is_floating_point())
 
     def _encodes(self, item: Item) -> bool:
         return self.encoder is not None and self.encoder.vae is not None and not item.encoded
@@ -269,3 +282,18 @@ def _entries(measure: AnyMeasure, error: Tensor) -> Tensor:
 def measure_name(measure: AnyMeasure, weighting: Weighting | None) -> str:
     """How the fingerprint of a store calls what was measured."""
     return str(measure) if weighting is None else f"{measure} x {weighting}"
+
+
+def measure_named(name: str) -> dict[str, Any]:
+    """The arguments `measure` and `weighting` of a task, out of what `measure_name` makes of them."""
+    measure, _, weighting = name.partition(" x ")
+    return {"measure": _described(measure), "weighting": _described(weighting) if weighting else None}
+
+
+def _described(text: str) -> Any:
+    """`Huber(delta=0.5)` from its text; the plain name of a measure is left as it is."""
+    call = ast.parse(text, mode="eval").body
+    if not isinstance(call, ast.Call):
+        return text
+    kinds = {kind.__name__: kind for kind in (Huber, PseudoHuber, MinSNR, SD3Weighting)}
+    return kinds[ast.unparse(call.func)](**{str(given.arg): ast.literal_eval(given.value) for given in call.keywords})

@@ -12,7 +12,7 @@ import zarr
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from retrac_scale.sketching import dataset_ids
+from retrac_scale.sketching import brought, dataset_ids
 from retrac_scale.store.schema import Url, check_ids
 from retrac_scale.task.diffusion import DiffusionTask
 from retrac_scale.task.items import LATENTS
@@ -96,4 +96,4 @@ def encode(task: DiffusionTask, dataset: Any, out: Url, *, progress: bool = True
             values = [latents if name == LATENTS else conditioning[name] for latents, conditioning in items]
             array[rows.start : rows.stop] = torch.stack(values).numpy()
         group.attrs["rows_done"] = rows.stop
-    return EncodedDataset(out, group, ids, getattr(dataset, "columns", None))
+    return EncodedDataset(out, group, ids, brought(dataset, "columns"))

@@ -15,6 +15,7 @@ from torch import Tensor, distributed, nn
 
 from retrac_scale.gradients import ParameterFilter
 from retrac_scale.projections import Projection
+from retrac_scale.sketching import brought
 from retrac_scale.store import Dtype, objects
 from retrac_scale.store.schema import Url, check_columns, check_ids
 from retrac_scale.task.checkpoints import StateDict
@@ -90,7 +91,7 @@ class TrainingRecorder:
         dtype: Dtype = "int8",
     ) -> None:
         self.path = Path(path)
-        ids = None if isinstance(n_samples, int) else getattr(n_samples, "ids", None)
+        ids = None if isinstance(n_samples, int) else brought(n_samples, "ids")
         self.n_samples = n_samples if isinstance(n_samples, int) else len(n_samples)
         self._scheduler = scheduler
         self.num_train_timesteps = int(scheduler.config.num_train_timesteps)
@@ -112,7 +113,7 @@ class TrainingRecorder:
                 check_weighting(weighting, noising_of(scheduler, model), measure)
             described = measure_name(measure, weighting)
             plan = SketchPlan(sketch, store, visits, share, described, parameters, dtype)
-            columns = check_columns(getattr(n_samples, "columns", None), self.n_samples)
+            columns = check_columns(brought(n_samples, "columns"), self.n_samples)
             known = np.arange(self.n_samples) if self._ids is None else self._ids
             self._sketches = TrainingSketches(
                 plan, model, scheduler, self.path, known, columns, self._process, self._processes
