@@ -144,7 +144,8 @@ def trained_and_asked(task: rs.DiffusionTask, dataset: Any, checkpoints: Any = N
     states = train(task, dataset)
     check = rs.check_model(task, [dataset[0], dataset[1]])
     assert check.exact, str(check)
-    options: Any = {"checkpoints": checkpoints or states, "timesteps": rs.Explicit([50]), "progress": False}
+    # the same noise on both sides, so that a query and its training sample have one gradient
+    options: Any = {"checkpoints": checkpoints or states, "timesteps": rs.Explicit([50], seed=0), "progress": False}
     store = rs.sketch(task, dataset, None, projection=rs.Identity(), dtype="float32", **options)
     queries = rs.sketch(task, dataset, None, like=store, dtype="float32", **options)
     answer = rs.build_index(store, rs.ReTrac(), None).query(queries, k=2)
