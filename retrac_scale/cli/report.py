@@ -38,8 +38,8 @@ def _run(arguments: argparse.Namespace) -> Answer:
     queries = open_store(arguments.queries or project.queries)
     first = next(iter(indexes.values()))
     store = first.check_store()
-    shown = read_images(arguments.query_images, queries.ids, project.folder)
-    pictures = Pictures(read_images(arguments.images, first.ids, project.folder), first.ids, shown)
+    images = read_images(arguments.images, first.ids, project.folder)
+    pictures = Pictures(images, first.ids, read_images(arguments.query_images, queries.ids, project.folder))
     answers = {name: index.query(queries, arguments.k, side=sides(index)) for name, index in indexes.items()}
     curve = norm_curve(store) if store is not None and store.has("timestep") else None
     out = arguments.out or ("report.html" if arguments.index else project.place("report.html"))

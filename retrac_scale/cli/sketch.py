@@ -6,8 +6,6 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from retrac_scale.cli.measured import image_files, load_denoiser, load_scheduler
 from retrac_scale.cli.project import Project, add_options, find, need, overruled
 from retrac_scale.cli.verb import Answer, Verb
@@ -45,6 +43,8 @@ def _run(arguments: argparse.Namespace) -> Answer:
 
 def _images(project: Project, folder: str, task: DiffusionTask) -> ImageFiles:
     """The images in a folder of the project; their ids do not depend on where the command is run."""
+    import numpy as np
+
     files = image_files([project.path(folder)], task)
     if not os.path.isabs(folder):
         files.ids = np.array([project.own_name(file) for file in files.ids.tolist()])
