@@ -215,7 +215,7 @@ def test_groups_without_samples_are_left_out_and_wrong_groups_named() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"k": 0}, "k must be 1 or more"),
+        ({"k": 0}, "k must be an integer of 1 or more"),
         ({"side": "friends"}, "side must be one of"),
         ({"reduce": "median"}, "reduce must be one of"),
         ({"rerank": 5}, "train=rs.Samples"),

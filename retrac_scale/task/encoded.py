@@ -75,25 +75,25 @@ def encode(task: DiffusionTask, dataset: Any, out: Url, *, progress: bool = True
         if group.attrs or group.nmembers():
             raise ValueError(f"{out} holds something that is no encoded dataset; give another path.")
         group.attrs.update(described)
-    if "rows_done" not in group.attrs:
+    if "names" not in group.attrs:
         first, conditioning = task.check_item(ids[0], dataset[0])
         example = {LATENTS: first, **conditioning}
         for name, value in example.items():
             shape = tuple(value.shape)
             dtype = value.numpy().dtype
             group.create_array(name, shape=(len(ids), *shape), chunks=(BLOCK, *shape), dtype=dtype, overwrite=True)
-        group.attrs.update(described | {"names": list(example), "rows_done": 0})
+        group.attrs.update(described | {"names": list(example)})
     for key, expected in described.items():
         if group.attrs[key] != expected:
             raise ValueError(f"{out} was encoded from other samples or by another pipeline ({key}); give another path.")
     names: Any = group.attrs["names"]
     arrays: dict[str, Any] = {name: group[name] for name in names}
-    done: Any = group.attrs["rows_done"]
-    for start in tqdm(range(done, len(ids), BLOCK), desc="encode", unit="block", disable=not progress):
+    done = arrays[LATENTS].attrs  # whose file is small: the group's holds all ids
+    for start in tqdm(range(done.get("rows", 0), len(ids), BLOCK), desc="encode", unit="block", disable=not progress):
         rows = range(start, min(start + BLOCK, len(ids)))
         items = [task.check_item(ids[row], dataset[row]) for row in rows]
         for name, array in arrays.items():
             values = [latents if name == LATENTS else conditioning[name] for latents, conditioning in items]
             array[rows.start : rows.stop] = torch.stack(values).numpy()
-        group.attrs["rows_done"] = rows.stop
+        done["rows"] = rows.stop
     return EncodedDataset(out, group, ids, brought(dataset, "columns"))
