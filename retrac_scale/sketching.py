@@ -27,7 +27,8 @@ from retrac_scale.store.encoding import check_dtype
 from retrac_scale.store.schema import Url, check_columns, check_ids
 from retrac_scale.task.checkpoints import Checkpoint
 from retrac_scale.task.diffusion import DiffusionTask
-from retrac_scale.timesteps import Ids, Pairs, TimestepPlan, draw_noise, of_queries
+from retrac_scale.timesteps import Ids, Pairs, Recorded, TimestepPlan, draw_noise, of_queries
+from retrac_scale.training.record import read_record
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -112,7 +113,7 @@ def sketch(
     check_dtype(dtype)
     if timesteps is None:
         raise ValueError("say where to measure: timesteps=Recorded(path), EvenlySpaced(count) or Explicit([...]).")
-    if not hasattr(timesteps, "pairs"):
+    if not hasattr(timesteps, "pairs") or isinstance(timesteps, type):
         raise ValueError(f"timesteps must be a plan, such as EvenlySpaced(10), got {timesteps!r}.")
     if not checkpoints or not isinstance(checkpoints, Mapping):
         raise ValueError(f"sketch needs checkpoints={{'name': path or state dict}}, got {checkpoints!r}.")
@@ -137,6 +138,13 @@ def sketch(
     resources = gpu_label(client) if client is not None and task.device.type == "cuda" else None
     ids = check_ids(dataset_ids(dataset), len(dataset))
     columns = check_columns(brought(dataset, "columns"), len(ids))
+    if isinstance(timesteps, Recorded) and isinstance(dataset, Subset) and brought(dataset, "ids") is None:
+        record = read_record(timesteps.path)
+        if record is not None and record.n_samples != len(dataset):
+            raise ValueError(
+                f"the dataset is a Subset of {len(dataset)} samples without ids and the record is of "
+                f"{record.n_samples}, so their places in it are unknown; give the whole dataset an attribute ids."
+            )
     plans = {name: timesteps.pairs(name, ids, task.num_train_timesteps) for name in checkpoints}
     _check_items(task, dataset, ids)
     sketcher = GradientSketcher(task.model, projection, parameters=parameters)

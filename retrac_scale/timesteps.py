@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Integral
 from typing import Any, Protocol
 
 import numpy as np
@@ -114,8 +113,8 @@ class Explicit:
 
     def __post_init__(self) -> None:
         given = on_host(self.timesteps)
-        if given.size and given.dtype.kind not in "iu":
-            raise ValueError(f"Explicit takes integer timesteps, got dtype {given.dtype}.")
+        if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+            raise ValueError(f"Explicit takes a list of integer timesteps, got {self.timesteps!r}.")
         steps = tuple(given.tolist())
         if not steps:
             raise ValueError("Explicit got no timesteps; give at least one, e.g. Explicit([10, 500]).")
@@ -157,7 +156,7 @@ class EvenlySpaced:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.count, Integral) or self.count < 1:
+        if not isinstance(self.count, int) or self.count < 1:
             raise ValueError(f"EvenlySpaced needs an integer count of 1 or more, got {self.count!r}.")
         _check_noise(self.draws, self.seed)
 
@@ -272,7 +271,7 @@ def _seed_spec(seed: int | None) -> dict[str, int]:
 
 
 def _check_noise(draws: int, seed: int | None) -> None:
-    if draws < 1:
-        raise ValueError(f"draws must be 1 or more, got {draws}.")
+    if not isinstance(draws, int) or draws < 1:
+        raise ValueError(f"draws must be an integer of 1 or more, got {draws!r}.")
     if seed is not None and not 0 <= seed < 2**63:
         raise ValueError(f"seed must be None or an integer of 0 or more, got {seed}.")

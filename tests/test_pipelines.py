@@ -230,7 +230,15 @@ def test_encoding_goes_on_where_it_was_stopped_and_refuses_other_samples(tmp_pat
     out = tmp_path / "encoded.zarr"
     with pytest.raises(KeyboardInterrupt):
         rs.encode(task, Stops(images), out, progress=False)
-    encoded = rs.encode(task, Items(images), out, progress=False)
+    asked: list[int] = []
+
+    class Counts(Items):
+        def __getitem__(self, row: Any) -> Any:
+            asked.append(row)
+            return super().__getitem__(row)
+
+    encoded = rs.encode(task, Counts(images), out, progress=False)
+    assert asked == list(range(64, 100))
     assert all(torch.equal(encoded[row]["latents"], images[row]) for row in range(100))
     with pytest.raises(ValueError, match="encoded from other samples"):
         rs.encode(task, Items(images[:50]), out, progress=False)

@@ -12,7 +12,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 import retrac_scale as rs
 from retrac_scale.task.diffusion import measure_name, measure_named
@@ -431,6 +431,14 @@ class WithIds(Dataset[torch.Tensor]):
         return self.data[row]
 
 
+def test_a_subset_without_ids_is_not_taken_for_the_first_samples_of_a_record(tmp_path: Path) -> None:
+    recorder = rs.TrainingRecorder(tmp_path, 6, SCHEDULER)
+    recorder.step(np.arange(6), np.arange(6) + 10, 0, 0.1)
+    recorder.checkpoint("last")
+    with pytest.raises(ValueError, match="Subset of 2 samples without ids and the record is of 6"):
+        run(SmallDenoiser(), Subset(TensorDataset(images(6)), [4, 5]), rs.Recorded(tmp_path))
+
+
 def test_no_more_samples_are_held_than_a_batch_needs() -> None:
     alive: list[weakref.ref[torch.Tensor]] = []
     most = 0
@@ -478,6 +486,9 @@ def test_an_argument_of_the_wrong_kind_is_refused_by_name(arguments: dict[str, A
 @pytest.mark.parametrize(
     "wrong",
     [
+        lambda: rs.LowRank(2.5, 64),  # type: ignore[arg-type]
+        lambda: rs.Explicit(10),  # type: ignore[arg-type]
+        lambda: rs.EvenlySpaced(2, draws=2.5),  # type: ignore[arg-type]
         lambda: rs.CountSketch(64.5),  # type: ignore[arg-type]
         lambda: rs.EvenlySpaced(2.5),  # type: ignore[arg-type]
         lambda: rs.build_index(rs.write_store(None, {"c": np.ones((2, 1, 4), np.float32)}), rs.ReTrac, None),  # type: ignore[arg-type]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Set
 from dataclasses import asdict
-from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -95,5 +94,5 @@ def squared_norm(rows: Tensor) -> Tensor:
 
 def check_dim(dim: int) -> None:
     """Raise ValueError unless dim is a positive integer."""
-    if not isinstance(dim, Integral) or dim < 1:
+    if not isinstance(dim, int) or dim < 1:
         raise ValueError(f"a projection needs an integer dim of 1 or more, got {dim!r}.")

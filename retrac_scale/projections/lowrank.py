@@ -46,8 +46,8 @@ class LowRank(Projection):
 
     def __post_init__(self) -> None:
         check_dim(self.dim)
-        if self.rank < 1:
-            raise ValueError(f"LowRank needs a rank of 1 or more, got {self.rank}.")
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(f"LowRank needs an integer rank of 1 or more, got {self.rank!r}.")
         if self.norm not in ("estimate", "exact"):
             raise ValueError(f"norm must be 'estimate' or 'exact', got {self.norm!r}.")
 

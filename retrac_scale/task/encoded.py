@@ -89,7 +89,8 @@ def encode(task: DiffusionTask, dataset: Any, out: Url, *, progress: bool = True
     names: Any = group.attrs["names"]
     arrays: dict[str, Any] = {name: group[name] for name in names}
     done = arrays[LATENTS].attrs  # whose file is small: the group's holds all ids
-    for start in tqdm(range(done.get("rows", 0), len(ids), BLOCK), desc="encode", unit="block", disable=not progress):
+    blocks = range(done.get("rows", group.attrs.get("rows_done", 0)), len(ids), BLOCK)
+    for start in tqdm(blocks, desc="encode", unit="block", disable=not progress):
         rows = range(start, min(start + BLOCK, len(ids)))
         items = [task.check_item(ids[row], dataset[row]) for row in rows]
         for name, array in arrays.items():
