@@ -21,9 +21,9 @@ from retrac_scale.execution import compute, delayed
 from retrac_scale.index import Index, Reduce, Side, open_on_worker
 from retrac_scale.rerank import as_measured, exact_scores
 from retrac_scale.samples import Samples
-from retrac_scale.scan import Bools, Chunk, Float64, Found, merge, scores, top
+from retrac_scale.scan import Bools, Chunk, Found, merge, scores, top
 from retrac_scale.store import SketchStore
-from retrac_scale.store.encoding import Float32
+from retrac_scale.store.encoding import Float32, Float64
 from retrac_scale.topk import TopK
 from retrac_scale.where import which
 

@@ -12,13 +12,15 @@ import numpy.typing as npt
 from retrac_scale.estimators import Estimator
 from retrac_scale.projections import GradientSketcher, Identity
 from retrac_scale.samples import Samples
-from retrac_scale.sketching import brought, measured_pairs, plan_digest, scheduler_spec
+from retrac_scale.sketching import measured_pairs, plan_digest
 from retrac_scale.store import SketchStore
 from retrac_scale.store.compatibility import of_both
 from retrac_scale.store.encoding import Float32
 from retrac_scale.store.part import plans_of
 from retrac_scale.store.schema import differences
 from retrac_scale.task.diffusion import DiffusionTask
+from retrac_scale.task.items import brought
+from retrac_scale.task.noising import scheduler_spec
 from retrac_scale.timesteps import Pairs, of_queries
 
 BATCH_PAIRS = 64

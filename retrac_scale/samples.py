@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from retrac_scale.sketching import dataset_ids, sketch
+from retrac_scale.sketching import sketch
 from retrac_scale.store import SketchStore, create_store, write_block
 from retrac_scale.store.part import plans_of
 from retrac_scale.store.schema import check_ids
 from retrac_scale.task.checkpoints import Checkpoint
 from retrac_scale.task.diffusion import DiffusionTask
+from retrac_scale.task.items import dataset_ids
 from retrac_scale.timesteps import TimestepPlan
 
 

@@ -27,6 +27,8 @@ from retrac_scale.store.encoding import check_dtype
 from retrac_scale.store.schema import Url, check_columns, check_ids
 from retrac_scale.task.checkpoints import Checkpoint
 from retrac_scale.task.diffusion import DiffusionTask
+from retrac_scale.task.items import brought, dataset_ids
+from retrac_scale.task.noising import scheduler_spec
 from retrac_scale.timesteps import Ids, Pairs, Recorded, TimestepPlan, draw_noise, of_queries
 from retrac_scale.training.record import read_record
 
@@ -341,9 +343,6 @@ class _Share:
 
 _model_in_use = threading.Lock()
 
-Items = Sequence[Any] | Mapping[int, Any]
-"""What `DiffusionTask.check_item` gives for samples of a block, by number: the first and those asked for."""
-
 
 @lru_cache(maxsize=1)
 def _share(job: _Job, url: str, parts: tuple[str, ...]) -> _Share:
@@ -367,6 +366,10 @@ def _sketch_there(
 def _fastest_batch_there(job: _Job, checkpoint: str) -> int:
     with _model_in_use, _threads(1):
         return _fastest_batch(job, _new_sketcher(job), checkpoint)
+
+
+Items = Sequence[Any] | Mapping[int, Any]
+"""What `DiffusionTask.check_item` gives for samples of a block, by number: the first one and those asked for."""
 
 
 def _sketched(
@@ -442,7 +445,7 @@ def _recorded_plan(out: Url) -> dict[str, Any] | None:
 
 def _fastest_batch(job: _Job, sketcher: GradientSketcher, checkpoint: str) -> int:
     ids = job.ids[:CALIBRATION_ITEMS]
-    items = {row: job.task.check_item(sample, job.dataset[row]) for row, sample in enumerate(ids)}
+    items = [job.task.check_item(sample, job.dataset[row]) for row, sample in enumerate(ids)]
     plan = job.timesteps.pairs(checkpoint, ids, job.task.num_train_timesteps)
 
     def run(rows: int) -> torch.Tensor:
@@ -451,29 +454,6 @@ def _fastest_batch(job: _Job, sketcher: GradientSketcher, checkpoint: str) -> in
 
     pairs = len(job.ids) * plan.timesteps.shape[1]
     return fastest_batch(run, pairs * plan.draws, job.task.device)
-
-
-def dataset_ids(dataset: Any) -> Any:
-    """The ids that a dataset brings, None when it brings none; ValueError unless it is map-style and not empty."""
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
-        raise ValueError("the dataset must be map-style: it needs __len__ and __getitem__.")
-    if len(dataset) == 0:
-        raise ValueError("the dataset is empty.")
-    return brought(dataset, "ids")
-
-
-def brought(dataset: Any, name: str) -> Any:
-    """The `ids`, `columns` or `frozen` of a dataset, those of its own samples if it is a torch `Subset`; else None."""
-    if not isinstance(dataset, Subset):
-        return getattr(dataset, name, None)
-    whole, rows = brought(dataset.dataset, name), list(dataset.indices)
-    if whole is None or name == "frozen":
-        return whole
-    return (
-        {key: np.asarray(values)[rows] for key, values in whole.items()}
-        if name == "columns"
-        else np.asarray(whole)[rows]
-    )
 
 
 def _check_items(task: DiffusionTask, dataset: Any, ids: Ids) -> None:
@@ -488,26 +468,6 @@ def _check_items(task: DiffusionTask, dataset: Any, ids: Ids) -> None:
                 f"dataset item {ids[row]} has shape {tuple(image.shape)}, but item {ids[0]} has {first}; "
                 "resize or crop all items to one shape in the dataset."
             )
-
-
-def scheduler_spec(scheduler: Any) -> dict[str, Any]:
-    """What of the scheduler determines the noisy images."""
-    config = dict(scheduler.config)
-    keys = (
-        "num_train_timesteps",
-        "beta_schedule",
-        "beta_start",
-        "beta_end",
-        "trained_betas",
-        "snr_shift_scale",
-        "prediction_type",
-        "rescale_betas_zero_snr",
-        "shift",
-        "flow_shift",
-        "use_flow_sigmas",
-        "use_dynamic_shifting",
-    )
-    return {"class": type(scheduler).__name__, **{key: config[key] for key in keys if key in config}}
 
 
 def plan_digest(plans: Mapping[str, Pairs]) -> str:

@@ -13,7 +13,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from retrac_scale.index import Side
-from retrac_scale.scan import Bools, Float64
+from retrac_scale.scan import Bools
+from retrac_scale.store.encoding import Float64
 
 if TYPE_CHECKING:
     import pyarrow

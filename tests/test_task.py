@@ -26,8 +26,8 @@ from torch.nn import functional as F
 
 import retrac_scale as rs
 from retrac_scale.execution import FailedTasksError
-from retrac_scale.sketching import scheduler_spec
 from retrac_scale.task.calling import call_model
+from retrac_scale.task.noising import scheduler_spec
 from tests.conftest import random_images, tiny_dit, tiny_unet
 
 N = 3

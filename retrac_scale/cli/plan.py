@@ -31,7 +31,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
         n = n or len(ImageFiles([project.path(project.images)], 3))
         t, c, k = t or project.timesteps, c or len(project.weights), k or project.dim
         rank, model = project.rank if rank is None else rank, model or project.denoiser
-    if not (n and t and c and k) or min(n, t, c, k) < 1:
+    if min(n or 0, t or 0, c or 0, k or 0) < 1:
         raise ValueError("give --samples, --timesteps, --checkpoints and --dim, each 1 or more.")
     size = planner.store_size(n, t, c, k, dtype=arguments.dtype)
     index = planner.index_bytes(n, c, k)

@@ -10,9 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from retrac_scale.store.encoding import Float32
+from retrac_scale.store.encoding import Float32, Float64
 
-Float64 = npt.NDArray[np.float64]
 Damping = float | Literal["auto"]
 
 LEAST, MOST = 1e-6, 1e3

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import spearmanr
 
-from retrac_scale.scan import Float64
+from retrac_scale.store.encoding import Float64
 
 
 def recall_at(scores: npt.ArrayLike, exact: npt.ArrayLike, k: int = 10) -> Float64:

@@ -7,7 +7,8 @@ import numpy.typing as npt
 from scipy.stats import rankdata
 
 from retrac_scale.evaluate.intervals import Interval, percentiles
-from retrac_scale.scan import Bools, Float64
+from retrac_scale.scan import Bools
+from retrac_scale.store.encoding import Float64
 
 
 def lds(scores: npt.ArrayLike, members: npt.ArrayLike, losses: npt.ArrayLike) -> Float64:

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from tqdm.auto import tqdm
 
-from retrac_scale.scan import Bools, Float64
+from retrac_scale.scan import Bools
+from retrac_scale.store.encoding import Float64
 
 if TYPE_CHECKING:
     from distributed import Client

@@ -169,6 +169,7 @@ def _spread(grad_output: Tensor, stride: tuple[int, ...]) -> Tensor:
 
 
 def _one_by_one(layer: Any, inputs: Tensor, grad_output: Tensor, n: int, padding: tuple[int, ...]) -> Tensor:
+    """`[n, o, i, *kernel]`, one convolution for each sample."""
     weight = scratch("weight", (n, *layer.weight.shape), grad_output)
     for target, x, g in zip(weight, by_sample(inputs, n), by_sample(grad_output, n), strict=True):
         target.copy_(_weight_gradient(layer, x, g, 1, padding))

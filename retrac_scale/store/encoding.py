@@ -12,6 +12,7 @@ from torch.utils.dlpack import from_dlpack
 
 Dtype = Literal["int8", "float16", "float32", "bfloat16"]
 Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
 
 TILE_ENTRIES = 2**17
 """Rows are converted so many entries at a time per thread, to stay in a core's cache."""

@@ -12,10 +12,9 @@ import zarr
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from retrac_scale.sketching import brought, dataset_ids
 from retrac_scale.store.schema import Url, check_ids
 from retrac_scale.task.diffusion import DiffusionTask
-from retrac_scale.task.items import LATENTS
+from retrac_scale.task.items import LATENTS, brought, dataset_ids
 
 BLOCK = 64
 """Samples that are encoded, written and counted at a time."""

@@ -1,4 +1,4 @@
-"""What a dataset item holds: a sample, its conditioning, its prompt."""
+"""What a dataset brings, and what an item of it holds: a sample, its conditioning, its prompt."""
 
 from __future__ import annotations
 
@@ -6,13 +6,36 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 
 LATENTS = "latents"
 SAMPLE_KEYS = (LATENTS, "image", "images", "pixel_values", "sample", "input", "video")
 PROMPT_KEYS = ("prompt", "text", "caption")
 LABEL_KEYS = ("label", "labels")
+
+
+def dataset_ids(dataset: Any) -> Any:
+    """The ids that a dataset brings, None when it brings none; ValueError unless it is map-style and not empty."""
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        raise ValueError("the dataset must be map-style: it needs __len__ and __getitem__.")
+    if len(dataset) == 0:
+        raise ValueError("the dataset is empty.")
+    return brought(dataset, "ids")
+
+
+def brought(dataset: Any, name: str) -> Any:
+    """The `ids`, `columns` or `frozen` of a dataset, those of its own samples if it is a torch `Subset`; else None."""
+    if not isinstance(dataset, Subset):
+        return getattr(dataset, name, None)
+    whole, rows = brought(dataset.dataset, name), list(dataset.indices)
+    if whole is None or name == "frozen":
+        return whole
+    if name == "columns":
+        return {key: np.asarray(values)[rows] for key, values in whole.items()}
+    return np.asarray(whole)[rows]
 
 
 @dataclass(frozen=True)

@@ -189,3 +189,23 @@ def timestep_numbers(scheduler: Any, times: Tensor) -> Tensor:
 def _as(table: Tensor, like: Tensor, timesteps: Tensor) -> Tensor:
     """Entries of a table, broadcast over samples."""
     return table.to(like)[timesteps].reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def scheduler_spec(scheduler: Any) -> dict[str, Any]:
+    """What of the scheduler determines the noisy images."""
+    config = dict(scheduler.config)
+    keys = (
+        "num_train_timesteps",
+        "beta_schedule",
+        "beta_start",
+        "beta_end",
+        "trained_betas",
+        "snr_shift_scale",
+        "prediction_type",
+        "rescale_betas_zero_snr",
+        "shift",
+        "flow_shift",
+        "use_flow_sigmas",
+        "use_dynamic_shifting",
+    )
+    return {"class": type(scheduler).__name__, **{key: config[key] for key in keys if key in config}}

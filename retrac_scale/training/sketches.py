@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from retrac_scale.gradients import ParameterFilter
 from retrac_scale.projections import Projection
 from retrac_scale.projections.live import LiveSketcher
-from retrac_scale.sketching import scheduler_spec
 from retrac_scale.store import (
     DamagedStoreError,
     Dtype,
@@ -33,6 +32,7 @@ from retrac_scale.store.part import ROOT, group_json
 from retrac_scale.store.schema import Url
 from retrac_scale.store.writer import unfinished
 from retrac_scale.task.checkpoints import StateDict, adapter_scales, configuration, weights_digest
+from retrac_scale.task.noising import scheduler_spec
 from retrac_scale.training.record import Rows
 
 Visits = int | Literal["sum"]
