@@ -10,7 +10,7 @@ import numpy as np
 
 from retrac_scale.estimators.base import Estimator
 from retrac_scale.estimators.inner import ReTrac
-from retrac_scale.estimators.ridge import Damping, Float64, Ridge
+from retrac_scale.estimators.ridge import Damping, Ridge
 from retrac_scale.store import SketchStore
 from retrac_scale.store.encoding import Float32, Float64
 
