@@ -18,7 +18,8 @@ if __name__ == "__main__":
     task, item = planner.example_task("demo", "cpu")
     rate = planner.measure_sketching(task, item, projection)
     pairs = len(scans) * checkpoints
-    predicted, size = rate.seconds(pairs), planner.store_size(len(scans), 1, checkpoints, demo.DIM)
+    predicted = rate.seconds(pairs)
+    size = planner.store_size(len(scans), 1, checkpoints, demo.DIM, columns=scans.columns)
     states = {f"epoch-{epoch:02d}": demo.build_model().state_dict() for epoch in demo.KEPT_EPOCHS[:checkpoints]}
     with tempfile.TemporaryDirectory() as folder:
         out, started = Path(folder) / "sketches.zarr", time.perf_counter()
@@ -28,7 +29,7 @@ if __name__ == "__main__":
         arrays = sum(file.stat().st_size for file in files if file.name != "zarr.json")
         store = open_store(out)
         known = {"weights": store.weights, "fingerprint": store.fingerprint, "plan": store.plan}
-        exact = planner.store_size(len(scans), 1, checkpoints, demo.DIM, **known)
+        exact = planner.store_size(len(scans), 1, checkpoints, demo.DIM, columns=scans.columns, **known)
         metadata = sum(file.stat().st_size for file in files if file.name == "zarr.json")
     print(f"time: predicted {predicted:.1f} s, took {took:.1f} s: {predicted / took - 1:+.0%}  ({pairs} pairs)")
     print(f"arrays: predicted {size.array_bytes} bytes, written {arrays}")

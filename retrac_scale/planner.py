@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from diffusers import AutoModel, DDPMScheduler
 
@@ -21,7 +22,7 @@ from retrac_scale.store import Dtype, Layout, write_store
 from retrac_scale.store.encoding import array_dtype
 from retrac_scale.store.mapping import CRC_BYTES
 from retrac_scale.store.part import lay_out
-from retrac_scale.store.schema import LIST_CHUNK, Url, choose_layout, column_types
+from retrac_scale.store.schema import LIST_CHUNK, Url, check_columns, check_ids, choose_layout, column_types
 from retrac_scale.store.writer import describe
 from retrac_scale.task.diffusion import DiffusionTask
 from retrac_scale.timesteps import EvenlySpaced
@@ -60,9 +61,11 @@ def store_size(
     weights: Mapping[str, float] | None = None,
     fingerprint: Mapping[str, Any] | None = None,
     plan: Mapping[str, Any] | None = None,
+    ids: Sequence[Any] | npt.NDArray[Any] | None = None,
+    columns: Mapping[str, Any] | None = None,
     out: Url = "",
 ) -> Size:
-    """The size of a complete store that `sketch` writes, with integer ids and no further columns.
+    """The size of a complete store that `sketch` writes.
 
     Args:
         samples: n.
@@ -74,6 +77,8 @@ def store_size(
         weights: w_c by checkpoint name, where they are known.
         fingerprint: of the run, where it is known.
         plan: of the run, where it is known.
+        ids: `[n]`, None for integers.
+        columns: `{name: [n]}` that come with the samples.
         out: where it will be; object stores are laid out otherwise. Sharded blocks have an index besides, not counted.
     """
     item = np.dtype(array_dtype(dtype)).itemsize
@@ -82,18 +87,20 @@ def store_size(
     blocks = checkpoints * -(-samples // layout.block_samples)
     block_bytes = sum(layout.block_samples * row + CRC_BYTES for row in per_block)
     commit_bytes = 4 * (1 + len(per_block)) + CRC_BYTES
-    lists = -(-samples // LIST_CHUNK)
-    list_bytes = lists * (9 * min(samples, LIST_CHUNK) + 2 * CRC_BYTES)  # id, deleted
     weights = weights or {f"checkpoint-{i}": 1.0 for i in range(checkpoints)}
-    ids = np.arange(min(samples, LIST_CHUNK))
-    shape = (len(ids), timesteps, dim)
-    quantities, types = ("loss", "timestep"), column_types(ids, {})
-    meta = describe(out, shape, weights, fingerprint or {}, dtype, quantities, types, plan, layout)
-    metadata = {key: value for key, value in lay_out(meta, ids, {}).items() if key.endswith("zarr.json")}
+    whole = ids is not None or bool(columns)  # else one chunk of the lists stands for all
+    given = check_ids(ids, samples if whole else min(samples, LIST_CHUNK))
+    checked = check_columns(columns, samples)
+    shape, types = (len(given), timesteps, dim), column_types(given, checked)
+    meta = describe(out, shape, weights, fingerprint or {}, dtype, ("loss", "timestep"), types, plan, layout)
+    laid_out = lay_out(meta, given, checked)
+    lists = [len(value) for key, value in laid_out.items() if not key.endswith("zarr.json")]
+    if not whole:
+        lists *= -(-samples // LIST_CHUNK)  # the last chunk is as long as the others
     return Size(
-        array_bytes=blocks * (block_bytes + commit_bytes) + list_bytes,
-        files=blocks * (len(per_block) + 1) + 2 * lists,
-        metadata_bytes=sum(len(value) for value in metadata.values()),
+        array_bytes=blocks * (block_bytes + commit_bytes) + sum(lists),
+        files=blocks * (len(per_block) + 1) + len(lists),
+        metadata_bytes=sum(len(value) for key, value in laid_out.items() if key.endswith("zarr.json")),
         blocks=blocks,
     )
 

@@ -36,6 +36,19 @@ def test_the_size_of_a_store_is_predicted_to_the_byte(
     assert (predicted.array_bytes, predicted.files) == array_bytes(tmp_path / "s")
 
 
+def test_ids_and_columns_are_part_of_the_size(tmp_path: Path) -> None:
+    n, t, c, k = 90, 1, 2, 16
+    ids = [f"image {number}" for number in range(n)]
+    columns = {"shows": [f"digit {number % 10}" for number in range(n)], "price": np.linspace(0, 1, n)}
+    sketches = {f"checkpoint-{i}": np.ones((n, t, k), np.float32) for i in range(c)}
+    planes = {name: np.ones((n, t)) for name in sketches}
+    rs.write_store(tmp_path / "s", sketches, losses=planes, timesteps=[1], ids=ids, columns=columns)
+    fingerprint = {"projection": {"kind": "given", "dim": k}}
+    predicted = planner.store_size(n, t, c, k, fingerprint=fingerprint, ids=ids, columns=columns)
+    assert predicted.metadata_bytes == metadata_bytes(tmp_path / "s")
+    assert (predicted.array_bytes, predicted.files) == array_bytes(tmp_path / "s")
+
+
 @pytest.mark.parametrize(("n", "c", "k"), [(1000, 1, 16), (130, 3, 5), (7, 2, 64)])
 def test_the_size_of_an_index_is_predicted_to_the_byte(tmp_path: Path, n: int, c: int, k: int) -> None:
     rng = np.random.default_rng(0)

@@ -20,25 +20,33 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> Answer:
-    from retrac_scale import planner
+    from retrac_scale import demo, planner
     from retrac_scale.datasets import ImageFiles
     from retrac_scale.projections import CountSketch, LowRank
+    from retrac_scale.task.items import brought
 
     project = find(arguments.config)
     n, t, c = arguments.samples, arguments.timesteps, arguments.checkpoints
     k, rank, model = arguments.dim, arguments.rank, arguments.model
+    dataset: Any = None
     if project.images:  # what the file says, where the options say nothing
-        n = n or len(ImageFiles([project.path(project.images)], 3))
+        dataset = ImageFiles([project.path(project.images)], 3)
+        n = n or len(dataset)
         t, c, k = t or project.timesteps, c or len(project.weights), k or project.dim
         rank, model = project.rank if rank is None else rank, model or project.denoiser
+    elif model == "demo" and n is None:
+        dataset = demo.load_scans()
+        n, t, c, k = len(dataset), t or 1, c or len(demo.KEPT_EPOCHS), k or demo.DIM
     if min(n or 0, t or 0, c or 0, k or 0) < 1:
         raise ValueError("give --samples, --timesteps, --checkpoints and --dim, each 1 or more.")
-    size = planner.store_size(n, t, c, k, dtype=arguments.dtype)
+    known = {name: brought(dataset, name) for name in ("ids", "columns")} if dataset and len(dataset) == n else {}
+    size = planner.store_size(n, t, c, k, dtype=arguments.dtype, **known)
+    named = "ids and columns as in the data" if known else "integer ids, no columns"
     index = planner.index_bytes(n, c, k)
     speed = planner.measure_scanning(k)
     lines = [
         f"store: {size.array_bytes} bytes in {size.files} chunk files, {size.blocks} blocks",
-        f"       and about {size.metadata_bytes} bytes of metadata (integer ids, no columns, unsharded)",
+        f"       and about {size.metadata_bytes} bytes of metadata ({named}, unsharded)",
         f"index: {index} bytes (int8, cross pairing)",
         f"scan:  {n * c * k / speed:.3g} s per query ({speed / 1e9:.2f} GB/s measured here, index in memory)",
     ]
@@ -70,7 +78,7 @@ VERB = Verb(
     "Predict bytes, time and workers of a run.",
     """  retrac-scale plan                             the run that retrac-scale.toml describes
   retrac-scale plan --samples 1000000 --timesteps 1 --checkpoints 4 --dim 4096
-  retrac-scale plan --samples 1833 --timesteps 1 --checkpoints 4 --dim 4096 --model demo
+  retrac-scale plan --model demo                the demo's run, its columns included
   retrac-scale plan --samples 50000 --timesteps 10 --checkpoints 4 --dim 2048 --rank 16 \\
       --model google/ddpm-cifar10-32 --device cuda --hours 12""",
     _options,

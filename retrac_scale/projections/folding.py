@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import partial
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import torch
+from numba import types
+from numba.extending import overload
 from torch import Tensor
 
-THREAD_BYTES = 1 << 20
-"""What a thread must have to do to be worth waking."""
+from retrac_scale.compiled import compiled, over_rows
 
 
 def fold(
@@ -33,22 +31,14 @@ def fold(
         Squared norms of the entries `[n]`, float32.
     """
     entries = entries.contiguous()
-    if entries.dtype == torch.bfloat16:
-        kernel, given = _fold_bfloat16, entries.view(torch.int16).numpy()
-    else:
-        kernel, given = _fold_float32, entries.float().numpy()
+    given = (entries.view(torch.int16) if entries.dtype == torch.bfloat16 else entries.float()).numpy()
     sums = accumulator.numpy()
     squares = np.zeros(len(given), np.float32)
 
     def add(part: slice) -> None:
-        kernel(sums[part], given[part], signs, shifts, np.float32(scale), squares[part])
+        _fold(sums[part], given[part], signs, shifts, np.float32(scale), squares[part])
 
-    threads = max(1, min(torch.get_num_threads(), len(given), given.nbytes // THREAD_BYTES))
-    if threads == 1:
-        add(slice(None))
-    else:
-        cuts = [len(given) * thread // threads for thread in range(threads + 1)]
-        list(_pool(os.getpid()).map(add, map(slice, cuts[:-1], cuts[1:])))
+    over_rows(add, len(given), given.nbytes)
     return torch.from_numpy(squares)
 
 
@@ -62,43 +52,32 @@ def fold_by_block(
         accumulator.narrow(1, int(shift), len(sign)).addcmul_(wide, sign, value=scale)
 
 
-@cache
-def _pool(process: int) -> ThreadPoolExecutor:
-    """Threads of this process: a fork has none of its parent's."""
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="fold")
+@partial(compiled, reassociate=True)
+def _fold(accumulator: Any, entries: Any, signs: Any, shifts: Any, scale: Any, squares: Any) -> None:
+    k = accumulator.shape[1] // 2
+    for sample in range(len(entries)):
+        for block in range(len(shifts)):
+            given = entries[sample, block * k : (block + 1) * k]
+            sign = signs[block * k : (block + 1) * k]
+            sums = accumulator[sample, shifts[block] : shifts[block] + len(given)]
+            square = np.float32(0)
+            for place in range(len(given)):
+                entry = _widened(given[place])
+                sums[place] += scale * np.float32(sign[place]) * entry
+                square += entry * entry
+            squares[sample] += square
 
 
-def _compiled(widen: Any) -> Any:
-    """The pass over entries of one type; squares add up in any order, by the widest instructions there are."""
-
-    @numba.njit(nogil=True, fastmath={"reassoc"})  # type: ignore[untyped-decorator]
-    def kernel(accumulator: Any, entries: Any, signs: Any, shifts: Any, scale: Any, squares: Any) -> None:
-        k = accumulator.shape[1] // 2
-        for sample in range(len(entries)):
-            for block in range(len(shifts)):
-                given = entries[sample, block * k : (block + 1) * k]
-                sign = signs[block * k : (block + 1) * k]
-                sums = accumulator[sample, shifts[block] : shifts[block] + len(given)]
-                square = np.float32(0)
-                for place in range(len(given)):
-                    entry = widen(given[place])
-                    sums[place] += scale * np.float32(sign[place]) * entry
-                    square += entry * entry
-                squares[sample] += square
-
-    return kernel
+def _widened(entry: Any) -> Any:
+    """A float32 is itself, an integer the bits of a bfloat16: the upper half of a float32."""
 
 
-@numba.njit  # type: ignore[untyped-decorator]
-def _same(entry: Any) -> Any:
-    return entry
+@overload(_widened)  # type: ignore[untyped-decorator]
+def _by_type(entry: Any) -> Any:
+    def same(entry: Any) -> Any:
+        return entry
 
+    def upper(entry: Any) -> Any:
+        return np.uint32(np.uint32(entry) << np.uint32(16)).view(np.float32)
 
-@numba.njit  # type: ignore[untyped-decorator]
-def _from_bfloat16(bits: Any) -> Any:
-    """A bfloat16 is the upper half of a float32."""
-    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
-
-
-_fold_float32 = _compiled(_same)
-_fold_bfloat16 = _compiled(_from_bfloat16)
+    return same if isinstance(entry, types.Float) else upper

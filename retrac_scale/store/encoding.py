@@ -7,15 +7,16 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 from torch.utils.dlpack import from_dlpack
+
+from retrac_scale.compiled import compiled, over_rows
 
 Dtype = Literal["int8", "float16", "float32", "bfloat16"]
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 
 TILE_ENTRIES = 2**17
-"""Rows are converted so many entries at a time per thread, to stay in a core's cache."""
+"""16-bit rows are converted so many entries at a time per thread, to stay in a core's cache."""
 
 FAINTEST = 2.0**-141
 """Least scale of an int8 row: a smaller one is too coarse a float32 for the largest entry to come to 127."""
@@ -44,27 +45,14 @@ def encode(rows: Float32, dtype: Dtype) -> tuple[npt.NDArray[Any], Float32]:
     """
     if dtype == "float32":
         return rows.astype(np.float32, copy=False), np.ones(rows.shape[:-1], np.float32)
-    stored = np.empty(rows.shape, array_dtype(dtype))
-    k = rows.shape[-1]
-    source = from_dlpack(np.ascontiguousarray(rows, np.float32).reshape(-1, k))
-    target = torch.from_numpy(stored.view(np.int16) if dtype == "bfloat16" else stored).view(-1, k)
-    scale = torch.empty(len(source))
-    top = torch.tensor(127.0 if dtype == "int8" else 1.0)
-    integers = torch.full((k,), INTEGER_STEP)
-    step = max(1, TILE_ENTRIES * torch.get_num_threads() // k)
-    unit = torch.empty(min(step, len(source)), k)
-    for start in range(0, len(source), step):
-        tile = slice(start, min(start + step, len(source)))
-        values, scales, units = source[tile], scale[tile], unit[: tile.stop - start]
-        torch.div(torch.abs(values, out=units).amax(1), top, out=scales)
-        if dtype == "int8":  # divided and rounded in one pass; of the NaN of a zero row the low byte is 0
-            target[tile] = torch.addcdiv(integers, values, scales[:, None], out=units).view(torch.int32)
-        else:
-            torch.div(values, torch.where(scales > 0, scales, 1.0)[:, None], out=units)
-            target[tile] = _bfloat16_bits(units) if dtype == "bfloat16" else units
-    if dtype == "int8" and (faint := (scale > 0) & (scale < FAINTEST)).any():
-        target[faint], scale[faint] = 0, 0
-    return stored, scale.numpy().reshape(rows.shape[:-1])
+    given = np.ascontiguousarray(rows, np.float32).reshape(-1, rows.shape[-1])
+    stored = np.empty(given.shape, array_dtype(dtype))
+    scale = np.empty(len(given), np.float32)
+    if dtype == "int8":
+        over_rows(lambda part: _to_int8(given[part], stored[part], scale[part]), len(given), given.nbytes)
+    else:
+        _to_half(given, stored, scale)
+    return stored.reshape(rows.shape), scale.reshape(rows.shape[:-1])
 
 
 def decode(rows: npt.NDArray[Any], scale: Float32, out: Float32 | None = None) -> Float32:
@@ -74,8 +62,63 @@ def decode(rows: npt.NDArray[Any], scale: Float32, out: Float32 | None = None) -
     return raw
 
 
-def _bfloat16_bits(values: Tensor) -> Tensor:
-    """The upper 16 bits as int16, rounded to nearest, ties to even, alike on every CPU."""
-    bits = values.numpy().view(np.uint32)
-    rounded = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16).astype(np.uint16)
-    return torch.from_numpy(rounded.view(np.int16))
+@compiled
+def _to_int8(rows: Any, stored: Any, scale: Any) -> None:
+    """Rows `[n, k]`; a row's divisions hide the time in which the next row comes from memory to be measured."""
+    n, k = rows.shape
+    top = np.float32(0)
+    for row in range(-1, n):
+        following = rows[min(row + 1, n - 1)]
+        step = top / np.float32(127)
+        bits = np.int32(0)
+        if row < 0:
+            for place in range(k):
+                bits = max(bits, _magnitude(following[place]))
+        else:
+            scale[row] = step if not step < FAINTEST else 0
+            given, integers = rows[row], stored[row]
+            for place in range(k):
+                integers[place] = _nearest(given[place] / step)
+                bits = max(bits, _magnitude(following[place]))
+            if step < FAINTEST:
+                integers[:] = 0
+        top = _float(bits)
+
+
+@compiled
+def _nearest(quotient: Any) -> Any:
+    """The integer, in a float32's low byte."""
+    return np.float32(quotient + np.float32(INTEGER_STEP)).view(np.int32) & np.int32(0xFF)
+
+
+@compiled
+def _magnitude(value: Any) -> Any:
+    """Of a float32, as an integer that orders like it; NaN comes last."""
+    return np.float32(value).view(np.int32) & np.int32(0x7FFFFFFF)
+
+
+@compiled
+def _float(bits: Any) -> Any:
+    return np.int32(bits).view(np.float32)
+
+
+def _to_half(rows: Float32, stored: npt.NDArray[Any], scale: Float32) -> None:
+    """Rows `[n, k]` to float16 or to the bits of bfloat16."""
+    step = max(1, TILE_ENTRIES * torch.get_num_threads() // rows.shape[1])
+    for start in range(0, len(rows), step):
+        tile = slice(start, start + step)
+        values = from_dlpack(rows[tile])
+        scales = torch.amax(values.abs(), 1)
+        units = values / torch.where(scales > 0, scales, 1.0)[:, None]
+        scale[tile] = scales
+        if stored.dtype == np.uint16:
+            stored[tile] = _bfloat16_bits(units.numpy())
+        else:
+            torch.from_numpy(stored[tile]).copy_(units)
+
+
+def _bfloat16_bits(values: Float32) -> npt.NDArray[np.uint16]:
+    """Rounded to nearest, ties to even, alike on every CPU."""
+    bits = values.view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16
+    return rounded.astype(np.uint16)

@@ -1,0 +1,53 @@
+"""Compiled passes over the rows of an array: how they are compiled, and spread over threads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any, TypeVar
+
+import numba
+import torch
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+THREAD_BYTES = 1 << 20
+"""What a thread must have to do to be worth waking."""
+
+
+def compiled(function: Function, *, reassociate: bool = False) -> Function:
+    """The function as machine code that releases the interpreter's lock, kept on disk for the next process.
+
+    Args:
+        function: on arrays and numbers, with the division of IEEE 754.
+        reassociate: let it add up in any order, by the widest instructions there are.
+    """
+    options = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc"} if reassociate else False}
+    try:
+        return numba.njit(cache=True, **options)(function)  # type: ignore[no-any-return]
+    except RuntimeError:  # no folder to keep it in can be written
+        return numba.njit(**options)(function)  # type: ignore[no-any-return]
+
+
+def over_rows(work: Callable[[slice], None], rows: int, nbytes: int) -> None:
+    """Call `work` on slices that make up 0 .. rows, in as many threads as torch uses.
+
+    Args:
+        work: gets a slice of rows; a compiled pass over them.
+        rows: how many there are.
+        nbytes: of all of them.
+    """
+    threads = max(1, min(torch.get_num_threads(), rows, nbytes // THREAD_BYTES))
+    if threads == 1:
+        work(slice(0, rows))
+    else:
+        cuts = [rows * thread // threads for thread in range(threads + 1)]
+        list(_pool(os.getpid()).map(work, map(slice, cuts[:-1], cuts[1:])))
+
+
+@cache
+def _pool(process: int) -> ThreadPoolExecutor:
+    """Threads of this process: a fork has none of its parent's."""
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="rows")
