@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from retrac_scale.compiled import compiled, over_rows, prefetch
 from retrac_scale.store.encoding import Float32, Float64
 
 ROUNDING = 2.0**-24
@@ -18,6 +19,9 @@ WIDEST = (2**31 - 1) // 127
 """Entries of int8 rows whose sum no int32 overflows."""
 CHANCE = 1e-21
 """That the bound on a product of int8 queries fails for one row and query (Hoeffding's inequality)."""
+
+AHEAD, LINE, STRETCH = 3072, 64, 256
+"""Of rows that are read for one query: bytes from an entry to what is fetched meanwhile, of a cache line, at a time."""
 
 
 class Product:
@@ -40,6 +44,10 @@ class Product:
         out = self._float[:n]
         if self.matrix.device.type != "cpu":
             out.copy_(given.to(self.matrix.device).to(self.matrix.dtype) @ self.matrix)
+        elif self.matrix.dtype == torch.int16:
+            query, unit, scaled = self.matrix.numpy()[:, 0], self.unit.numpy()[0], out.numpy()[:, 0]
+            over_rows(lambda part: _dot(rows[part], query, scale[part], unit, scaled[part]), n, rows.nbytes)
+            return out.numpy()
         elif self.matrix.dtype == torch.int8:
             out.copy_(torch._int_mm(given, self.matrix, out=self._product[:n]))
         else:
@@ -61,8 +69,9 @@ def product_of(queries: Float64, norm: Float64, dtype: np.dtype[Any], checkpoint
     if torch.cuda.is_available():
         rounded = torch.from_numpy(queries).bfloat16().T.contiguous().cuda()
         return Product(rounded, np.ones(q, np.float32), arithmetic + 2.0**-6 * norm, 16384)
-    if dtype == np.int8 and k <= WIDEST and torch.cpu._is_vnni_supported():  # other CPUs saturate sums of products
-        integers, unit, error = _integers(queries)
+    if dtype == np.int8 and k <= WIDEST and (q == 1 or torch.cpu._is_vnni_supported()):
+        # for several queries, CPUs without VNNI saturate sums of products; for one, memory is slower than any product
+        integers, unit, error = _integers(queries, np.int16 if q == 1 else np.int8)
         return Product(torch.from_numpy(integers).T, unit, error + 1.1 * arithmetic, tile)
     summation = 1.1 * k * ROUNDING * norm
     if torch.cpu._is_avx512_bf16_supported() and q >= 16:  # queries, rows and result round to 8 bits
@@ -75,20 +84,20 @@ def product_of(queries: Float64, norm: Float64, dtype: np.dtype[Any], checkpoint
     return Product(matrix, np.ones(q, np.float32), arithmetic + summation, min(tile, 512))
 
 
-def _integers(queries: Float64) -> tuple[npt.NDArray[np.int8], Float32, Float64]:
-    """Queries as int8 `[q, k]` times a unit `[q]`, rounded up or down at random without bias, and the error `[q]`.
+def _integers(queries: Float64, dtype: type[np.signedinteger[Any]]) -> tuple[npt.NDArray[Any], Float32, Float64]:
+    """Queries as integers `[q, k]` times a unit `[q]`, rounded up or down at random without bias, and the error `[q]`.
 
     The error of a product with a row r is a sum of independent terms, each of mean zero and in a range of unit |r_k|:
     by Hoeffding's inequality it exceeds unit |r| sqrt(ln(2/p)/2) with a probability of at most p; by Cauchy and Schwarz
     it never exceeds unit |r| sqrt(k). The smaller counts. Integers are small enough that no int32 sum overflows.
     """
     k = queries.shape[1]
-    largest = min(127, WIDEST // k)
+    largest = min(np.iinfo(dtype).max, WIDEST // k)
     highest = np.maximum(queries.max(1), -queries.min(1))
     unit = np.maximum(highest * (1.000001 / largest), 1e-37).astype(np.float32)
     scaled = queries * (1 / unit.astype(np.float64))[:, None]
     scaled += _dice(k)
-    rounded = np.floor(scaled, out=scaled).astype(np.int8)
+    rounded = np.floor(scaled, out=scaled).astype(dtype)
     return rounded, unit, 1.000001 * unit * np.sqrt(min(k, np.log(2 / CHANCE) / 2))
 
 
@@ -96,3 +105,23 @@ def _integers(queries: Float64) -> tuple[npt.NDArray[np.int8], Float32, Float64]
 def _dice(k: int) -> Float64:
     """Random numbers in [0, 1), the same for all queries: of each query alone, the entries are independent."""
     return np.random.default_rng(0).random(k)
+
+
+@compiled
+def _dot(rows: Any, query: Any, scale: Any, unit: Any, out: Any) -> None:
+    """scale[n] unit <rows[n], query> of int8 rows `[n, k]`, as fast as memory gives them.
+
+    Without the prefetches a core waits: what it computes on a line fills its window, so that few more are on the way.
+    """
+    n, k = rows.shape
+    beyond = rows.ctypes.data + AHEAD
+    for row in range(n):
+        total = np.int32(0)
+        for start in range(0, k, STRETCH):
+            stop = min(start + STRETCH, k)
+            for place in range(start, stop, LINE):
+                prefetch(beyond + row * k + place)
+            entries, factors = rows[row, start:stop], query[start:stop]
+            for place in range(len(entries)):
+                total = np.int32(total + np.int32(np.int32(entries[place]) * np.int32(factors[place])))
+        out[row] = np.float32(total) * unit * scale[row]

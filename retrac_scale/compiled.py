@@ -10,6 +10,10 @@ from typing import Any, TypeVar
 
 import numba
 import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -29,6 +33,21 @@ def compiled(function: Function, *, reassociate: bool = False) -> Function:
         return numba.njit(cache=True, **options)(function)  # type: ignore[no-any-return]
     except RuntimeError:  # no folder to keep it in can be written
         return numba.njit(**options)(function)  # type: ignore[no-any-return]
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def prefetch(typing: Any, address: Any) -> Any:
+    """In a compiled function: have the cache line at an address fetched, which need not be a valid one."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer, number = ir.PointerType(ir.IntType(8)), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        read, all_levels, data = number(0), number(3), number(1)
+        builder.call(function, [builder.inttoptr(arguments[0], pointer), read, all_levels, data])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), generate
 
 
 def over_rows(work: Callable[[slice], None], rows: int, nbytes: int) -> None:

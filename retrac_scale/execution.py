@@ -16,6 +16,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import dask
+import dask.threaded
 import torch
 from threadpoolctl import ThreadpoolController
 
@@ -168,7 +169,8 @@ def compute(tasks: list[Any], client: Client | None) -> list[Any]:
         return list(client.gather(client.compute(tasks, retries=ATTEMPTS - 1)))
     threads = torch.get_num_threads()
     with _one_thread_each():
-        return list(dask.compute(*tasks, scheduler="threads", num_workers=threads))
+        # not "threads": for a name, dask loads distributed to see whether there is a client
+        return list(dask.compute(*tasks, scheduler=dask.threaded.get, num_workers=threads))
 
 
 class _Here:

@@ -12,7 +12,6 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any, get_args
 
 import dask
-import dask.array
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -28,6 +27,7 @@ from retrac_scale.topk import TopK
 from retrac_scale.where import which
 
 if TYPE_CHECKING:
+    import dask.array
     from distributed import Client
 
 MERGE_WIDTH = 16
@@ -368,6 +368,8 @@ def _labels(group_by: str | npt.ArrayLike, index: Index) -> npt.NDArray[Any]:
 
 def all_scores(index: Index, queries: SketchStore) -> dask.array.Array:
     """See `Index.scores`."""
+    import dask.array  # and with it pandas and SciPy: 60 MB that a query has no use for
+
     index.check_store()
     rows = index.query_rows(queries)
     source = _for_workers(index) if isinstance(index.url, str | os.PathLike) else index

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from retrac_scale.index import Side
 from retrac_scale.scan import Bools
 from retrac_scale.store.encoding import Float64
 
 if TYPE_CHECKING:
+    import pandas as pd
     import pyarrow
 
 
@@ -54,6 +54,8 @@ class TopK:
 
     def to_frame(self) -> pd.DataFrame:
         """A pandas table: query, rank (from 1), id, score; error, resolved and sketch_rank where known; side."""
+        import pandas as pd
+
         q, width = self.ids.shape
         sides = ["proponents", "opponents"] if self.side == "both" else [self.side]
         k = width // len(sides)

@@ -6,7 +6,6 @@ import ast
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from retrac_scale.index import Index
 from retrac_scale.scan import Bools
@@ -42,6 +41,8 @@ def which(where: npt.ArrayLike | str | None, index: Index) -> Bools | None:
 
 
 def _evaluate(expression: str, index: Index) -> Bools:
+    import pandas as pd
+
     table = pd.DataFrame({"id": index.ids, **index.columns})
     _check_expression(expression, {name for name in table if not pd.api.types.is_numeric_dtype(table[name])})
     try:
