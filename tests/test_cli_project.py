@@ -151,8 +151,8 @@ def test_init_asks_for_what_it_is_not_told(folder: Path, monkeypatch: pytest.Mon
     [
         ("model = ", "is no TOML"),
         ("modle = 'x'", "unknown entry 'modle'"),
-        ("rank = '16'", "rank must be like 16, got '16'"),
-        ("rank = true", "rank must be like 16, got True"),
+        ("rank = '16'", "rank must be like -1, got '16'"),
+        ("rank = true", "rank must be like -1, got True"),
         ("checkpoints = ['a']", "checkpoints must be like {}"),
         ("estimators = [1]", "estimators must be like"),
         ("estimators = []", "names no estimator"),

@@ -76,8 +76,8 @@ def test_sketches_of_different_seeds_and_parameters_are_independent() -> None:
     assert np.abs(products).max() < 5 / np.sqrt(4096)
 
 
-@pytest.mark.parametrize("seeds", [range(300)])
-def test_lowrank_inner_products_are_unbiased(seeds: range) -> None:
+@pytest.mark.parametrize(("rank", "dim"), [(4, 512), (None, 32)])
+def test_lowrank_inner_products_are_unbiased(rank: int | None, dim: int) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 16, 3), nn.SiLU(), nn.Flatten(2), nn.Linear(16, 20))
     x = torch.randn(2, 2, 6, 6)
@@ -90,10 +90,24 @@ def test_lowrank_inner_products_are_unbiased(seeds: range) -> None:
     full = sketches(rs.Identity())
     true = float(full[0] @ full[1])
     estimates = []
-    for seed in seeds:
-        a, b = sketches(rs.LowRank(4, 512, seed))
+    for seed in range(300):
+        a, b = sketches(rs.LowRank(rank, dim, seed))
         estimates.append(float(a @ b))
     assert abs(np.mean(estimates) - true) < 4 * np.std(estimates) / np.sqrt(len(estimates))
+
+
+def test_a_layers_rank_falls_with_its_width_and_narrow_layers_stay_whole() -> None:
+    widths = (32, 60, 64, 96, 128, 256, 1280)
+    mixable = {f"{width}.weight": width for width in widths}
+    shapes = {name: (width, 3) for name, width in mixable.items()}
+
+    def ranks(projection: Projection) -> dict[int, int]:
+        mixers = projection.bind(shapes, mixable, torch.device("cpu")).mixers
+        return {mixable[name]: len(mixer) for name, mixer in mixers.items()}
+
+    assert ranks(rs.LowRank()) == {64: 16, 96: 12, 128: 8, 256: 4, 1280: 4}
+    assert ranks(rs.LowRank(dim=8192)) == {128: 32, 256: 16, 1280: 4}
+    assert ranks(rs.LowRank(8)) == dict.fromkeys(widths, 8)
 
 
 def test_lowrank_norm_is_that_of_the_sketch_and_countsketch_norm_is_exact() -> None:
@@ -130,7 +144,7 @@ def test_lowrank_mixes_a_linear_layer_over_positions_and_keeps_one_that_sees_a_v
     assert not torch.allclose(sketched(lowrank, sequences), sketched(countsketch, sequences), rtol=0.1)
 
 
-@pytest.mark.parametrize("projection", [rs.CountSketch(64, 3), rs.LowRank(4, 64, 1), rs.Identity()])
+@pytest.mark.parametrize("projection", [rs.CountSketch(64, 3), rs.LowRank(4, 64, 1), rs.LowRank(), rs.Identity()])
 def test_a_projection_is_rebuilt_from_its_description(projection: Projection) -> None:
     assert from_spec(projection.spec()) == projection
 
@@ -141,8 +155,8 @@ def test_a_dimension_below_one_is_refused(dim: int) -> None:
         rs.CountSketch(dim)
 
 
-@pytest.mark.parametrize("rank", [2, 3])
-def test_lowrank_with_exact_norm_is_the_same_sketch_with_the_full_norm(rank: int) -> None:
+@pytest.mark.parametrize("rank", [2, 3, None])
+def test_lowrank_with_exact_norm_is_the_same_sketch_with_the_full_norm(rank: int | None) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(2, 12, 3, stride=2), nn.SiLU(), nn.Conv2d(12, 8, 3, padding=1), nn.Flatten(2), nn.Linear(4, 20)

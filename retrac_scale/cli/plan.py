@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from retrac_scale.cli.project import find
+from retrac_scale.cli.project import find, projection_of
 from retrac_scale.cli.verb import Answer, Verb
 
 
@@ -14,7 +14,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=int, help=what)
     parser.add_argument("--dtype", default="int8", choices=("int8", "float16", "bfloat16", "float32"))
     parser.add_argument("--model", help="diffusers folder or hub name, or 'demo': times sketching it here")
-    parser.add_argument("--rank", type=int, help="LowRank(rank, dim) instead of CountSketch(dim)")
+    parser.add_argument("--rank", type=int, help="LowRank(rank, dim) instead of CountSketch(dim); -1 chooses by layer")
     parser.add_argument("--device", default="cpu", help="where to time (default: cpu)")
     parser.add_argument("--hours", type=float, help="deadline: says how many such workers meet it")
 
@@ -22,7 +22,6 @@ def _options(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> Answer:
     from retrac_scale import demo, planner
     from retrac_scale.datasets import ImageFiles
-    from retrac_scale.projections import CountSketch, LowRank
     from retrac_scale.task.items import brought
 
     project = find(arguments.config)
@@ -59,7 +58,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
     }
     if model is None:
         return Answer("\n".join([*lines, "time:  give --model to have it measured"]), data)
-    projection = LowRank(rank, k) if rank else CountSketch(k)
+    projection = projection_of(rank or 0, k)
     task, item = planner.example_task(model, arguments.device)
     rate = planner.measure_sketching(task, item, projection)
     seconds = rate.seconds(n * t * c)
@@ -79,7 +78,7 @@ VERB = Verb(
     """  retrac-scale plan                             the run that retrac-scale.toml describes
   retrac-scale plan --samples 1000000 --timesteps 1 --checkpoints 4 --dim 4096
   retrac-scale plan --model demo                the demo's run, its columns included
-  retrac-scale plan --samples 50000 --timesteps 10 --checkpoints 4 --dim 2048 --rank 16 \\
+  retrac-scale plan --samples 50000 --timesteps 10 --checkpoints 4 --dim 2048 --rank -1 \\
       --model google/ddpm-cifar10-32 --device cuda --hours 12""",
     _options,
     _run,

@@ -9,7 +9,10 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from retrac_scale.projections import Projection
 
 FILE = "retrac-scale.toml"
 DENOISERS = ("unet", "transformer")
@@ -26,7 +29,7 @@ class Project:
         out: folder for stores, indexes and the report.
         checkpoints: {name: weights}; default: the model's own.
         timesteps: at how many evenly spaced timesteps each image is measured.
-        rank: of the projection; 0 keeps the full gradient (CountSketch).
+        rank: of the projection; -1 chooses it by layer, 0 keeps the full gradient (CountSketch).
         dim: entries of a sketch.
         measure: "mse" or "l1".
         device: where to compute.
@@ -40,7 +43,7 @@ class Project:
     out: str = "attribution"
     checkpoints: Mapping[str, str] = field(default_factory=dict)
     timesteps: int = 10
-    rank: int = 16
+    rank: int = -1
     dim: int = 2048
     measure: str = "mse"
     device: str = "cpu"
@@ -103,7 +106,7 @@ class Project:
             f"query_images = {_toml(self.query_images)}  # folder of images to ask about",
             f"out = {_toml(self.out)}  # folder for stores, indexes and the report",
             f"timesteps = {self.timesteps}  # evenly spaced, at which each image is measured",
-            f"rank = {self.rank}  # of the projection; 0 keeps the full gradient",
+            f"rank = {self.rank}  # of the projection; -1 chooses it by layer, 0 keeps the full gradient",
             f"dim = {self.dim}  # numbers kept of each gradient",
             f"measure = {_toml(self.measure)}  # the training loss: mse or l1",
             f"device = {_toml(self.device)}",
@@ -145,7 +148,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", help="folder for stores, indexes and the report (default: attribution)")
     parser.add_argument("--checkpoint", action="append", help="NAME=weights, for each (default: the model's own)")
     parser.add_argument("--timesteps", type=int, help="evenly spaced, at which each image is measured (default: 10)")
-    parser.add_argument("--rank", type=int, help="of the projection; 0 keeps the full gradient (default: 16)")
+    parser.add_argument(
+        "--rank", type=int, help="of the projection; 0 keeps the full gradient (default: -1, chosen by layer)"
+    )
     parser.add_argument("--dim", type=int, help="numbers kept of each gradient (default: 2048)")
     parser.add_argument("--measure", choices=("mse", "l1"), help="the training loss (default: mse)")
     parser.add_argument("--device", help="where to compute (default: cpu)")
@@ -169,6 +174,13 @@ def parse_checkpoints(items: list[str]) -> dict[str, str]:
         if "=" not in item:
             raise ValueError(f"--checkpoint {item}: write NAME=weights.")
     return dict(item.split("=", 1) for item in items)
+
+
+def projection_of(rank: int, dim: int) -> Projection:
+    """What the file's rank and dim stand for."""
+    from retrac_scale.projections import CountSketch, LowRank
+
+    return LowRank(rank if rank > 0 else None, dim) if rank else CountSketch(dim)
 
 
 def need(value: Any, what: str) -> Any:

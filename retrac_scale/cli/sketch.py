@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from retrac_scale.cli.measured import image_files, load_denoiser, load_scheduler
-from retrac_scale.cli.project import Project, add_options, find, need, overruled
+from retrac_scale.cli.project import Project, add_options, find, need, overruled, projection_of
 from retrac_scale.cli.verb import Answer, Verb
 
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 
 def _run(arguments: argparse.Namespace) -> Answer:
-    from retrac_scale.projections import CountSketch, LowRank, Projection
     from retrac_scale.sketching import sketch
     from retrac_scale.task.diffusion import DiffusionTask
     from retrac_scale.timesteps import EvenlySpaced
@@ -26,7 +25,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
     need(project.images, "--images")
     model, scheduler = load_denoiser(project.denoiser), load_scheduler(project.scheduler)
     task = DiffusionTask(model, scheduler, measure=project.measure, device=project.device)  # type: ignore[arg-type]
-    projection: Projection = LowRank(project.rank, project.dim) if project.rank else CountSketch(project.dim)
+    projection = projection_of(project.rank, project.dim)
     common: dict[str, Any] = {"checkpoints": project.weights, "timesteps": EvenlySpaced(project.timesteps)}
     training = _images(project, project.images, task)
     store = sketch(task, training, project.store, projection=projection, **common)

@@ -26,28 +26,32 @@ from retrac_scale.projections.countsketch import SignedFold
 class LowRank(Projection):
     """One-sided random projection of every layer, folded to `dim` buckets.
 
-    Output gradients are multiplied with a random matrix R `[rank, o]` of entries +-1/sqrt(rank), for which E[R^T R] is
-    the identity, so inner products stay unbiased. Per-sample gradients shrink by o / rank. Layers with fewer than
-    4 rank outputs, where little would be saved, stay whole; so do linear layers that see a sample at one position
-    (timestep embeddings, adaptive norms): their gradient has rank 1 and costs little, and mixing hurts it most.
+    Output gradients are multiplied with a random matrix R `[r, o]` of entries +-1/sqrt(r), for which E[R^T R] is the
+    identity, so inner products stay unbiased. Per-sample gradients shrink by o / r. Layers with fewer than 4 r outputs,
+    where little would be saved, stay whole; so do linear layers that see a sample at one position (timestep embeddings,
+    adaptive norms): their gradient has rank 1 and costs little, and mixing hurts it most.
+
+    The variance that mixing adds to a layer's inner products falls with r, and with the number of directions among its
+    outputs, which grows with o; that of the fold falls with `dim`. So the rank of a layer is chosen in proportion to
+    dim / o: 16 for 64 outputs, 8 for 128 and 4 from 256 on at dim 2048, where layers below 64 stay whole.
 
     Args:
-        rank: channels r that each layer's outputs are mixed into.
+        rank: channels r that each layer's outputs are mixed into; None chooses them by layer.
         dim: k.
         seed: of all signs and shifts.
         norm: "estimate", the sketch's own, whose square is unbiased and whose error is a few per cent at dim 2048; or
             "exact", the full gradient's, at the cost of forming it (about that of `CountSketch`).
     """
 
-    rank: int = 16
+    rank: int | None = None
     dim: int = 2048
     seed: int = 0
     norm: Literal["estimate", "exact"] = "estimate"
 
     def __post_init__(self) -> None:
         check_dim(self.dim)
-        if not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"LowRank needs an integer rank of 1 or more, got {self.rank!r}.")
+        if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
+            raise ValueError(f"LowRank needs an integer rank of 1 or more, or None to choose it, got {self.rank!r}.")
         if self.norm not in ("estimate", "exact"):
             raise ValueError(f"norm must be 'estimate' or 'exact', got {self.norm!r}.")
 
@@ -57,11 +61,12 @@ class LowRank(Projection):
         for name in shapes:
             out_features = mixable.get(name, 0)
             weight = weight_beside(name)
-            if out_features >= 4 * self.rank and weight in mixable:
-                scales[name] = self.rank**-0.5  # with the signs, so that mixing multiplies by +-1, exact in bfloat16
+            rank = self.rank or chosen_rank(self.dim, out_features)
+            if out_features >= 4 * rank and weight in mixable:
+                scales[name] = rank**-0.5  # with the signs, so that mixing multiplies by +-1, exact in bfloat16
                 if name == weight:
-                    entries = random.signs(self.seed, f"{name} mixer", self.rank * out_features)
-                    mixers[name] = torch.from_numpy(entries).reshape(self.rank, out_features).to(device)
+                    entries = random.signs(self.seed, f"{name} mixer", rank * out_features)
+                    mixers[name] = torch.from_numpy(entries).reshape(rank, out_features).to(device)
         if self.norm == "exact":
             whole = _ExactNorm(self.dim, self.seed, device, scales)
             whole.own_mixers = mixers
@@ -70,6 +75,11 @@ class LowRank(Projection):
         projector.mixers = mixers
         projector.exact_norm = False
         return projector
+
+
+def chosen_rank(dim: int, out_features: int) -> int:
+    """dim / (2 o), as a multiple of 4."""
+    return 4 * max(1, -(-dim // (8 * max(1, out_features))))
 
 
 class _ExactNorm(SignedFold):
