@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from retrac_scale.compiled import compiled, over_rows, prefetch
+from retrac_scale.compiled import AHEAD, LINE, compiled, over_rows, prefetch
 from retrac_scale.store.encoding import Float32, Float64
 
 ROUNDING = 2.0**-24
@@ -20,8 +20,8 @@ WIDEST = (2**31 - 1) // 127
 CHANCE = 1e-21
 """That the bound on a product of int8 queries fails for one row and query (Hoeffding's inequality)."""
 
-AHEAD, LINE, STRETCH = 3072, 64, 256
-"""Of rows that are read for one query: bytes from an entry to what is fetched meanwhile, of a cache line, at a time."""
+STRETCH = 256
+"""Entries of a row that are multiplied between prefetches."""
 
 
 class Product:

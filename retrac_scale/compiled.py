@@ -17,6 +17,9 @@ from numba.extending import intrinsic
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+AHEAD, LINE = 3072, 64
+"""Bytes from what a pass works on to what it has fetched meanwhile, and of a cache line."""
+
 THREAD_BYTES = 1 << 20
 """What a thread must have to do to be worth waking."""
 

@@ -21,8 +21,9 @@ from retrac_scale.memory import keep_freed_pages
 ParameterFilter = Iterable[str] | Callable[[str], bool] | None
 Sink = Callable[[str, Tensor, slice], None]
 
-CHUNK_BYTES = 8 << 20
-"""A layer's gradients are formed and consumed for as many samples at a time as keep to this."""
+CHUNK_BYTES, CHUNK_BYTES_OF_ACCELERATORS = 2 << 20, 256 << 20
+"""A layer's gradients are formed and consumed for as many samples at a time as keep to this: on a CPU to a core's
+cache, elsewhere to what makes the launches of kernels few."""
 
 
 @dataclass
@@ -264,7 +265,8 @@ class _Backward:
             for call in calls:
                 _mix(layer, call, mixer)
         numel = layer.numel if mixer is None else layer.numel * len(mixer) // mixer.shape[1]
-        size = max(1, CHUNK_BYTES // (4 * max(1, numel)))
+        on_cpu = next(iter(calls[0].grads.values())).device.type == "cpu"
+        size = max(1, (CHUNK_BYTES if on_cpu else CHUNK_BYTES_OF_ACCELERATORS) // (4 * max(1, numel)))
         for start in range(0, self.n, size):
             samples = slice(start, min(start + size, self.n))
             total: dict[str, Tensor] = {}

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from retrac_scale.compiled import AHEAD, LINE, compiled, over_rows, prefetch
 from retrac_scale.gradients.registry import by_sample, register
+
+STRETCH = 256
+"""Entries that are summed between prefetches."""
 
 
 def group_norm(
@@ -22,28 +28,60 @@ def group_norm(
         variance, mean = torch.var_mean(x.reshape(rows, groups, -1), 2, correction=0)
         statistics = mean, torch.rsqrt(variance + layer.eps)
     mean, rstd = (value.to(dtype) for value in statistics)
-    if x.is_contiguous() and grad.is_contiguous():
-        # the rows of the batch become channels of one sample, for which torch's own kernel sums over positions alone
-        shape, positions = (1, rows * channels, -1), x[0, 0].numel()
-        _, weight, bias = torch.ops.aten.native_group_norm_backward(
-            grad.view(shape),
-            x.view(shape),
-            mean.reshape(1, -1),
-            rstd.reshape(1, -1),
-            grad.new_empty(rows * channels),
-            1,
-            rows * channels,
-            positions,
-            rows * groups,
-            [False, True, True],
-        )
-        weight, bias = weight.view(rows, channels), bias.view(rows, channels)
-    else:  # channels last: a plain sum over positions runs along the memory
-        each = channels // groups
-        bias = grad.flatten(2).sum(2)
-        weight = (grad.flatten(2) * x.flatten(2)).sum(2) - mean.repeat_interleave(each, 1) * bias
-        weight = weight * rstd.repeat_interleave(each, 1)
+    product, bias = _sums(x.flatten(2), grad.flatten(2))
+    centred = product.view(rows, groups, -1) - mean.view(rows, groups, 1) * bias.view(rows, groups, -1)
+    weight = (centred * rstd.view(rows, groups, 1)).view(rows, channels)
     return {"weight": by_sample(weight, n).sum(1), "bias": by_sample(bias, n).sum(1)}
+
+
+def _sums(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Of grad x and of grad over the positions of `[n, o, p]`, both `[n, o]`."""
+    sums, given = x.new_zeros(2, *x.shape[:2]), (x, grad)
+    if x.device.type == "cpu" and x.dtype == torch.float32 and all(one.is_contiguous() for one in given):
+        _over(_sum, [one.flatten(0, 1) for one in (x, grad, *sums)])
+    elif x.device.type == "cpu" and x.dtype == torch.float32 and all(one.mT.is_contiguous() for one in given):
+        _over(_sum_channels_last, [x.mT, grad.mT, *sums])
+    else:
+        torch.sum(grad * x, 2, out=sums[0])
+        torch.sum(grad, 2, out=sums[1])
+    return sums[0], sums[1]
+
+
+def _over(work: Any, tensors: list[Tensor]) -> None:
+    """A compiled pass over the rows of some tensors."""
+    arrays = [tensor.numpy() for tensor in tensors]
+    over_rows(lambda part: work(*(array[part] for array in arrays)), len(arrays[0]), 2 * arrays[0].nbytes)
+
+
+@partial(compiled, reassociate=True)
+def _sum(x: Any, grad: Any, product: Any, total: Any) -> None:
+    """Of `[r, p]`, `[r]` both."""
+    rows, positions = x.shape
+    x_ahead, grad_ahead = x.ctypes.data + AHEAD, grad.ctypes.data + AHEAD
+    for row in range(rows):
+        both, alone = np.float32(0), np.float32(0)
+        for start in range(0, positions, STRETCH):
+            stop = min(start + STRETCH, positions)
+            for place in range(4 * (row * positions + start), 4 * (row * positions + stop), LINE):
+                prefetch(x_ahead + place)
+                prefetch(grad_ahead + place)
+            some, of_some = x[row, start:stop], grad[row, start:stop]
+            for place in range(len(some)):
+                both += of_some[place] * some[place]
+                alone += of_some[place]
+        product[row], total[row] = both, alone
+
+
+@compiled
+def _sum_channels_last(x: Any, grad: Any, product: Any, total: Any) -> None:
+    """Of `[n, p, o]`, `[n, o]` both."""
+    for row in range(len(x)):
+        both, alone = product[row], total[row]
+        for position in range(x.shape[1]):
+            some, of_some = x[row, position], grad[row, position]
+            for channel in range(len(some)):
+                both[channel] += of_some[channel] * some[channel]
+                alone[channel] += of_some[channel]
 
 
 def _statistics(output: Tensor) -> tuple[Tensor, ...]:
