@@ -48,11 +48,11 @@ TIMESTEPS = (125, 375, 625, 875)  # the middles of four ranges: EvenlySpaced(4) 
 EPOCHS, BATCH, LEARNING_RATE = 40, 32, 2e-3
 SAMPLES = 16  # per batch of gradients: 64 pairs
 DIMS = (512, 1024, 2048, 4096, 8192)
-RANKS = (4, 8, 16, 32)
+RANKS = (None, 4, 8, 16, 32)  # None: chosen by layer
 DENSE_DIMS = (512, 1024, 2048)
 PEER_DIMS = (2048,)
 DTYPES = {"int8": 1, "float16": 2, "float32": 4}
-DEFAULTS = ("LowRank(16, 2048)", "CountSketch(4096)")
+DEFAULTS = ("LowRank(2048)", "CountSketch(4096)")
 
 
 class UnlabelledDiT(nn.Module):
@@ -263,7 +263,7 @@ def compare(gradients: Gradients, seeds: int, peers: bool) -> list[dict[str, Any
                     own[samples] = part
             for dim, sketches in zip(DIMS, low, strict=True):
                 own_norms = np.linalg.norm(sketches, axis=2)
-                lines += judge(f"LowRank({rank}, {dim})", dim, sketches, own_norms, norms, exact)
+                lines += judge(lowrank_name(rank, dim), dim, sketches, own_norms, norms, exact)
     projectors = {"Dense": (DENSE_DIMS, dense)}
     if peers:
         projectors |= {"TRAK's BasicProjector": (PEER_DIMS, trak), "dattri's BasicProjector": (PEER_DIMS, dattri)}
@@ -350,7 +350,7 @@ def times(model: nn.Module, images: Tensor, scheduler: Any, rounds: int, peers: 
     ours = bench(max(DIMS)).ours
     contenders = {"floor": bench(max(DIMS)).floor()}
     contenders |= {f"CountSketch({dim})": ours(rs.CountSketch(dim)) for dim in DIMS}
-    contenders |= {f"LowRank({rank}, {dim})": ours(rs.LowRank(rank, dim)) for rank in RANKS for dim in DIMS}
+    contenders |= {lowrank_name(rank, dim): ours(rs.LowRank(rank, dim)) for rank in RANKS for dim in DIMS}
     seconds = {name: statistics.median(own) for name, own in measure(contenders, rounds, 1, "cpu").items()}
     for dim in (min(DENSE_DIMS), max(DENSE_DIMS)):
         seconds[f"Dense({dim})"] = once(ours(rs.Dense(dim)))
@@ -376,10 +376,15 @@ def frontier(points: dict[str, tuple[float, float]]) -> list[str]:
     return kept
 
 
+def lowrank_name(rank: int | None, dim: int) -> str:
+    """As it stands in tables."""
+    return f"LowRank({dim})" if rank is None else f"LowRank({rank}, {dim})"
+
+
 def family(projection: str) -> str:
     """Its name in the plots' legend."""
     name, _, arguments = projection.partition("(")
-    return f"LowRank, rank {arguments.split(',')[0]}" if name == "LowRank" else name
+    return f"LowRank, rank {arguments.split(',')[0]}" if "," in arguments else name
 
 
 def plot(results: dict[str, Any], cost: str, label: str, file: Path) -> None:

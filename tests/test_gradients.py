@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import retrac_scale as rs
 from retrac_scale.gradients import products
+from retrac_scale.gradients.normalization import _sums
 from tests.oracle import gradient
 
 
@@ -329,6 +330,21 @@ def test_channels_last_activations_make_no_difference(rows: int) -> None:
     inputs = torch.randn(2 * rows, 4, 6, 6).to(memory_format=torch.channels_last)
     assert model[0](inputs).is_contiguous(memory_format=torch.channels_last)
     check(model, inputs, rows=rows)
+
+
+@pytest.mark.parametrize("positions", [1, 255, 1000])
+@pytest.mark.parametrize("orders", [(False, False), (True, True), (True, False)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_sums_of_a_group_norm_are_alike_in_either_memory_order(
+    monkeypatch: pytest.MonkeyPatch, positions: int, orders: tuple[bool, bool], threads: int
+) -> None:
+    monkeypatch.setattr("retrac_scale.compiled.THREAD_BYTES", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    x, grad = (torch.randn(3, 10, positions, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    given = [one.mT.contiguous().mT if last else one for one, last in zip((x, grad), orders, strict=True)]
+    product, total = _sums(*given)
+    torch.testing.assert_close(product.double(), (x.double() * grad.double()).sum(2), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(total.double(), grad.double().sum(2), rtol=1e-5, atol=1e-4)
 
 
 def test_mixed_gradients_of_channels_last_activations_are_those_of_contiguous_ones() -> None:

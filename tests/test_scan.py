@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from retrac_scale.approximate import product_of
 from retrac_scale.scan import Chunk, merge, scores, top
 
 DTYPES = ("int8", "float16", "float32")
@@ -186,3 +187,15 @@ def test_standard_errors_are_those_of_random_projections() -> None:
         chunks = as_chunks([row[None] for row in left], np.ones((2, 1), np.float32), np.array([7]), [], kept=True)
         estimates.append(top(chunks, right[:, None], 1, sketch_dim=k).errors[0, 0])
     assert np.mean(estimates) == pytest.approx(spread, rel=0.15)
+
+
+@pytest.mark.parametrize("q", [1, 3])
+@pytest.mark.parametrize("k", [1, 255, 256, 257, 2048, 2**17])
+def test_fast_products_of_int8_rows_keep_to_their_bound(q: int, k: int) -> None:
+    rng = np.random.default_rng(k)
+    rows, scale = rng.integers(-127, 128, (40, k)).astype(np.int8), rng.uniform(-1, 1, 40).astype(np.float32)
+    queries = rng.standard_normal((q, k)) * np.array([1e-6, 1, 1e6])[:q, None]
+    product = product_of(queries, np.linalg.norm(queries, axis=1), rows.dtype, 1)
+    exact = scale[:, None] * (rows.astype(np.float64) @ queries.T)
+    lengths = np.abs(scale) * np.linalg.norm(rows.astype(np.float64), axis=1)
+    assert (np.abs(product.weighted(rows, scale) - exact) <= lengths[:, None] * product.error).all()
