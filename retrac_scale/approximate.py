@@ -69,7 +69,7 @@ def product_of(queries: Float64, norm: Float64, dtype: np.dtype[Any], checkpoint
     if torch.cuda.is_available():
         rounded = torch.from_numpy(queries).bfloat16().T.contiguous().cuda()
         return Product(rounded, np.ones(q, np.float32), arithmetic + 2.0**-6 * norm, 16384)
-    # for several queries: CPUs without VNNI saturate sums of products, and torch's int8 product of single entries is wrong
+    # for several queries, CPUs without VNNI saturate sums, and torch's int8 products of single entries are wrong
     if dtype == np.int8 and k <= WIDEST and (q == 1 or (k > 1 and torch.cpu._is_vnni_supported())):
         integers, unit, error = _integers(queries, np.int16 if q == 1 else np.int8)
         return Product(torch.from_numpy(integers).T, unit, error + 1.1 * arithmetic, tile)
