@@ -31,7 +31,7 @@ def run(*command: str | Path, folder: Path, **environment: str) -> str:
 
 def package_files(folder: Path) -> set[str]:
     package = folder / "retrac_scale"
-    return {str(file.relative_to(folder)) for file in package.rglob("*") if file.is_file() and file.suffix != ".pyc"}
+    return {str(file.relative_to(folder)) for file in package.rglob("*") if file.is_file() and file.parent.name != "__pycache__"}
 
 
 @pytest.fixture(scope="module")
