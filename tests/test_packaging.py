@@ -31,7 +31,8 @@ def run(*command: str | Path, folder: Path, **environment: str) -> str:
 
 def package_files(folder: Path) -> set[str]:
     package = folder / "retrac_scale"
-    return {str(file.relative_to(folder)) for file in package.rglob("*") if file.is_file() and file.parent.name != "__pycache__"}
+    files = [file for file in package.rglob("*") if file.is_file() and file.parent.name != "__pycache__"]
+    return {str(file.relative_to(folder)) for file in files}
 
 
 @pytest.fixture(scope="module")
