@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from retrac_scale.compiled import AHEAD, LINE, compiled, over_rows, prefetch
+from retrac_scale.compiled import AHEAD, LINE, STRETCH, compiled, over_rows, prefetch
 from retrac_scale.store.encoding import Float32, Float64
 
 ROUNDING = 2.0**-24
@@ -19,9 +19,6 @@ WIDEST = (2**31 - 1) // 127
 """Entries of int8 rows whose sum no int32 overflows."""
 CHANCE = 1e-21
 """That the bound on a product of int8 queries fails for one row and query (Hoeffding's inequality)."""
-
-STRETCH = 256
-"""Entries of a row that are multiplied between prefetches."""
 
 
 class Product:

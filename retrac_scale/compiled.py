@@ -20,6 +20,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 AHEAD, LINE = 3072, 64
 """Bytes from what a pass works on to what it has fetched meanwhile, and of a cache line."""
 
+STRETCH = 256
+"""Entries that a pass works on between prefetches."""
+
 THREAD_BYTES = 1 << 20
 """What a thread must have to do to be worth waking."""
 

@@ -10,11 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from retrac_scale.compiled import AHEAD, LINE, compiled, over_rows, prefetch
+from retrac_scale.compiled import AHEAD, LINE, STRETCH, compiled, over_rows, prefetch
 from retrac_scale.gradients.registry import by_sample, register
-
-STRETCH = 256
-"""Entries that are summed between prefetches."""
 
 
 def group_norm(

@@ -61,7 +61,7 @@ class LowRank(Projection):
         for name in shapes:
             out_features = mixable.get(name, 0)
             weight = weight_beside(name)
-            rank = self.rank or chosen_rank(self.dim, out_features)
+            rank = self.rank or _rank_for(self.dim, out_features)
             if out_features >= 4 * rank and weight in mixable:
                 scales[name] = rank**-0.5  # with the signs, so that mixing multiplies by +-1, exact in bfloat16
                 if name == weight:
@@ -77,7 +77,7 @@ class LowRank(Projection):
         return projector
 
 
-def chosen_rank(dim: int, out_features: int) -> int:
+def _rank_for(dim: int, out_features: int) -> int:
     """dim / (2 o), as a multiple of 4."""
     return 4 * max(1, -(-dim // (8 * max(1, out_features))))
 

@@ -63,7 +63,7 @@ class GradientSketcher:
             if self._projector.mixers:
                 raise ValueError(
                     f"{where}: LowRank never forms the whole gradients that are to be divided; "
-                    "use CountSketch(dim), or LowRank(rank, dim, norm='exact')."
+                    "use CountSketch(dim), or LowRank(dim=dim, norm='exact')."
                 )
             check_divisors(divisors, self.shapes, where)
         self._divisors = {name: divisors[name].to(self._device) for name in self.shapes} if divisors else {}
