@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from retrac_scale.gradients.errors import UncapturableError
 from retrac_scale.gradients.nested import detached, mapped, tensors
 from retrac_scale.gradients.recompute import recomputed
-from retrac_scale.gradients.registry import LayerRule, is_whole, rule_for, why_alone
+from retrac_scale.gradients.outer import OuterProducts
+from retrac_scale.gradients.registry import Gradients, LayerRule, is_whole, rule_for, why_alone
 from retrac_scale.memory import keep_freed_pages
 
 ParameterFilter = Iterable[str] | Callable[[str], bool] | None
-Sink = Callable[[str, Tensor, slice], None]
+Sink = Callable[[str, Any, slice], None]
+"""sink(name, gradient, samples): a parameter's gradient `[m, ...]` of some samples; see `GradientCapture.backward`."""
 
 CHUNK_BYTES, CHUNK_BYTES_OF_ACCELERATORS = 2 << 20, 256 << 20
 """A layer's gradients are formed and consumed for as many samples at a time as keep to this: on a CPU to a core's
@@ -40,7 +42,7 @@ class _Layer:
     @property
     def mixable(self) -> bool:
         """Whether output gradients may be mixed across all output features."""
-        return self.rule is not None and self.rule.mixed is not None and getattr(self.module, "groups", 1) == 1
+        return self.rule is not None and self.rule.mixable and getattr(self.module, "groups", 1) == 1
 
 
 @dataclass
@@ -139,6 +141,7 @@ class GradientCapture:
         sink: Sink,
         mixers: Mapping[str, Tensor] | None = None,
         *,
+        unformed: bool = False,
         retain_graph: bool = False,
     ) -> None:
         """Differentiate one loss per sample and hand every parameter's gradients to `sink`, once each.
@@ -150,6 +153,7 @@ class GradientCapture:
             mixers: for the weight of a mixable layer, a matrix `[rank, o]` that its output gradients are multiplied
                 with, so that the gradients of the layer's parameters have `rank` in place of `o`; layers in
                 `single_position` are left as they are.
+            unformed: let the sink have `OuterProducts` in place of gradients that are sums of such.
             retain_graph: keep the forward pass, to differentiate another function of it next.
         """
         if losses.ndim != 1:
@@ -160,7 +164,9 @@ class GradientCapture:
                 "gradients enabled."
             )
         self.check_samples(len(losses))
-        self._backward = _Backward(len(losses), sink, mixers or {}, self._shared, self.single_position, retain_graph)
+        self._backward = _Backward(
+            len(losses), sink, mixers or {}, self._shared, self.single_position, unformed, retain_graph
+        )
         try:
             torch.autograd.backward(losses.sum(), retain_graph=retain_graph)
             self._recording = False
@@ -242,6 +248,7 @@ class _Backward:
     mixers: Mapping[str, Tensor]
     shared: set[str]
     single_position: set[str]
+    unformed: bool = False
     retain_graph: bool = False
     waiting: dict[str, Tensor] = field(default_factory=dict)
 
@@ -267,23 +274,22 @@ class _Backward:
         numel = layer.numel if mixer is None else layer.numel * len(mixer) // mixer.shape[1]
         on_cpu = next(iter(calls[0].grads.values())).device.type == "cpu"
         size = max(1, (CHUNK_BYTES if on_cpu else CHUNK_BYTES_OF_ACCELERATORS) // (4 * max(1, numel)))
-        for start in range(0, self.n, size):
+        start = 0
+        while start < self.n:
             samples = slice(start, min(start + size, self.n))
-            total: dict[str, Tensor] = {}
-            for call in calls:
-                for own, gradient in self._form(layer, call, samples, mixer is not None).items():
-                    if own in total:
-                        total[own] += gradient
-                    else:
-                        total[own] = gradient if len(calls) == 1 else gradient.clone()
+            gradients = self._gradients(layer, calls, samples)
+            if samples.stop < self.n and any(isinstance(value, OuterProducts) for value in gradients.values()):
+                size = self.n  # these take no memory, so the samples need no chunks
+                continue
             for own, name in layer.parameters.items():
-                if own not in total:
+                if own not in gradients:
                     raise UncapturableError(
                         f"the rule for {type(layer.module).__name__} gives no gradient for {name!r}; return one for "
                         "every parameter of the layer.",
                         [name],
                     )
-                self._deliver(name, total[own], samples)
+                self._deliver(name, gradients[own], samples)
+            start = samples.stop
         for call in calls:
             call.grads.clear()
 
@@ -296,7 +302,23 @@ class _Backward:
         self.single_position.discard(weight)
         return self.mixers.get(weight)
 
-    def _form(self, layer: _Layer, call: _Call, samples: slice, mixed: bool) -> dict[str, Tensor]:
+    def _gradients(self, layer: _Layer, calls: list[_Call], samples: slice) -> Gradients:
+        """Own name -> gradients `[m, ...]` of some samples, summed over the layer's calls."""
+        total: Gradients = {}
+        for call in calls:
+            for own, gradient in self._form(layer, call, samples).items():
+                if isinstance(gradient, OuterProducts):
+                    if self.unformed and len(calls) == 1 and layer.parameters[own] not in self.shared:
+                        total[own] = gradient
+                        continue
+                    gradient = gradient.formed()
+                if own in total:
+                    total[own] += gradient
+                else:
+                    total[own] = gradient if len(calls) == 1 else gradient.clone()
+        return total
+
+    def _form(self, layer: _Layer, call: _Call, samples: slice) -> Gradients:
         if layer.rule is None:
             own, numbers = list(layer.parameters), range(samples.start, samples.stop)
             return recomputed(
@@ -306,10 +328,9 @@ class _Backward:
         each = len(grad) // self.n
         rows = slice(samples.start * each, samples.stop * each)
         kept = [value[rows] for value in call.kept]
-        rule = layer.rule.mixed if mixed and layer.rule.mixed is not None else layer.rule.form
-        return rule(layer.module, activation[rows], grad[rows], samples.stop - samples.start, *kept)
+        return layer.rule.form(layer.module, activation[rows], grad[rows], samples.stop - samples.start, *kept)
 
-    def _deliver(self, name: str, gradient: Tensor, samples: slice) -> None:
+    def _deliver(self, name: str, gradient: Tensor | OuterProducts, samples: slice) -> None:
         if name in self.shared:
             if name not in self.waiting:
                 self.waiting[name] = gradient.new_zeros(self.n, *gradient.shape[1:])

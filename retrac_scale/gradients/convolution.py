@@ -14,52 +14,52 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from retrac_scale.gradients.outer import OuterProducts, pairs_of
 from retrac_scale.gradients.products import batched_product, scratch
-from retrac_scale.gradients.registry import by_sample, register
+from retrac_scale.gradients.registry import Gradients, by_sample, register
 
 WINDOWS_BYTES = 4 << 20
 """Windows are cut for as many samples at a time as keep to this."""
 
-NARROW = 64 * 64
-"""Up to so many weights per kernel position, oneDNN's grouped weight gradient beats windows and a product."""
-
-MANY_POSITIONS = 32 * 32
-"""From so many on, one call of oneDNN's weight gradient for each sample beats them: windows would leave the cache."""
-
-
-def convolution(layer: Any, activation: Tensor, grad_output: Tensor, n: int) -> dict[str, Tensor]:
+def convolution(layer: Any, activation: Tensor, grad_output: Tensor, n: int) -> Gradients:
     """weight[n,o,i,k]: sum_p grad[n,o,p] activation[n,i, stride p + dilation k - padding]."""
     inputs, padding = _padded(layer, activation.to(grad_output.dtype))
-    o, i = layer.weight.shape[:2]
-    many = grad_output[0, 0].numel() >= MANY_POSITIONS and prod(layer.kernel_size) > 1
-    if layer.groups > 1 or (grad_output.device.type == "cpu" and min(o, i) >= 16 and o * i <= NARROW):
+    weight: Tensor | OuterProducts
+    if layer.groups > 1:
         weight = _grouped(layer, inputs, grad_output, n, padding)
-    elif many and grad_output.device.type == "cpu" and grad_output.dtype == torch.float32:
-        weight = _one_by_one(layer, inputs, grad_output, n, padding)
-    elif 4 * o <= i:
-        weight = _by_gradient_windows(layer, inputs, grad_output, n, padding).movedim(1, -1)
+    elif OuterProducts.suit(grad_output):
+        weight = _outer_products(layer, grad_output, inputs, n, padding)
+    elif 4 * grad_output.shape[1] <= inputs.shape[1]:
+        weight = _by_gradient_windows(layer, inputs, grad_output, n, padding)
     else:
         weight = _by_input_windows(layer, inputs, grad_output, n, padding)
-    return {"weight": weight.reshape(n, *layer.weight.shape)} | _bias(layer, grad_output, n)
+    return {"weight": weight} | _bias(layer, grad_output, n)
 
 
-def mixed_convolution(layer: Any, activation: Tensor, grad_output: Tensor, n: int) -> dict[str, Tensor]:
-    """As `convolution` for gradients mixed into r channels, its entries in the order `[n, k, r, i]`."""
-    inputs, padding = _padded(layer, activation.to(grad_output.dtype))
-    return {"weight": _by_gradient_windows(layer, inputs, grad_output, n, padding)} | _bias(layer, grad_output, n)
-
-
-def transposed_convolution(layer: Any, activation: Tensor, grad_output: Tensor, n: int) -> dict[str, Tensor]:
+def transposed_convolution(layer: Any, activation: Tensor, grad_output: Tensor, n: int) -> Gradients:
     """weight[n,i,o,k]: sum_s activation[n,i,s] grad[n,o, stride s + dilation k - padding]."""
-    return {"weight": _grouped(layer, activation, grad_output, n, layer.padding)} | _bias(layer, grad_output, n)
+    weight: Tensor | OuterProducts
+    if layer.groups == 1 and OuterProducts.suit(grad_output):
+        weight = _outer_products(layer, activation.to(grad_output.dtype), grad_output, n, layer.padding)
+    else:
+        weight = _grouped(layer, activation, grad_output, n, layer.padding)
+    return {"weight": weight} | _bias(layer, grad_output, n)
 
 
-def _bias(layer: Any, grad_output: Tensor, n: int) -> dict[str, Tensor]:
+def _outer_products(layer: Any, outputs: Tensor, inputs: Tensor, n: int, padding: tuple[int, ...]) -> OuterProducts:
+    """Of a convolution from the inputs' positions to the outputs'."""
+    sizes = tuple(outputs.shape[2:]), tuple(inputs.shape[2:])
+    left, right = (by_sample(side.flatten(2), n) for side in (outputs, inputs))
+    pairs = pairs_of(layer.kernel_size, layer.stride, layer.dilation, padding, *sizes)
+    return OuterProducts(left, right, layer.kernel_size, pairs)
+
+
+def _bias(layer: Any, grad_output: Tensor, n: int) -> Gradients:
     return {} if layer.bias is None else {"bias": by_sample(grad_output.flatten(2).sum(2), n).sum(1)}
 
 
 def _by_input_windows(layer: Any, inputs: Tensor, grad_output: Tensor, n: int, padding: tuple[int, ...]) -> Tensor:
-    """`[n, o, i*k]`: for each kernel position, the inputs that the outputs see."""
+    """`[n, o, i, *kernel]`: for each kernel position, the inputs that the outputs see."""
     reaches = [span * (size - 1) for span, size in zip(layer.dilation, layer.kernel_size, strict=True)]
     spans = [step * (size - 1) + 1 for step, size in zip(layer.stride, grad_output.shape[2:], strict=True)]
     before = list(padding)
@@ -67,14 +67,14 @@ def _by_input_windows(layer: Any, inputs: Tensor, grad_output: Tensor, n: int, p
     starts = [[k * span for k in range(size)] for size, span in zip(layer.kernel_size, layer.dilation, strict=True)]
     grad = _positions_last(grad_output, n)
     padded = by_sample(_zeros_around(_channels_first(inputs), before, after), n)
-    weight = scratch("weight", (n, grad.shape[1], padded.shape[2] * prod(layer.kernel_size)), grad)
-    for samples, windows in _windows(padded, starts, grad_output.shape[2:], layer.stride):
+    weight = scratch("weight", (n, grad.shape[1], prod(layer.kernel_size) * padded.shape[2]), grad)
+    for samples, windows in _windows(padded, starts, grad_output.shape[2:], layer.stride, kernel_first=True):
         batched_product(grad[samples], windows.flatten(1, 2), weight[samples])
-    return weight
+    return weight.view(n, grad.shape[1], *layer.kernel_size, -1).movedim(-1, 2)
 
 
 def _by_gradient_windows(layer: Any, inputs: Tensor, grad_output: Tensor, n: int, padding: tuple[int, ...]) -> Tensor:
-    """`[n, k, o, i]`: for each kernel position, the outputs that see the inputs; cheap when outputs are few."""
+    """`[n, o, i, *kernel]`: for each kernel position, the outputs that see the inputs; cheap when outputs are few."""
     grad_output = _spread(grad_output, layer.stride)
     reaches = [span * (size - 1) for span, size in zip(layer.dilation, layer.kernel_size, strict=True)]
     before = [reach - size for reach, size in zip(reaches, padding, strict=True)]
@@ -85,11 +85,10 @@ def _by_gradient_windows(layer: Any, inputs: Tensor, grad_output: Tensor, n: int
     ]
     seen = _positions_last(inputs, n)
     padded = by_sample(_zeros_around(_channels_first(grad_output), before, after), n)
-    o, k = padded.shape[2], prod(layer.kernel_size)
-    weight = scratch("weight", (n, k * o, seen.shape[1]), seen)
-    for samples, windows in _windows(padded, starts, inputs.shape[2:], (1,) * len(starts), kernel_first=True):
+    weight = scratch("weight", (n, padded.shape[2] * prod(layer.kernel_size), seen.shape[1]), seen)
+    for samples, windows in _windows(padded, starts, inputs.shape[2:], (1,) * len(starts)):
         batched_product(windows.flatten(1, 2), seen[samples], weight[samples])
-    return weight.unflatten(1, (k, o))  # type: ignore[no-untyped-call, no-any-return]
+    return weight.view(n, padded.shape[2], *layer.kernel_size, -1).movedim(-1, 2)
 
 
 def _windows(
@@ -168,14 +167,6 @@ def _spread(grad_output: Tensor, stride: tuple[int, ...]) -> Tensor:
     return out
 
 
-def _one_by_one(layer: Any, inputs: Tensor, grad_output: Tensor, n: int, padding: tuple[int, ...]) -> Tensor:
-    """`[n, o, i, *kernel]`, one convolution for each sample."""
-    weight = scratch("weight", (n, *layer.weight.shape), grad_output)
-    for target, x, g in zip(weight, by_sample(inputs, n), by_sample(grad_output, n), strict=True):
-        target.copy_(_weight_gradient(layer, x, g, 1, padding))
-    return weight
-
-
 def _grouped(layer: Any, inputs: Tensor, grad_output: Tensor, n: int, padding: tuple[int, ...]) -> Tensor:
     """The batch becomes groups of one convolution, whose weight gradient then stands per sample."""
     x, g = (
@@ -213,6 +204,6 @@ def _padded(layer: Any, activation: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 
 
 for _type in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-    register(_type, convolution, mixed=mixed_convolution)
+    register(_type, convolution, mixable=True)
 for _transposed in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
     register(_transposed, transposed_convolution)

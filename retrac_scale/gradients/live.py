@@ -41,14 +41,15 @@ class LiveCapture(GradientCapture):
     def recording(self, value: bool) -> None:
         self._recording = value
 
-    def attach(self, begin: Begin, mixers: Mapping[str, Tensor]) -> None:
+    def attach(self, begin: Begin, mixers: Mapping[str, Tensor], *, unformed: bool) -> None:
         """Hand the gradients of every backward pass from now on to what `begin` gives.
 
         Args:
             begin: see `Begin`.
             mixers: see `GradientCapture.backward`.
+            unformed: likewise.
         """
-        self._begin, self._mixers = begin, mixers
+        self._begin, self._mixers, self._unformed = begin, mixers, unformed
         self._handles.append(self.model.register_forward_pre_hook(self._count, with_kwargs=True))
         for layer in self._layers:
             self._handles.append(layer.module.register_forward_hook(self._hook(layer), with_kwargs=True))
@@ -80,7 +81,9 @@ class LiveCapture(GradientCapture):
         def on_gradient(grad: Tensor) -> None:
             if self._backward is None:
                 sink, self._end = self._begin(self._samples)
-                self._backward = _Backward(self._samples, sink, self._mixers, self._shared, self.single_position)
+                self._backward = _Backward(
+                    self._samples, sink, self._mixers, self._shared, self.single_position, self._unformed
+                )
                 Variable._execution_engine.queue_callback(self._finish)
             call.grads[place] = grad
             if layer.rule is not None and len(layer.calls) == 1:

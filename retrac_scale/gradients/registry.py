@@ -11,8 +11,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-Rule = Callable[..., dict[str, Tensor]]
-"""rule(layer, activation [n*f, ...], grad_output [n*f, ...], n) -> {own parameter name: gradient [n, *shape]}.
+from retrac_scale.gradients.outer import OuterProducts
+
+Gradients = dict[str, Tensor | OuterProducts]
+"""Own parameter name -> gradient `[n, *shape]`."""
+
+Rule = Callable[..., Gradients]
+"""rule(layer, activation [n*f, ...], grad_output [n*f, ...], n) -> Gradients.
 
 The gradient of a sample is the sum over its f rows, which are consecutive in the batch. What a rule returns is consumed
 before the next rule is called, so it may stand in `scratch` memory.
@@ -24,7 +29,7 @@ class LayerRule:
     """How the gradients of a layer type are formed; see `register`."""
 
     form: Rule
-    mixed: Rule | None
+    mixable: bool
     keep: Callable[[Tensor], tuple[Tensor, ...]] | None
 
 
@@ -37,7 +42,7 @@ def register(
     layer_type: type[nn.Module] | str,
     rule: Rule,
     *,
-    mixed: Rule | None = None,
+    mixable: bool = False,
     keep: Callable[[Tensor], tuple[Tensor, ...]] | None = None,
 ) -> None:
     """Use `rule` for layers of exactly this type.
@@ -46,12 +51,12 @@ def register(
         layer_type: the module class, or its qualified name where importing it here would cost too much; subclasses
             need their own registration, for they may compute something else.
         rule: see `Rule`.
-        mixed: the rule when the output gradients have been mixed linearly into r channels (`LowRank`); its gradients
-            have r in place of o. Those of a convolution stand as `[n, *kernel, r, i]`, others as the parameter does.
+        mixable: whether the rule also takes output gradients that have been mixed linearly into r channels (`LowRank`),
+            and then gives gradients with r in place of o.
         keep: called with the layer's output in the forward pass; the tensors `[n*f, ...]` that it returns are further
             arguments of the rule.
     """
-    _rules[layer_type if isinstance(layer_type, str) else _name(layer_type)] = LayerRule(rule, mixed, keep)
+    _rules[layer_type if isinstance(layer_type, str) else _name(layer_type)] = LayerRule(rule, mixable, keep)
 
 
 def recompute_whole(layer_type: type[nn.Module] | str) -> None:

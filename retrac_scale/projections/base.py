@@ -22,13 +22,15 @@ class Projector(ABC):
     """Weights whose gradients are never mixed, because their layers see a sample at one position."""
     exact_norm: bool = True
     """Whether `add` gives the squared norms of the full gradient."""
+    unformed: bool = False
+    """Whether `add` also takes `OuterProducts`."""
 
     @abstractmethod
     def start(self, n: int) -> Tensor:
         """A zero accumulator for n samples."""
 
     @abstractmethod
-    def add(self, accumulator: Tensor, name: str, gradient: Tensor) -> Tensor | None:
+    def add(self, accumulator: Tensor, name: str, gradient: Any) -> Tensor | None:
         """Add one parameter's gradients `[n, *shape]`; returns their squared norms `[n]` if `exact_norm`."""
 
     @abstractmethod
@@ -47,15 +49,21 @@ def weight_beside(name: str) -> str:
 
 
 def mix(mixer: Tensor, gradient: Tensor) -> Tensor:
-    """`[r, o]` times `[n, o, ...]`; a convolution's kernel positions then come first, as its mixed rule has them."""
-    mixed = torch.einsum("ro,no...->nr...", mixer.to(gradient.dtype), gradient)
-    return mixed.movedim((1, 2), (-2, -1)) if mixed.ndim > 3 else mixed
+    """`[r, o]` times `[n, o, ...]`."""
+    return torch.einsum("ro,no...->nr...", mixer.to(gradient.dtype), gradient)
+
+
+def inputs_last(gradient: Tensor) -> Tensor:
+    """`[n, o, i, *kernel]` -> `[n, o, *kernel, i]`, the order in which gradients are folded; others as they are."""
+    return gradient.movedim(2, -1) if gradient.ndim > 3 else gradient
 
 
 class Projection(ABC):
     """Describes a projection; frozen, comparable, and written into the store's fingerprint."""
 
     kinds: ClassVar[dict[str, type[Projection]]] = {}
+    revision: ClassVar[int] = 1
+    """Raised when the same arguments come to stand for other numbers, which never meet those of before."""
 
     def __init_subclass__(cls) -> None:
         Projection.kinds[cls.__name__] = cls
@@ -72,18 +80,26 @@ class Projection(ABC):
 
     def spec(self) -> dict[str, Any]:
         """JSON description; `from_spec` reverses it."""
-        return {"kind": type(self).__name__, **asdict(self)}  # type: ignore[call-overload]
+        revision = {"revision": self.revision} if self.revision > 1 else {}
+        return {"kind": type(self).__name__, **asdict(self), **revision}  # type: ignore[call-overload]
 
 
 def from_spec(spec: Mapping[str, Any]) -> Projection:
     """The projection that a store's fingerprint describes."""
-    arguments = {key: value for key, value in spec.items() if key != "kind"}
+    arguments = {key: value for key, value in spec.items() if key not in ("kind", "revision")}
     if spec.get("kind") not in Projection.kinds:
         raise ValueError(
             f"the store's sketches come from a projection of kind {spec.get('kind')!r}, which cannot be rebuilt here; "
             "sketch the queries where the store was made and pass them as a store."
         )
-    return Projection.kinds[spec["kind"]](**arguments)
+    kind = Projection.kinds[spec["kind"]]
+    if (revision := spec.get("revision", 1)) != kind.revision:
+        raise ValueError(
+            f"the store's sketches are of revision {revision} of {kind.__name__}, this release makes revision "
+            f"{kind.revision}, whose numbers are others; sketch the store again, or the queries with the release that "
+            "made it."
+        )
+    return kind(**arguments)
 
 
 def squared_norm(rows: Tensor) -> Tensor:

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from types import MappingProxyType
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from retrac_scale.gradients.outer import OuterProducts
 from retrac_scale.projections import random
-from retrac_scale.projections.base import Projection, Projector, Shapes, check_dim, squared_norm, weight_beside
+from retrac_scale.projections.base import (
+    Projection,
+    Projector,
+    Shapes,
+    check_dim,
+    inputs_last,
+    squared_norm,
+    weight_beside,
+)
 from retrac_scale.projections.folding import fold, fold_by_block
 
 
@@ -20,8 +31,10 @@ class SignedFold(Projector):
     """Entry j of a block of k goes to bucket (j + shift of the block) mod k with a random sign.
 
     Two entries meet with probability at most 1/k, so E<Sx,Sy> = <x,y> and Var<Sx,Sy> <= (|x|^2 |y|^2 + <x,y>^2) / k,
-    as for the plain sketch of Charikar, Chen, Farach-Colton 2002.
+    as for the plain sketch of Charikar, Chen, Farach-Colton 2002. The input features of a convolution come last.
     """
+
+    unformed = True
 
     def __init__(
         self, dim: int, seed: int, device: torch.device, scales: Mapping[str, float] = MappingProxyType({})
@@ -45,12 +58,12 @@ class SignedFold(Projector):
         """Two rounds wide, so that a rotated block is one contiguous addition."""
         return torch.zeros(n, 2 * self.dim, device=self.device)
 
-    def add(self, accumulator: Tensor, name: str, gradient: Tensor) -> Tensor | None:
+    def add(self, accumulator: Tensor, name: str, gradient: Tensor | OuterProducts) -> Tensor | None:
         """Sign, rotate and add the blocks of one parameter."""
-        entries = gradient.flatten(1)
-        signs, shifts = self._signs_and_shifts(name, entries.shape[1])
+        entries = gradient if isinstance(gradient, OuterProducts) else inputs_last(gradient).flatten(1)
+        signs, shifts = self._signs_and_shifts(name, prod(gradient.shape[1:]))
         scale = 1 if weight_beside(name) in self.whole else self.scales.get(name, 1)
-        if accumulator.device.type == "cpu":
+        if isinstance(entries, OuterProducts) or accumulator.device.type == "cpu":
             squares = fold(accumulator, entries, signs.numpy(), shifts, scale)
             return squares if self.exact_norm else None
         fold_by_block(accumulator, entries, signs, shifts, scale)
@@ -67,6 +80,7 @@ class CountSketch(Projection):
 
     dim: int
     seed: int = 0
+    revision: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         check_dim(self.dim)

@@ -13,16 +13,21 @@ from numba.extending import overload
 from torch import Tensor
 
 from retrac_scale.compiled import compiled, over_rows
+from retrac_scale.gradients.outer import OuterProducts, buffers, form_rows, take_columns
 
 
 def fold(
-    accumulator: Tensor, entries: Tensor, signs: npt.NDArray[np.int8], shifts: npt.NDArray[np.int64], scale: float
+    accumulator: Tensor,
+    entries: Tensor | OuterProducts,
+    signs: npt.NDArray[np.int8],
+    shifts: npt.NDArray[np.int64],
+    scale: float,
 ) -> Tensor:
     """Add scale x sign x entry to the accumulator, each block of k rotated by its shift.
 
     Args:
         accumulator: `[n, 2 k]`, float32.
-        entries: `[n, p]`.
+        entries: `[n, p]`, or what they are sums of; input features last.
         signs: `[p]`.
         shifts: one for each block.
         scale: of all entries.
@@ -30,10 +35,18 @@ def fold(
     Returns:
         Squared norms of the entries `[n]`, float32.
     """
+    sums = accumulator.numpy()
+    squares = np.zeros(len(sums), np.float32)
+    if isinstance(entries, OuterProducts):
+        sides, o, nbytes = entries.sides(), entries.shape[1], 4 * len(signs) * len(sums)
+
+        def work(part: slice) -> None:
+            _form_and_fold(*sides, o, sums, signs, shifts, np.float32(scale), squares, part.start, part.stop)
+
+        over_rows(work, len(sums), nbytes)
+        return torch.from_numpy(squares)
     entries = entries.contiguous()
     given = (entries.view(torch.int16) if entries.dtype == torch.bfloat16 else entries.float()).numpy()
-    sums = accumulator.numpy()
-    squares = np.zeros(len(given), np.float32)
 
     def add(part: slice) -> None:
         _fold(sums[part], given[part], signs, shifts, np.float32(scale), squares[part])
@@ -43,7 +56,9 @@ def fold(
 
 
 def fold_by_block(
-    accumulator: Tensor, entries: Tensor, signs: Tensor, shifts: npt.NDArray[np.int64], scale: float
+    accumulator: Tensor,
+    entries: Tensor | OuterProducts,
+    signs: Tensor, shifts: npt.NDArray[np.int64], scale: float
 ) -> None:
     """The same for any device, by torch's operations, without norms; arguments as of `fold`."""
     k = accumulator.shape[1] // 2
@@ -52,20 +67,60 @@ def fold_by_block(
         accumulator.narrow(1, int(shift), len(sign)).addcmul_(wide, sign, value=scale)
 
 
-@partial(compiled, reassociate=True)
+@compiled
 def _fold(accumulator: Any, entries: Any, signs: Any, shifts: Any, scale: Any, squares: Any) -> None:
-    k = accumulator.shape[1] // 2
     for sample in range(len(entries)):
-        for block in range(len(shifts)):
-            given = entries[sample, block * k : (block + 1) * k]
-            sign = signs[block * k : (block + 1) * k]
-            sums = accumulator[sample, shifts[block] : shifts[block] + len(given)]
-            square = np.float32(0)
-            for place in range(len(given)):
-                entry = _widened(given[place])
-                sums[place] += scale * np.float32(sign[place]) * entry
-                square += entry * entry
-            squares[sample] += square
+        squares[sample] += _fold_from(0, accumulator[sample], entries[sample], signs, shifts, scale)
+
+
+@compiled
+def _form_and_fold(
+    left: Any,
+    left_steps: Any,
+    right: Any,
+    right_steps: Any,
+    size: Any,
+    meets: Any,
+    met: Any,
+    counts: Any,
+    o: Any,
+    accumulator: Any,
+    signs: Any,
+    shifts: Any,
+    scale: Any,
+    squares: Any,
+    first: Any,
+    last: Any,
+) -> None:
+    """A sample's gradient is folded while it is formed, some rows at a time; see `OuterProducts.sides`."""
+    kernel, i = len(counts), size[1]
+    columns, rows = buffers(size, o, kernel)
+    for sample in range(first, last):
+        take_columns(right, right_steps, sample, i, columns)
+        for row in range(0, o, len(rows)):
+            some = rows[: o - row]
+            form_rows(left, left_steps, sample, row, columns, meets, met, counts, some)
+            entries = some.reshape(-1) if some.shape[2] == i else some[:, :, :i].copy().reshape(-1)
+            start = row * kernel * i
+            squares[sample] += _fold_from(start, accumulator[sample], entries, signs, shifts, scale)
+
+
+@partial(compiled, reassociate=True)
+def _fold_from(start: Any, accumulator: Any, entries: Any, signs: Any, shifts: Any, scale: Any) -> Any:
+    """Fold entries that begin at `start` of all; gives their squared norm."""
+    k = len(accumulator) // 2
+    square = np.float32(0)
+    stop = start + len(entries)
+    for block in range(start // k, (stop + k - 1) // k):
+        begin, end = max(start, block * k), min(stop, (block + 1) * k)
+        given, sign = entries[begin - start : end - start], signs[begin:end]
+        bucket = shifts[block] + begin - block * k
+        sums = accumulator[bucket : bucket + len(given)]
+        for place in range(len(given)):
+            entry = _widened(given[place])
+            sums[place] += scale * np.float32(sign[place]) * entry
+            square += entry * entry
+    return square
 
 
 def _widened(entry: Any) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from retrac_scale.gradients import ParameterFilter
 from retrac_scale.gradients.capture import Sink
 from retrac_scale.gradients.live import LiveCapture
+from retrac_scale.gradients.outer import OuterProducts
 from retrac_scale.projections.base import Projection
 from retrac_scale.projections.sketcher import GradientMismatchError, GradientSketcher
 
@@ -40,7 +41,7 @@ class LiveSketcher(GradientSketcher):
         self._handles: list[Any] = []
         self._half = False  # whether gradients came in 16 bits
         self._watch()
-        self._live.attach(self._begin, self._projector.mixers)
+        self._live.attach(self._begin, self._projector.mixers, unformed=self._projector.unformed)
 
     @property
     def recording(self) -> bool:
@@ -60,8 +61,8 @@ class LiveSketcher(GradientSketcher):
         accumulator = projector.start(n)
         squares = torch.zeros(n, device=accumulator.device)
 
-        def add(name: str, gradient: Tensor, samples: slice) -> None:
-            self._half |= gradient.itemsize < 4
+        def add(name: str, gradient: Tensor | OuterProducts, samples: slice) -> None:
+            self._half |= not isinstance(gradient, OuterProducts) and gradient.itemsize < 4
             added = projector.add(accumulator[samples], name, gradient)
             if added is not None:
                 squares[samples] += added

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ class LowRank(Projection):
     dim: int = 2048
     seed: int = 0
     norm: Literal["estimate", "exact"] = "estimate"
+    revision: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         check_dim(self.dim)
@@ -86,6 +87,7 @@ class _ExactNorm(SignedFold):
     """Takes whole gradients, for their norms, and mixes them itself."""
 
     own_mixers: Mapping[str, Tensor]
+    unformed = False
 
     def add(self, accumulator: Tensor, name: str, gradient: Tensor) -> Tensor | None:
         """Mix, then fold."""

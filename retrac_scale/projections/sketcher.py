@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,15 +99,16 @@ class GradientSketcher:
         accumulator = projector.start(len(losses) if losses.ndim else 0)
         squares = torch.zeros(len(accumulator), device=accumulator.device)
 
-        def add(name: str, gradient: Tensor, samples: slice) -> None:
+        def add(name: str, gradient: Any, samples: slice) -> None:
             added = projector.add(accumulator[samples], name, self._divided(name, gradient))
             if added is not None:
                 squares[samples] += added
 
-        self._capture.backward(losses, add, projector.mixers, retain_graph=retain_graph)
+        unformed = projector.unformed and not self._divisors
+        self._capture.backward(losses, add, projector.mixers, unformed=unformed, retain_graph=retain_graph)
         return self._finished(accumulator, squares)
 
-    def _divided(self, name: str, gradient: Tensor) -> Tensor:
+    def _divided(self, name: str, gradient: Any) -> Any:
         return divided(gradient, self._divisors[name]) if self._divisors else gradient
 
     def _finished(self, accumulator: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,156 @@
+"""Weight gradients as what they are sums of: outer products, formed when and where they are consumed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from retrac_scale.compiled import compiled, over_rows
+from retrac_scale.gradients.products import scratch
+from retrac_scale.gradients.tiles import ROWS, WIDTH, add_products, transpose
+
+BLOCK_BYTES = 256 << 10
+"""So much of a sample's gradient is formed, and consumed, at a time."""
+
+Pairs = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]
+
+
+@dataclass(frozen=True)
+class OuterProducts:
+    """Gradients `[n, o, i, *kernel]` of n samples, float32 on a CPU, not formed yet.
+
+    That of kernel position k is the sum over frames f and over the pairs (p, s) of k of left[n, f, :, p] times
+    right[n, f, :, s].
+
+    Attributes:
+        left: `[n, f, o, p]`, in any memory order.
+        right: `[n, f, i, s]`, likewise.
+        kernel: the kernel's size along each spatial axis; none for a linear layer.
+        pairs: positions p and s `[kernel positions, most]`, and how many of them are used `[kernel positions]`.
+    """
+
+    left: Tensor
+    right: Tensor
+    kernel: tuple[int, ...]
+    pairs: Pairs
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the gradients."""
+        return len(self.left), self.left.shape[2], self.right.shape[2], *self.kernel
+
+    @staticmethod
+    def suit(grad_output: Tensor) -> bool:
+        """Whether a layer's gradients, for such output gradients, can be given so."""
+        return grad_output.device.type == "cpu" and grad_output.dtype == torch.float32
+
+    def formed(self) -> Tensor:
+        """The gradients, their input features last in memory, in `scratch` memory."""
+        n, o, i = self.shape[:3]
+        sums = scratch("weight", (n, o, prod(self.kernel), i), self.left)
+        out, sides = sums.numpy(), self.sides()
+        over_rows(lambda part: _form(*sides, out, part.start, part.stop), n, sums.nbytes)
+        return sums.view(n, o, *self.kernel, i).movedim(-1, 2)
+
+    def sides(self) -> tuple[Any, ...]:
+        """Both sides as what lies in them, and steps between; the right side's size; pairs: what compiled passes take."""
+        left, right = self.left, self.right
+        return _entries(left), left.stride(), _entries(right), right.stride(), tuple(right.shape[1:]), *self.pairs
+
+
+def _entries(x: Tensor) -> npt.NDArray[np.float32]:
+    """What lies from the first entry of a tensor to its last."""
+    extent = 1 + sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
+    entries: npt.NDArray[np.float32] = x.as_strided((extent,), (1,)).numpy()
+    return entries
+
+
+@lru_cache(maxsize=1024)
+def pairs_of(
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding: tuple[int, ...],
+    outputs: tuple[int, ...],
+    inputs: tuple[int, ...],
+) -> Pairs:
+    """Which outputs of a convolution see which inputs, through each position of its kernel.
+
+    Args:
+        kernel: its size along each spatial axis, as are all that follow.
+        stride: of the convolution.
+        dilation: of its kernel.
+        padding: around its input, of zeros, which no pair stands for.
+        outputs: the output's size.
+        inputs: the input's.
+    """
+    shape = (prod(kernel), prod(outputs))
+    seeing, seen, counts = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape[0], np.int64)
+    grid = np.indices(outputs).reshape(len(outputs), -1)
+    for number, place in enumerate(np.ndindex(*kernel)):
+        at = [x * s + k * d - p for x, s, k, d, p in zip(grid, stride, place, dilation, padding, strict=True)]
+        inside = np.logical_and.reduce([(x >= 0) & (x < size) for x, size in zip(at, inputs, strict=True)])
+        counts[number] = count = np.count_nonzero(inside)
+        seeing[number, :count] = np.flatnonzero(inside)
+        seen[number, :count] = np.ravel_multi_index([x[inside] for x in at], inputs)
+    return seeing, seen, counts
+
+
+@compiled
+def buffers(size: Any, o: Any, kernel: Any) -> Any:
+    """Memory for one sample's columns `[f, s, wide]`, and for some rows of its gradient `[rows, k, wide]`."""
+    frames, i, positions = size
+    wide = -(-i // WIDTH) * WIDTH
+    rows = min(o, max(1, BLOCK_BYTES // (4 * kernel * wide * ROWS)) * ROWS)
+    return np.zeros((frames, positions, wide), np.float32), np.empty((rows, kernel, wide), np.float32)
+
+
+@compiled
+def take_columns(right: Any, steps: Any, sample: Any, i: Any, columns: Any) -> None:
+    """The right side of a sample, positions first."""
+    for frame in range(len(columns)):
+        start = sample * steps[0] + frame * steps[1]
+        transpose(right[start:], steps[2], steps[3], i, columns[frame])
+
+
+@compiled
+def form_rows(
+    left: Any, steps: Any, sample: Any, row: Any, columns: Any, meets: Any, met: Any, counts: Any, rows: Any
+) -> None:
+    """Of a sample's gradient, from `row` on."""
+    rows[:] = 0
+    for frame in range(len(columns)):
+        start = sample * steps[0] + frame * steps[1] + row * steps[2]
+        add_products(left[start:], steps[2], steps[3], columns[frame], meets, met, counts, rows)
+
+
+@compiled
+def _form(
+    left: Any,
+    left_steps: Any,
+    right: Any,
+    right_steps: Any,
+    size: Any,
+    meets: Any,
+    met: Any,
+    counts: Any,
+    out: Any,
+    first: Any,
+    last: Any,
+) -> None:
+    """Into `[n, o, k, i]`, for the samples from `first` to `last`."""
+    _, o, kernel, i = out.shape
+    columns, rows = buffers(size, o, kernel)
+    for sample in range(first, last):
+        take_columns(right, right_steps, sample, i, columns)
+        for row in range(0, o, len(rows)):
+            some = rows[: o - row]
+            form_rows(left, left_steps, sample, row, columns, meets, met, counts, some)
+            out[sample, row : row + len(some)] = some[:, :, :i]

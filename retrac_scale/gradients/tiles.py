@@ -1,0 +1,177 @@
+"""Sums of outer products in the registers of a CPU, for the weight gradients of single samples.
+
+Such a gradient is a small matrix product over few positions, which libraries made for large ones compute at a fraction
+of the processor's rate, and a convolution's needs its windows copied out first. Here both sides are read where they
+lie, one pair of positions after another, while a tile of the result stays in registers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import binding, ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from retrac_scale.compiled import compiled
+
+_features = binding.get_host_cpu_features()
+LANES = 16 if _features.get("avx512f") else 8 if _features.get("avx") else 4
+"""Numbers in a vector register."""
+
+ROWS = 6 if LANES == 8 else 8
+"""Of a tile that is WIDTH wide: with them, it takes most of the registers there are, 16 or 32."""
+
+WIDTH = 2 * LANES
+
+POSITIONS = 512
+"""Summed over at a time, so that what a tile reads stays in a core's caches."""
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def _add_tile(
+    typing: Any,
+    rows: Any,
+    vectors: Any,
+    left: Any,
+    row_step: Any,
+    left_step: Any,
+    right: Any,
+    right_step: Any,
+    meets: Any,
+    met: Any,
+    count: Any,
+    out: Any,
+    out_step: Any,
+) -> Any:
+    """Add the products of `count` pairs of positions to `rows` x `vectors` registers; addresses and steps in bytes."""
+    height, width = rows.literal_value, vectors.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, _, left, row_step, left_step, right, right_step, meets, met, count, out, out_step = arguments
+        number, index, whole = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+        vector = ir.VectorType(number, LANES)
+        undefined = ir.Constant(vector, ir.Undefined)
+        everywhere = ir.Constant(ir.VectorType(index, LANES), [0] * LANES)
+        kind = ir.FunctionType(vector, [vector] * 3)
+        multiply_add = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32")
+
+        def at(address: Any, offset: Any, kind: Any) -> Any:
+            return builder.inttoptr(builder.add(address, offset), kind.as_pointer())
+
+        def stepping(base: Any, by: Any) -> list[Any]:
+            return [builder.add(base, builder.mul(by, whole(row))) for row in range(height)]
+
+        parts = [whole(4 * LANES * part) for part in range(width)]
+        lefts, targets = stepping(left, row_step), stepping(out, out_step)
+        sums = [[cgutils.alloca_once(builder, vector) for _ in parts] for _ in targets]
+        for registers, target in zip(sums, targets, strict=True):
+            for register, part in zip(registers, parts, strict=True):
+                builder.store(builder.load(at(target, part, vector), align=4), register)
+        with cgutils.for_range(builder, count) as loop:
+            place = builder.mul(loop.index, whole(8))
+            of_left = builder.mul(builder.load(at(meets, place, whole)), left_step)
+            of_right = builder.add(right, builder.mul(builder.load(at(met, place, whole)), right_step))
+            columns = [builder.load(at(of_right, part, vector), align=4) for part in parts]
+            for registers, address in zip(sums, lefts, strict=True):
+                entry = builder.insert_element(undefined, builder.load(at(address, of_left, number)), index(0))
+                factor = builder.shuffle_vector(entry, undefined, everywhere)
+                for register, column in zip(registers, columns, strict=True):
+                    builder.store(builder.call(multiply_add, [factor, column, builder.load(register)]), register)
+        for registers, target in zip(sums, targets, strict=True):
+            for register, part in zip(registers, parts, strict=True):
+                builder.store(builder.load(register), at(target, part, vector), align=4)
+        return context.get_dummy_value()
+
+    return types.void(rows, vectors, *[types.intp] * 10), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _transpose_tile(typing: Any, source: Any, source_step: Any, target: Any, target_step: Any) -> Any:
+    """LANES x LANES numbers; addresses and steps in bytes."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, source_step, target, target_step = arguments
+        index, whole = ir.IntType(32), ir.IntType(64)
+        vector = ir.VectorType(ir.FloatType(), LANES)
+
+        def row(base: Any, by: Any, number: int) -> Any:
+            return builder.inttoptr(builder.add(base, builder.mul(by, whole(number))), vector.as_pointer())
+
+        rows = [builder.load(row(source, source_step, number), align=4) for number in range(LANES)]
+        size = 1
+        while size < LANES:  # swap the off-diagonal squares of this size
+            for first in range(LANES):
+                if first & size == 0:
+                    pair = rows[first], rows[first + size]
+                    upper = [lane if lane & size == 0 else LANES + lane - size for lane in range(LANES)]
+                    lower = [lane + size if lane & size == 0 else LANES + lane for lane in range(LANES)]
+                    rows[first], rows[first + size] = (
+                        builder.shuffle_vector(*pair, ir.Constant(ir.VectorType(index, LANES), lanes))
+                        for lanes in (upper, lower)
+                    )
+            size *= 2
+        for number, value in enumerate(rows):
+            builder.store(value, row(target, target_step, number), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 4), generate
+
+
+@compiled
+def transpose(source: Any, step: Any, inner: Any, i: Any, target: Any) -> None:
+    """Entries `[i, s]`, between which lie `step` and `inner`, into `[s, >= i]`."""
+    positions, wide = target.shape
+    by_tile, by_row = 0, 0
+    if inner == 1:
+        by_tile, by_row = i // LANES * LANES, positions // LANES * LANES
+    for column in range(0, by_tile, LANES):
+        for row in range(0, by_row, LANES):
+            of_source, of_target = column * step + row, row * wide + column
+            _transpose_tile(source.ctypes.data + 4 * of_source, 4 * step, target.ctypes.data + 4 * of_target, 4 * wide)
+    for row in range(positions):
+        for column in range(by_tile if row < by_row else 0, i):
+            target[row, column] = source[column * step + row * inner]
+
+
+@compiled
+def add_products(
+    left: Any, step: Any, inner: Any, right: Any, meets: Any, met: Any, counts: Any, out: Any
+) -> None:
+    """To `[o, k, i]`, for each k the sum over its pairs of positions of one column of each side.
+
+    Args:
+        left: entries `[o, p]`, float32, between which lie `step` and `inner`.
+        step: see `left`.
+        inner: see `left`.
+        right: `[s, i]`, float32; i is a multiple of WIDTH.
+        meets: positions p, `[k, most]`.
+        met: positions s, `[k, most]`.
+        counts: how many of the pairs are used, `[k]`.
+        out: float32.
+    """
+    o, kernel, i = out.shape
+    full = o // ROWS * ROWS
+    few = full + (o - full) // 4 * 4
+    row_step, left_step, right_step, out_step = 4 * step, 4 * inner, 4 * i, 4 * kernel * i
+    for begin in range(0, meets.shape[1], POSITIONS):
+        for column in range(0, i, WIDTH):
+            for place in range(kernel):
+                count = min(POSITIONS, counts[place] - begin)
+                pairs = 8 * (place * meets.shape[1] + begin)
+                a, b = meets.ctypes.data + pairs, met.ctypes.data + pairs
+                x, y = right.ctypes.data + 4 * column, out.ctypes.data + 4 * (place * i + column)
+                for row in range(0, full, ROWS):
+                    g, z = left.ctypes.data + row * row_step, y + row * out_step
+                    _add_tile(ROWS, 2, g, row_step, left_step, x, right_step, a, b, count, z, out_step)
+                for row in range(full, few, 4):
+                    g, z = left.ctypes.data + row * row_step, y + row * out_step
+                    if i % (2 * WIDTH) != 0:
+                        _add_tile(4, 2, g, row_step, left_step, x, right_step, a, b, count, z, out_step)
+                    elif column % (2 * WIDTH) == 0:
+                        _add_tile(4, 4, g, row_step, left_step, x, right_step, a, b, count, z, out_step)
+                for row in range(few, o):
+                    g, z = left.ctypes.data + row * row_step, y + row * out_step
+                    _add_tile(1, 2, g, row_step, left_step, x, right_step, a, b, count, z, out_step)
