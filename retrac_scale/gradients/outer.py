@@ -62,7 +62,7 @@ class OuterProducts:
     def sides(self) -> tuple[Any, ...]:
         """Both sides as what lies in them, and steps between; the right side's size; pairs: what compiled passes take."""
         left, right = self.left, self.right
-        return _entries(left), left.stride(), _entries(right), right.stride(), tuple(right.shape[1:]), *self.pairs
+        return _entries(left), left.stride(), _entries(right), right.stride(), tuple(right.shape[1:]), self.pairs
 
 
 def _entries(x: Tensor) -> npt.NDArray[np.float32]:
@@ -113,22 +113,25 @@ def buffers(size: Any, o: Any, kernel: Any) -> Any:
 
 
 @compiled
-def take_columns(right: Any, steps: Any, sample: Any, i: Any, columns: Any) -> None:
-    """The right side of a sample, positions first."""
-    for frame in range(len(columns)):
+def columns_of(right: Any, steps: Any, sample: Any, i: Any, columns: Any) -> Any:
+    """The right side of a sample, positions first: entries `[f, s, >= i]`, and the steps between frames and rows."""
+    frames, positions, wide = columns.shape
+    if steps[2] == 1 and i == wide:
+        return right[sample * steps[0] :], steps[1], steps[3]
+    for frame in range(frames):
         start = sample * steps[0] + frame * steps[1]
         transpose(right[start:], steps[2], steps[3], i, columns[frame])
+    return columns.reshape(-1), positions * wide, wide
 
 
 @compiled
-def form_rows(
-    left: Any, steps: Any, sample: Any, row: Any, columns: Any, meets: Any, met: Any, counts: Any, rows: Any
-) -> None:
-    """Of a sample's gradient, from `row` on."""
+def form_rows(left: Any, steps: Any, sample: Any, row: Any, columns: Any, frames: Any, pairs: Any, rows: Any) -> None:
+    """Of a sample's gradient, from `row` on; `columns` as `columns_of` gives them."""
     rows[:] = 0
-    for frame in range(len(columns)):
+    right, frame_step, right_step = columns
+    for frame in range(frames):
         start = sample * steps[0] + frame * steps[1] + row * steps[2]
-        add_products(left[start:], steps[2], steps[3], columns[frame], meets, met, counts, rows)
+        add_products(left[start:], steps[2], steps[3], right[frame * frame_step :], right_step, *pairs, rows)
 
 
 @compiled
@@ -138,19 +141,17 @@ def _form(
     right: Any,
     right_steps: Any,
     size: Any,
-    meets: Any,
-    met: Any,
-    counts: Any,
+    pairs: Any,
     out: Any,
     first: Any,
     last: Any,
 ) -> None:
     """Into `[n, o, k, i]`, for the samples from `first` to `last`."""
     _, o, kernel, i = out.shape
-    columns, rows = buffers(size, o, kernel)
+    memory, rows = buffers(size, o, kernel)
     for sample in range(first, last):
-        take_columns(right, right_steps, sample, i, columns)
+        columns = columns_of(right, right_steps, sample, i, memory)
         for row in range(0, o, len(rows)):
             some = rows[: o - row]
-            form_rows(left, left_steps, sample, row, columns, meets, met, counts, some)
+            form_rows(left, left_steps, sample, row, columns, size[0], pairs, some)
             out[sample, row : row + len(some)] = some[:, :, :i]

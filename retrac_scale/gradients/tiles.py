@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from retrac_scale.compiled import compiled
+from retrac_scale.compiled import compiled, prefetch
 
 _features = binding.get_host_cpu_features()
 LANES = 16 if _features.get("avx512f") else 8 if _features.get("avx") else 4
@@ -130,6 +130,8 @@ def transpose(source: Any, step: Any, inner: Any, i: Any, target: Any) -> None:
     for column in range(0, by_tile, LANES):
         for row in range(0, by_row, LANES):
             of_source, of_target = column * step + row, row * wide + column
+            for line in range(of_source + LANES * step, of_source + 2 * LANES * step, step):
+                prefetch(source.ctypes.data + 4 * line)
             _transpose_tile(source.ctypes.data + 4 * of_source, 4 * step, target.ctypes.data + 4 * of_target, 4 * wide)
     for row in range(positions):
         for column in range(by_tile if row < by_row else 0, i):
@@ -138,7 +140,7 @@ def transpose(source: Any, step: Any, inner: Any, i: Any, target: Any) -> None:
 
 @compiled
 def add_products(
-    left: Any, step: Any, inner: Any, right: Any, meets: Any, met: Any, counts: Any, out: Any
+    left: Any, step: Any, inner: Any, right: Any, next_right: Any, meets: Any, met: Any, counts: Any, out: Any
 ) -> None:
     """To `[o, k, i]`, for each k the sum over its pairs of positions of one column of each side.
 
@@ -146,7 +148,8 @@ def add_products(
         left: entries `[o, p]`, float32, between which lie `step` and `inner`.
         step: see `left`.
         inner: see `left`.
-        right: `[s, i]`, float32; i is a multiple of WIDTH.
+        right: rows `[s, i]`, float32, between which lie `next_right` entries; i is a multiple of WIDTH.
+        next_right: see `right`.
         meets: positions p, `[k, most]`.
         met: positions s, `[k, most]`.
         counts: how many of the pairs are used, `[k]`.
@@ -155,7 +158,7 @@ def add_products(
     o, kernel, i = out.shape
     full = o // ROWS * ROWS
     few = full + (o - full) // 4 * 4
-    row_step, left_step, right_step, out_step = 4 * step, 4 * inner, 4 * i, 4 * kernel * i
+    row_step, left_step, right_step, out_step = 4 * step, 4 * inner, 4 * next_right, 4 * kernel * i
     for begin in range(0, meets.shape[1], POSITIONS):
         for column in range(0, i, WIDTH):
             for place in range(kernel):

@@ -13,7 +13,7 @@ from numba.extending import overload
 from torch import Tensor
 
 from retrac_scale.compiled import compiled, over_rows
-from retrac_scale.gradients.outer import OuterProducts, buffers, form_rows, take_columns
+from retrac_scale.gradients.outer import OuterProducts, buffers, columns_of, form_rows
 
 
 def fold(
@@ -80,9 +80,7 @@ def _form_and_fold(
     right: Any,
     right_steps: Any,
     size: Any,
-    meets: Any,
-    met: Any,
-    counts: Any,
+    pairs: Any,
     o: Any,
     accumulator: Any,
     signs: Any,
@@ -93,13 +91,14 @@ def _form_and_fold(
     last: Any,
 ) -> None:
     """A sample's gradient is folded while it is formed, some rows at a time; see `OuterProducts.sides`."""
-    kernel, i = len(counts), size[1]
-    columns, rows = buffers(size, o, kernel)
+    frames, i, _ = size
+    kernel = len(pairs[0])
+    memory, rows = buffers(size, o, kernel)
     for sample in range(first, last):
-        take_columns(right, right_steps, sample, i, columns)
+        columns = columns_of(right, right_steps, sample, i, memory)
         for row in range(0, o, len(rows)):
             some = rows[: o - row]
-            form_rows(left, left_steps, sample, row, columns, meets, met, counts, some)
+            form_rows(left, left_steps, sample, row, columns, frames, pairs, some)
             entries = some.reshape(-1) if some.shape[2] == i else some[:, :, :i].copy().reshape(-1)
             start = row * kernel * i
             squares[sample] += _fold_from(start, accumulator[sample], entries, signs, shifts, scale)
