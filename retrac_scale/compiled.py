@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -67,12 +68,45 @@ def over_rows(work: Callable[[slice], None], rows: int, nbytes: int) -> None:
     threads = max(1, min(torch.get_num_threads(), rows, nbytes // THREAD_BYTES))
     if threads == 1:
         work(slice(0, rows))
-    else:
-        cuts = [rows * thread // threads for thread in range(threads + 1)]
-        list(_pool(os.getpid()).map(work, map(slice, cuts[:-1], cuts[1:])))
+        return
+    cuts = [rows * thread // threads for thread in range(threads + 1)]
+    parts = map(slice, cuts[:-1], cuts[1:])
+    if (team := _torch_team()) is None or os.getpid() != _PROCESS:  # a fork has none of its parent's threads
+        list(_pool(os.getpid()).map(work, parts))
+        return
+    queue, errors = iter(list(parts)), []
+
+    def member(_: int) -> None:
+        try:
+            for part in queue:
+                work(part)
+        except BaseException as error:  # would be printed and forgotten
+            errors.append(error)
+
+    team(_Member(member), None, threads, 0)
+    if errors:
+        raise errors[0]
+
+
+_PROCESS = os.getpid()
+_Member = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+@cache
+def _torch_team() -> Any:
+    """What runs a function in each of torch's own threads, None if they are not OpenMP's.
+
+    Threads of another pool would compete with torch's, which go on spinning for a while after their work.
+    """
+    try:
+        team = ctypes.CDLL(torch._C.__file__).GOMP_parallel
+    except (AttributeError, OSError):
+        return None
+    team.argtypes, team.restype = (_Member, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+    return team
 
 
 @cache
 def _pool(process: int) -> ThreadPoolExecutor:
-    """Threads of this process: a fork has none of its parent's."""
+    """Threads of this process."""
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="rows")
