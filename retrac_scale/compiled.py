@@ -28,7 +28,7 @@ THREAD_BYTES = 1 << 20
 """What a thread must have to do to be worth waking."""
 
 
-def compiled(function: Function, *, reassociate: bool = False) -> Function:
+def compiled(function: Function, *, reassociate: bool = False) -> Any:
     """The function as machine code that releases the interpreter's lock, kept on disk for the next process.
 
     Args:
@@ -37,9 +37,9 @@ def compiled(function: Function, *, reassociate: bool = False) -> Function:
     """
     options = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc"} if reassociate else False}
     try:
-        return numba.njit(cache=True, **options)(function)  # type: ignore[no-any-return]
+        return numba.njit(cache=True, **options)(function)
     except RuntimeError:  # no folder to keep it in can be written
-        return numba.njit(**options)(function)  # type: ignore[no-any-return]
+        return numba.njit(**options)(function)
 
 
 @intrinsic  # type: ignore[untyped-decorator]

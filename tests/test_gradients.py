@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import retrac_scale as rs
-from retrac_scale.gradients import products
 from retrac_scale.gradients.normalization import _sums
 from tests.oracle import gradient
 
@@ -291,29 +290,6 @@ def test_losses_made_outside_the_context_are_refused() -> None:
     losses = F.relu(model(torch.randn(2, 3))).sum(1).detach()
     with rs.GradientSketcher(model, rs.Identity()) as sketcher, pytest.raises(ValueError, match="inside the context"):
         sketcher(losses)
-
-
-@pytest.mark.parametrize("kernel", ["MKL", "oneDNN"])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_products_of_a_batch_are_the_same_by_either_kernel(
-    kernel: str, transposed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    if kernel == "oneDNN" and onednn is None:
-        pytest.skip("this build of torch has no oneDNN")
-    monkeypatch.setattr(products, "_onednn", None if kernel == "MKL" else onednn)
-    generator = torch.Generator().manual_seed(0)
-    a, b, s = 64, 128, 256
-    assert a * b * s >= products.MANY_OPERATIONS
-    left, right = (
-        torch.randn((3, s, rows), generator=generator).mT
-        if transposed
-        else torch.randn((3, rows, s), generator=generator)
-        for rows in (a, b)
-    )
-    out = products.batched_product(left, right, torch.empty(3, a, b))
-    expected = torch.einsum("nas,nbs->nab", left.double(), right.double())
-    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("rows", [1, 2])

@@ -244,3 +244,10 @@ def test_threads_share_a_fold_without_changing_a_bit(monkeypatch: pytest.MonkeyP
     for accumulator, squares in found[1:]:
         assert torch.equal(accumulator, found[0][0])
         assert torch.equal(squares, found[0][1])
+
+
+def test_sketches_of_an_earlier_revision_are_refused() -> None:
+    spec = rs.CountSketch(64).spec()
+    assert from_spec(spec) == rs.CountSketch(64)
+    with pytest.raises(ValueError, match="revision 1 of CountSketch, this release makes revision 2"):
+        from_spec({key: value for key, value in spec.items() if key != "revision"})

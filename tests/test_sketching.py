@@ -94,7 +94,7 @@ def project(model: Any, projection: Any, gradients: torch.Tensor) -> torch.Tenso
     accumulator = projector.start(len(gradients))
     sizes = [int(np.prod(shape)) for shape in shapes.values()]
     for name, part in zip(shapes, torch.split(gradients, sizes, dim=1), strict=True):
-        projector.add(accumulator, name, part)
+        projector.add(accumulator, name, part.reshape(-1, *shapes[name]))
     return projector.finish(accumulator)  # type: ignore[no-any-return]
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from retrac_scale.gradients.errors import UncapturableError
 from retrac_scale.gradients.nested import detached, mapped, tensors
-from retrac_scale.gradients.recompute import recomputed
 from retrac_scale.gradients.outer import OuterProducts
+from retrac_scale.gradients.recompute import recomputed
 from retrac_scale.gradients.registry import Gradients, LayerRule, is_whole, rule_for, why_alone
 from retrac_scale.memory import keep_freed_pages
 
@@ -304,18 +304,16 @@ class _Backward:
 
     def _gradients(self, layer: _Layer, calls: list[_Call], samples: slice) -> Gradients:
         """Own name -> gradients `[m, ...]` of some samples, summed over the layer's calls."""
-        total: Gradients = {}
+        if self.unformed and len(calls) == 1 and self.shared.isdisjoint(layer.parameters.values()):
+            return self._form(layer, calls[0], samples)
+        total: dict[str, Tensor] = {}
         for call in calls:
             for own, gradient in self._form(layer, call, samples).items():
-                if isinstance(gradient, OuterProducts):
-                    if self.unformed and len(calls) == 1 and layer.parameters[own] not in self.shared:
-                        total[own] = gradient
-                        continue
-                    gradient = gradient.formed()
+                formed = gradient.formed() if isinstance(gradient, OuterProducts) else gradient
                 if own in total:
-                    total[own] += gradient
+                    total[own] += formed
                 else:
-                    total[own] = gradient if len(calls) == 1 else gradient.clone()
+                    total[own] = formed if len(calls) == 1 else formed.clone()
         return total
 
     def _form(self, layer: _Layer, call: _Call, samples: slice) -> Gradients:
@@ -330,7 +328,7 @@ class _Backward:
         kept = [value[rows] for value in call.kept]
         return layer.rule.form(layer.module, activation[rows], grad[rows], samples.stop - samples.start, *kept)
 
-    def _deliver(self, name: str, gradient: Tensor | OuterProducts, samples: slice) -> None:
+    def _deliver(self, name: str, gradient: Any, samples: slice) -> None:
         if name in self.shared:
             if name not in self.waiting:
                 self.waiting[name] = gradient.new_zeros(self.n, *gradient.shape[1:])

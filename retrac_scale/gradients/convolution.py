@@ -21,6 +21,7 @@ from retrac_scale.gradients.registry import Gradients, by_sample, register
 WINDOWS_BYTES = 4 << 20
 """Windows are cut for as many samples at a time as keep to this."""
 
+
 def convolution(layer: Any, activation: Tensor, grad_output: Tensor, n: int) -> Gradients:
     """weight[n,o,i,k]: sum_p grad[n,o,p] activation[n,i, stride p + dilation k - padding]."""
     inputs, padding = _padded(layer, activation.to(grad_output.dtype))
@@ -33,7 +34,7 @@ def convolution(layer: Any, activation: Tensor, grad_output: Tensor, n: int) -> 
         weight = _by_gradient_windows(layer, inputs, grad_output, n, padding)
     else:
         weight = _by_input_windows(layer, inputs, grad_output, n, padding)
-    return {"weight": weight} | _bias(layer, grad_output, n)
+    return {"weight": weight, **_bias(layer, grad_output, n)}
 
 
 def transposed_convolution(layer: Any, activation: Tensor, grad_output: Tensor, n: int) -> Gradients:
@@ -43,7 +44,7 @@ def transposed_convolution(layer: Any, activation: Tensor, grad_output: Tensor, 
         weight = _outer_products(layer, activation.to(grad_output.dtype), grad_output, n, layer.padding)
     else:
         weight = _grouped(layer, activation, grad_output, n, layer.padding)
-    return {"weight": weight} | _bias(layer, grad_output, n)
+    return {"weight": weight, **_bias(layer, grad_output, n)}
 
 
 def _outer_products(layer: Any, outputs: Tensor, inputs: Tensor, n: int, padding: tuple[int, ...]) -> OuterProducts:
@@ -54,7 +55,7 @@ def _outer_products(layer: Any, outputs: Tensor, inputs: Tensor, n: int, padding
     return OuterProducts(left, right, layer.kernel_size, pairs)
 
 
-def _bias(layer: Any, grad_output: Tensor, n: int) -> Gradients:
+def _bias(layer: Any, grad_output: Tensor, n: int) -> dict[str, Tensor]:
     return {} if layer.bias is None else {"bias": by_sample(grad_output.flatten(2).sum(2), n).sum(1)}
 
 

@@ -14,7 +14,7 @@ def linear(layer: nn.Linear, activation: Tensor, grad_output: Tensor, n: int) ->
     positions = activation.shape[:-1].numel() // n
     grad = grad_output.reshape(n, positions, grad_output.shape[-1])
     inputs = activation.reshape(n, positions, activation.shape[-1]).to(grad.dtype)
-    gradients: Gradients = {}
+    gradients: dict[str, Tensor | OuterProducts] = {}
     if OuterProducts.suit(grad):
         pairs = pairs_of((1,), (1,), (1,), (0,), (positions,), (positions,))
         gradients["weight"] = OuterProducts(grad.mT.unsqueeze(1), inputs.mT.unsqueeze(1), (), pairs)

@@ -19,6 +19,9 @@ from retrac_scale.gradients.tiles import ROWS, WIDTH, add_products, transpose
 BLOCK_BYTES = 256 << 10
 """So much of a sample's gradient is formed, and consumed, at a time."""
 
+MULTIPLICATIONS_PER_BYTE = 8
+"""Done in the time that a byte takes to come from memory."""
+
 Pairs = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]
 
 
@@ -56,11 +59,16 @@ class OuterProducts:
         n, o, i = self.shape[:3]
         sums = scratch("weight", (n, o, prod(self.kernel), i), self.left)
         out, sides = sums.numpy(), self.sides()
-        over_rows(lambda part: _form(*sides, out, part.start, part.stop), n, sums.nbytes)
+        over_rows(lambda part: _form(*sides, out, part.start, part.stop), n, self.nbytes)
         return sums.view(n, o, *self.kernel, i).movedim(-1, 2)
 
+    @property
+    def nbytes(self) -> int:
+        """What takes about as long to pass over as these to form, for `over_rows`."""
+        return prod(self.shape[:3]) * max(4 * len(self.pairs[2]), int(self.pairs[2].sum()) // MULTIPLICATIONS_PER_BYTE)
+
     def sides(self) -> tuple[Any, ...]:
-        """Both sides as what lies in them, and steps between; the right side's size; pairs: what compiled passes take."""
+        """For compiled passes: both sides as their entries and the steps between, the right side's size, the pairs."""
         left, right = self.left, self.right
         return _entries(left), left.stride(), _entries(right), right.stride(), tuple(right.shape[1:]), self.pairs
 

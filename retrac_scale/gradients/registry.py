@@ -6,14 +6,14 @@ i input feature.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from retrac_scale.gradients.outer import OuterProducts
 
-Gradients = dict[str, Tensor | OuterProducts]
+Gradients = Mapping[str, Tensor | OuterProducts]
 """Own parameter name -> gradient `[n, *shape]`."""
 
 Rule = Callable[..., Gradients]

@@ -38,12 +38,12 @@ def fold(
     sums = accumulator.numpy()
     squares = np.zeros(len(sums), np.float32)
     if isinstance(entries, OuterProducts):
-        sides, o, nbytes = entries.sides(), entries.shape[1], 4 * len(signs) * len(sums)
+        sides, o = entries.sides(), entries.shape[1]
 
         def work(part: slice) -> None:
             _form_and_fold(*sides, o, sums, signs, shifts, np.float32(scale), squares, part.start, part.stop)
 
-        over_rows(work, len(sums), nbytes)
+        over_rows(work, len(sums), entries.nbytes)
         return torch.from_numpy(squares)
     entries = entries.contiguous()
     given = (entries.view(torch.int16) if entries.dtype == torch.bfloat16 else entries.float()).numpy()
@@ -56,9 +56,7 @@ def fold(
 
 
 def fold_by_block(
-    accumulator: Tensor,
-    entries: Tensor | OuterProducts,
-    signs: Tensor, shifts: npt.NDArray[np.int64], scale: float
+    accumulator: Tensor, entries: Tensor, signs: Tensor, shifts: npt.NDArray[np.int64], scale: float
 ) -> None:
     """The same for any device, by torch's operations, without norms; arguments as of `fold`."""
     k = accumulator.shape[1] // 2

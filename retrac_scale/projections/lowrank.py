@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -89,7 +89,7 @@ class _ExactNorm(SignedFold):
     own_mixers: Mapping[str, Tensor]
     unformed = False
 
-    def add(self, accumulator: Tensor, name: str, gradient: Tensor) -> Tensor | None:
+    def add(self, accumulator: Tensor, name: str, gradient: Any) -> Tensor | None:
         """Mix, then fold."""
         weight = weight_beside(name)
         mixer = None if weight in self.whole else self.own_mixers.get(weight)

@@ -1,0 +1,106 @@
+"""Gradients left as outer products: formed, and folded while they are formed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import retrac_scale as rs
+from retrac_scale.gradients.outer import BLOCK_BYTES, OuterProducts, pairs_of
+from retrac_scale.gradients.tiles import POSITIONS, ROWS, WIDTH
+from retrac_scale.projections.folding import fold
+
+
+def drawn(seed: int, *shape: int) -> Tensor:
+    """Normal numbers."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def of_linear(left: Tensor, right: Tensor) -> OuterProducts:
+    """Of sides `[n, f, o, p]` and `[n, f, i, p]`."""
+    size = (left.shape[3],)
+    return OuterProducts(left, right, (), pairs_of((1,), (1,), (1,), (0,), size, size))
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> tuple[Any, Tensor, int]:
+    """A convolution of one to three dimensions, rows of input, and how many of them are of one sample."""
+    axes = draw(st.integers(1, 3))
+    numbers = [
+        draw(st.tuples(*[st.integers(low, high)] * axes)) for low, high in ((1, 3), (1, 3), (1, 2), (0, 2), (5, 7))
+    ]
+    kernel, stride, dilation, padding, size = numbers
+    i, o = (draw(st.sampled_from([1, 3, 4, ROWS, ROWS + 5, WIDTH, 2 * WIDTH])) for _ in range(2))
+    layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1](i, o, kernel, stride, padding, dilation)
+    frames = draw(st.integers(1, 2))
+    return layer, drawn(draw(st.integers(0, 9)), 2 * frames, i, *size), frames
+
+
+@given(convolutions(), st.booleans())
+def test_outer_products_of_a_convolution_are_its_gradients(drawing: Any, last: bool) -> None:
+    layer, inputs, frames = drawing
+    grads = drawn(1, *layer(inputs).shape)
+    if last:
+        inputs, grads = (x.movedim(1, -1).contiguous().movedim(-1, 1) for x in (inputs, grads))
+    sizes = tuple(grads.shape[2:]), tuple(inputs.shape[2:])
+    pairs = pairs_of(layer.kernel_size, layer.stride, layer.dilation, layer.padding, *sizes)
+    left, right = (x.unflatten(0, (2, frames)).flatten(3) for x in (grads, inputs))
+    found = OuterProducts(left, right, layer.kernel_size, pairs).formed()
+    for sample in range(2):
+        rows = slice(sample * frames, (sample + 1) * frames)
+        weight = layer.weight.detach().double().requires_grad_()
+        convolved = (F.conv1d, F.conv2d, F.conv3d)[len(sizes[0]) - 1](
+            inputs[rows].double(), weight, None, layer.stride, layer.padding, layer.dilation
+        )
+        (expected,) = torch.autograd.grad((convolved * grads[rows].double()).sum(), weight)
+        torch.testing.assert_close(found[sample].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("positions", [1, POSITIONS, POSITIONS + 1, 2 * POSITIONS + 3])
+@pytest.mark.parametrize("o", [2, 4, ROWS, 3 * ROWS + 7])
+def test_long_sums_are_whole(positions: int, o: int) -> None:
+    left, right = drawn(0, 2, 1, o, positions), drawn(1, 2, 1, 70, positions)
+    expected = torch.einsum("nfop,nfip->noi", left.double(), right.double())
+    torch.testing.assert_close(of_linear(left, right).formed().double(), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("i", [WIDTH, WIDTH + 3])
+@pytest.mark.parametrize("dim", [7, 512, 1 << 20])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_folding_while_forming_is_folding_what_is_formed(
+    i: int, dim: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retrac_scale.compiled.THREAD_BYTES", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    o = BLOCK_BYTES // (4 * WIDTH) + 5  # more than are formed at a time
+    products = of_linear(drawn(0, 3, 2, o, 6), drawn(1, 3, 2, i, 6))
+    signs = np.where(drawn(2, o * i).numpy() > 0, 1, -1).astype(np.int8)
+    shifts = np.arange(-(-o * i // dim)) * 3 % dim
+    sums, expected = torch.zeros(3, 2 * dim), torch.zeros(3, 2 * dim)
+    squares = fold(sums, products, signs, shifts, 0.5)
+    expected_squares = fold(expected, products.formed().flatten(1), signs, shifts, 0.5)
+    torch.testing.assert_close(sums, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(squares, expected_squares, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("projection", [rs.CountSketch(64), rs.LowRank(2, 64), rs.LowRank(dim=64, norm="exact")])
+def test_sketches_of_gradients_left_unformed_are_those_of_formed_ones(projection: Any) -> None:
+    torch.manual_seed(0)
+    shared = nn.Conv2d(8, 8, 3, padding=1)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), shared, nn.SiLU(), shared, nn.ConvTranspose2d(8, 4, 2, stride=2))
+    inputs = drawn(0, 5, 3, 6, 6)
+    found: list[tuple[Tensor, Tensor]] = []
+    for _ in range(2):
+        sketcher = rs.GradientSketcher(model, projection)
+        sketcher._projector.unformed &= not found
+        with sketcher:
+            found.append(sketcher(model(inputs).sin().flatten(1).mean(1)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
