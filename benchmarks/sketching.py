@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -51,22 +51,30 @@ class Bench:
         self.n, self.dim, self.device = n, dim, device
         self.noisy, self.timesteps, self.noise = noisy_batch(self.model, n, device)
 
-    def prediction(self, *, bf16: bool = False) -> Tensor:
-        """Of the model, `[n, c, size, size]`."""
+    @cached_property
+    def channels_last(self) -> nn.Module:
+        """The model as a DiffusionTask in float32 has it."""
+        if self.device != "cpu":
+            return self.model
+        return copy.deepcopy(self.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+    def prediction(self, model: nn.Module, *, bf16: bool = False) -> Tensor:
+        """Of a model, `[n, c, size, size]`."""
         with torch.autocast(self.device, dtype=torch.bfloat16, enabled=bf16):
-            predicted: Tensor = self.model(self.noisy, self.timesteps, return_dict=False)[0].float()
+            predicted: Tensor = model(self.noisy, self.timesteps, return_dict=False)[0].float()
         return predicted
 
-    def losses(self, *, bf16: bool = False) -> Tensor:
+    def losses(self, model: nn.Module, *, bf16: bool = False) -> Tensor:
         """`[n]`."""
-        return (self.prediction(bf16=bf16) - self.noise).square().flatten(1).mean(1)
+        return (self.prediction(model, bf16=bf16) - self.noise).square().flatten(1).mean(1)
 
-    def floor(self, *, bf16: bool = False) -> Step:
+    def floor(self, *, bf16: bool = False, channels_last: bool = False) -> Step:
         """The training step."""
+        model = self.channels_last if channels_last else self.model
 
         def step() -> None:
-            self.model.zero_grad(set_to_none=True)
-            self.losses(bf16=bf16).sum().backward()
+            model.zero_grad(set_to_none=True)
+            self.losses(model, bf16=bf16).sum().backward()
 
         return step
 
@@ -83,23 +91,24 @@ class Bench:
 
     def ours(self, projection: Any, *, bf16: bool = False) -> Step:
         """Sketch and norm of every pair."""
-        sketcher = rs.GradientSketcher(self.model, projection)
+        model = self.model if bf16 else self.channels_last
+        sketcher = rs.GradientSketcher(model, projection)
 
         def step() -> tuple[Tensor, Tensor]:
             with sketcher:
-                return sketcher(self.losses(bf16=bf16))
+                return sketcher(self.losses(model, bf16=bf16))
 
         return step
 
     def measures(self, projection: Any, count: int, *, shared: bool) -> Step:
         """Sketch and norm of every pair for several functions of the output, from one forward pass or one for each."""
-        sketcher = rs.GradientSketcher(self.model, projection)
+        sketcher = rs.GradientSketcher(self.channels_last, projection)
 
         def step() -> None:
             with sketcher:
                 for number in range(count):
                     if number == 0 or not shared:
-                        prediction = self.prediction()
+                        prediction = self.prediction(self.channels_last)
                     values = (prediction - number * self.noise).square().flatten(1).mean(1)
                     sketcher(values, retain_graph=shared and number + 1 < count)
 
@@ -111,6 +120,7 @@ class Bench:
         return {
             "floor fp32": lambda: self.floor(),
             "floor bf16": lambda: self.floor(bf16=True),
+            "floor fp32, channels last": lambda: self.floor(channels_last=True),
             "weights frozen fp32": lambda: self.frozen(),
             "weights frozen bf16": lambda: self.frozen(bf16=True),
             "LowRank fp32": lambda: self.ours(lowrank),

@@ -70,6 +70,8 @@ class DiffusionTask:
         if autocast not in (None, "bfloat16"):
             raise ValueError(f"autocast must be None or 'bfloat16', got {autocast!r}.")
         self.model = model.to(device).eval()
+        if torch.device(device).type == "cpu" and autocast is None:  # a few per cent faster; mixed precision is slower
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.scheduler = scheduler
         self.noising = noising_of(scheduler, model)
         self.weighting = weighting
