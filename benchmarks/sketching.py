@@ -120,7 +120,7 @@ class Bench:
         return {
             "floor fp32": lambda: self.floor(),
             "floor bf16": lambda: self.floor(bf16=True),
-            "floor fp32, channels last": lambda: self.floor(channels_last=True),
+            "channels-last floor fp32": lambda: self.floor(channels_last=True),
             "weights frozen fp32": lambda: self.frozen(),
             "weights frozen bf16": lambda: self.frozen(bf16=True),
             "LowRank fp32": lambda: self.ours(lowrank),
