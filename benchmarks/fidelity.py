@@ -255,15 +255,10 @@ def compare(gradients: Gradients, seeds: int, peers: bool) -> list[dict[str, Any
         lines += judge(f"CountSketch({fold.dim})", fold.dim, sketches, norms, norms, exact)
     del counted
     for rank in RANKS:
-        for seed in range(seeds):
-            mixed = [rs.LowRank(rank, dim, seed) for dim in DIMS]
-            low = [np.empty((n, len(TIMESTEPS), dim), np.float32) for dim in DIMS]
-            for samples, sketch, _ in gradients.sketched(Several(tuple(mixed)), f"LowRank {rank}"):
-                for own, part in zip(low, torch.split(sketch, DIMS, 2), strict=True):
-                    own[samples] = part
-            for dim, sketches in zip(DIMS, low, strict=True):
-                own_norms = np.linalg.norm(sketches, axis=2)
-                lines += judge(lowrank_name(rank, dim), dim, sketches, own_norms, norms, exact)
+        # of one rank all mix alike, and share a pass
+        for dims in [(dim,) for dim in DIMS] if rank is None else [DIMS]:
+            for seed in range(seeds):
+                lines += lowrank(gradients, rank, dims, seed, norms, exact)
     projectors = {"Dense": (DENSE_DIMS, dense)}
     if peers:
         projectors |= {"TRAK's BasicProjector": (PEER_DIMS, trak), "dattri's BasicProjector": (PEER_DIMS, dattri)}
@@ -283,6 +278,21 @@ def compare(gradients: Gradients, seeds: int, peers: bool) -> list[dict[str, Any
                     | fidelity(stored(sketches, dtype), exact)
                 )
     return averaged(lines)
+
+
+def lowrank(
+    gradients: Gradients, rank: int | None, dims: tuple[int, ...], seed: int, norms: Any, exact: Any
+) -> list[dict[str, Any]]:
+    """Lines of LowRank(rank, dim, seed)."""
+    mixed = tuple(rs.LowRank(rank, dim, seed) for dim in dims)
+    low = [np.empty((*norms.shape, dim), np.float32) for dim in dims]
+    for samples, sketch, _ in gradients.sketched(Several(mixed), f"LowRank {rank} {dims}"):
+        for own, part in zip(low, torch.split(sketch, dims, 2), strict=True):
+            own[samples] = part
+    lines = []
+    for dim, sketches in zip(dims, low, strict=True):
+        lines += judge(lowrank_name(rank, dim), dim, sketches, np.linalg.norm(sketches, axis=2), norms, exact)
+    return lines
 
 
 # The dense projections multiply the directions averaged over timesteps, which is the same by linearity and 4 times
