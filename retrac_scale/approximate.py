@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from retrac_scale.compiled import AHEAD, LINE, STRETCH, compiled, over_rows, prefetch
+from retrac_scale.compiled import AHEAD, LINE, STRETCH, compiled, prefetch
 from retrac_scale.store.encoding import Float32, Float64
+from retrac_scale.threads import over_rows
 
 ROUNDING = 2.0**-24
 WIDEST = (2**31 - 1) // 127

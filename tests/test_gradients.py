@@ -314,7 +314,7 @@ def test_channels_last_activations_make_no_difference(rows: int) -> None:
 def test_sums_of_a_group_norm_are_alike_in_either_memory_order(
     monkeypatch: pytest.MonkeyPatch, positions: int, orders: tuple[bool, bool], threads: int
 ) -> None:
-    monkeypatch.setattr("retrac_scale.compiled.THREAD_BYTES", 1)
+    monkeypatch.setattr("retrac_scale.threads.THREAD_BYTES", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     x, grad = (torch.randn(3, 10, positions, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     given = [one.mT.contiguous().mT if last else one for one, last in zip((x, grad), orders, strict=True)]

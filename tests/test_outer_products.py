@@ -77,7 +77,7 @@ def test_long_sums_are_whole(positions: int, o: int) -> None:
 def test_folding_while_forming_is_folding_what_is_formed(
     i: int, dim: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("retrac_scale.compiled.THREAD_BYTES", 1)
+    monkeypatch.setattr("retrac_scale.threads.THREAD_BYTES", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     o = BLOCK_BYTES // (4 * WIDTH) + 5  # more than are formed at a time
     products = of_linear(drawn(0, 3, 2, o, 6), drawn(1, 3, 2, i, 6))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import retrac_scale as rs
-from retrac_scale import compiled as compiled_passes
+from retrac_scale import threads as passes
 from retrac_scale.projections import Projection, from_spec
 from retrac_scale.projections.folding import fold, fold_by_block
 
@@ -237,7 +237,7 @@ def test_threads_share_a_fold_without_changing_a_bit(monkeypatch: pytest.MonkeyP
     signs, shifts, _ = folded(entries, 64, 1)
     found = []
     for threads in (1, 2, 3):
-        monkeypatch.setattr(compiled_passes, "THREAD_BYTES", 1)
+        monkeypatch.setattr(passes, "THREAD_BYTES", 1)
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         accumulator = torch.zeros(7, 128)
         found.append((accumulator, fold(accumulator, entries, signs.numpy(), shifts.numpy(), 1)))

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from retrac_scale.compiled import AHEAD, LINE, STRETCH, compiled, over_rows, prefetch
+from retrac_scale.compiled import AHEAD, LINE, STRETCH, compiled, prefetch
 from retrac_scale.gradients.registry import by_sample, register
+from retrac_scale.threads import over_rows
 
 
 def group_norm(

@@ -12,9 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from retrac_scale.compiled import compiled, over_rows
+from retrac_scale.compiled import compiled
 from retrac_scale.gradients.products import scratch
 from retrac_scale.gradients.tiles import ROWS, WIDTH, add_products, transpose
+from retrac_scale.threads import over_rows
 
 BLOCK_BYTES = 256 << 10
 """So much of a sample's gradient is formed, and consumed, at a time."""

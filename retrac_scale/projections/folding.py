@@ -12,8 +12,9 @@ from numba import types
 from numba.extending import overload
 from torch import Tensor
 
-from retrac_scale.compiled import compiled, over_rows
+from retrac_scale.compiled import compiled
 from retrac_scale.gradients.outer import OuterProducts, buffers, columns_of, form_rows
+from retrac_scale.threads import Shared, SharedPass, over_rows
 
 
 def fold(
@@ -38,12 +39,8 @@ def fold(
     sums = accumulator.numpy()
     squares = np.zeros(len(sums), np.float32)
     if isinstance(entries, OuterProducts):
-        sides, o = entries.sides(), entries.shape[1]
-
-        def work(part: slice) -> None:
-            _form_and_fold(*sides, o, sums, signs, shifts, np.float32(scale), squares, part.start, part.stop)
-
-        over_rows(work, len(sums), entries.nbytes)
+        arguments = (*entries.sides(), entries.shape[1], sums, signs, shifts, np.float32(scale), squares)
+        _formed_and_folded(arguments, len(sums), entries.nbytes)
         return torch.from_numpy(squares)
     entries = entries.contiguous()
     given = (entries.view(torch.int16) if entries.dtype == torch.bfloat16 else entries.float()).numpy()
@@ -100,6 +97,28 @@ def _form_and_fold(
             entries = some.reshape(-1) if some.shape[2] == i else some[:, :, :i].copy().reshape(-1)
             start = row * kernel * i
             squares[sample] += _fold_from(start, accumulator[sample], entries, signs, shifts, scale)
+
+
+_numbers, _steps, _table = np.zeros(1, np.float32), (0, 0, 0, 0), np.zeros((1, 1), np.int64)
+_sides = (_numbers, _steps, _numbers, _steps, (0, 0, 0), (_table, _table, _table[0]))
+_shared = Shared((*_sides, 0, _numbers[None], np.zeros(1, np.int8), _table[0], np.float32(0), _numbers))
+_run, _taken, _after = _shared.run, _shared.taken, _shared.after
+
+
+def _member(address: Any) -> None:
+    count, parts, rows, arguments = _taken(address)
+    part = _after(count)
+    while part < parts:
+        _form_and_fold(*arguments, rows * part // parts, rows * (part + 1) // parts)
+        part = _after(count)
+
+
+@compiled
+def _share(team: Any, member: Any, count: Any, parts: Any, rows: Any, arguments: Any) -> None:
+    _run(team, member, (count, parts, rows, arguments))
+
+
+_formed_and_folded = SharedPass(_form_and_fold, _share, _member)
 
 
 @partial(compiled, reassociate=True)

@@ -9,7 +9,8 @@ import numpy.typing as npt
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from retrac_scale.compiled import compiled, over_rows
+from retrac_scale.compiled import compiled
+from retrac_scale.threads import over_rows
 
 Dtype = Literal["int8", "float16", "float32", "bfloat16"]
 Float32 = npt.NDArray[np.float32]
