@@ -271,16 +271,11 @@ class _Backward:
         if mixer is not None:
             for call in calls:
                 _mix(layer, call, mixer)
-        numel = layer.numel if mixer is None else layer.numel * len(mixer) // mixer.shape[1]
-        on_cpu = next(iter(calls[0].grads.values())).device.type == "cpu"
-        size = max(1, (CHUNK_BYTES if on_cpu else CHUNK_BYTES_OF_ACCELERATORS) // (4 * max(1, numel)))
-        start = 0
-        while start < self.n:
+        left = self._left_unformed(layer, calls)
+        size = self.n if left else self._samples_at_a_time(layer, calls[0], mixer)
+        for start in range(0, self.n, size):
             samples = slice(start, min(start + size, self.n))
-            gradients = self._gradients(layer, calls, samples)
-            if samples.stop < self.n and any(isinstance(value, OuterProducts) for value in gradients.values()):
-                size = self.n  # these take no memory, so the samples need no chunks
-                continue
+            gradients = self._form(layer, calls[0], samples) if left else self._formed(layer, calls, samples)
             for own, name in layer.parameters.items():
                 if own not in gradients:
                     raise UncapturableError(
@@ -289,7 +284,6 @@ class _Backward:
                         [name],
                     )
                 self._deliver(name, gradients[own], samples)
-            start = samples.stop
         for call in calls:
             call.grads.clear()
 
@@ -302,10 +296,21 @@ class _Backward:
         self.single_position.discard(weight)
         return self.mixers.get(weight)
 
-    def _gradients(self, layer: _Layer, calls: list[_Call], samples: slice) -> Gradients:
+    def _left_unformed(self, layer: _Layer, calls: list[_Call]) -> bool:
+        """Whether the sink gets what the rule gives, which then takes no memory, for all samples at once."""
+        if not self.unformed or len(calls) > 1 or layer.rule is None or layer.rule.unformed is None:
+            return False
+        return self.shared.isdisjoint(layer.parameters.values()) and layer.rule.unformed(
+            layer.module, calls[0].grads[0]
+        )
+
+    def _samples_at_a_time(self, layer: _Layer, call: _Call, mixer: Tensor | None) -> int:
+        numel = layer.numel if mixer is None else layer.numel * len(mixer) // mixer.shape[1]
+        on_cpu = next(iter(call.grads.values())).device.type == "cpu"
+        return max(1, (CHUNK_BYTES if on_cpu else CHUNK_BYTES_OF_ACCELERATORS) // (4 * max(1, numel)))
+
+    def _formed(self, layer: _Layer, calls: list[_Call], samples: slice) -> dict[str, Tensor]:
         """Own name -> gradients `[m, ...]` of some samples, summed over the layer's calls."""
-        if self.unformed and len(calls) == 1 and self.shared.isdisjoint(layer.parameters.values()):
-            return self._form(layer, calls[0], samples)
         total: dict[str, Tensor] = {}
         for call in calls:
             for own, gradient in self._form(layer, call, samples).items():

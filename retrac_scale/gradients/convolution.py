@@ -26,10 +26,10 @@ def convolution(layer: Any, activation: Tensor, grad_output: Tensor, n: int) -> 
     """weight[n,o,i,k]: sum_p grad[n,o,p] activation[n,i, stride p + dilation k - padding]."""
     inputs, padding = _padded(layer, activation.to(grad_output.dtype))
     weight: Tensor | OuterProducts
-    if layer.groups > 1:
-        weight = _grouped(layer, inputs, grad_output, n, padding)
-    elif OuterProducts.suit(grad_output):
+    if OuterProducts.suit(layer, grad_output):
         weight = _outer_products(layer, grad_output, inputs, n, padding)
+    elif layer.groups > 1:
+        weight = _grouped(layer, inputs, grad_output, n, padding)
     elif 4 * grad_output.shape[1] <= inputs.shape[1]:
         weight = _by_gradient_windows(layer, inputs, grad_output, n, padding)
     else:
@@ -40,7 +40,7 @@ def convolution(layer: Any, activation: Tensor, grad_output: Tensor, n: int) -> 
 def transposed_convolution(layer: Any, activation: Tensor, grad_output: Tensor, n: int) -> Gradients:
     """weight[n,i,o,k]: sum_s activation[n,i,s] grad[n,o, stride s + dilation k - padding]."""
     weight: Tensor | OuterProducts
-    if layer.groups == 1 and OuterProducts.suit(grad_output):
+    if OuterProducts.suit(layer, grad_output):
         weight = _outer_products(layer, activation.to(grad_output.dtype), grad_output, n, layer.padding)
     else:
         weight = _grouped(layer, activation, grad_output, n, layer.padding)
@@ -205,6 +205,6 @@ def _padded(layer: Any, activation: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 
 
 for _type in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-    register(_type, convolution, mixable=True)
+    register(_type, convolution, mixable=True, unformed=OuterProducts.suit)
 for _transposed in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
-    register(_transposed, transposed_convolution)
+    register(_transposed, transposed_convolution, unformed=OuterProducts.suit)

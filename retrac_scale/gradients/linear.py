@@ -15,7 +15,7 @@ def linear(layer: nn.Linear, activation: Tensor, grad_output: Tensor, n: int) ->
     grad = grad_output.reshape(n, positions, grad_output.shape[-1])
     inputs = activation.reshape(n, positions, activation.shape[-1]).to(grad.dtype)
     gradients: dict[str, Tensor | OuterProducts] = {}
-    if OuterProducts.suit(grad):
+    if OuterProducts.suit(layer, grad):
         pairs = pairs_of((1,), (1,), (1,), (0,), (positions,), (positions,))
         gradients["weight"] = OuterProducts(grad.mT.unsqueeze(1), inputs.mT.unsqueeze(1), (), pairs)
     else:
@@ -26,4 +26,4 @@ def linear(layer: nn.Linear, activation: Tensor, grad_output: Tensor, n: int) ->
     return gradients
 
 
-register(nn.Linear, linear, mixable=True)
+register(nn.Linear, linear, mixable=True, unformed=OuterProducts.suit)

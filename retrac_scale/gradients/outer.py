@@ -51,9 +51,10 @@ class OuterProducts:
         return len(self.left), self.left.shape[2], self.right.shape[2], *self.kernel
 
     @staticmethod
-    def suit(grad_output: Tensor) -> bool:
-        """Whether a layer's gradients, for such output gradients, can be given so."""
-        return grad_output.device.type == "cpu" and grad_output.dtype == torch.float32
+    def suit(layer: Any, grad_output: Tensor) -> bool:
+        """Whether the gradients of a layer's weight, for such output gradients, can be given so."""
+        here = grad_output.device.type == "cpu" and grad_output.dtype == torch.float32
+        return here and getattr(layer, "groups", 1) == 1
 
     def formed(self) -> Tensor:
         """The gradients, their input features last in memory, in `scratch` memory."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -30,6 +31,7 @@ class LayerRule:
 
     form: Rule
     mixable: bool
+    unformed: Callable[[Any, Tensor], bool] | None
     keep: Callable[[Tensor], tuple[Tensor, ...]] | None
 
 
@@ -43,6 +45,7 @@ def register(
     rule: Rule,
     *,
     mixable: bool = False,
+    unformed: Callable[[Any, Tensor], bool] | None = None,
     keep: Callable[[Tensor], tuple[Tensor, ...]] | None = None,
 ) -> None:
     """Use `rule` for layers of exactly this type.
@@ -53,10 +56,12 @@ def register(
         rule: see `Rule`.
         mixable: whether the rule also takes output gradients that have been mixed linearly into r channels (`LowRank`),
             and then gives gradients with r in place of o.
+        unformed: whether, for a layer and its output gradient, the rule leaves what is large as `OuterProducts`; it is
+            then called once for all samples.
         keep: called with the layer's output in the forward pass; the tensors `[n*f, ...]` that it returns are further
             arguments of the rule.
     """
-    _rules[layer_type if isinstance(layer_type, str) else _name(layer_type)] = LayerRule(rule, mixable, keep)
+    _rules[layer_type if isinstance(layer_type, str) else _name(layer_type)] = LayerRule(rule, mixable, unformed, keep)
 
 
 def recompute_whole(layer_type: type[nn.Module] | str) -> None:
