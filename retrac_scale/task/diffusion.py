@@ -71,7 +71,9 @@ class DiffusionTask:
             raise ValueError(f"autocast must be None or 'bfloat16', got {autocast!r}.")
         self.model = model.to(device).eval()
         if torch.device(device).type == "cpu" and autocast is None:  # a few per cent faster; mixed precision is slower
-            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            for parameter in self.model.parameters():
+                if parameter.ndim == 4:
+                    parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self.scheduler = scheduler
         self.noising = noising_of(scheduler, model)
         self.weighting = weighting
