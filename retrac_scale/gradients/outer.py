@@ -82,7 +82,7 @@ def _entries(x: Tensor) -> npt.NDArray[np.float32]:
     return entries
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=128)
 def pairs_of(
     kernel: tuple[int, ...],
     stride: tuple[int, ...],
