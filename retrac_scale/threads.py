@@ -69,6 +69,7 @@ class Shared:
             part = after(count)
             while part < parts:
                 work(*arguments, rows * part // parts, rows * (part + 1) // parts)
+                after(count + 8)
                 part = after(count)
 
         @compiled
@@ -144,9 +145,13 @@ class SharedPass:
             return
         if self._compiled is None:
             self._compiled = numba.cfunc(types.void(types.voidptr), cache=True)(self._member)
-        count = np.zeros(1, np.int64)
+        count = np.zeros(2, np.int64)  # parts begun, parts done
         address = ctypes.cast(team, ctypes.c_void_p).value
         self._share(address, self._compiled.address, count.ctypes.data, threads, rows, arguments)
+        if count[1] < threads:  # an error cannot leave a thread that the interpreter does not know
+            raise MemoryError(
+                f"{threads - count[1]} of {threads} threads could not do their rows; give a smaller batch."
+            )
 
 
 def _threads(rows: int, nbytes: int) -> int:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from retrac_scale.compiled import compiled
-from retrac_scale.threads import THREAD_BYTES, _torch_team, over_rows
+from retrac_scale.threads import THREAD_BYTES, SharedPass, _torch_team, over_rows
 
 
 def test_a_function_is_compiled_where_it_cannot_be_kept() -> None:
@@ -58,3 +58,16 @@ def _worked_on(threads: int) -> list[int]:
         patch.setattr(torch, "get_num_threads", lambda: threads)
         over_rows(lambda part: starts.append(part.start), 4, 100 * THREAD_BYTES)
     return sorted(starts)
+
+
+def test_rows_left_undone_by_a_native_thread_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    if _torch_team() is None:
+        pytest.skip("this build of torch has no OpenMP")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    idle = SharedPass(None, lambda *given: None, _nothing)
+    with pytest.raises(MemoryError, match="2 of 2 threads could not do their rows"):
+        idle((), 4, 100 * THREAD_BYTES)
+
+
+def _nothing(address: object) -> None:
+    """Do no part."""

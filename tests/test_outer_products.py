@@ -71,6 +71,18 @@ def test_long_sums_are_whole(positions: int, o: int) -> None:
     torch.testing.assert_close(of_linear(left, right).formed().double(), expected, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_channel_given_many_times_is_taken_each_time(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("retrac_scale.threads.THREAD_BYTES", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    left, right = drawn(0, 3, 1, 8, 40), drawn(1, 3, 1, 1, 40).expand(3, 1, 2 * WIDTH, 40)
+    found, expected = torch.zeros(3, 64), torch.zeros(3, 64)
+    signs, shifts = np.ones(16 * WIDTH, np.int8), np.zeros(-(-16 * WIDTH // 32), np.int64)
+    fold(found, of_linear(left, right), signs, shifts, 1)
+    fold(expected, torch.einsum("nfop,nfip->noi", left, right).flatten(1), signs, shifts, 1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("i", [WIDTH, WIDTH + 3])
 @pytest.mark.parametrize("dim", [7, 512, 1 << 20])
 @pytest.mark.parametrize("threads", [1, 2])

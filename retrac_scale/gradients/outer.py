@@ -61,7 +61,7 @@ class OuterProducts:
         n, o, i = self.shape[:3]
         sums = scratch("weight", (n, o, prod(self.kernel), i), self.left)
         out, sides = sums.numpy(), self.sides()
-        over_rows(lambda part: _form(*sides, out, part.start, part.stop), n, self.nbytes)
+        over_rows(lambda part: _form(sides, out, part.start, part.stop), n, self.nbytes)
         return sums.view(n, o, *self.kernel, i).movedim(-1, 2)
 
     @property
@@ -145,18 +145,9 @@ def form_rows(left: Any, steps: Any, sample: Any, row: Any, columns: Any, frames
 
 
 @compiled
-def _form(
-    left: Any,
-    left_steps: Any,
-    right: Any,
-    right_steps: Any,
-    size: Any,
-    pairs: Any,
-    out: Any,
-    first: Any,
-    last: Any,
-) -> None:
+def _form(sides: Any, out: Any, first: Any, last: Any) -> None:
     """Into `[n, o, k, i]`, for the samples from `first` to `last`."""
+    left, left_steps, right, right_steps, size, pairs = sides
     _, o, kernel, i = out.shape
     memory, rows = buffers(size, o, kernel)
     for sample in range(first, last):

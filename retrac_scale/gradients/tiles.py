@@ -129,8 +129,8 @@ def transpose(source: Any, step: Any, inner: Any, i: Any, target: Any) -> None:
     for column in range(0, by_tile, LANES):
         for row in range(0, by_row, LANES):
             of_source, of_target = column * step + row, row * wide + column
-            for line in range(of_source + LANES * step, of_source + 2 * LANES * step, step):
-                prefetch(source.ctypes.data + 4 * line)
+            for line in range(LANES, 2 * LANES):
+                prefetch(source.ctypes.data + 4 * (of_source + line * step))
             _transpose_tile(source.ctypes.data + 4 * of_source, 4 * step, target.ctypes.data + 4 * of_target, 4 * wide)
     for row in range(positions):
         for column in range(by_tile if row < by_row else 0, i):

@@ -39,7 +39,7 @@ def fold(
     sums = accumulator.numpy()
     squares = np.zeros(len(sums), np.float32)
     if isinstance(entries, OuterProducts):
-        arguments = (*entries.sides(), entries.shape[1], sums, signs, shifts, np.float32(scale), squares)
+        arguments = (entries.sides(), entries.shape[1], sums, signs, shifts, np.float32(scale), squares)
         _formed_and_folded(arguments, len(sums), entries.nbytes)
         return torch.from_numpy(squares)
     entries = entries.contiguous()
@@ -70,12 +70,7 @@ def _fold(accumulator: Any, entries: Any, signs: Any, shifts: Any, scale: Any, s
 
 @compiled
 def _form_and_fold(
-    left: Any,
-    left_steps: Any,
-    right: Any,
-    right_steps: Any,
-    size: Any,
-    pairs: Any,
+    sides: Any,
     o: Any,
     accumulator: Any,
     signs: Any,
@@ -86,6 +81,7 @@ def _form_and_fold(
     last: Any,
 ) -> None:
     """A sample's gradient is folded while it is formed, some rows at a time; see `OuterProducts.sides`."""
+    left, left_steps, right, right_steps, size, pairs = sides
     frames, i, _ = size
     kernel = len(pairs[0])
     memory, rows = buffers(size, o, kernel)
@@ -101,7 +97,7 @@ def _form_and_fold(
 
 _numbers, _steps, _table = np.zeros(1, np.float32), (0, 0, 0, 0), np.zeros((1, 1), np.int64)
 _sides = (_numbers, _steps, _numbers, _steps, (0, 0, 0), (_table, _table, _table[0]))
-_shared = Shared((*_sides, 0, _numbers[None], np.zeros(1, np.int8), _table[0], np.float32(0), _numbers))
+_shared = Shared((_sides, 0, _numbers[None], np.zeros(1, np.int8), _table[0], np.float32(0), _numbers))
 _run, _taken, _after = _shared.run, _shared.taken, _shared.after
 
 
@@ -110,6 +106,7 @@ def _member(address: Any) -> None:
     part = _after(count)
     while part < parts:
         _form_and_fold(*arguments, rows * part // parts, rows * (part + 1) // parts)
+        _after(count + 8)
         part = _after(count)
 
 
