@@ -35,16 +35,21 @@ def compiled(function: Function, *, reassociate: bool = False) -> Any:
         return numba.njit(**options)(function)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def prefetch(typing: Any, address: Any) -> Any:
-    """In a compiled function: have the cache line at an address fetched, which need not be a valid one."""
+def _prefetching(nearest: int, doc: str) -> Any:
+    def prefetch(typing: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            pointer, number = ir.PointerType(ir.IntType(8)), ir.IntType(32)
+            kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+            read, locality, data = number(0), number(4 - nearest), number(1)
+            builder.call(function, [builder.inttoptr(arguments[0], pointer), read, locality, data])
+            return context.get_dummy_value()
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer, number = ir.PointerType(ir.IntType(8)), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        read, all_levels, data = number(0), number(3), number(1)
-        builder.call(function, [builder.inttoptr(arguments[0], pointer), read, all_levels, data])
-        return context.get_dummy_value()
+        return types.void(types.intp), generate
 
-    return types.void(types.intp), generate
+    prefetch.__doc__ = doc
+    return intrinsic(prefetch)
+
+
+prefetch = _prefetching(1, "In a compiled function: have the cache line at an address fetched, which need not be valid.")
+prefetch_beyond = _prefetching(2, "The same, but not into the nearest cache, for what is used later.")

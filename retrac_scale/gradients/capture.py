@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from retrac_scale.gradients.errors import UncapturableError
 from retrac_scale.gradients.nested import detached, mapped, tensors
 from retrac_scale.gradients.outer import OuterProducts
 from retrac_scale.gradients.recompute import recomputed
-from retrac_scale.gradients.registry import Gradients, LayerRule, is_whole, rule_for, why_alone
+from retrac_scale.gradients.registry import Gradients, LayerRule, Seen, is_whole, rule_for, why_alone
 from retrac_scale.memory import keep_freed_pages
 
 ParameterFilter = Iterable[str] | Callable[[str], bool] | None
@@ -50,9 +51,9 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     versions: list[int]
-    kept: tuple[Tensor, ...]
     outputs: list[Tensor] = field(default_factory=list)
     grads: dict[int, Tensor] = field(default_factory=dict)
+    kept: tuple[Tensor, ...] = ()
 
 
 class GradientCapture:
@@ -205,9 +206,7 @@ class GradientCapture:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if not self._recording or not torch.is_grad_enabled():
                 return None
-            args, kwargs = detached(args), detached(kwargs)
-            kept = detached(layer.rule.keep(output)) if layer.rule is not None and layer.rule.keep is not None else ()
-            call = _Call(args, kwargs, _versions(args, kwargs), kept)
+            call = _Call(detached(args), detached(kwargs), _versions(args, kwargs))
             layer.calls.append(call)
             if layer.rule is None:
                 call.outputs.extend(detached(list(tensors(output))))
@@ -221,18 +220,21 @@ class GradientCapture:
                     tensor = tensor.detach().requires_grad_().clone()  # never a leaf: the model may change it in place
                 elif layer.rule is None:
                     tensor = tensor.view_as(tensor)
-                tensor.register_hook(self._on_gradient(layer, call, next(places)))  # type: ignore[no-untyped-call]
+                seen = self._on_gradient(layer, call, next(places))
+                if layer.rule is not None and layer.rule.watch is not None:
+                    return layer.rule.watch(module, _first(args, kwargs), tensor, seen)
+                tensor.register_hook(seen)  # type: ignore[no-untyped-call]
                 return tensor
 
             return mapped(output, seam)
 
         return hook
 
-    def _on_gradient(self, layer: _Layer, call: _Call, place: int) -> Callable[[Tensor], None]:
-        def on_gradient(grad: Tensor) -> None:
+    def _on_gradient(self, layer: _Layer, call: _Call, place: int) -> Seen:
+        def on_gradient(grad: Tensor, *kept: Tensor) -> None:
             if self._backward is None:
                 raise RuntimeError("differentiate with the sketcher, not with losses.backward(), inside its context.")
-            call.grads[place] = grad
+            call.grads[place], call.kept = grad, kept
             if layer.rule is not None and len(layer.calls) == 1:
                 self._backward.finish(layer)
 
@@ -327,7 +329,7 @@ class _Backward:
             return recomputed(
                 layer.name, layer.module, own, call.args, call.kwargs, call.outputs, call.grads, self.n, numbers
             )
-        activation, grad = call.args[0] if call.args else next(iter(call.kwargs.values())), call.grads[0]
+        activation, grad = _first(call.args, call.kwargs), call.grads[0]
         each = len(grad) // self.n
         rows = slice(samples.start * each, samples.stop * each)
         kept = [value[rows] for value in call.kept]
@@ -361,10 +363,16 @@ def _refuse(name: str) -> Callable[[Tensor], None]:
 def _mix(layer: _Layer, call: _Call, mixer: Tensor) -> None:
     grad = call.grads[0]
     mixer = mixer.to(grad.dtype)
-    if isinstance(layer.module, nn.Linear):  # with positions last, the product is fast in any memory order
-        call.grads[0] = (mixer @ grad.mT).mT if grad.ndim > 2 else grad @ mixer.T
+    last = grad if isinstance(layer.module, nn.Linear) else grad.movedim(1, -1)
+    if last.is_contiguous():  # one product, not one for each sample
+        mixed = functional.linear(last, mixer)
     else:
-        call.grads[0] = (mixer @ grad.flatten(2)).reshape(len(grad), len(mixer), *grad.shape[2:])
+        mixed = (mixer @ last.flatten(1, -2).mT).mT.reshape(*last.shape[:-1], -1)
+    call.grads[0] = mixed if last is grad else mixed.movedim(-1, 1)
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _versions(*values: Any) -> list[int]:

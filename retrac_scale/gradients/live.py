@@ -11,6 +11,7 @@ from torch.autograd.variable import Variable
 
 from retrac_scale.gradients.capture import GradientCapture, ParameterFilter, Sink, _Backward, _Call, _Layer
 from retrac_scale.gradients.nested import tensors
+from retrac_scale.gradients.registry import Seen
 
 Begin = Callable[[int], tuple[Sink, Callable[[], None]]]
 """Called with the number of samples when a backward pass begins; gives a sink, and what to call when it has ended."""
@@ -77,15 +78,15 @@ class LiveCapture(GradientCapture):
                 self._forget()
             self._samples = 1 if self._why_alone else len(next(tensors((args, kwargs))))
 
-    def _on_gradient(self, layer: _Layer, call: _Call, place: int) -> Callable[[Tensor], None]:
-        def on_gradient(grad: Tensor) -> None:
+    def _on_gradient(self, layer: _Layer, call: _Call, place: int) -> Seen:
+        def on_gradient(grad: Tensor, *kept: Tensor) -> None:
             if self._backward is None:
                 sink, self._end = self._begin(self._samples)
                 self._backward = _Backward(
                     self._samples, sink, self._mixers, self._shared, self.single_position, self._unformed
                 )
                 Variable._execution_engine.queue_callback(self._finish)
-            call.grads[place] = grad
+            call.grads[place], call.kept = grad, kept
             if layer.rule is not None and len(layer.calls) == 1:
                 self._backward.finish(layer)
 

@@ -12,9 +12,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from retrac_scale.compiled import compiled
+from retrac_scale.compiled import LINE, compiled
 from retrac_scale.gradients.products import scratch
-from retrac_scale.gradients.tiles import ROWS, WIDTH, add_products, transpose
+from retrac_scale.gradients.tiles import POSITIONS, ROWS, WIDTH, add_products, transpose
 from retrac_scale.threads import over_rows
 
 BLOCK_BYTES = 256 << 10
@@ -135,13 +135,35 @@ def columns_of(right: Any, steps: Any, sample: Any, i: Any, columns: Any) -> Any
 
 
 @compiled
-def form_rows(left: Any, steps: Any, sample: Any, row: Any, columns: Any, frames: Any, pairs: Any, rows: Any) -> None:
-    """Of a sample's gradient, from `row` on; `columns` as `columns_of` gives them."""
+def form_rows(
+    left: Any,
+    steps: Any,
+    sample: Any,
+    row: Any,
+    columns: Any,
+    frames: Any,
+    pairs: Any,
+    rows: Any,
+    ahead: Any,
+    lines: Any,
+) -> Any:
+    """Of a sample's gradient, from `row` on; `columns` as `columns_of` gives them, the rest as of `add_products`."""
     rows[:] = 0
     right, frame_step, right_step = columns
     for frame in range(frames):
         start = sample * steps[0] + frame * steps[1] + row * steps[2]
-        add_products(left[start:], steps[2], steps[3], right[frame * frame_step :], right_step, *pairs, rows)
+        ahead = add_products(
+            left[start:], steps[2], steps[3], right[frame * frame_step :], right_step, *pairs, rows, ahead, lines
+        )
+    return ahead
+
+
+@compiled
+def lines_ahead(step: Any, size: Any, o: Any, pairs: Any, rows: Any) -> Any:
+    """How much of the next sample's right side to fetch at a time, so that all of it is there after this sample's."""
+    frames, i, _ = size
+    times = frames * len(pairs[0]) * -(-i // WIDTH) * -(-pairs[0].shape[1] // POSITIONS) * -(-o // len(rows))
+    return -(-4 * step // (LINE * times))
 
 
 @compiled
@@ -154,5 +176,5 @@ def _form(sides: Any, out: Any, first: Any, last: Any) -> None:
         columns = columns_of(right, right_steps, sample, i, memory)
         for row in range(0, o, len(rows)):
             some = rows[: o - row]
-            form_rows(left, left_steps, sample, row, columns, size[0], pairs, some)
+            form_rows(left, left_steps, sample, row, columns, size[0], pairs, some, 0, 0)
             out[sample, row : row + len(some)] = some[:, :, :i]

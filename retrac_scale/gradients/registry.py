@@ -24,6 +24,9 @@ The gradient of a sample is the sum over its f rows, which are consecutive in th
 before the next rule is called, so it may stand in `scratch` memory.
 """
 
+Seen = Callable[..., None]
+"""seen(grad_output, *tensors): to be called once in the backward pass; the tensors `[n*f, ...]` are for the rule."""
+
 
 @dataclass(frozen=True)
 class LayerRule:
@@ -32,7 +35,7 @@ class LayerRule:
     form: Rule
     mixable: bool
     unformed: Callable[[Any, Tensor], bool] | None
-    keep: Callable[[Tensor], tuple[Tensor, ...]] | None
+    watch: Callable[[Any, Tensor, Tensor, Seen], Tensor] | None
 
 
 _rules: dict[str, LayerRule] = {}
@@ -46,7 +49,7 @@ def register(
     *,
     mixable: bool = False,
     unformed: Callable[[Any, Tensor], bool] | None = None,
-    keep: Callable[[Tensor], tuple[Tensor, ...]] | None = None,
+    watch: Callable[[Any, Tensor, Tensor, Seen], Tensor] | None = None,
 ) -> None:
     """Use `rule` for layers of exactly this type.
 
@@ -58,10 +61,11 @@ def register(
             and then gives gradients with r in place of o.
         unformed: whether, for a layer and its output gradient, the rule leaves what is large as `OuterProducts`; it is
             then called once for all samples.
-        keep: called with the layer's output in the forward pass; the tensors `[n*f, ...]` that it returns are further
-            arguments of the rule.
+        watch: called in the forward pass with the layer, its activation, its output and a `Seen`; gives the output to
+            go on with, and has `Seen` called when that one's gradient is known. The tensors that it hands on are
+            further arguments of the rule. Without it, the rule gets none.
     """
-    _rules[layer_type if isinstance(layer_type, str) else _name(layer_type)] = LayerRule(rule, mixable, unformed, keep)
+    _rules[layer_type if isinstance(layer_type, str) else _name(layer_type)] = LayerRule(rule, mixable, unformed, watch)
 
 
 def recompute_whole(layer_type: type[nn.Module] | str) -> None:

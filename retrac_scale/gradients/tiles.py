@@ -14,7 +14,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from retrac_scale.compiled import compiled, prefetch
+from retrac_scale.compiled import LINE, compiled, prefetch, prefetch_beyond
 
 _features = binding.get_host_cpu_features()
 LANES = 16 if _features.get("avx512f") else 8 if _features.get("avx") else 4
@@ -139,8 +139,18 @@ def transpose(source: Any, step: Any, inner: Any, i: Any, target: Any) -> None:
 
 @compiled
 def add_products(
-    left: Any, step: Any, inner: Any, right: Any, next_right: Any, meets: Any, met: Any, counts: Any, out: Any
-) -> None:
+    left: Any,
+    step: Any,
+    inner: Any,
+    right: Any,
+    next_right: Any,
+    meets: Any,
+    met: Any,
+    counts: Any,
+    out: Any,
+    ahead: Any,
+    lines: Any,
+) -> Any:
     """To `[o, k, i]`, for each k the sum over its pairs of positions of one column of each side.
 
     Args:
@@ -153,6 +163,11 @@ def add_products(
         met: positions s, `[k, most]`.
         counts: how many of the pairs are used, `[k]`.
         out: float32.
+        ahead: address from which on memory is fetched meanwhile, which need not be a valid one.
+        lines: as many cache lines of it for each kernel position and WIDTH inputs.
+
+    Returns:
+        The address after them.
     """
     o, kernel, i = out.shape
     full = o // ROWS * ROWS
@@ -161,6 +176,9 @@ def add_products(
     for begin in range(0, meets.shape[1], POSITIONS):
         for column in range(0, i, WIDTH):
             for place in range(kernel):
+                for _ in range(lines):
+                    prefetch_beyond(ahead)
+                    ahead += LINE
                 count = min(POSITIONS, counts[place] - begin)
                 pairs = 8 * (place * meets.shape[1] + begin)
                 a, b = meets.ctypes.data + pairs, met.ctypes.data + pairs
@@ -177,3 +195,4 @@ def add_products(
                 for row in range(few, o):
                     g, z = left.ctypes.data + row * row_step, y + row * out_step
                     _add_tile(1, 2, g, row_step, left_step, x, right_step, a, b, count, z, out_step)
+    return ahead

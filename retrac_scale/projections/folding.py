@@ -13,7 +13,7 @@ from numba.extending import overload
 from torch import Tensor
 
 from retrac_scale.compiled import compiled
-from retrac_scale.gradients.outer import OuterProducts, buffers, columns_of, form_rows
+from retrac_scale.gradients.outer import OuterProducts, buffers, columns_of, form_rows, lines_ahead
 from retrac_scale.threads import Shared, SharedPass, over_rows
 
 
@@ -85,11 +85,13 @@ def _form_and_fold(
     frames, i, _ = size
     kernel = len(pairs[0])
     memory, rows = buffers(size, o, kernel)
+    lines = lines_ahead(right_steps[0], size, o, pairs, rows)
     for sample in range(first, last):
         columns = columns_of(right, right_steps, sample, i, memory)
+        ahead = right.ctypes.data + 4 * (sample + 1) * right_steps[0]
         for row in range(0, o, len(rows)):
             some = rows[: o - row]
-            form_rows(left, left_steps, sample, row, columns, frames, pairs, some)
+            ahead = form_rows(left, left_steps, sample, row, columns, frames, pairs, some, ahead, lines)
             entries = some.reshape(-1) if some.shape[2] == i else some[:, :, :i].copy().reshape(-1)
             start = row * kernel * i
             squares[sample] += _fold_from(start, accumulator[sample], entries, signs, shifts, scale)

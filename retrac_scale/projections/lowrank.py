@@ -27,13 +27,15 @@ class LowRank(Projection):
     """One-sided random projection of every layer, folded to `dim` buckets.
 
     Output gradients are multiplied with a random matrix R `[r, o]` of entries +-1/sqrt(r), for which E[R^T R] is the
-    identity, so inner products stay unbiased. Per-sample gradients shrink by o / r. Layers with fewer than 4 r outputs,
-    where little would be saved, stay whole; so do linear layers that see a sample at one position (timestep embeddings,
-    adaptive norms): their gradient has rank 1 and costs little, and mixing hurts it most.
+    identity, so inner products stay unbiased. Its rows are some of a Hadamard matrix with random column signs: as they
+    are orthogonal, the variance that mixing adds is (o - r) / (o - 1) times that of independent signs, for o a power of
+    two. Per-sample gradients shrink by o / r. Layers with fewer than 2 r outputs, where little would be saved, stay
+    whole; so do linear layers that see a sample at one position (timestep embeddings, adaptive norms): their gradient
+    has rank 1 and costs little, and mixing hurts it most.
 
     The variance that mixing adds to a layer's inner products falls with r, and with the number of directions among its
     outputs, which grows with o; that of the fold falls with `dim`. So the rank of a layer is chosen in proportion to
-    dim / o: 16 for 64 outputs, 8 for 128 and 4 from 256 on at dim 2048, where layers below 64 stay whole.
+    dim / o: 16 for 32 outputs, 8 for 64 and 4 from 128 on at dim 2048, where layers below 32 stay whole.
 
     Args:
         rank: channels r that each layer's outputs are mixed into; None chooses them by layer.
@@ -47,7 +49,7 @@ class LowRank(Projection):
     dim: int = 2048
     seed: int = 0
     norm: Literal["estimate", "exact"] = "estimate"
-    revision: ClassVar[int] = 2
+    revision: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
         check_dim(self.dim)
@@ -63,11 +65,11 @@ class LowRank(Projection):
             out_features = mixable.get(name, 0)
             weight = weight_beside(name)
             rank = self.rank or _rank_for(self.dim, out_features)
-            if out_features >= 4 * rank and weight in mixable:
+            if out_features >= 2 * rank and weight in mixable:
                 scales[name] = rank**-0.5  # with the signs, so that mixing multiplies by +-1, exact in bfloat16
                 if name == weight:
-                    entries = random.signs(self.seed, f"{name} mixer", rank * out_features)
-                    mixers[name] = torch.from_numpy(entries).reshape(rank, out_features).to(device)
+                    entries = random.orthogonal_signs(self.seed, f"{name} mixer", rank, out_features)
+                    mixers[name] = torch.from_numpy(entries).to(device)
         if self.norm == "exact":
             whole = _ExactNorm(self.dim, self.seed, device, scales)
             whole.own_mixers = mixers
@@ -79,8 +81,8 @@ class LowRank(Projection):
 
 
 def _rank_for(dim: int, out_features: int) -> int:
-    """dim / (2 o), as a multiple of 4."""
-    return 4 * max(1, -(-dim // (8 * max(1, out_features))))
+    """dim / (4 o), as a multiple of 4."""
+    return 4 * max(1, -(-dim // (16 * max(1, out_features))))
 
 
 class _ExactNorm(SignedFold):

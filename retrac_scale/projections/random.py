@@ -20,6 +20,20 @@ def signs(seed: int, name: str, count: int) -> npt.NDArray[np.float32]:
     return np.float32(1) - np.float32(2) * bits.astype(np.float32)
 
 
+def orthogonal_signs(seed: int, name: str, rows: int, columns: int) -> npt.NDArray[np.float32]:
+    """Some rows of a Hadamard matrix, its columns times random signs: `[rows, columns]` of +1 and -1.
+
+    Rows are distinct, and orthogonal if there are as many columns as the matrix has, a power of two. Products of
+    different columns are uncorrelated with mean 0: Ailon and Chazelle 2009, Tropp 2011.
+    """
+    size = 1 << (max(rows, columns) - 1).bit_length()
+    chosen = np.argsort(_stream(seed, name, "row").random_raw(size), kind="stable")[:rows]
+    shared = chosen[:, None] & np.arange(columns)
+    for shift in (16, 8, 4, 2, 1):  # the parity of the bits that a row's number and a column's have in common
+        shared ^= shared >> shift
+    return signs(seed, name, columns) * (1 - 2 * (shared & 1)).astype(np.float32)
+
+
 def shifts(seed: int, name: str, count: int, below: int) -> list[int]:
     """`count` independent uniform integers in 0 .. below - 1."""
     return [int(word) % below for word in _stream(seed, name, "shift").random_raw(count)]
