@@ -78,8 +78,8 @@ def test_a_channel_given_many_times_is_taken_each_time(threads: int, monkeypatch
     left, right = drawn(0, 3, 1, 8, 40), drawn(1, 3, 1, 1, 40).expand(3, 1, 2 * WIDTH, 40)
     found, expected = torch.zeros(3, 64), torch.zeros(3, 64)
     signs, shifts = np.ones(16 * WIDTH, np.int8), np.zeros(-(-16 * WIDTH // 32), np.int64)
-    fold(found, of_linear(left, right), signs, shifts, 1)
-    fold(expected, torch.einsum("nfop,nfip->noi", left, right).flatten(1), signs, shifts, 1)
+    fold(found, of_linear(left, right), (signs, shifts), 1)
+    fold(expected, torch.einsum("nfop,nfip->noi", left, right).flatten(1), (signs, shifts), 1)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
 
 
@@ -96,8 +96,8 @@ def test_folding_while_forming_is_folding_what_is_formed(
     signs = np.where(drawn(2, o * i).numpy() > 0, 1, -1).astype(np.int8)
     shifts = np.arange(-(-o * i // dim)) * 3 % dim
     sums, expected = torch.zeros(3, 2 * dim), torch.zeros(3, 2 * dim)
-    squares = fold(sums, products, signs, shifts, 0.5)
-    expected_squares = fold(expected, products.formed().flatten(1), signs, shifts, 0.5)
+    squares = fold(sums, products, (signs, shifts), 0.5)
+    expected_squares = fold(expected, products.formed().flatten(1), (signs, shifts), 0.5)
     torch.testing.assert_close(sums, expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(squares, expected_squares, rtol=1e-5, atol=0)
 

@@ -225,7 +225,7 @@ def test_the_compiled_fold_and_torchs_equal_entry_by_entry_addition(dtype: torch
     entries = torch.randn(3, p, generator=torch.Generator().manual_seed(p), dtype=torch.float64).to(dtype)
     signs, shifts, expected = folded(entries, k, 0.25)
     compiled, by_block = torch.zeros(2, 3, 2 * k)
-    squares = fold(compiled, entries, signs.numpy(), shifts.numpy(), 0.25)
+    squares = fold(compiled, entries, (signs.numpy(), shifts.numpy()), 0.25)
     fold_by_block(by_block, entries, signs, shifts.numpy(), 0.25)
     torch.testing.assert_close(compiled.double(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(by_block.double(), expected, rtol=1e-5, atol=1e-6)
@@ -240,7 +240,7 @@ def test_threads_share_a_fold_without_changing_a_bit(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(passes, "THREAD_BYTES", 1)
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         accumulator = torch.zeros(7, 128)
-        found.append((accumulator, fold(accumulator, entries, signs.numpy(), shifts.numpy(), 1)))
+        found.append((accumulator, fold(accumulator, entries, (signs.numpy(), shifts.numpy()), 1)))
     for accumulator, squares in found[1:]:
         assert torch.equal(accumulator, found[0][0])
         assert torch.equal(squares, found[0][1])

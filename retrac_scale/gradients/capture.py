@@ -6,7 +6,7 @@ import fnmatch
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -270,22 +270,26 @@ class _Backward:
                 )
             _check_rows(layer, call, self.n)
         mixer = self._mixer(layer, calls)
-        if mixer is not None:
+        products = layer.rule is not None and layer.rule.suits_products(layer.module, calls[0].grads[0])
+        if mixer is not None and not products:  # which are mixed where they are formed
             for call in calls:
                 _mix(layer, call, mixer)
-        left = self._left_unformed(layer, calls)
+        left = products and self._left_unformed(layer, calls)
         size = self.n if left else self._samples_at_a_time(layer, calls[0], mixer)
         for start in range(0, self.n, size):
             samples = slice(start, min(start + size, self.n))
-            gradients = self._form(layer, calls[0], samples) if left else self._formed(layer, calls, samples)
+            gradients = (
+                self._form(layer, calls[0], samples, mixer) if left else self._formed(layer, calls, samples, mixer)
+            )
             for own, name in layer.parameters.items():
-                if own not in gradients:
+                if own in gradients:
+                    self._deliver(name, gradients[own], samples)
+                elif not (left and own == "bias"):
                     raise UncapturableError(
                         f"the rule for {type(layer.module).__name__} gives no gradient for {name!r}; return one for "
                         "every parameter of the layer.",
                         [name],
                     )
-                self._deliver(name, gradients[own], samples)
         for call in calls:
             call.grads.clear()
 
@@ -299,31 +303,32 @@ class _Backward:
         return self.mixers.get(weight)
 
     def _left_unformed(self, layer: _Layer, calls: list[_Call]) -> bool:
-        """Whether the sink gets what the rule gives, which then takes no memory, for all samples at once."""
-        if not self.unformed or len(calls) > 1 or layer.rule is None or layer.rule.unformed is None:
-            return False
-        return self.shared.isdisjoint(layer.parameters.values()) and layer.rule.unformed(
-            layer.module, calls[0].grads[0]
-        )
+        """Whether the sink gets the products that the rule gives, which take no memory, for all samples at once."""
+        own = layer.parameters
+        return self.unformed and len(calls) == 1 and "weight" in own and self.shared.isdisjoint(own.values())
 
     def _samples_at_a_time(self, layer: _Layer, call: _Call, mixer: Tensor | None) -> int:
         numel = layer.numel if mixer is None else layer.numel * len(mixer) // mixer.shape[1]
         on_cpu = next(iter(call.grads.values())).device.type == "cpu"
         return max(1, (CHUNK_BYTES if on_cpu else CHUNK_BYTES_OF_ACCELERATORS) // (4 * max(1, numel)))
 
-    def _formed(self, layer: _Layer, calls: list[_Call], samples: slice) -> dict[str, Tensor]:
+    def _formed(
+        self, layer: _Layer, calls: list[_Call], samples: slice, mixer: Tensor | None
+    ) -> dict[str, Tensor]:
         """Own name -> gradients `[m, ...]` of some samples, summed over the layer's calls."""
         total: dict[str, Tensor] = {}
         for call in calls:
-            for own, gradient in self._form(layer, call, samples).items():
-                formed = gradient.formed() if isinstance(gradient, OuterProducts) else gradient
+            gradients = self._form(layer, call, samples, mixer)
+            for own in layer.parameters:
+                if (formed := _one(gradients, own)) is None:
+                    continue
                 if own in total:
                     total[own] += formed
                 else:
                     total[own] = formed if len(calls) == 1 else formed.clone()
         return total
 
-    def _form(self, layer: _Layer, call: _Call, samples: slice) -> Gradients:
+    def _form(self, layer: _Layer, call: _Call, samples: slice, mixer: Tensor | None) -> Gradients:
         if layer.rule is None:
             own, numbers = list(layer.parameters), range(samples.start, samples.stop)
             return recomputed(
@@ -333,7 +338,11 @@ class _Backward:
         each = len(grad) // self.n
         rows = slice(samples.start * each, samples.stop * each)
         kept = [value[rows] for value in call.kept]
-        return layer.rule.form(layer.module, activation[rows], grad[rows], samples.stop - samples.start, *kept)
+        gradients = layer.rule.form(layer.module, activation[rows], grad[rows], samples.stop - samples.start, *kept)
+        if isinstance(products := gradients.get("weight"), OuterProducts):
+            with_bias = products.with_bias and "bias" in layer.parameters
+            return {**gradients, "weight": replace(products, with_bias=with_bias, mixer=mixer)}
+        return gradients
 
     def _deliver(self, name: str, gradient: Any, samples: slice) -> None:
         if name in self.shared:
@@ -347,6 +356,16 @@ class _Backward:
         """Deliver the parameters that several layers share."""
         for name, gradient in self.waiting.items():
             self.sink(name, gradient, slice(0, self.n))
+
+
+def _one(gradients: Gradients, own: str) -> Tensor | None:
+    """A parameter's gradients, formed; None if the rule gives none."""
+    gradient, products = gradients.get(own), gradients.get("weight")
+    if isinstance(gradient, OuterProducts):
+        return gradient.formed()
+    if gradient is None and own == "bias" and isinstance(products, OuterProducts) and products.with_bias:
+        return products.bias()
+    return gradient
 
 
 def _refuse(name: str) -> Callable[[Tensor], None]:

@@ -5,6 +5,7 @@ Letters beyond those of the registry: k kernel position, p output position, s in
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from math import prod
 from operator import mul
@@ -25,10 +26,10 @@ WINDOWS_BYTES = 4 << 20
 def convolution(layer: Any, activation: Tensor, grad_output: Tensor, n: int) -> Gradients:
     """weight[n,o,i,k]: sum_p grad[n,o,p] activation[n,i, stride p + dilation k - padding]."""
     inputs, padding = _padded(layer, activation.to(grad_output.dtype))
-    weight: Tensor | OuterProducts
     if OuterProducts.suit(layer, grad_output):
-        weight = _outer_products(layer, grad_output, inputs, n, padding)
-    elif layer.groups > 1:
+        products = _outer_products(layer, grad_output, inputs, n, padding)
+        return {"weight": replace(products, with_bias=layer.bias is not None)}
+    if layer.groups > 1:
         weight = _grouped(layer, inputs, grad_output, n, padding)
     elif 4 * grad_output.shape[1] <= inputs.shape[1]:
         weight = _by_gradient_windows(layer, inputs, grad_output, n, padding)

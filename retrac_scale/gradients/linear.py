@@ -14,13 +14,11 @@ def linear(layer: nn.Linear, activation: Tensor, grad_output: Tensor, n: int) ->
     positions = activation.shape[:-1].numel() // n
     grad = grad_output.reshape(n, positions, grad_output.shape[-1])
     inputs = activation.reshape(n, positions, activation.shape[-1]).to(grad.dtype)
-    gradients: dict[str, Tensor | OuterProducts] = {}
     if OuterProducts.suit(layer, grad):
         pairs = pairs_of((1,), (1,), (1,), (0,), (positions,), (positions,))
-        gradients["weight"] = OuterProducts(grad.mT.unsqueeze(1), inputs.mT.unsqueeze(1), (), pairs)
-    else:
-        weight = scratch("weight", (n, grad.shape[2], inputs.shape[2]), grad)
-        gradients["weight"] = batched_product(grad.mT, inputs.mT, weight)
+        return {"weight": OuterProducts(grad.mT.unsqueeze(1), inputs.mT.unsqueeze(1), (), pairs, layer.bias is not None)}
+    weight = scratch("weight", (n, grad.shape[2], inputs.shape[2]), grad)
+    gradients = {"weight": batched_product(grad.mT, inputs.mT, weight)}
     if layer.bias is not None:
         gradients["bias"] = grad.sum(1)
     return gradients

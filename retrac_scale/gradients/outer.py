@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import prod
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from retrac_scale.compiled import LINE, compiled
 from retrac_scale.gradients.products import scratch
-from retrac_scale.gradients.tiles import POSITIONS, ROWS, WIDTH, add_products, transpose
+from retrac_scale.gradients.tiles import LANES, POSITIONS, ROWS, WIDTH, add_products, transpose
 from retrac_scale.threads import over_rows
 
 BLOCK_BYTES = 256 << 10
@@ -38,17 +38,22 @@ class OuterProducts:
         right: `[n, f, i, s]`, likewise.
         kernel: the kernel's size along each spatial axis; none for a linear layer.
         pairs: positions p and s `[kernel positions, most]`, and how many of them are used `[kernel positions]`.
+        with_bias: whether the gradient of the layer's bias, left's sum over f and p, goes along.
+        mixer: `[r, o]` that left is multiplied with, so that all gradients have r in place of o.
     """
 
     left: Tensor
     right: Tensor
     kernel: tuple[int, ...]
     pairs: Pairs
+    with_bias: bool = False
+    mixer: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the gradients."""
-        return len(self.left), self.left.shape[2], self.right.shape[2], *self.kernel
+        o = self.left.shape[2] if self.mixer is None else len(self.mixer)
+        return len(self.left), o, self.right.shape[2], *self.kernel
 
     @staticmethod
     def suit(layer: Any, grad_output: Tensor) -> bool:
@@ -64,15 +69,28 @@ class OuterProducts:
         over_rows(lambda part: _form(sides, out, part.start, part.stop), n, self.nbytes)
         return sums.view(n, o, *self.kernel, i).movedim(-1, 2)
 
+    def bias(self) -> Tensor:
+        """The gradient of the layer's bias `[n, o]`."""
+        sums = self.left.sum((1, 3))
+        return sums if self.mixer is None else sums @ self.mixer.T
+
     @property
     def nbytes(self) -> int:
         """What takes about as long to pass over as these to form, for `over_rows`."""
         return prod(self.shape[:3]) * max(4 * len(self.pairs[2]), int(self.pairs[2].sum()) // MULTIPLICATIONS_PER_BYTE)
 
     def sides(self) -> tuple[Any, ...]:
-        """For compiled passes: both sides as their entries and the steps between, the right side's size, the pairs."""
+        """For compiled passes: of either side the entries, the steps between them and its size; pairs; the mixer."""
         left, right = self.left, self.right
-        return _entries(left), left.stride(), _entries(right), right.stride(), tuple(right.shape[1:]), self.pairs
+        return (
+            (_entries(left), left.stride(), tuple(left.shape[1:])),
+            (_entries(right), right.stride(), tuple(right.shape[1:])),
+            self.pairs,
+            _UNMIXED if self.mixer is None else self.mixer.numpy(),
+        )
+
+
+_UNMIXED = np.zeros((0, 0), np.float32)
 
 
 def _entries(x: Tensor) -> npt.NDArray[np.float32]:
@@ -114,67 +132,132 @@ def pairs_of(
 
 
 @compiled
-def buffers(size: Any, o: Any, kernel: Any) -> Any:
-    """Memory for one sample's columns `[f, s, wide]`, and for some rows of its gradient `[rows, k, wide]`."""
-    frames, i, positions = size
-    wide = -(-i // WIDTH) * WIDTH
-    rows = min(o, max(1, BLOCK_BYTES // (4 * kernel * wide * ROWS)) * ROWS)
-    return np.zeros((frames, positions, wide), np.float32), np.empty((rows, kernel, wide), np.float32)
+def memory_for(sides: Any) -> Any:
+    """What the passes over one sample write to.
+
+    Returns:
+        the mixer `[o, wide]`, pairs of all o, the mixed left side `[f, p, wide]`; the right side's columns
+        `[f, s, wide]`; some rows of the gradient `[rows, k, wide]`; pairs of all p, and sums `[rows]` over them.
+    """
+    (_, _, (frames, o, outputs)), (_, _, (_, i, inputs)), pairs, mixer = sides
+    kernel, wide, r = len(pairs[0]), _whole_vectors(i), len(mixer)
+    across = np.zeros((len(mixer.T), _whole_vectors(r)), np.float32)
+    across[:, :r] = mixer.T
+    mixing = across, _all(len(across)), np.empty((frames, outputs, across.shape[1]), np.float32)
+    columns = np.zeros((frames, inputs, wide), np.float32)
+    of_row = o if r == 0 else r
+    rows = min(of_row, max(1, BLOCK_BYTES // (4 * kernel * wide * ROWS)) * ROWS)
+    rows = np.empty((rows, kernel, wide), np.float32)
+    return mixing, columns, rows, _all(outputs), np.empty(of_row, np.float32)
 
 
 @compiled
-def columns_of(right: Any, steps: Any, sample: Any, i: Any, columns: Any) -> Any:
-    """The right side of a sample, positions first: entries `[f, s, >= i]`, and the steps between frames and rows."""
-    frames, positions, wide = columns.shape
-    if steps[2] == 1 and i == wide:
-        return right[sample * steps[0] :], steps[1], steps[3]
+def _all(count: Any) -> Any:
+    """Pairs of the positions of one and the same axis."""
+    every = np.arange(count).reshape(1, -1)
+    return every, every, np.full(1, count)
+
+
+@compiled
+def _whole_vectors(count: Any) -> Any:
+    return -(-count // LANES) * LANES
+
+
+@compiled
+def left_of(side: Any, sample: Any, mixing: Any) -> Any:
+    """The left side of a sample, mixed if it is to be: its entries, and the steps between frames, rows and positions."""
+    entries, steps, _ = side
+    across, every, mixed = mixing
+    frames, positions, wide = mixed.shape
+    entries = entries[sample * steps[0] :]
+    if wide == 0:
+        return entries, steps[1:]
     for frame in range(frames):
-        start = sample * steps[0] + frame * steps[1]
-        transpose(right[start:], steps[2], steps[3], i, columns[frame])
+        out = mixed[frame].reshape(positions, 1, wide)
+        add_products(entries[frame * steps[1] :], steps[3], steps[2], across.reshape(-1), wide, every, out, 1, 0, 0)
+    return mixed.reshape(-1), (positions * wide, 1, wide)
+
+
+@compiled
+def columns_of(side: Any, sample: Any, columns: Any) -> Any:
+    """The right side of a sample, positions first: entries `[f, s, >= i]`, and the steps between frames and rows."""
+    entries, steps, (_, i, _) = side
+    frames, positions, wide = columns.shape
+    entries = entries[sample * steps[0] :]
+    if steps[2] == 1 and i == wide:
+        return entries, steps[1], steps[3]
+    for frame in range(frames):
+        transpose(entries[frame * steps[1] :], steps[2], steps[3], i, columns[frame])
     return columns.reshape(-1), positions * wide, wide
 
 
 @compiled
-def form_rows(
-    left: Any,
-    steps: Any,
-    sample: Any,
-    row: Any,
-    columns: Any,
-    frames: Any,
-    pairs: Any,
-    rows: Any,
-    ahead: Any,
-    lines: Any,
-) -> Any:
-    """Of a sample's gradient, from `row` on; `columns` as `columns_of` gives them, the rest as of `add_products`."""
-    rows[:] = 0
-    right, frame_step, right_step = columns
+def form_rows(left: Any, row: Any, columns: Any, frames: Any, pairs: Any, rows: Any, ahead: Any, lines: Any) -> Any:
+    """Of a sample's gradient, from `row` on.
+
+    Args:
+        left: as `left_of` gives it.
+        row: the first.
+        columns: as `columns_of` gives them.
+        frames: how many.
+        pairs: see `OuterProducts`.
+        rows: `[rows, k, wide]`, written.
+        ahead: see `add_products`.
+        lines: likewise.
+
+    Returns:
+        See `add_products`.
+    """
+    (entries, (left_frame, row_step, left_step)), (right, right_frame, right_step) = left, columns
     for frame in range(frames):
-        start = sample * steps[0] + frame * steps[1] + row * steps[2]
-        ahead = add_products(
-            left[start:], steps[2], steps[3], right[frame * frame_step :], right_step, *pairs, rows, ahead, lines
-        )
+        first, second = entries[frame * left_frame + row * row_step :], right[frame * right_frame :]
+        fresh = 1 if frame == 0 else 0
+        ahead = add_products(first, row_step, left_step, second, right_step, pairs, rows, fresh, ahead, lines)
     return ahead
 
 
+@partial(compiled, reassociate=True)
+def sum_positions(left: Any, frames: Any, every: Any, sums: Any) -> None:
+    """Into `[rows]`, what `left_of` gives, summed over frames and positions; `every` is the pairs of all positions."""
+    entries, (frame_step, row_step, step) = left
+    if row_step == 1 and len(sums) % LANES == 0:
+        one, out = np.ones(1, np.float32), sums.reshape(1, 1, -1)
+        for frame in range(frames):
+            fresh = 1 if frame == 0 else 0
+            add_products(one, 0, 0, entries[frame * frame_step :], step, every, out, fresh, 0, 0)
+        return
+    for row in range(len(sums)):
+        total = np.float32(0)
+        for frame in range(frames):
+            start = frame * frame_step + row * row_step
+            if step == 1:
+                some = entries[start : start + every[2][0]]
+                for place in range(len(some)):
+                    total += some[place]
+            else:
+                for place in range(every[2][0]):
+                    total += entries[start + place * step]
+        sums[row] = total
+
+
 @compiled
-def lines_ahead(step: Any, size: Any, o: Any, pairs: Any, rows: Any) -> Any:
+def lines_ahead(sides: Any, rows: Any) -> Any:
     """How much of the next sample's right side to fetch at a time, so that all of it is there after this sample's."""
-    frames, i, _ = size
+    (_, _, (frames, o, _)), (_, steps, (_, i, _)), pairs, mixer = sides
+    o = len(mixer) if len(mixer) > 0 else o
     times = frames * len(pairs[0]) * -(-i // WIDTH) * -(-pairs[0].shape[1] // POSITIONS) * -(-o // len(rows))
-    return -(-4 * step // (LINE * times))
+    return -(-4 * steps[0] // (LINE * times))
 
 
 @compiled
 def _form(sides: Any, out: Any, first: Any, last: Any) -> None:
     """Into `[n, o, k, i]`, for the samples from `first` to `last`."""
-    left, left_steps, right, right_steps, size, pairs = sides
-    _, o, kernel, i = out.shape
-    memory, rows = buffers(size, o, kernel)
+    left, right, pairs, _ = sides
+    mixing, memory, rows, _, _ = memory_for(sides)
+    _, o, _, i = out.shape
     for sample in range(first, last):
-        columns = columns_of(right, right_steps, sample, i, memory)
+        columns, mixed = columns_of(right, sample, memory), left_of(left, sample, mixing)
         for row in range(0, o, len(rows)):
             some = rows[: o - row]
-            form_rows(left, left_steps, sample, row, columns, size[0], pairs, some, 0, 0)
+            form_rows(mixed, row, columns, len(memory), pairs, some, 0, 0)
             out[sample, row : row + len(some)] = some[:, :, :i]

@@ -44,12 +44,16 @@ def _add_tile(
     count: Any,
     out: Any,
     out_step: Any,
+    fresh: Any,
 ) -> Any:
-    """Add the products of `count` pairs of positions to `rows` x `vectors` registers; addresses and steps in bytes."""
+    """Add the products of `count` pairs of positions to `rows` x `vectors` registers; addresses and steps in bytes.
+
+    What stands in `out` counts unless `fresh`.
+    """
     height, width = rows.literal_value, vectors.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _, _, left, row_step, left_step, right, right_step, meets, met, count, out, out_step = arguments
+        _, _, left, row_step, left_step, right, right_step, meets, met, count, out, out_step, fresh = arguments
         number, index, whole = ir.FloatType(), ir.IntType(32), ir.IntType(64)
         vector = ir.VectorType(number, LANES)
         undefined = ir.Constant(vector, ir.Undefined)
@@ -66,9 +70,13 @@ def _add_tile(
         parts = [whole(4 * LANES * part) for part in range(width)]
         lefts, targets = stepping(left, row_step), stepping(out, out_step)
         sums = [[cgutils.alloca_once(builder, vector) for _ in parts] for _ in targets]
-        for registers, target in zip(sums, targets, strict=True):
-            for register, part in zip(registers, parts, strict=True):
-                builder.store(builder.load(at(target, part, vector), align=4), register)
+        with builder.if_else(builder.icmp_signed("!=", fresh, whole(0))) as (then, otherwise):
+            for branch, zero in ((then, True), (otherwise, False)):
+                with branch:
+                    for registers, target in zip(sums, targets, strict=True):
+                        for register, part in zip(registers, parts, strict=True):
+                            before = ir.Constant(vector, [0.0] * LANES)
+                            builder.store(before if zero else builder.load(at(target, part, vector), align=4), register)
         with cgutils.for_range(builder, count) as loop:
             place = builder.mul(loop.index, whole(8))
             of_left = builder.mul(builder.load(at(meets, place, whole)), left_step)
@@ -84,7 +92,7 @@ def _add_tile(
                 builder.store(builder.load(register), at(target, part, vector), align=4)
         return context.get_dummy_value()
 
-    return types.void(rows, vectors, *[types.intp] * 10), generate
+    return types.void(rows, vectors, *[types.intp] * 11), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -144,10 +152,9 @@ def add_products(
     inner: Any,
     right: Any,
     next_right: Any,
-    meets: Any,
-    met: Any,
-    counts: Any,
+    pairs: Any,
     out: Any,
+    fresh: Any,
     ahead: Any,
     lines: Any,
 ) -> Any:
@@ -157,42 +164,51 @@ def add_products(
         left: entries `[o, p]`, float32, between which lie `step` and `inner`.
         step: see `left`.
         inner: see `left`.
-        right: rows `[s, i]`, float32, between which lie `next_right` entries; i is a multiple of WIDTH.
+        right: rows `[s, i]`, float32, between which lie `next_right` entries; i is a multiple of LANES.
         next_right: see `right`.
-        meets: positions p, `[k, most]`.
-        met: positions s, `[k, most]`.
-        counts: how many of the pairs are used, `[k]`.
+        pairs: positions p and s, `[k, most]` both, and how many of them are used, `[k]`.
         out: float32.
+        fresh: whether what stands in it does not count, 1 or 0.
         ahead: address from which on memory is fetched meanwhile, which need not be a valid one.
         lines: as many cache lines of it for each kernel position and WIDTH inputs.
 
     Returns:
         The address after them.
     """
+    meets, met, counts = pairs
     o, kernel, i = out.shape
     full = o // ROWS * ROWS
     few = full + (o - full) // 4 * 4
     row_step, left_step, right_step, out_step = 4 * step, 4 * inner, 4 * next_right, 4 * kernel * i
     for begin in range(0, meets.shape[1], POSITIONS):
+        new = fresh if begin == 0 else 0
         for column in range(0, i, WIDTH):
             for place in range(kernel):
                 for _ in range(lines):
                     prefetch_beyond(ahead)
                     ahead += LINE
                 count = min(POSITIONS, counts[place] - begin)
-                pairs = 8 * (place * meets.shape[1] + begin)
-                a, b = meets.ctypes.data + pairs, met.ctypes.data + pairs
+                before = 8 * (place * meets.shape[1] + begin)
+                a, b = meets.ctypes.data + before, met.ctypes.data + before
                 x, y = right.ctypes.data + 4 * column, out.ctypes.data + 4 * (place * i + column)
+                if i - column < WIDTH:
+                    for row in range(0, full, ROWS):
+                        g, z = left.ctypes.data + row * row_step, y + row * out_step
+                        _add_tile(ROWS, 1, g, row_step, left_step, x, right_step, a, b, count, z, out_step, new)
+                    for row in range(full, o):
+                        g, z = left.ctypes.data + row * row_step, y + row * out_step
+                        _add_tile(1, 1, g, row_step, left_step, x, right_step, a, b, count, z, out_step, new)
+                    continue
                 for row in range(0, full, ROWS):
                     g, z = left.ctypes.data + row * row_step, y + row * out_step
-                    _add_tile(ROWS, 2, g, row_step, left_step, x, right_step, a, b, count, z, out_step)
+                    _add_tile(ROWS, 2, g, row_step, left_step, x, right_step, a, b, count, z, out_step, new)
                 for row in range(full, few, 4):
                     g, z = left.ctypes.data + row * row_step, y + row * out_step
                     if i % (2 * WIDTH) != 0:
-                        _add_tile(4, 2, g, row_step, left_step, x, right_step, a, b, count, z, out_step)
+                        _add_tile(4, 2, g, row_step, left_step, x, right_step, a, b, count, z, out_step, new)
                     elif column % (2 * WIDTH) == 0:
-                        _add_tile(4, 4, g, row_step, left_step, x, right_step, a, b, count, z, out_step)
+                        _add_tile(4, 4, g, row_step, left_step, x, right_step, a, b, count, z, out_step, new)
                 for row in range(few, o):
                     g, z = left.ctypes.data + row * row_step, y + row * out_step
-                    _add_tile(1, 2, g, row_step, left_step, x, right_step, a, b, count, z, out_step)
+                    _add_tile(1, 2, g, row_step, left_step, x, right_step, a, b, count, z, out_step, new)
     return ahead

@@ -23,7 +23,7 @@ class Projector(ABC):
     exact_norm: bool = True
     """Whether `add` gives the squared norms of the full gradient."""
     unformed: bool = False
-    """Whether `add` also takes `OuterProducts`."""
+    """Whether `add` also takes `OuterProducts`, with the bias beside."""
 
     @abstractmethod
     def start(self, n: int) -> Tensor:
@@ -46,6 +46,11 @@ class Projector(ABC):
 def weight_beside(name: str) -> str:
     """The weight of the layer that a weight or bias belongs to."""
     return name.removesuffix("bias") + "weight" if name.endswith("bias") else name
+
+
+def bias_beside(weight: str) -> str:
+    """The bias of the layer that a weight belongs to."""
+    return weight.removesuffix("weight") + "bias"
 
 
 def mix(mixer: Tensor, gradient: Tensor) -> Tensor:

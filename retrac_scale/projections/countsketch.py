@@ -19,12 +19,13 @@ from retrac_scale.projections.base import (
     Projection,
     Projector,
     Shapes,
+    bias_beside,
     check_dim,
     inputs_last,
     squared_norm,
     weight_beside,
 )
-from retrac_scale.projections.folding import fold, fold_by_block
+from retrac_scale.projections.folding import Signs, fold, fold_by_block
 
 
 class SignedFold(Projector):
@@ -54,19 +55,28 @@ class SignedFold(Projector):
             self._blocks[name, size] = signs, np.array(shifts, np.int64)
         return self._blocks[name, size]
 
+    def _signs(self, name: str, size: int) -> Signs:
+        """The same for a CPU."""
+        signs, shifts = self._signs_and_shifts(name, size)
+        return signs.numpy(), shifts
+
     def start(self, n: int) -> Tensor:
         """Two rounds wide, so that a rotated block is one contiguous addition."""
         return torch.zeros(n, 2 * self.dim, device=self.device)
 
     def add(self, accumulator: Tensor, name: str, gradient: Tensor | OuterProducts) -> Tensor | None:
         """Sign, rotate and add the blocks of one parameter."""
-        entries = gradient if isinstance(gradient, OuterProducts) else inputs_last(gradient).flatten(1)
-        signs, shifts = self._signs_and_shifts(name, prod(gradient.shape[1:]))
         scale = 1 if weight_beside(name) in self.whole else self.scales.get(name, 1)
-        if isinstance(entries, OuterProducts) or accumulator.device.type == "cpu":
-            squares = fold(accumulator, entries, signs.numpy(), shifts, scale)
+        size = prod(gradient.shape[1:])
+        if isinstance(gradient, OuterProducts):
+            bias = self._signs(bias_beside(name), gradient.shape[1]) if gradient.with_bias else None
+            squares = fold(accumulator, gradient, self._signs(name, size), scale, bias)
             return squares if self.exact_norm else None
-        fold_by_block(accumulator, entries, signs, shifts, scale)
+        entries = inputs_last(gradient).flatten(1)
+        if accumulator.device.type == "cpu":
+            squares = fold(accumulator, entries, self._signs(name, size), scale)
+            return squares if self.exact_norm else None
+        fold_by_block(accumulator, entries, *self._signs_and_shifts(name, size), scale)
         return squared_norm(entries) if self.exact_norm else None
 
     def finish(self, accumulator: Tensor) -> Tensor:

@@ -13,25 +13,29 @@ from numba.extending import overload
 from torch import Tensor
 
 from retrac_scale.compiled import compiled
-from retrac_scale.gradients.outer import OuterProducts, buffers, columns_of, form_rows, lines_ahead
+from retrac_scale.gradients.outer import OuterProducts, columns_of, form_rows, left_of, lines_ahead, memory_for, sum_positions
 from retrac_scale.threads import Shared, SharedPass, over_rows
+
+
+Signs = tuple[npt.NDArray[np.int8], npt.NDArray[np.int64]]
+"""Of a parameter's entries `[p]`, and by how much each block of k of them is rotated."""
 
 
 def fold(
     accumulator: Tensor,
     entries: Tensor | OuterProducts,
-    signs: npt.NDArray[np.int8],
-    shifts: npt.NDArray[np.int64],
+    signs: Signs,
     scale: float,
+    of_bias: Signs | None = None,
 ) -> Tensor:
     """Add scale x sign x entry to the accumulator, each block of k rotated by its shift.
 
     Args:
         accumulator: `[n, 2 k]`, float32.
         entries: `[n, p]`, or what they are sums of; input features last.
-        signs: `[p]`.
-        shifts: one for each block.
+        signs: of the entries.
         scale: of all entries.
+        of_bias: of the bias that goes along with `OuterProducts`.
 
     Returns:
         Squared norms of the entries `[n]`, float32.
@@ -39,17 +43,20 @@ def fold(
     sums = accumulator.numpy()
     squares = np.zeros(len(sums), np.float32)
     if isinstance(entries, OuterProducts):
-        arguments = (entries.sides(), entries.shape[1], sums, signs, shifts, np.float32(scale), squares)
+        arguments = (entries.sides(), sums, signs, of_bias or _NONE, np.float32(scale), squares)
         _formed_and_folded(arguments, len(sums), entries.nbytes)
         return torch.from_numpy(squares)
     entries = entries.contiguous()
     given = (entries.view(torch.int16) if entries.dtype == torch.bfloat16 else entries.float()).numpy()
 
     def add(part: slice) -> None:
-        _fold(sums[part], given[part], signs, shifts, np.float32(scale), squares[part])
+        _fold(sums[part], given[part], signs, np.float32(scale), squares[part])
 
     over_rows(add, len(given), given.nbytes)
     return torch.from_numpy(squares)
+
+
+_NONE: Signs = np.zeros(0, np.int8), np.zeros(0, np.int64)
 
 
 def fold_by_block(
@@ -63,43 +70,37 @@ def fold_by_block(
 
 
 @compiled
-def _fold(accumulator: Any, entries: Any, signs: Any, shifts: Any, scale: Any, squares: Any) -> None:
+def _fold(accumulator: Any, entries: Any, signs: Any, scale: Any, squares: Any) -> None:
     for sample in range(len(entries)):
-        squares[sample] += _fold_from(0, accumulator[sample], entries[sample], signs, shifts, scale)
+        squares[sample] += _fold_from(0, accumulator[sample], entries[sample], signs, scale)
 
 
 @compiled
 def _form_and_fold(
-    sides: Any,
-    o: Any,
-    accumulator: Any,
-    signs: Any,
-    shifts: Any,
-    scale: Any,
-    squares: Any,
-    first: Any,
-    last: Any,
+    sides: Any, accumulator: Any, signs: Any, of_bias: Any, scale: Any, squares: Any, first: Any, last: Any
 ) -> None:
     """A sample's gradient is folded while it is formed, some rows at a time; see `OuterProducts.sides`."""
-    left, left_steps, right, right_steps, size, pairs = sides
-    frames, i, _ = size
-    kernel = len(pairs[0])
-    memory, rows = buffers(size, o, kernel)
-    lines = lines_ahead(right_steps[0], size, o, pairs, rows)
+    left, right, pairs, _ = sides
+    entries, steps, (frames, i, _) = right
+    mixing, memory, rows, every, sums = memory_for(sides)
+    lines, kernel = lines_ahead(sides, rows), len(pairs[0])
     for sample in range(first, last):
-        columns = columns_of(right, right_steps, sample, i, memory)
-        ahead = right.ctypes.data + 4 * (sample + 1) * right_steps[0]
-        for row in range(0, o, len(rows)):
-            some = rows[: o - row]
-            ahead = form_rows(left, left_steps, sample, row, columns, frames, pairs, some, ahead, lines)
-            entries = some.reshape(-1) if some.shape[2] == i else some[:, :, :i].copy().reshape(-1)
-            start = row * kernel * i
-            squares[sample] += _fold_from(start, accumulator[sample], entries, signs, shifts, scale)
+        columns, mixed = columns_of(right, sample, memory), left_of(left, sample, mixing)
+        ahead = entries.ctypes.data + 4 * (sample + 1) * steps[0]
+        for row in range(0, len(sums), len(rows)):
+            some = rows[: len(sums) - row]
+            ahead = form_rows(mixed, row, columns, frames, pairs, some, ahead, lines)
+            formed = some.reshape(-1) if some.shape[2] == i else some[:, :, :i].copy().reshape(-1)
+            squares[sample] += _fold_from(row * kernel * i, accumulator[sample], formed, signs, scale)
+        if len(of_bias[0]) > 0:
+            sum_positions(mixed, frames, every, sums)
+            squares[sample] += _fold_from(0, accumulator[sample], sums, of_bias, scale)
 
 
-_numbers, _steps, _table = np.zeros(1, np.float32), (0, 0, 0, 0), np.zeros((1, 1), np.int64)
-_sides = (_numbers, _steps, _numbers, _steps, (0, 0, 0), (_table, _table, _table[0]))
-_shared = Shared((_sides, 0, _numbers[None], np.zeros(1, np.int8), _table[0], np.float32(0), _numbers))
+_numbers, _table = np.zeros(1, np.float32), np.zeros((1, 1), np.int64)
+_side = _numbers, (0, 0, 0, 0), (0, 0, 0)
+_sides = _side, _side, (_table, _table, _table[0]), _numbers[None]
+_shared = Shared((_sides, _numbers[None], _NONE, _NONE, np.float32(0), _numbers))
 _run, _taken, _after = _shared.run, _shared.taken, _shared.after
 
 
@@ -121,8 +122,9 @@ _formed_and_folded = SharedPass(_form_and_fold, _share, _member)
 
 
 @partial(compiled, reassociate=True)
-def _fold_from(start: Any, accumulator: Any, entries: Any, signs: Any, shifts: Any, scale: Any) -> Any:
+def _fold_from(start: Any, accumulator: Any, entries: Any, signs: Any, scale: Any) -> Any:
     """Fold entries that begin at `start` of all; gives their squared norm."""
+    signs, shifts = signs
     k = len(accumulator) // 2
     square = np.float32(0)
     stop = start + len(entries)
