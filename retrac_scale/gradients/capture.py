@@ -6,7 +6,7 @@ import fnmatch
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -108,8 +108,9 @@ class GradientCapture:
         }
 
     def __enter__(self) -> GradientCapture:
-        self._frozen = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                self._frozen.append(parameter)
             if name in self.shapes:  # frozen when its layer is called: a gradient that reaches it went around the layer
                 self._handles.append(parameter.register_hook(_refuse(name)))  # type: ignore[no-untyped-call]
             else:
@@ -127,6 +128,7 @@ class GradientCapture:
         self._handles.clear()
         for parameter in self._frozen:
             parameter.requires_grad_(True)
+        self._frozen.clear()
         self._forget()
         if isinstance(error := exc[1], NotImplementedError):
             names = list(self.shapes)
@@ -206,7 +208,9 @@ class GradientCapture:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if not self._recording or not torch.is_grad_enabled():
                 return None
-            call = _Call(detached(args), detached(kwargs), _versions(args, kwargs))
+            own_args, own_kwargs = detached(args), detached(kwargs)
+            versions = [(tensor, tensor._version) for tensor in tensors((own_args, own_kwargs))]
+            call = _Call(own_args, own_kwargs, versions)
             layer.calls.append(call)
             if layer.rule is None:
                 call.outputs.extend(detached(list(tensors(output))))
@@ -262,7 +266,7 @@ class _Backward:
         if not calls:
             return
         for call in calls:
-            if _versions(call.args, call.kwargs) != call.versions:
+            if any(tensor._version != version for tensor, version in call.versions):
                 raise UncapturableError(
                     f"an input of layer {layer.name!r} was changed in place after the layer had used it, so its "
                     "gradient cannot be formed; use the out-of-place operation in the model's forward.",
@@ -340,8 +344,8 @@ class _Backward:
         kept = [value[rows] for value in call.kept]
         gradients = layer.rule.form(layer.module, activation[rows], grad[rows], samples.stop - samples.start, *kept)
         if isinstance(products := gradients.get("weight"), OuterProducts):
-            with_bias = products.with_bias and "bias" in layer.parameters
-            return {**gradients, "weight": replace(products, with_bias=with_bias, mixer=mixer)}
+            products.with_bias &= "bias" in layer.parameters
+            products.mixer = mixer
         return gradients
 
     def _deliver(self, name: str, gradient: Any, samples: slice) -> None:
@@ -392,11 +396,6 @@ def _mix(layer: _Layer, call: _Call, mixer: Tensor) -> None:
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()))
-
-
-def _versions(*values: Any) -> list[int]:
-    """How often each tensor among the values has been changed in place."""
-    return [tensor._version for tensor in tensors(values)]
 
 
 def _check_rows(layer: _Layer, call: _Call, n: int) -> None:

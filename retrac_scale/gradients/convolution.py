@@ -5,7 +5,6 @@ Letters beyond those of the registry: k kernel position, p output position, s in
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import product
 from math import prod
 from operator import mul
@@ -27,8 +26,7 @@ def convolution(layer: Any, activation: Tensor, grad_output: Tensor, n: int) -> 
     """weight[n,o,i,k]: sum_p grad[n,o,p] activation[n,i, stride p + dilation k - padding]."""
     inputs, padding = _padded(layer, activation.to(grad_output.dtype))
     if OuterProducts.suit(layer, grad_output):
-        products = _outer_products(layer, grad_output, inputs, n, padding)
-        return {"weight": replace(products, with_bias=layer.bias is not None)}
+        return {"weight": _outer_products(layer, grad_output, inputs, n, padding, with_bias=layer.bias is not None)}
     if layer.groups > 1:
         weight = _grouped(layer, inputs, grad_output, n, padding)
     elif 4 * grad_output.shape[1] <= inputs.shape[1]:
@@ -48,12 +46,14 @@ def transposed_convolution(layer: Any, activation: Tensor, grad_output: Tensor, 
     return {"weight": weight, **_bias(layer, grad_output, n)}
 
 
-def _outer_products(layer: Any, outputs: Tensor, inputs: Tensor, n: int, padding: tuple[int, ...]) -> OuterProducts:
+def _outer_products(
+    layer: Any, outputs: Tensor, inputs: Tensor, n: int, padding: tuple[int, ...], *, with_bias: bool = False
+) -> OuterProducts:
     """Of a convolution from the inputs' positions to the outputs'."""
     sizes = tuple(outputs.shape[2:]), tuple(inputs.shape[2:])
     left, right = (by_sample(side.flatten(2), n) for side in (outputs, inputs))
     pairs = pairs_of(layer.kernel_size, layer.stride, layer.dilation, padding, *sizes)
-    return OuterProducts(left, right, layer.kernel_size, pairs)
+    return OuterProducts(left, right, layer.kernel_size, pairs, with_bias)
 
 
 def _bias(layer: Any, grad_output: Tensor, n: int) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ MULTIPLICATIONS_PER_BYTE = 8
 Pairs = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]
 
 
-@dataclass(frozen=True)
+@dataclass
 class OuterProducts:
     """Gradients `[n, o, i, *kernel]` of n samples, float32 on a CPU, not formed yet.
 
@@ -77,7 +77,9 @@ class OuterProducts:
     @property
     def nbytes(self) -> int:
         """What takes about as long to pass over as these to form, for `over_rows`."""
-        return prod(self.shape[:3]) * max(4 * len(self.pairs[2]), int(self.pairs[2].sum()) // MULTIPLICATIONS_PER_BYTE)
+        n, o, i = self.shape[:3]
+        kernel, most = self.pairs[0].shape
+        return n * o * i * kernel * max(4, most // MULTIPLICATIONS_PER_BYTE)
 
     def sides(self) -> tuple[Any, ...]:
         """For compiled passes: of either side the entries, the steps between them and its size; pairs; the mixer."""

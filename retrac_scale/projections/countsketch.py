@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -25,7 +24,7 @@ from retrac_scale.projections.base import (
     squared_norm,
     weight_beside,
 )
-from retrac_scale.projections.folding import Signs, fold, fold_by_block
+from retrac_scale.projections.folding import fold, fold_by_block
 
 
 class SignedFold(Projector):
@@ -44,21 +43,16 @@ class SignedFold(Projector):
         self.seed = seed
         self.device = device
         self.scales = scales
-        self._blocks: dict[tuple[str, int], tuple[Tensor, npt.NDArray[np.int64]]] = {}
+        self._blocks: dict[tuple[str, int], Any] = {}
 
-    def _signs_and_shifts(self, name: str, size: int) -> tuple[Tensor, npt.NDArray[np.int64]]:
-        """Of a parameter's entries `[size]`, and of their blocks."""
+    def _signs(self, name: str, size: int) -> Any:
+        """Of a parameter's entries `[size]`, and shifts of their blocks; on a CPU as `Signs`, elsewhere in a tensor."""
         if (name, size) not in self._blocks:
-            signs = torch.from_numpy(random.signs(self.seed, name, size))
-            shifts = random.shifts(self.seed, name, -(-size // self.dim), self.dim)
-            signs = signs.to(torch.int8) if self.device.type == "cpu" else signs.to(self.device)
-            self._blocks[name, size] = signs, np.array(shifts, np.int64)
+            signs = random.signs(self.seed, name, size)
+            shifts = np.array(random.shifts(self.seed, name, -(-size // self.dim), self.dim), np.int64)
+            on_cpu = self.device.type == "cpu"
+            self._blocks[name, size] = signs.astype(np.int8) if on_cpu else torch.from_numpy(signs).to(self.device), shifts
         return self._blocks[name, size]
-
-    def _signs(self, name: str, size: int) -> Signs:
-        """The same for a CPU."""
-        signs, shifts = self._signs_and_shifts(name, size)
-        return signs.numpy(), shifts
 
     def start(self, n: int) -> Tensor:
         """Two rounds wide, so that a rotated block is one contiguous addition."""
@@ -76,7 +70,7 @@ class SignedFold(Projector):
         if accumulator.device.type == "cpu":
             squares = fold(accumulator, entries, self._signs(name, size), scale)
             return squares if self.exact_norm else None
-        fold_by_block(accumulator, entries, *self._signs_and_shifts(name, size), scale)
+        fold_by_block(accumulator, entries, *self._signs(name, size), scale)
         return squared_norm(entries) if self.exact_norm else None
 
     def finish(self, accumulator: Tensor) -> Tensor:
