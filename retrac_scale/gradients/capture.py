@@ -339,10 +339,11 @@ class _Backward:
                 layer.name, layer.module, own, call.args, call.kwargs, call.outputs, call.grads, self.n, numbers
             )
         activation, grad = _first(call.args, call.kwargs), call.grads[0]
-        each = len(grad) // self.n
-        rows = slice(samples.start * each, samples.stop * each)
-        kept = [value[rows] for value in call.kept]
-        gradients = layer.rule.form(layer.module, activation[rows], grad[rows], samples.stop - samples.start, *kept)
+        values = [activation, grad, *call.kept]
+        if samples.stop - samples.start < self.n:
+            each = len(grad) // self.n
+            values = [value[samples.start * each : samples.stop * each] for value in values]
+        gradients = layer.rule.form(layer.module, *values[:2], samples.stop - samples.start, *values[2:])
         if isinstance(products := gradients.get("weight"), OuterProducts):
             products.with_bias &= "bias" in layer.parameters
             products.mixer = mixer
