@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import retrac_scale as rs
-from retrac_scale.gradients.normalization import _sums
+from retrac_scale.gradients.normalization import _sums, _watched
 from tests.oracle import gradient
 
 
@@ -321,6 +321,39 @@ def test_sums_of_a_group_norm_are_alike_in_either_memory_order(
     product, total = _sums(*given)
     torch.testing.assert_close(product.double(), (x.double() * grad.double()).sum(2), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(total.double(), grad.double().sum(2), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("positions", [1, 37])
+@pytest.mark.parametrize("orders", [(False, False), (True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_backward_pass_through_a_group_norm_is_autograds_and_tells_its_sums(
+    monkeypatch: pytest.MonkeyPatch, positions: int, orders: tuple[bool, bool], threads: int
+) -> None:
+    monkeypatch.setattr("retrac_scale.threads.THREAD_BYTES", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    layer = nn.GroupNorm(2, 6).requires_grad_(False)
+    nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(2))
+    given = (torch.randn(3, 6, positions, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    x, grad = (one.mT.contiguous().mT if last else one for one, last in zip(given, orders, strict=True))
+    x.requires_grad_()
+    told: list[Tensor] = []
+    through = _watched(layer, x, layer(x), lambda *tensors: told.extend(tensors))
+    through.mul_(2)  # as a model may
+    torch.autograd.backward(through, grad)
+    reference = x.detach().double().requires_grad_()
+    torch.autograd.backward(2 * copy.deepcopy(layer).double()(reference), grad.double())
+    assert x.grad is not None and reference.grad is not None
+    torch.testing.assert_close(x.grad.double(), reference.grad, rtol=1e-4, atol=1e-4)
+    doubled = 2 * grad.double()
+    torch.testing.assert_close(told[0].double(), doubled)
+    torch.testing.assert_close(told[3].double(), (doubled * x.double()).sum(2), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(told[4].double(), doubled.sum(2), rtol=1e-4, atol=1e-4)
+
+
+def test_a_group_norm_that_is_trained_keeps_autograds_backward_pass() -> None:
+    layer, x = nn.GroupNorm(2, 6), torch.randn(3, 6, 5, requires_grad=True)
+    output = layer(x)
+    assert _watched(layer, x, output, lambda *tensors: None) is output
 
 
 def test_mixed_gradients_of_channels_last_activations_are_those_of_contiguous_ones() -> None:

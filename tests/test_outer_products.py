@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import retrac_scale as rs
 from retrac_scale.gradients.outer import BLOCK_BYTES, OuterProducts, pairs_of
-from retrac_scale.gradients.tiles import POSITIONS, ROWS, WIDTH
+from retrac_scale.gradients.tiles import LANES, POSITIONS, ROWS, WIDTH
 from retrac_scale.projections.folding import fold
 
 
@@ -83,7 +83,7 @@ def test_a_channel_given_many_times_is_taken_each_time(threads: int, monkeypatch
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("i", [WIDTH, WIDTH + 3])
+@pytest.mark.parametrize("i", [1, LANES, WIDTH + 3])
 @pytest.mark.parametrize("dim", [7, 512, 1 << 20])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_folding_while_forming_is_folding_what_is_formed(
@@ -93,13 +93,38 @@ def test_folding_while_forming_is_folding_what_is_formed(
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     o = BLOCK_BYTES // (4 * WIDTH) + 5  # more than are formed at a time
     products = of_linear(drawn(0, 3, 2, o, 6), drawn(1, 3, 2, i, 6))
-    signs = np.where(drawn(2, o * i).numpy() > 0, 1, -1).astype(np.int8)
-    shifts = np.arange(-(-o * i // dim)) * 3 % dim
     sums, expected = torch.zeros(3, 2 * dim), torch.zeros(3, 2 * dim)
-    squares = fold(sums, products, (signs, shifts), 0.5)
-    expected_squares = fold(expected, products.formed().flatten(1), (signs, shifts), 0.5)
+    squares = fold(sums, products, signs(o * i, dim), 0.5)
+    expected_squares = fold(expected, products.formed().flatten(1), signs(o * i, dim), 0.5)
     torch.testing.assert_close(sums, expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(squares, expected_squares, rtol=1e-5, atol=0)
+
+
+def signs(count: int, dim: int) -> Any:
+    """Of so many entries, and shifts of their blocks."""
+    return np.where(drawn(2, count).numpy() > 0, 1, -1).astype(np.int8), np.arange(-(-count // dim)) * 3 % dim
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 1, 3, 2), (1, 0, 3, 2)])
+@pytest.mark.parametrize("o", [3, 2 * LANES])
+@pytest.mark.parametrize("rank", [None, 1, 3, LANES, WIDTH + LANES + 2])
+def test_a_left_side_is_mixed_and_its_bias_goes_along(order: tuple[int, ...], o: int, rank: int | None) -> None:
+    left, right = drawn(0, 3, 2, o, 21), drawn(1, 3, 2, 5, 21)
+    mixer = None if rank is None else drawn(3, rank, o)
+    mixed = left.double() if mixer is None else torch.einsum("ro,nfop->nfrp", mixer.double(), left.double())
+    weight, bias = torch.einsum("nfop,nfip->noi", mixed, right.double()), mixed.sum((1, 3))
+    back = [order.index(axis) for axis in range(4)]
+    products = of_linear(left.permute(order).contiguous().permute(back), right)
+    products.with_bias, products.mixer = True, mixer
+    assert products.shape == weight.shape
+    torch.testing.assert_close(products.formed().double(), weight, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(products.bias().double(), bias, rtol=1e-4, atol=1e-4)
+    sums, expected = torch.zeros(3, 64), torch.zeros(3, 64)
+    squares = fold(sums, products, signs(weight[0].numel(), 32), 1, signs(bias.shape[1], 32))
+    fold(expected, weight.flatten(1).float(), signs(weight[0].numel(), 32), 1)
+    fold(expected, bias.float(), signs(bias.shape[1], 32), 1)
+    torch.testing.assert_close(sums, expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(squares.double(), weight.square().sum((1, 2)) + bias.square().sum(1), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("projection", [rs.CountSketch(64), rs.LowRank(2, 64), rs.LowRank(dim=64, norm="exact")])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import retrac_scale as rs
 from retrac_scale import threads as passes
-from retrac_scale.projections import Projection, from_spec
+from retrac_scale.projections import Projection, from_spec, random
 from retrac_scale.projections.folding import fold, fold_by_block
 
 SHAPES = {"a.weight": (7, 5), "a.bias": (7,), "b.weight": (3, 40)}
@@ -96,6 +96,26 @@ def test_lowrank_inner_products_are_unbiased(rank: int | None, dim: int) -> None
     assert abs(np.mean(estimates) - true) < 4 * np.std(estimates) / np.sqrt(len(estimates))
 
 
+@given(st.integers(0, 9), st.integers(1, 9), st.integers(0, 7))
+def test_a_mixers_rows_are_distinct_and_orthogonal(seed: int, rows: int, exponent: int) -> None:
+    columns = 2**exponent
+    mixer = random.orthogonal_signs(seed, "layer", min(rows, columns), columns)
+    np.testing.assert_array_equal(mixer @ mixer.T, columns * np.eye(len(mixer)))
+
+
+@pytest.mark.parametrize(("rows", "columns", "size"), [(4, 8, 8), (3, 5, 8), (8, 16, 16), (16, 16, 16)])
+def test_a_mixer_is_the_identity_on_average_and_varies_less_than_independent_signs(
+    rows: int, columns: int, size: int
+) -> None:
+    mixers = [random.orthogonal_signs(seed, "layer", rows, columns) for seed in range(4000)]
+    products = np.array([mixer.T @ mixer / rows for mixer in mixers])
+    apart = ~np.eye(columns, dtype=bool)
+    np.testing.assert_array_equal(products[:, ~apart], 1)
+    np.testing.assert_allclose(products.mean(0)[apart], 0, atol=5 / np.sqrt(rows * len(mixers)))
+    law = (size - rows) / (size - 1) / rows  # 1 / rows for independent signs
+    np.testing.assert_allclose((products[:, apart] ** 2).mean(), law, rtol=0.05, atol=1e-12)
+
+
 def test_a_layers_rank_falls_with_its_width_and_narrow_layers_stay_whole() -> None:
     widths = (32, 60, 64, 96, 128, 256, 1280)
     mixable = {f"{width}.weight": width for width in widths}
@@ -105,8 +125,8 @@ def test_a_layers_rank_falls_with_its_width_and_narrow_layers_stay_whole() -> No
         mixers = projection.bind(shapes, mixable, torch.device("cpu")).mixers
         return {mixable[name]: len(mixer) for name, mixer in mixers.items()}
 
-    assert ranks(rs.LowRank()) == {64: 16, 96: 12, 128: 8, 256: 4, 1280: 4}
-    assert ranks(rs.LowRank(dim=8192)) == {128: 32, 256: 16, 1280: 4}
+    assert ranks(rs.LowRank()) == {32: 16, 60: 12, 64: 8, 96: 8, 128: 4, 256: 4, 1280: 4}
+    assert ranks(rs.LowRank(dim=8192)) == {64: 32, 96: 24, 128: 16, 256: 8, 1280: 4}
     assert ranks(rs.LowRank(8)) == dict.fromkeys(widths, 8)
 
 
