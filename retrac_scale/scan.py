@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,11 @@ class Chunk:
     mask: Bools | None = None
     kept: bool = False
 
+    @cached_property
+    def longest(self) -> Float64:
+        """The largest norm of each checkpoint, `[c]`."""
+        return self.norm.max(1).astype(np.float64)
+
 
 @dataclass(frozen=True, eq=False)
 class Found:
@@ -100,6 +106,7 @@ def top(
     for chunk in chunks:
         if not products:
             products = [product_of(*query, chunk.rows[0].dtype, len(queries)) for query in pool.queries]
+            error = np.stack([product.error for product in products])
             size = min(pool.first, products[0].tile)
         number, stop = pool.hold(chunk), 0
         while stop < len(chunk.ids):
@@ -107,7 +114,7 @@ def top(
             tile = slice(stop, stop + (rest if rest <= size + size // 4 else size))  # a short rest joins a tile
             stop, size = tile.stop, min(2 * size, products[0].tile)
             if chunk.mask is None or chunk.mask[tile].any():
-                _scan_tile(chunk, number, tile, products, signs, query_ids, pool)
+                _scan_tile(chunk, number, tile, products, error, signs, query_ids, pool)
         if not chunk.kept:
             pool.settle()
             pool.release(number)
@@ -144,6 +151,7 @@ def _scan_tile(
     number: int,
     tile: slice,
     products: Sequence[Product],
+    error: Float64,
     signs: Sequence[int],
     query_ids: npt.NDArray[Any] | None,
     pool: _Pool,
@@ -152,8 +160,7 @@ def _scan_tile(
     for c, product in enumerate(products[1:], 1):
         total += product.weighted(chunk.rows[c][tile], chunk.scale[c, tile])
     q = total.shape[1]
-    error = np.stack([product.error for product in products])
-    slack = chunk.norm[:, tile].max(1).astype(np.float64) @ error
+    slack = chunk.longest @ error
     for side, sign in enumerate(signs):
         part = slice(side * q, (side + 1) * q)
         if np.isneginf(pool.floor[part]).any() and len(total) >= pool.k:
