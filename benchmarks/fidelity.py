@@ -48,7 +48,7 @@ TIMESTEPS = (125, 375, 625, 875)  # the middles of four ranges: EvenlySpaced(4) 
 EPOCHS, BATCH, LEARNING_RATE = 40, 32, 2e-3
 SAMPLES = 16  # per batch of gradients: 64 pairs
 DIMS = (512, 1024, 2048, 4096, 8192)
-RANKS = (None, 4, 8, 16, 32)  # None: chosen by layer
+RANKS = (None, 8, 16, 32)  # None: chosen by layer
 DENSE_DIMS = (512, 1024, 2048)
 PEER_DIMS = (2048,)
 DTYPES = {"int8": 1, "float16": 2, "float32": 4}
@@ -448,6 +448,18 @@ def report(name: str, result: dict[str, Any]) -> None:
             edge = frontier(points)
             on = ", ".join(f"{default} {'on' if default in edge else 'off'}" for default in DEFAULTS)
             print(f"frontier of recall@10 against {cost}: {' < '.join(edge)}; {on}")
+    for default in DEFAULTS:
+        better = [
+            line["projection"]
+            for line in result["lines"]
+            if line["dtype"] == "int8" and line.get("time") is not None and _beats(line, found[default, "int8"])
+        ]
+        print(f"{default}: what recalls more in no more bytes and no more time: {', '.join(better) or 'nothing'}")
+
+
+def _beats(line: dict[str, Any], other: dict[str, Any]) -> bool:
+    within = line["bytes"] <= other["bytes"] and line["time"] <= other["time"]
+    return within and bool(line["recall_at_10"] > other["recall_at_10"])
 
 
 def main() -> None:

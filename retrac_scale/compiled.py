@@ -51,5 +51,7 @@ def _prefetching(nearest: int, doc: str) -> Any:
     return intrinsic(prefetch)
 
 
-prefetch = _prefetching(1, "In a compiled function: have the cache line at an address fetched, which need not be valid.")
+prefetch = _prefetching(
+    1, "In a compiled function: have the cache line at an address fetched, which need not be valid."
+)
 prefetch_beyond = _prefetching(2, "The same, but not into the nearest cache, for what is used later.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from retrac_scale.approximate import Product, product_of
+from retrac_scale.compiled import compiled
 from retrac_scale.memory import keep_freed_pages
 from retrac_scale.store.encoding import Float32, Float64
 
@@ -23,9 +24,7 @@ Bools = npt.NDArray[np.bool_]
 FIRST_ROWS = 4096
 """Of a scan: a floor from a few rows spares most of the next ones."""
 POOL = 8
-EXACT_ROWS = 32
-GATHERED = 2**21
-"""Entries of the rows that are brought together before any becomes float64."""
+ERROR_ROWS = 32
 SCORE_ROWS = 512
 
 CANDIDATE = np.dtype(
@@ -57,7 +56,8 @@ class Chunk:
     @cached_property
     def longest(self) -> Float64:
         """The largest norm of each checkpoint, `[c]`."""
-        return self.norm.max(1).astype(np.float64)
+        longest: Float64 = self.norm.max(1).astype(np.float64)
+        return longest
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,6 +196,16 @@ def _reached(values: Float32, k: int, chunk: Chunk, tile: slice, query_ids: npt.
     return np.partition(groups.max(0).T, -k, axis=1)[:, -k].astype(np.float64)
 
 
+@partial(compiled, reassociate=True)
+def _multiply(rows: Any, places: Any, queries: Any, asked: Any, out: Any) -> None:
+    """<rows[places], queries[asked]> in float64, `[s]`."""
+    for number in range(len(places)):
+        row, query, total = rows[places[number]], queries[asked[number]], 0.0
+        for entry in range(len(row)):
+            total += np.float64(row[entry]) * query[entry]
+        out[number] = total
+
+
 def _lengths(rows: Float64) -> Float64:
     lengths: Float64 = np.sqrt(np.einsum("nk,nk->n", rows, rows))
     return lengths
@@ -300,24 +310,21 @@ class _Pool:
 
     def _make_exact(self, chosen: Bools) -> None:
         """Replace approximate values by float64 sums; each depends on its row and query alone."""
-        held, (_, q, k) = self._held, self._queries.shape
-        exact = np.empty((EXACT_ROWS, k))
-        for part in self._batches(chosen & (held["bound"] > 0), max(EXACT_ROWS, GATHERED // k)):
-            lane = held["lane"][part]
-            edges = sorted({*range(0, len(part), EXACT_ROWS), *(run.start for run in _runs(lane))})
-            asked = (lane[edges] % q).tolist()
-            total, product = np.zeros((2, len(part)))
-            for query, (rows, places, scale) in zip(self._queries, self._taken(part), strict=True):
-                for number, start, stop in zip(asked, edges, [*edges[1:], len(part)], strict=True):
-                    first = start % EXACT_ROWS
-                    if not first:
-                        some = places[start : start + EXACT_ROWS]
-                        exact[: len(some)] = rows.take(some, axis=0)
-                    few = exact[first : first + stop - start]
-                    np.einsum("sk,k->s", few, query[number], out=product[start:stop])
-                total += product * scale
-            held["value"][part] = self._sign[lane] * total
-            held["bound"][part] = 0
+        held = self._held
+        part = np.flatnonzero(chosen & (held["bound"] > 0))
+        asked = held["lane"][part] % self._queries.shape[1]
+        total = np.zeros(len(part))
+        for number, places, row in self._by_chunk(part):
+            chunk, of_row = self._chunk(number), asked[places]
+            for rows, scale, queries in zip(chunk.rows, chunk.scale, self._queries, strict=True):
+                product = np.empty(len(row))
+                if rows.dtype == np.float16:  # which compiled passes do not know
+                    _multiply(rows[row].astype(np.float32), np.arange(len(row)), queries, of_row, product)
+                else:
+                    _multiply(rows, row, queries, of_row, product)
+                total[places] += product * scale[row]
+        held["value"][part] = self._sign[held["lane"][part]] * total
+        held["bound"][part] = 0
 
     def _estimate_errors(self) -> None:
         """Standard errors of the scores that have none yet.
@@ -330,45 +337,29 @@ class _Pool:
         if k is None:
             held["error"] = 0
             return
-        unknown = np.isnan(held["error"])
+        unknown = np.flatnonzero(np.isnan(held["error"]))
         if self._queries.shape[::2] == (1, k):  # one block: the norms and the score are known
-            part = np.flatnonzero(unknown)
-            length = self._lengths[0, held["lane"][part] % self._queries.shape[1]]
-            for number, places, row in self._by_chunk(part):
+            length = self._lengths[0, held["lane"][unknown] % self._queries.shape[1]]
+            for number, places, row in self._by_chunk(unknown):
                 length[places] *= self._chunk(number).norm[0, row]
-            held["error"][part] = np.sqrt((length**2 + held["value"][part] ** 2) / k)
+            held["error"][unknown] = np.sqrt((length**2 + held["value"][unknown] ** 2) / k)
             return
-        for part in self._batches(unknown, EXACT_ROWS):
-            query = held["lane"][part] % self._queries.shape[1]
-            weighted = [rows.take(places, axis=0) * scale[:, None] for rows, places, scale in self._taken(part)]
-            asked = self._queries[:, query].astype(np.float32)
-            x = np.stack(weighted, 1).reshape(len(part), -1, k)
+        for start in range(0, len(unknown), ERROR_ROWS):
+            part = unknown[start : start + ERROR_ROWS]
+            asked = self._queries[:, held["lane"][part] % self._queries.shape[1]].astype(np.float32)
+            x = self._weighted(part).swapaxes(0, 1).reshape(len(part), -1, k)
             y = asked.swapaxes(0, 1).reshape(len(part), -1, k)
             xx, yy, xy = x @ x.swapaxes(1, 2), y @ y.swapaxes(1, 2), x @ y.swapaxes(1, 2)
             held["error"][part] = np.sqrt(np.maximum((xx * yy + xy * xy.swapaxes(1, 2)).sum((1, 2)), 0) / k)
 
-    def _batches(self, chosen: Bools, size: int) -> Iterator[Ints]:
-        """Chosen candidates, so many at a time, ordered by lane."""
-        inside = np.flatnonzero(chosen)
-        inside = inside[_stable_order(self._held["lane"][inside], self.lanes)]
-        for start in range(0, len(inside), size):
-            yield inside[start : start + size]
-
-    def _taken(self, part: Ints) -> Iterator[tuple[npt.NDArray[Any], Ints, Float32]]:
-        """For each checkpoint, the rows of some candidates as they are stored, `[s, k]`, chunk after chunk.
-
-        With them the place of each candidate's row in them, `[s]`, and its scale, `[s]`.
-        """
-        found = [(self._chunk(number), places, row) for number, places, row in self._by_chunk(part)]
-        rows = np.empty((len(part), self._queries.shape[2]), found[0][0].rows[0].dtype)
-        place, scale = np.empty(len(part), np.int64), np.empty(len(part), np.float32)
-        for c in range(len(self._queries)):
-            stop = 0
-            for chunk, places, row in found:
-                start, stop = stop, stop + len(row)
-                np.take(chunk.rows[c], row, axis=0, out=rows[start:stop], mode="clip")  # "raise" would copy once more
-                place[places], scale[places] = np.arange(start, stop), chunk.scale[c, row]
-            yield rows, place, scale
+    def _weighted(self, part: Ints) -> Float32:
+        """The rows of some candidates times their scales, `[c, s, k]`."""
+        weighted = np.empty((len(self._queries), len(part), self._queries.shape[2]), np.float32)
+        for number, places, row in self._by_chunk(part):
+            chunk = self._chunk(number)
+            for c, rows in enumerate(chunk.rows):
+                weighted[c, places] = rows[row] * chunk.scale[c, row, None]
+        return weighted
 
     def _chunk(self, number: int) -> Chunk:
         chunk = self._chunks[number]

@@ -342,7 +342,8 @@ def test_the_backward_pass_through_a_group_norm_is_autograds_and_tells_its_sums(
     torch.autograd.backward(through, grad)
     reference = x.detach().double().requires_grad_()
     torch.autograd.backward(2 * copy.deepcopy(layer).double()(reference), grad.double())
-    assert x.grad is not None and reference.grad is not None
+    assert x.grad is not None
+    assert reference.grad is not None
     torch.testing.assert_close(x.grad.double(), reference.grad, rtol=1e-4, atol=1e-4)
     doubled = 2 * grad.double()
     torch.testing.assert_close(told[0].double(), doubled)

@@ -50,7 +50,7 @@ class _Layer:
 class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    versions: list[int]
+    versions: list[tuple[Tensor, int]]  # of the tensors among them: how often each has been changed in place
     outputs: list[Tensor] = field(default_factory=list)
     grads: dict[int, Tensor] = field(default_factory=dict)
     kept: tuple[Tensor, ...] = ()
@@ -316,9 +316,7 @@ class _Backward:
         on_cpu = next(iter(call.grads.values())).device.type == "cpu"
         return max(1, (CHUNK_BYTES if on_cpu else CHUNK_BYTES_OF_ACCELERATORS) // (4 * max(1, numel)))
 
-    def _formed(
-        self, layer: _Layer, calls: list[_Call], samples: slice, mixer: Tensor | None
-    ) -> dict[str, Tensor]:
+    def _formed(self, layer: _Layer, calls: list[_Call], samples: slice, mixer: Tensor | None) -> dict[str, Tensor]:
         """Own name -> gradients `[m, ...]` of some samples, summed over the layer's calls."""
         total: dict[str, Tensor] = {}
         for call in calls:

@@ -16,7 +16,9 @@ def linear(layer: nn.Linear, activation: Tensor, grad_output: Tensor, n: int) ->
     inputs = activation.reshape(n, positions, activation.shape[-1]).to(grad.dtype)
     if OuterProducts.suit(layer, grad):
         pairs = pairs_of((1,), (1,), (1,), (0,), (positions,), (positions,))
-        return {"weight": OuterProducts(grad.mT.unsqueeze(1), inputs.mT.unsqueeze(1), (), pairs, layer.bias is not None)}
+        return {
+            "weight": OuterProducts(grad.mT.unsqueeze(1), inputs.mT.unsqueeze(1), (), pairs, layer.bias is not None)
+        }
     weight = scratch("weight", (n, grad.shape[2], inputs.shape[2]), grad)
     gradients = {"weight": batched_product(grad.mT, inputs.mT, weight)}
     if layer.bias is not None:

@@ -72,10 +72,10 @@ def _watched(layer: nn.GroupNorm, activation: Tensor, output: Tensor, seen: Seen
 
 
 class _GroupNorm(torch.autograd.Function):
-    """What a group norm with frozen weights has computed: its backward pass sums what the rule sums, so once for both."""
+    """What a group norm with frozen weights has computed: its backward pass sums what the rule sums, once for both."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, activation: Tensor, output: Tensor, layer: nn.GroupNorm, mean: Tensor, rstd: Tensor, seen: Seen
     ) -> Tensor:
         ctx.given = activation.detach(), layer, mean, rstd, seen
@@ -83,7 +83,7 @@ class _GroupNorm(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
         activation, layer, mean, rstd, seen = ctx.given
         x, grad, work = activation.flatten(2), grad_output.flatten(2), _back
         if last := not x.is_contiguous() and x.mT.is_contiguous():

@@ -79,7 +79,7 @@ class OuterProducts:
         """What takes about as long to pass over as these to form, for `over_rows`."""
         n, o, i = self.shape[:3]
         kernel, most = self.pairs[0].shape
-        return n * o * i * kernel * max(4, most // MULTIPLICATIONS_PER_BYTE)
+        return n * o * i * int(kernel) * max(4, int(most) // MULTIPLICATIONS_PER_BYTE)
 
     def sides(self) -> tuple[Any, ...]:
         """For compiled passes: of either side the entries, the steps between them and its size; pairs; the mixer."""
@@ -167,7 +167,7 @@ def _whole_vectors(count: Any) -> Any:
 
 @compiled
 def left_of(side: Any, sample: Any, mixing: Any) -> Any:
-    """The left side of a sample, mixed if it is to be: its entries, and the steps between frames, rows and positions."""
+    """The left side of a sample, mixed if it is to be: entries, and the steps between frames, rows and positions."""
     entries, steps, _ = side
     across, every, mixed = mixing
     frames, positions, wide = mixed.shape

@@ -63,8 +63,8 @@ def register(
         rule: see `Rule`.
         mixable: whether the rule also takes output gradients that have been mixed linearly into r channels (`LowRank`),
             and then gives gradients with r in place of o.
-        unformed: whether, for a layer and its output gradient, the rule leaves the weight's gradients as `OuterProducts`,
-            with those of the bias; it is then called once for all samples, and never with mixed output gradients.
+        unformed: whether, for a layer and its output gradient, the rule leaves the gradients of weight and bias as
+            `OuterProducts`; it is then called once for all samples, and never with mixed output gradients.
         watch: called in the forward pass with the layer, its activation, its output and a `Seen`; gives the output to
             go on with, and has `Seen` called when that one's gradient is known. The tensors that it hands on are
             further arguments of the rule. Without it, the rule gets none.

@@ -51,7 +51,10 @@ class SignedFold(Projector):
             signs = random.signs(self.seed, name, size)
             shifts = np.array(random.shifts(self.seed, name, -(-size // self.dim), self.dim), np.int64)
             on_cpu = self.device.type == "cpu"
-            self._blocks[name, size] = signs.astype(np.int8) if on_cpu else torch.from_numpy(signs).to(self.device), shifts
+            self._blocks[name, size] = (
+                signs.astype(np.int8) if on_cpu else torch.from_numpy(signs).to(self.device),
+                shifts,
+            )
         return self._blocks[name, size]
 
     def start(self, n: int) -> Tensor:
@@ -70,7 +73,8 @@ class SignedFold(Projector):
         if accumulator.device.type == "cpu":
             squares = fold(accumulator, entries, self._signs(name, size), scale)
             return squares if self.exact_norm else None
-        fold_by_block(accumulator, entries, *self._signs(name, size), scale)
+        signs, shifts = self._signs(name, size)
+        fold_by_block(accumulator, entries, signs, shifts, scale)
         return squared_norm(entries) if self.exact_norm else None
 
     def finish(self, accumulator: Tensor) -> Tensor:

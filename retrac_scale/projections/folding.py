@@ -13,9 +13,16 @@ from numba.extending import overload
 from torch import Tensor
 
 from retrac_scale.compiled import compiled
-from retrac_scale.gradients.outer import OuterProducts, columns_of, form_rows, left_of, lines_ahead, memory_for, sum_positions
+from retrac_scale.gradients.outer import (
+    OuterProducts,
+    columns_of,
+    form_rows,
+    left_of,
+    lines_ahead,
+    memory_for,
+    sum_positions,
+)
 from retrac_scale.threads import Shared, SharedPass, over_rows
-
 
 Signs = tuple[npt.NDArray[np.int8], npt.NDArray[np.int64]]
 """Of a parameter's entries `[p]`, and by how much each block of k of them is rotated."""
