@@ -1,13 +1,15 @@
 """Cost per row of a query from 10^4 rows on: python -m benchmarks.scaling [--largest N]
 
 One int8 index of random rows (2048 entries, one checkpoint) grows on disk; each size is queried warm. Besides the cost
-per row it prints the marginal cost: what each further row costs between one size and the next.
+per row it prints the marginal cost: what each further row costs between one size and the next. At last 10^5 rows and
+the largest size are queried in turns, so that a machine that slows down meanwhile slows both.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,7 @@ def main() -> None:
     sizes = [n for n in (10**4, 10**5, 3 * 10**5, 10**6, 2 * 10**6, 4 * 10**6, 10**7) if n <= options.largest]
     print(f"{torch.get_num_threads()} thread(s), k = {TOP}, {DIM} entries, int8")
     before: dict[int, tuple[int, float]] = {}
+    kept: dict[int, Any] = {}
     for n in sizes:
         folder = options.folder / str(n)
         if not (folder / "zarr.json").exists():
@@ -74,8 +77,32 @@ def main() -> None:
             print(f"{line}, memory grew by {max(0, anonymous_bytes() - start) / 1e6:.0f} MB", flush=True)
             before[q] = n, seconds
         print(f"N = {n:>8d}: verifying the checksums of all chunks took {first:.2f} s, once per process", flush=True)
-        if not options.keep:
-            shutil.rmtree(folder)
+        kept[n] = index
+        for gone in [size for size in kept if size not in (10**5, n)]:
+            del kept[gone]
+            if not options.keep:
+                shutil.rmtree(options.folder / str(gone))
+    compare(kept, options.repeats)
+    if not options.keep:
+        shutil.rmtree(options.folder)
+
+
+def compare(indexes: dict[int, Any], repeats: int) -> None:
+    """Cost per row of each of some sizes, in turns."""
+    for q in QUERIES:
+        queries = asked(q)
+        seconds: dict[int, list[float]] = {n: [] for n in indexes}
+        for _ in range(repeats):
+            for n, index in indexes.items():
+                started = time.perf_counter()
+                index.query(queries, TOP)
+                seconds[n].append(time.perf_counter() - started)
+        each = {n: 1e9 * statistics.median(own) / n for n, own in seconds.items()}
+        told = ", ".join(f"{cost:.1f} ns per row of {n}" for n, cost in each.items())
+        print(
+            f"in turns, Q = {q:>2d}: {told}; they differ by {max(each.values()) / min(each.values()) - 1:.1%}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
