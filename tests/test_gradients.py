@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import retrac_scale as rs
+from retrac_scale.gradients.capture import _Call
 from retrac_scale.gradients.normalization import _sums, _watched
 from tests.oracle import gradient
 
@@ -349,6 +351,16 @@ def test_the_backward_pass_through_a_group_norm_is_autograds_and_tells_its_sums(
     torch.testing.assert_close(told[0].double(), doubled)
     torch.testing.assert_close(told[3].double(), (doubled * x.double()).sum(2), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(told[4].double(), doubled.sum(2), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_nothing_of_a_batch_stays_in_memory(bf16: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.SiLU(), nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4))
+    sketcher = rs.GradientSketcher(model, rs.CountSketch(64))
+    with sketcher, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        sketcher(model(torch.randn(2, 3, 8, 8)).float().square().flatten(1).mean(1))
+    gc.collect()
+    assert not [one for one in gc.get_objects() if type(one) is _Call]
 
 
 def test_a_group_norm_that_is_trained_keeps_autograds_backward_pass() -> None:

@@ -62,8 +62,9 @@ def _watched(layer: nn.GroupNorm, activation: Tensor, output: Tensor, seen: Seen
     if node is None or node.name() != "NativeGroupNormBackward0":
         output.register_hook(seen)  # type: ignore[no-untyped-call]
         return output
-    statistics = node._saved_result1, node._saved_result2  # type: ignore[attr-defined]
-    float32 = all(x.device.type == "cpu" and x.dtype == torch.float32 for x in (activation, layer.weight))
+    # undetached, they would keep the graph that the hook hangs on alive
+    statistics = node._saved_result1.detach(), node._saved_result2.detach()  # type: ignore[attr-defined]
+    float32 = all(x.device.type == "cpu" and x.dtype == torch.float32 for x in (activation, output, layer.weight))
     if not float32 or activation.ndim < 3 or layer.weight.requires_grad or layer.bias.requires_grad:
         output.register_hook(lambda grad: seen(grad, *statistics))  # type: ignore[no-untyped-call]
         return output
