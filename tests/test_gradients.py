@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import retrac_scale as rs
 from retrac_scale.gradients.capture import _Call
 from retrac_scale.gradients.normalization import _sums, _watched
+from retrac_scale.gradients.outer import OuterProducts, pairs_of
 from tests.oracle import gradient
 
 
@@ -260,6 +261,24 @@ def test_a_rule_that_forgets_a_parameter_is_refused() -> None:
         pytest.raises(ValueError, match=r"the rule for Affine gives no gradient for '1\.weight'"),
     ):
         sketcher(model(torch.randn(2, 3)).sum(1))
+
+
+def test_a_rule_that_forgets_the_bias_beside_its_products_is_refused() -> None:
+    class Forgetful(nn.Linear):
+        pass
+
+    def rule(layer: nn.Linear, activation: Tensor, grad_output: Tensor, n: int) -> Any:
+        pairs = pairs_of((1,), (1,), (1,), (0,), (1,), (1,))
+        return {"weight": OuterProducts(grad_output[:, None, :, None], activation[:, None, :, None], (), pairs)}
+
+    rs.gradients.register(Forgetful, rule, unformed=OuterProducts.suit)
+    model = nn.Sequential(nn.Linear(3, 3), Forgetful(3, 2))
+    for projection in (rs.CountSketch(8), rs.Identity()):
+        with (
+            rs.GradientSketcher(model, projection) as sketcher,
+            pytest.raises(ValueError, match=r"the rule for Forgetful gives no gradient for '1\.bias'"),
+        ):
+            sketcher(model(torch.randn(2, 3)).sum(1))
 
 
 def test_a_registered_rule_is_used_for_its_layer_type() -> None:

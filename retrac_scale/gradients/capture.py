@@ -288,7 +288,7 @@ class _Backward:
             for own, name in layer.parameters.items():
                 if own in gradients:
                     self._deliver(name, gradients[own], samples)
-                elif not (left and own == "bias"):
+                elif not (left and _goes_along(gradients, own)):
                     raise UncapturableError(
                         f"the rule for {type(layer.module).__name__} gives no gradient for {name!r}; return one for "
                         "every parameter of the layer.",
@@ -363,12 +363,16 @@ class _Backward:
 
 def _one(gradients: Gradients, own: str) -> Tensor | None:
     """A parameter's gradients, formed; None if the rule gives none."""
-    gradient, products = gradients.get(own), gradients.get("weight")
+    along = _goes_along(gradients, own)
+    gradient = gradients.get("weight" if along else own)
     if isinstance(gradient, OuterProducts):
-        return gradient.formed()
-    if gradient is None and own == "bias" and isinstance(products, OuterProducts) and products.with_bias:
-        return products.bias()
+        return gradient.bias() if along else gradient.formed()
     return gradient
+
+
+def _goes_along(gradients: Gradients, own: str) -> bool:
+    products = gradients.get("weight")
+    return own == "bias" and isinstance(products, OuterProducts) and products.with_bias
 
 
 def _refuse(name: str) -> Callable[[Tensor], None]:
