@@ -243,10 +243,9 @@ def sum_positions(left: Any, frames: Any, every: Any, sums: Any) -> None:
 
 
 @compiled
-def lines_ahead(sides: Any, rows: Any) -> Any:
+def lines_ahead(sides: Any, o: Any, rows: Any) -> Any:
     """How much of the next sample's right side to fetch at a time, so that all of it is there after this sample's."""
-    (_, _, (frames, o, _)), (_, steps, (_, i, _)), pairs, mixer = sides
-    o = len(mixer) if len(mixer) > 0 else o
+    _, (_, steps, (frames, i, _)), pairs, _ = sides
     times = frames * len(pairs[0]) * -(-i // WIDTH) * -(-pairs[0].shape[1] // POSITIONS) * -(-o // len(rows))
     return -(-4 * steps[0] // (LINE * times))
 

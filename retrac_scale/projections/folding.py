@@ -90,7 +90,7 @@ def _form_and_fold(
     left, right, pairs, _ = sides
     entries, steps, (frames, i, _) = right
     mixing, memory, rows, every, sums = memory_for(sides)
-    lines, kernel = lines_ahead(sides, rows), len(pairs[0])
+    lines, kernel = lines_ahead(sides, len(sums), rows), len(pairs[0])
     for sample in range(first, last):
         columns, mixed = columns_of(right, sample, memory), left_of(left, sample, mixing)
         ahead = entries.ctypes.data + 4 * (sample + 1) * steps[0]
