@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import retrac_scale as rs
+from retrac_scale.gradients.mixing import SETS
 from retrac_scale.gradients.outer import BLOCK_BYTES, OuterProducts, pairs_of
 from retrac_scale.gradients.tiles import LANES, POSITIONS, ROWS, WIDTH
 from retrac_scale.projections.folding import fold
@@ -107,12 +109,14 @@ def signs(count: int, dim: int) -> Any:
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 1, 3, 2), (1, 0, 3, 2)])
 @pytest.mark.parametrize("o", [3, 2 * LANES])
-@pytest.mark.parametrize("rank", [None, 1, 3, LANES, WIDTH + LANES + 2])
-def test_a_left_side_is_mixed_and_its_bias_goes_along(order: tuple[int, ...], o: int, rank: int | None) -> None:
-    left, right = drawn(0, 3, 2, o, 21), drawn(1, 3, 2, 5, 21)
-    mixer = None if rank is None else drawn(3, rank, o)
-    mixed = left.double() if mixer is None else torch.einsum("ro,nfop->nfrp", mixer.double(), left.double())
-    weight, bias = torch.einsum("nfop,nfip->noi", mixed, right.double()), mixed.sum((1, 3))
+@pytest.mark.parametrize(("rank", "i"), [(None, 5), (1, 5), (3, 70), (4, 16), (8, 96), (10, 128)])
+def test_a_left_side_is_mixed_and_its_bias_goes_along(order: tuple[int, ...], o: int, rank: int | None, i: int) -> None:
+    left, right = drawn(0, 3, 2, o, 150), drawn(1, 3, 2, i, 150)
+    mixer = None if rank is None else drawn(3, rank, SETS, o)
+    weight, bias = torch.einsum("nfop,nfip->noi", left.double(), right.double()), left.double().sum((1, 3))
+    if mixer is not None:
+        each = mixer.double()[:, torch.arange(i) % SETS]
+        weight, bias = torch.einsum("rio,noi->nri", each, weight), bias @ mixer.double().flatten(0, 1).T
     back = [order.index(axis) for axis in range(4)]
     products = of_linear(left.permute(order).contiguous().permute(back), right)
     products.with_bias, products.mixer = True, mixer
@@ -127,7 +131,7 @@ def test_a_left_side_is_mixed_and_its_bias_goes_along(order: tuple[int, ...], o:
     torch.testing.assert_close(squares.double(), weight.square().sum((1, 2)) + bias.square().sum(1), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("projection", [rs.CountSketch(64), rs.LowRank(2, 64), rs.LowRank(dim=64, norm="exact")])
+@pytest.mark.parametrize("projection", [rs.CountSketch(64), rs.LowRank(1, 64), rs.LowRank(1, 64, norm="exact")])
 def test_sketches_of_gradients_left_unformed_are_those_of_formed_ones(projection: Any) -> None:
     torch.manual_seed(0)
     shared = nn.Conv2d(8, 8, 3, padding=1)
@@ -141,3 +145,33 @@ def test_sketches_of_gradients_left_unformed_are_those_of_formed_ones(projection
             found.append(sketcher(model(inputs).sin().flatten(1).mean(1)))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_mixed_sketches_are_those_of_other_precisions_and_memory_orders(rank: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(9, 48, 3, stride=2, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(48, 33, (1, 3), dilation=2, padding_mode="circular", padding=(0, 2)),
+        nn.Flatten(2),
+        nn.Linear(16, 40),
+        nn.SiLU(),
+        nn.Linear(40, 50),
+    )
+    inputs = drawn(0, 3, 9, 8, 8)
+    projection = rs.LowRank(rank, 256)
+
+    def sketched(model: nn.Module, inputs: Tensor) -> Tensor:
+        with rs.GradientSketcher(model, projection) as sketcher:
+            assert len(sketcher._projector.mixers) >= (3 if rank == 1 else 1)
+            sketch: Tensor = sketcher(model(inputs).sin().flatten(1).mean(1))[0]
+        return sketch
+
+    exact = sketched(copy.deepcopy(model).double(), inputs.double())
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for found in (sketched(model, inputs), sketched(last, inputs.to(memory_format=torch.channels_last))):
+        torch.testing.assert_close(found.double(), exact.double(), rtol=1e-4, atol=1e-5 * float(exact.norm()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = sketched(model, inputs)
+    assert float((half - exact).norm() / exact.norm()) < 0.05

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import retrac_scale as rs
 from retrac_scale import threads as passes
+from retrac_scale.gradients.mixing import SETS, mix
 from retrac_scale.projections import Projection, from_spec, random
 from retrac_scale.projections.folding import fold, fold_by_block
 
@@ -76,14 +77,15 @@ def test_sketches_of_different_seeds_and_parameters_are_independent() -> None:
     assert np.abs(products).max() < 5 / np.sqrt(4096)
 
 
-@pytest.mark.parametrize(("rank", "dim"), [(4, 512), (None, 32)])
-def test_lowrank_inner_products_are_unbiased(rank: int | None, dim: int) -> None:
+@pytest.mark.parametrize(("rank", "dim", "mixed"), [(1, 512, 2), (2, 32, 1)])
+def test_lowrank_inner_products_are_unbiased(rank: int, dim: int, mixed: int) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(2, 16, 3), nn.SiLU(), nn.Flatten(2), nn.Linear(16, 20))
-    x = torch.randn(2, 2, 6, 6)
+    model = nn.Sequential(nn.Conv2d(8, 32, 3), nn.SiLU(), nn.Flatten(2), nn.Linear(25, 40))
+    x = torch.randn(2, 8, 7, 7)
 
     def sketches(projection: Any) -> Tensor:
         with rs.GradientSketcher(model, projection) as sketcher:
+            assert len(sketcher._projector.mixers) == (mixed if isinstance(projection, rs.LowRank) else 0)
             sketch: Tensor = sketcher(model(x).square().sum((1, 2)))[0]
         return sketch
 
@@ -116,18 +118,48 @@ def test_a_mixer_is_the_identity_on_average_and_varies_less_than_independent_sig
     np.testing.assert_allclose((products[:, apart] ** 2).mean(), law, rtol=0.05, atol=1e-12)
 
 
-def test_a_layers_rank_falls_with_its_width_and_narrow_layers_stay_whole() -> None:
-    widths = (32, 60, 64, 96, 128, 256, 1280)
-    mixable = {f"{width}.weight": width for width in widths}
-    shapes = {name: (width, 3) for name, width in mixable.items()}
+def test_layers_are_mixed_where_that_saves_half_the_work_unless_they_are_the_last() -> None:
+    sizes = {
+        "small": (12, 12, 3, 3),
+        "square": (64, 64),
+        "wide": (64, 96),
+        "last": (32, 1152),
+        "big": (1280, 640, 1, 1),
+    }
+    shapes = {f"{name}.weight": size for name, size in sizes.items()}
 
-    def ranks(projection: Projection) -> dict[int, int]:
+    def ranks(projection: Projection) -> dict[str, int]:
+        mixable = {name: size[0] for name, size in shapes.items()}
         mixers = projection.bind(shapes, mixable, torch.device("cpu")).mixers
-        return {mixable[name]: len(mixer) for name, mixer in mixers.items()}
+        assert all(mixer.shape[1:] == (SETS, shapes[name][0]) for name, mixer in mixers.items())
+        return {name.removesuffix(".weight"): len(mixer) for name, mixer in mixers.items()}
 
-    assert ranks(rs.LowRank()) == {32: 16, 60: 12, 64: 8, 96: 8, 128: 4, 256: 4, 1280: 4}
-    assert ranks(rs.LowRank(dim=8192)) == {64: 32, 96: 24, 128: 16, 256: 8, 1280: 4}
-    assert ranks(rs.LowRank(8)) == dict.fromkeys(widths, 8)
+    assert ranks(rs.LowRank()) == {"wide": 4, "big": 4}
+    assert ranks(rs.LowRank(dim=8192)) == {"big": 16}
+    assert ranks(rs.LowRank(3)) == {"small": 3, "square": 3, "wide": 3, "big": 3}
+
+
+@pytest.mark.parametrize("kernel", [(), (1,), (2, 3), (2, 1, 5)])
+def test_each_input_is_mixed_by_its_own_set(kernel: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mixer = torch.randn(3, SETS, 6, generator=generator, dtype=torch.float64)
+    weight = torch.randn(2, 6, 11, *kernel, generator=generator, dtype=torch.float64)
+    mixed = mix(mixer, weight)
+    assert mixed.shape == (2, 3, 11, *kernel)
+    for i in range(11):
+        for number, place in enumerate(np.ndindex(*kernel)):
+            expected = weight[:, :, i][:, :, *place] @ mixer[:, (i + number) % SETS].T
+            torch.testing.assert_close(mixed[:, :, i][:, :, *place], expected)
+
+
+@given(st.integers(0, 99), st.sampled_from([(16, ()), (8, (1, 1)), (3, (2, 4)), (1, (8,))]))
+def test_mixing_by_all_sets_makes_no_error_where_inputs_have_the_same_gradient(seed: int, inputs: Any) -> None:
+    features, kernel = inputs
+    mixer = torch.from_numpy(random.orthogonal_signs(seed, "layer", 32, 32)).view(4, SETS, 32)
+    outputs = torch.randn(2, 32, generator=torch.Generator().manual_seed(seed))
+    same = outputs.reshape(2, 32, *[1] * (1 + len(kernel))).expand(2, 32, features, *kernel)
+    a, b = mix(mixer, same).flatten(1) / 4**0.5
+    torch.testing.assert_close(a @ b, same[0].flatten() @ same[1].flatten(), rtol=1e-4, atol=1e-3)
 
 
 def test_lowrank_norm_is_that_of_the_sketch_and_countsketch_norm_is_exact() -> None:
@@ -147,7 +179,7 @@ def test_lowrank_norm_is_that_of_the_sketch_and_countsketch_norm_is_exact() -> N
 @pytest.mark.parametrize("norm", ["estimate", "exact"])
 def test_lowrank_mixes_a_linear_layer_over_positions_and_keeps_one_that_sees_a_vector_whole(norm: Any) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 24), nn.SiLU(), nn.Linear(24, 16))
+    model = nn.Sequential(nn.Linear(20, 48), nn.SiLU(), nn.Linear(48, 32))
 
     def sketched(projection: Any, x: Tensor) -> Tensor:
         sketcher = rs.GradientSketcher(model, projection)
@@ -158,8 +190,8 @@ def test_lowrank_mixes_a_linear_layer_over_positions_and_keeps_one_that_sees_a_v
         )
         return found[0]
 
-    vectors, sequences = torch.randn(3, 5), torch.randn(3, 7, 5)
-    lowrank, countsketch = rs.LowRank(4, 64, norm=norm), rs.CountSketch(64)
+    vectors, sequences = torch.randn(3, 20), torch.randn(3, 7, 20)
+    lowrank, countsketch = rs.LowRank(1, 64, norm=norm), rs.CountSketch(64)
     torch.testing.assert_close(sketched(lowrank, vectors), sketched(countsketch, vectors))
     assert not torch.allclose(sketched(lowrank, sequences), sketched(countsketch, sequences), rtol=0.1)
 
@@ -175,13 +207,13 @@ def test_a_dimension_below_one_is_refused(dim: int) -> None:
         rs.CountSketch(dim)
 
 
-@pytest.mark.parametrize("rank", [2, 3, None])
-def test_lowrank_with_exact_norm_is_the_same_sketch_with_the_full_norm(rank: int | None) -> None:
+@pytest.mark.parametrize("rank", [1, 2])
+def test_lowrank_with_exact_norm_is_the_same_sketch_with_the_full_norm(rank: int) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(2, 12, 3, stride=2), nn.SiLU(), nn.Conv2d(12, 8, 3, padding=1), nn.Flatten(2), nn.Linear(4, 20)
+        nn.Conv2d(2, 12, 3, stride=2), nn.SiLU(), nn.Conv2d(12, 8, 3, padding=1), nn.Flatten(2), nn.Linear(16, 40)
     )
-    x = torch.randn(3, 2, 6, 6)
+    x = torch.randn(3, 2, 10, 10)
 
     def sketched(projection: Any) -> tuple[Tensor, Tensor]:
         with rs.GradientSketcher(model, projection) as sketcher:
@@ -217,7 +249,7 @@ def test_check_names_the_parameters_of_a_layer_that_puts_samples_on_another_axis
 
 
 @pytest.mark.parametrize(
-    "projection", [rs.CountSketch(64), rs.LowRank(2, 64), rs.LowRank(2, 64, norm="exact"), rs.Dense(64), rs.Identity()]
+    "projection", [rs.CountSketch(64), rs.LowRank(1, 64), rs.LowRank(1, 64, norm="exact"), rs.Dense(64), rs.Identity()]
 )
 def test_check_passes_for_every_projection(projection: Projection) -> None:
     model = nn.Sequential(nn.Conv2d(1, 9, 3), nn.GroupNorm(3, 9), nn.SiLU(), nn.Flatten(), nn.Linear(36, 8))

@@ -14,7 +14,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=int, help=what)
     parser.add_argument("--dtype", default="int8", choices=("int8", "float16", "bfloat16", "float32"))
     parser.add_argument("--model", help="diffusers folder or hub name, or 'demo': times sketching it here")
-    parser.add_argument("--rank", type=int, help="LowRank(rank, dim) instead of CountSketch(dim); -1 chooses by layer")
+    parser.add_argument("--rank", type=int, help="LowRank(rank, dim) instead of CountSketch(dim); -1 chooses the rank")
     parser.add_argument("--device", default="cpu", help="where to time (default: cpu)")
     parser.add_argument("--hours", type=float, help="deadline: says how many such workers meet it")
 

@@ -29,7 +29,7 @@ class Project:
         out: folder for stores, indexes and the report.
         checkpoints: {name: weights}; default: the model's own.
         timesteps: at how many evenly spaced timesteps each image is measured.
-        rank: of the projection; -1 chooses it by layer, 0 keeps the full gradient (CountSketch).
+        rank: of the projection; -1 chooses it, 0 keeps the full gradient (CountSketch).
         dim: entries of a sketch.
         measure: "mse" or "l1".
         device: where to compute.
@@ -106,7 +106,7 @@ class Project:
             f"query_images = {_toml(self.query_images)}  # folder of images to ask about",
             f"out = {_toml(self.out)}  # folder for stores, indexes and the report",
             f"timesteps = {self.timesteps}  # evenly spaced, at which each image is measured",
-            f"rank = {self.rank}  # of the projection; -1 chooses it by layer, 0 keeps the full gradient",
+            f"rank = {self.rank}  # of the projection; -1 chooses it, 0 keeps the full gradient",
             f"dim = {self.dim}  # numbers kept of each gradient",
             f"measure = {_toml(self.measure)}  # the training loss: mse or l1",
             f"device = {_toml(self.device)}",
@@ -149,7 +149,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", action="append", help="NAME=weights, for each (default: the model's own)")
     parser.add_argument("--timesteps", type=int, help="evenly spaced, at which each image is measured (default: 10)")
     parser.add_argument(
-        "--rank", type=int, help="of the projection; 0 keeps the full gradient (default: -1, chosen by layer)"
+        "--rank", type=int, help="of the projection; 0 keeps the full gradient (default: -1, chosen for dim)"
     )
     parser.add_argument("--dim", type=int, help="numbers kept of each gradient (default: 2048)")
     parser.add_argument("--measure", choices=("mse", "l1"), help="the training loss (default: mse)")

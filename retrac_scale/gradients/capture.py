@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from retrac_scale.gradients.errors import UncapturableError
+from retrac_scale.gradients.mixing import mix_outputs, one_set_each
 from retrac_scale.gradients.nested import detached, mapped, tensors
 from retrac_scale.gradients.outer import OuterProducts
 from retrac_scale.gradients.recompute import recomputed
@@ -102,9 +102,8 @@ class GradientCapture:
         return {
             full: self.shapes[full][0]
             for layer in self._layers
-            if layer.mixable
+            if layer.mixable and self._shared.isdisjoint(layer.parameters.values())
             for full in layer.parameters.values()
-            if full not in self._shared
         }
 
     def __enter__(self) -> GradientCapture:
@@ -153,9 +152,8 @@ class GradientCapture:
             losses: `[n]`; the batch of the forward pass holds each sample's rows one after another.
             sink: called with a parameter's name, the gradients of some samples `[m, ...]` and which samples; every
                 sample of every parameter comes once.
-            mixers: for the weight of a mixable layer, a matrix `[rank, o]` that its output gradients are multiplied
-                with, so that the gradients of the layer's parameters have `rank` in place of `o`; layers in
-                `single_position` are left as they are.
+            mixers: for the weight of a mixable layer, the mixer `[r, SETS, o]` of its output gradients, see
+                `gradients.mixing`; layers in `single_position` are left as they are.
             unformed: let the sink have `OuterProducts` in place of gradients that are sums of such.
             retain_graph: keep the forward pass, to differentiate another function of it next.
         """
@@ -274,10 +272,14 @@ class _Backward:
                 )
             _check_rows(layer, call, self.n)
         mixer = self._mixer(layer, calls)
+        if mixer is not None and calls[0].grads[0].device.type == "cpu" and calls[0].grads[0].itemsize < 4:
+            for call in calls:  # so few products take less time compiled in float32
+                call.grads[0] = call.grads[0].float()
         products = layer.rule is not None and layer.rule.suits_products(layer.module, calls[0].grads[0])
         if mixer is not None and not products:  # which are mixed where they are formed
             for call in calls:
-                _mix(layer, call, mixer)
+                last = isinstance(layer.module, nn.Linear)
+                call.grads[0] = mix_outputs(mixer, call.grads[0], channels_last=last)
         left = products and self._left_unformed(layer, calls)
         size = self.n if left else self._samples_at_a_time(layer, calls[0], mixer)
         for start in range(0, self.n, size):
@@ -312,7 +314,7 @@ class _Backward:
         return self.unformed and len(calls) == 1 and "weight" in own and self.shared.isdisjoint(own.values())
 
     def _samples_at_a_time(self, layer: _Layer, call: _Call, mixer: Tensor | None) -> int:
-        numel = layer.numel if mixer is None else layer.numel * len(mixer) // mixer.shape[1]
+        numel = layer.numel if mixer is None else layer.numel * mixer[..., 0].numel() // mixer.shape[-1]
         on_cpu = next(iter(call.grads.values())).device.type == "cpu"
         return max(1, (CHUNK_BYTES if on_cpu else CHUNK_BYTES_OF_ACCELERATORS) // (4 * max(1, numel)))
 
@@ -345,6 +347,8 @@ class _Backward:
         if isinstance(products := gradients.get("weight"), OuterProducts):
             products.with_bias &= "bias" in layer.parameters
             products.mixer = mixer
+        elif mixer is not None and products is not None:
+            return {**gradients, "weight": one_set_each(products)}
         return gradients
 
     def _deliver(self, name: str, gradient: Any, samples: slice) -> None:
@@ -384,17 +388,6 @@ def _refuse(name: str) -> Callable[[Tensor], None]:
         )
 
     return hook
-
-
-def _mix(layer: _Layer, call: _Call, mixer: Tensor) -> None:
-    grad = call.grads[0]
-    mixer = mixer.to(grad.dtype)
-    last = grad if isinstance(layer.module, nn.Linear) else grad.movedim(1, -1)
-    if last.is_contiguous():  # one product, not one for each sample
-        mixed = functional.linear(last, mixer)
-    else:
-        mixed = (mixer @ last.flatten(1, -2).mT).mT.reshape(*last.shape[:-1], -1)
-    call.grads[0] = mixed if last is grad else mixed.movedim(-1, 1)
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -13,8 +13,20 @@ import torch
 from torch import Tensor
 
 from retrac_scale.compiled import LINE, compiled
+from retrac_scale.gradients.mixing import SETS, mix
 from retrac_scale.gradients.products import scratch
-from retrac_scale.gradients.tiles import LANES, POSITIONS, ROWS, WIDTH, add_products, transpose
+from retrac_scale.gradients.tiles import (
+    LANES,
+    POSITIONS,
+    POSITIONS_BY_SETS,
+    ROWS,
+    TWICE,
+    WIDTH,
+    add_products,
+    add_products_by_sets,
+    repeat_sets,
+    transpose,
+)
 from retrac_scale.threads import over_rows
 
 BLOCK_BYTES = 256 << 10
@@ -39,7 +51,7 @@ class OuterProducts:
         kernel: the kernel's size along each spatial axis; none for a linear layer.
         pairs: positions p and s `[kernel positions, most]`, and how many of them are used `[kernel positions]`.
         with_bias: whether the gradient of the layer's bias, left's sum over f and p, goes along.
-        mixer: `[r, o]` that left is multiplied with, so that all gradients have r in place of o.
+        mixer: `[r, SETS, o]`, of left; see `gradients.mixing`.
     """
 
     left: Tensor
@@ -54,6 +66,11 @@ class OuterProducts:
         """Of the gradients."""
         o = self.left.shape[2] if self.mixer is None else len(self.mixer)
         return len(self.left), o, self.right.shape[2], *self.kernel
+
+    @property
+    def outputs(self) -> int:
+        """Entries of the bias's gradients."""
+        return self.left.shape[2] if self.mixer is None else self.mixer[..., 0].numel()
 
     @staticmethod
     def suit(layer: Any, grad_output: Tensor) -> bool:
@@ -70,9 +87,9 @@ class OuterProducts:
         return sums.view(n, o, *self.kernel, i).movedim(-1, 2)
 
     def bias(self) -> Tensor:
-        """The gradient of the layer's bias `[n, o]`."""
+        """The gradient of the layer's bias `[n, outputs]`."""
         sums = self.left.sum((1, 3))
-        return sums if self.mixer is None else sums @ self.mixer.T
+        return sums if self.mixer is None else mix(self.mixer, sums)
 
     @property
     def nbytes(self) -> int:
@@ -92,7 +109,7 @@ class OuterProducts:
         )
 
 
-_UNMIXED = np.zeros((0, 0), np.float32)
+_UNMIXED = np.zeros((0, SETS, 0), np.float32)
 
 
 def _entries(x: Tensor) -> npt.NDArray[np.float32]:
@@ -138,19 +155,21 @@ def memory_for(sides: Any) -> Any:
     """What the passes over one sample write to.
 
     Returns:
-        the mixer `[o, wide]`, pairs of all o, the mixed left side `[f, p, wide]`; the right side's columns
-        `[f, s, wide]`; some rows of the gradient `[rows, k, wide]`; pairs of all p, and sums `[rows]` over them.
+        the mixer `[o, wide]`, pairs of all o, the left side mixed `[f, p, wide]` and by sets `[f, p, r, TWICE]`; the
+        right side's columns `[f, s, wide]`; some rows of the gradient `[rows, k, wide]`; pairs of all p, and sums
+        `[outputs]` over them.
     """
-    (_, _, (frames, o, outputs)), (_, _, (_, i, inputs)), pairs, mixer = sides
+    (_, _, (frames, o, positions)), (_, _, (_, i, inputs)), pairs, mixer = sides
     kernel, wide, r = len(pairs[0]), _whole_vectors(i), len(mixer)
-    across = np.zeros((len(mixer.T), _whole_vectors(r)), np.float32)
-    across[:, :r] = mixer.T
-    mixing = across, _all(len(across)), np.empty((frames, outputs, across.shape[1]), np.float32)
+    across = np.zeros((mixer.shape[2], _whole_vectors(r * SETS)), np.float32)
+    across[:, : r * SETS] = mixer.reshape(r * SETS, mixer.shape[2]).T
+    mixed, by_sets = np.empty((frames, positions, across.shape[1]), np.float32), (frames, positions, r, TWICE)
+    mixing = across, _all(len(across)), mixed, np.empty(by_sets, np.float32)
     columns = np.zeros((frames, inputs, wide), np.float32)
     of_row = o if r == 0 else r
     rows = min(of_row, max(1, BLOCK_BYTES // (4 * kernel * wide * ROWS)) * ROWS)
     rows = np.empty((rows, kernel, wide), np.float32)
-    return mixing, columns, rows, _all(outputs), np.empty(of_row, np.float32)
+    return mixing, columns, rows, _all(positions), np.empty(o if r == 0 else r * SETS, np.float32)
 
 
 @compiled
@@ -167,17 +186,22 @@ def _whole_vectors(count: Any) -> Any:
 
 @compiled
 def left_of(side: Any, sample: Any, mixing: Any) -> Any:
-    """The left side of a sample, mixed if it is to be: entries, and the steps between frames, rows and positions."""
+    """The left side of a sample, mixed if it is to be: entries, and the steps between frames, rows and positions.
+
+    Returns:
+        that; and if mixed, the same by sets `[f, p, r, TWICE]`.
+    """
     entries, steps, _ = side
-    across, every, mixed = mixing
+    across, every, mixed, by_sets = mixing
     frames, positions, wide = mixed.shape
     entries = entries[sample * steps[0] :]
     if wide == 0:
-        return entries, steps[1:]
+        return (entries, steps[1:]), by_sets
     for frame in range(frames):
         out = mixed[frame].reshape(positions, 1, wide)
         add_products(entries[frame * steps[1] :], steps[3], steps[2], across.reshape(-1), wide, every, out, 1, 0, 0)
-    return mixed.reshape(-1), (positions * wide, 1, wide)
+        repeat_sets(mixed[frame], by_sets[frame])
+    return (mixed.reshape(-1), (positions * wide, 1, wide)), by_sets
 
 
 @compiled
@@ -210,18 +234,22 @@ def form_rows(left: Any, row: Any, columns: Any, frames: Any, pairs: Any, rows: 
     Returns:
         See `add_products`.
     """
-    (entries, (left_frame, row_step, left_step)), (right, right_frame, right_step) = left, columns
+    ((entries, (left_frame, row_step, left_step)), by_sets), (right, right_frame, right_step) = left, columns
     for frame in range(frames):
-        first, second = entries[frame * left_frame + row * row_step :], right[frame * right_frame :]
-        fresh = 1 if frame == 0 else 0
-        ahead = add_products(first, row_step, left_step, second, right_step, pairs, rows, fresh, ahead, lines)
+        second, fresh = right[frame * right_frame :], 1 if frame == 0 else 0
+        if by_sets.shape[2] > 0:
+            mixed = by_sets[frame, :, row:]
+            ahead = add_products_by_sets(mixed, second, right_step, pairs, rows, fresh, ahead, lines)
+        else:
+            first = entries[frame * left_frame + row * row_step :]
+            ahead = add_products(first, row_step, left_step, second, right_step, pairs, rows, fresh, ahead, lines)
     return ahead
 
 
 @partial(compiled, reassociate=True)
 def sum_positions(left: Any, frames: Any, every: Any, sums: Any) -> None:
     """Into `[rows]`, what `left_of` gives, summed over frames and positions; `every` is the pairs of all positions."""
-    entries, (frame_step, row_step, step) = left
+    (entries, (frame_step, row_step, step)), _ = left
     if row_step == 1 and len(sums) % LANES == 0:
         one, out = np.ones(1, np.float32), sums.reshape(1, 1, -1)
         for frame in range(frames):
@@ -245,8 +273,9 @@ def sum_positions(left: Any, frames: Any, every: Any, sums: Any) -> None:
 @compiled
 def lines_ahead(sides: Any, o: Any, rows: Any) -> Any:
     """How much of the next sample's right side to fetch at a time, so that all of it is there after this sample's."""
-    _, (_, steps, (frames, i, _)), pairs, _ = sides
-    times = frames * len(pairs[0]) * -(-i // WIDTH) * -(-pairs[0].shape[1] // POSITIONS) * -(-o // len(rows))
+    _, (_, steps, (frames, i, _)), pairs, mixer = sides
+    stretch = POSITIONS if len(mixer) == 0 else POSITIONS_BY_SETS
+    times = frames * len(pairs[0]) * -(-i // WIDTH) * -(-pairs[0].shape[1] // stretch) * -(-o // len(rows))
     return -(-4 * steps[0] // (LINE * times))
 
 

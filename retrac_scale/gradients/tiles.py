@@ -7,6 +7,7 @@ lie, one pair of positions after another, while a tile of the result stays in re
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from llvmlite import binding, ir
@@ -15,6 +16,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from retrac_scale.compiled import LINE, compiled, prefetch, prefetch_beyond
+from retrac_scale.gradients.mixing import SETS
 
 _features = binding.get_host_cpu_features()
 LANES = 16 if _features.get("avx512f") else 8 if _features.get("avx") else 4
@@ -25,8 +27,11 @@ ROWS = 6 if LANES == 8 else 8
 
 WIDTH = 2 * LANES
 
-POSITIONS = 512
+POSITIONS, POSITIONS_BY_SETS = 512, 128
 """Summed over at a time, so that what a tile reads stays in a core's caches."""
+
+TWICE = 2 * SETS
+"""Numbers that each row of a left side by sets takes: those of its sets twice, so that any SETS in a row are all."""
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
@@ -34,6 +39,7 @@ def _add_tile(
     typing: Any,
     rows: Any,
     vectors: Any,
+    sets: Any,
     left: Any,
     row_step: Any,
     left_step: Any,
@@ -48,16 +54,18 @@ def _add_tile(
 ) -> Any:
     """Add the products of `count` pairs of positions to `rows` x `vectors` registers; addresses and steps in bytes.
 
-    What stands in `out` counts unless `fresh`.
+    What stands in `out` counts unless `fresh`. The left side has `sets` numbers for each row, which take turns over
+    the right side's columns.
     """
-    height, width = rows.literal_value, vectors.literal_value
+    height, width, turns = rows.literal_value, vectors.literal_value, sets.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _, _, left, row_step, left_step, right, right_step, meets, met, count, out, out_step, fresh = arguments
+        _, _, _, left, row_step, left_step, right, right_step, meets, met, count, out, out_step, fresh = arguments
         number, index, whole = ir.FloatType(), ir.IntType(32), ir.IntType(64)
         vector = ir.VectorType(number, LANES)
-        undefined = ir.Constant(vector, ir.Undefined)
-        everywhere = ir.Constant(ir.VectorType(index, LANES), [0] * LANES)
+        each = min(turns, LANES)  # numbers that a register's lanes take turns with
+        few = ir.VectorType(number, each)
+        around = ir.Constant(ir.VectorType(index, LANES), [lane % each for lane in range(LANES)])
         kind = ir.FunctionType(vector, [vector] * 3)
         multiply_add = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32")
 
@@ -83,16 +91,42 @@ def _add_tile(
             of_right = builder.add(right, builder.mul(builder.load(at(met, place, whole)), right_step))
             columns = [builder.load(at(of_right, part, vector), align=4) for part in parts]
             for registers, address in zip(sums, lefts, strict=True):
-                entry = builder.insert_element(undefined, builder.load(at(address, of_left, number)), index(0))
-                factor = builder.shuffle_vector(entry, undefined, everywhere)
-                for register, column in zip(registers, columns, strict=True):
+                factors = []
+                for start in range(0, turns, each):
+                    some = builder.load(at(address, builder.add(of_left, whole(4 * start)), few), align=4)
+                    factors.append(builder.shuffle_vector(some, ir.Constant(few, ir.Undefined), around))
+                for register, column, factor in zip(registers, columns, itertools.cycle(factors)):
                     builder.store(builder.call(multiply_add, [factor, column, builder.load(register)]), register)
         for registers, target in zip(sums, targets, strict=True):
             for register, part in zip(registers, parts, strict=True):
                 builder.store(builder.load(register), at(target, part, vector), align=4)
         return context.get_dummy_value()
 
-    return types.void(rows, vectors, *[types.intp] * 11), generate
+    return types.void(rows, vectors, sets, *[types.intp] * 11), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _copy_twice(typing: Any, source: Any, target: Any) -> Any:
+    """SETS numbers; addresses."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, target = arguments
+        kind, whole = ir.VectorType(ir.FloatType(), SETS), ir.IntType(64)
+        sets = builder.load(builder.inttoptr(source, kind.as_pointer()), align=4)
+        for address in (target, builder.add(target, whole(4 * SETS))):
+            builder.store(sets, builder.inttoptr(address, kind.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), generate
+
+
+@compiled
+def repeat_sets(mixed: Any, out: Any) -> None:
+    """From `[p, >= r SETS]` to `[p, r, TWICE]`, contiguous both."""
+    for place in range(len(mixed)):
+        source, target = mixed[place].ctypes.data, out[place].ctypes.data
+        for row in range(out.shape[1]):
+            _copy_twice(source + 4 * SETS * row, target + 4 * TWICE * row)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -194,21 +228,64 @@ def add_products(
                 if i - column < WIDTH:
                     for row in range(0, full, ROWS):
                         g, z = left.ctypes.data + row * row_step, y + row * out_step
-                        _add_tile(ROWS, 1, g, row_step, left_step, x, right_step, a, b, count, z, out_step, new)
+                        _add_tile(ROWS, 1, 1, g, row_step, left_step, x, right_step, a, b, count, z, out_step, new)
                     for row in range(full, o):
                         g, z = left.ctypes.data + row * row_step, y + row * out_step
-                        _add_tile(1, 1, g, row_step, left_step, x, right_step, a, b, count, z, out_step, new)
+                        _add_tile(1, 1, 1, g, row_step, left_step, x, right_step, a, b, count, z, out_step, new)
                     continue
                 for row in range(0, full, ROWS):
                     g, z = left.ctypes.data + row * row_step, y + row * out_step
-                    _add_tile(ROWS, 2, g, row_step, left_step, x, right_step, a, b, count, z, out_step, new)
+                    _add_tile(ROWS, 2, 1, g, row_step, left_step, x, right_step, a, b, count, z, out_step, new)
                 for row in range(full, few, 4):
                     g, z = left.ctypes.data + row * row_step, y + row * out_step
                     if i % (2 * WIDTH) != 0:
-                        _add_tile(4, 2, g, row_step, left_step, x, right_step, a, b, count, z, out_step, new)
+                        _add_tile(4, 2, 1, g, row_step, left_step, x, right_step, a, b, count, z, out_step, new)
                     elif column % (2 * WIDTH) == 0:
-                        _add_tile(4, 4, g, row_step, left_step, x, right_step, a, b, count, z, out_step, new)
+                        _add_tile(4, 4, 1, g, row_step, left_step, x, right_step, a, b, count, z, out_step, new)
                 for row in range(few, o):
                     g, z = left.ctypes.data + row * row_step, y + row * out_step
-                    _add_tile(1, 2, g, row_step, left_step, x, right_step, a, b, count, z, out_step, new)
+                    _add_tile(1, 2, 1, g, row_step, left_step, x, right_step, a, b, count, z, out_step, new)
+    return ahead
+
+
+@compiled
+def add_products_by_sets(
+    left: Any, right: Any, next_right: Any, pairs: Any, out: Any, fresh: Any, ahead: Any, lines: Any
+) -> Any:
+    """The same for a left side `[p, >= o, TWICE]`, of which column i of `out` at place k has set i + k.
+
+    Arguments and what is returned are as of `add_products`.
+    """
+    meets, met, counts = pairs
+    o, kernel, i = out.shape
+    full = o // 4 * 4
+    step, left_step, right_step, out_step = 4 * TWICE, left.strides[0], 4 * next_right, 4 * kernel * i
+    for begin in range(0, meets.shape[1], POSITIONS_BY_SETS):
+        new = fresh if begin == 0 else 0
+        for column in range(0, i, WIDTH):
+            for place in range(kernel):
+                for _ in range(lines):
+                    prefetch_beyond(ahead)
+                    ahead += LINE
+                count = min(POSITIONS_BY_SETS, counts[place] - begin)
+                before = 8 * (place * meets.shape[1] + begin)
+                a, b = meets.ctypes.data + before, met.ctypes.data + before
+                x, y = right.ctypes.data + 4 * column, out.ctypes.data + 4 * (place * i + column)
+                side = left.ctypes.data + 4 * (place % SETS)
+                if column % (2 * WIDTH) == WIDTH and column + WIDTH <= i:
+                    continue  # was in the tiles of the column before
+                half, wide = column + WIDTH <= i, column + 2 * WIDTH <= i
+                for row in range(0, full, 4):
+                    g, z = side + row * step, y + row * out_step
+                    if wide:
+                        _add_tile(4, 4, SETS, g, step, left_step, x, right_step, a, b, count, z, out_step, new)
+                    elif half:
+                        _add_tile(4, 2, SETS, g, step, left_step, x, right_step, a, b, count, z, out_step, new)
+                    else:
+                        _add_tile(4, 1, SETS, g, step, left_step, x, right_step, a, b, count, z, out_step, new)
+                for row in range(full, o):
+                    g, z = side + row * step, y + row * out_step
+                    for part in range(0, min(i - column, 2 * WIDTH), LANES):
+                        f, h = x + 4 * part, z + 4 * part
+                        _add_tile(1, 1, SETS, g, step, left_step, f, right_step, a, b, count, h, out_step, new)
     return ahead

@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from retrac_scale.gradients.mixing import mix
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -38,7 +40,7 @@ class Projector(ABC):
         """The sketches `[n, k]`."""
 
     def mixed(self, name: str, gradient: Tensor) -> Tensor:
-        """A parameter's gradients `[n, *shape]` as `add` takes them: of a mixed layer, with r in place of o."""
+        """A parameter's gradients `[n, *shape]` as `add` takes them: those of a mixed layer mixed."""
         weight = weight_beside(name)
         return mix(self.mixers[weight], gradient) if weight in self.mixers.keys() - self.whole else gradient
 
@@ -51,11 +53,6 @@ def weight_beside(name: str) -> str:
 def bias_beside(weight: str) -> str:
     """The bias of the layer that a weight belongs to."""
     return weight.removesuffix("weight") + "bias"
-
-
-def mix(mixer: Tensor, gradient: Tensor) -> Tensor:
-    """`[r, o]` times `[n, o, ...]`."""
-    return torch.einsum("ro,no...->nr...", mixer.to(gradient.dtype), gradient)
 
 
 def inputs_last(gradient: Tensor) -> Tensor:

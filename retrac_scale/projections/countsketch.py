@@ -57,17 +57,21 @@ class SignedFold(Projector):
             )
         return self._blocks[name, size]
 
+    def _scale(self, name: str) -> float:
+        return 1 if weight_beside(name) in self.whole else self.scales.get(name, 1)
+
     def start(self, n: int) -> Tensor:
         """Two rounds wide, so that a rotated block is one contiguous addition."""
         return torch.zeros(n, 2 * self.dim, device=self.device)
 
     def add(self, accumulator: Tensor, name: str, gradient: Tensor | OuterProducts) -> Tensor | None:
         """Sign, rotate and add the blocks of one parameter."""
-        scale = 1 if weight_beside(name) in self.whole else self.scales.get(name, 1)
+        scale = self._scale(name)
         size = prod(gradient.shape[1:])
         if isinstance(gradient, OuterProducts):
-            bias = self._signs(bias_beside(name), gradient.shape[1]) if gradient.with_bias else None
-            squares = fold(accumulator, gradient, self._signs(name, size), scale, bias)
+            bias = bias_beside(name)
+            of_bias = self._signs(bias, gradient.outputs) if gradient.with_bias else None
+            squares = fold(accumulator, gradient, self._signs(name, size), scale, of_bias, self._scale(bias))
             return squares if self.exact_norm else None
         entries = inputs_last(gradient).flatten(1)
         if accumulator.device.type == "cpu":

@@ -34,6 +34,7 @@ def fold(
     signs: Signs,
     scale: float,
     of_bias: Signs | None = None,
+    scale_of_bias: float = 1,
 ) -> Tensor:
     """Add scale x sign x entry to the accumulator, each block of k rotated by its shift.
 
@@ -43,6 +44,7 @@ def fold(
         signs: of the entries.
         scale: of all entries.
         of_bias: of the bias that goes along with `OuterProducts`.
+        scale_of_bias: of its entries.
 
     Returns:
         Squared norms of the entries `[n]`, float32.
@@ -50,7 +52,8 @@ def fold(
     sums = accumulator.numpy()
     squares = np.zeros(len(sums), np.float32)
     if isinstance(entries, OuterProducts):
-        arguments = (entries.sides(), sums, signs, of_bias or _NONE, np.float32(scale), squares)
+        scales = np.float32(scale), np.float32(scale_of_bias)
+        arguments = (entries.sides(), sums, (signs, of_bias or _NONE), scales, squares)
         _formed_and_folded(arguments, len(sums), entries.nbytes)
         return torch.from_numpy(squares)
     entries = entries.contiguous()
@@ -83,31 +86,31 @@ def _fold(accumulator: Any, entries: Any, signs: Any, scale: Any, squares: Any) 
 
 
 @compiled
-def _form_and_fold(
-    sides: Any, accumulator: Any, signs: Any, of_bias: Any, scale: Any, squares: Any, first: Any, last: Any
-) -> None:
+def _form_and_fold(sides: Any, accumulator: Any, signs: Any, scales: Any, squares: Any, first: Any, last: Any) -> None:
     """A sample's gradient is folded while it is formed, some rows at a time; see `OuterProducts.sides`."""
-    left, right, pairs, _ = sides
+    left, right, pairs, mixer = sides
+    (signs, of_bias), (scale, scale_of_bias) = signs, scales
     entries, steps, (frames, i, _) = right
     mixing, memory, rows, every, sums = memory_for(sides)
-    lines, kernel = lines_ahead(sides, len(sums), rows), len(pairs[0])
+    o, kernel = len(sums) if len(mixer) == 0 else len(mixer), len(pairs[0])
+    lines = lines_ahead(sides, o, rows)
     for sample in range(first, last):
         columns, mixed = columns_of(right, sample, memory), left_of(left, sample, mixing)
         ahead = entries.ctypes.data + 4 * (sample + 1) * steps[0]
-        for row in range(0, len(sums), len(rows)):
-            some = rows[: len(sums) - row]
+        for row in range(0, o, len(rows)):
+            some = rows[: o - row]
             ahead = form_rows(mixed, row, columns, frames, pairs, some, ahead, lines)
             formed = some.reshape(-1) if some.shape[2] == i else some[:, :, :i].copy().reshape(-1)
             squares[sample] += _fold_from(row * kernel * i, accumulator[sample], formed, signs, scale)
         if len(of_bias[0]) > 0:
             sum_positions(mixed, frames, every, sums)
-            squares[sample] += _fold_from(0, accumulator[sample], sums, of_bias, scale)
+            squares[sample] += _fold_from(0, accumulator[sample], sums, of_bias, scale_of_bias)
 
 
 _numbers, _table = np.zeros(1, np.float32), np.zeros((1, 1), np.int64)
 _side = _numbers, (0, 0, 0, 0), (0, 0, 0)
-_sides = _side, _side, (_table, _table, _table[0]), _numbers[None]
-_shared = Shared((_sides, _numbers[None], _NONE, _NONE, np.float32(0), _numbers))
+_sides = _side, _side, (_table, _table, _table[0]), _numbers[None, None]
+_shared = Shared((_sides, _numbers[None], (_NONE, _NONE), (np.float32(0), np.float32(0)), _numbers))
 _run, _taken, _after = _shared.run, _shared.taken, _shared.after
 
 

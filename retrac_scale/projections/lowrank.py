@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from retrac_scale.gradients.mixing import SETS, mix
 from retrac_scale.projections import random
 from retrac_scale.projections.base import (
     Projection,
     Projector,
     Shapes,
+    bias_beside,
     check_dim,
-    mix,
     squared_norm,
     weight_beside,
 )
@@ -26,19 +28,20 @@ from retrac_scale.projections.countsketch import SignedFold
 class LowRank(Projection):
     """One-sided random projection of every layer, folded to `dim` buckets.
 
-    Output gradients are multiplied with a random matrix R `[r, o]` of entries +-1/sqrt(r), for which E[R^T R] is the
-    identity, so inner products stay unbiased. Its rows are some of a Hadamard matrix with random column signs: as they
-    are orthogonal, the variance that mixing adds is (o - r) / (o - 1) times that of independent signs, for o a power of
-    two. Per-sample gradients shrink by o / r. Layers with fewer than 2 r outputs, where little would be saved, stay
-    whole; so do linear layers that see a sample at one position (timestep embeddings, adaptive norms): their gradient
-    has rank 1 and costs little, and mixing hurts it most.
+    Output gradients are multiplied with a random matrix of entries +-1/sqrt(r), eight sets of r rows: each input
+    feature at each kernel position is met by one set R `[r, o]`, for which E[R^T R] is the identity. So inner products
+    stay unbiased, per-sample gradients shrink by o / r, and errors average out over the inputs, whose gradients are
+    alike where they matter, as if there were up to 8 r rows. All rows are of one Hadamard matrix with random column
+    signs, and so orthogonal for o a power of two.
 
-    The variance that mixing adds to a layer's inner products falls with r, and with the number of directions among its
-    outputs, which grows with o; that of the fold falls with `dim`. So the rank of a layer is chosen in proportion to
-    dim / o: 16 for 32 outputs, 8 for 64 and 4 from 128 on at dim 2048, where layers below 32 stay whole.
+    Layers where that would save less than half of the multiplications stay whole, and layers with fewer outputs than
+    an eighth of their inputs: the last one of a transformer, narrow and cheap, has most of the gradient. So do linear
+    layers that see a sample at one position (timestep embeddings, adaptive norms): their gradient has rank 1 and costs
+    little.
 
     Args:
-        rank: channels r that each layer's outputs are mixed into; None chooses them by layer.
+        rank: channels r that each input's gradients are mixed into; None for dim / 512, 4 at least, with which mixing
+            adds little to the variance of the fold.
         dim: k.
         seed: of all signs and shifts.
         norm: "estimate", the sketch's own, whose square is unbiased and whose error is a few per cent at dim 2048; or
@@ -49,7 +52,7 @@ class LowRank(Projection):
     dim: int = 2048
     seed: int = 0
     norm: Literal["estimate", "exact"] = "estimate"
-    revision: ClassVar[int] = 3
+    revision: ClassVar[int] = 4
 
     def __post_init__(self) -> None:
         check_dim(self.dim)
@@ -60,16 +63,15 @@ class LowRank(Projection):
 
     def bind(self, shapes: Shapes, mixable: Mapping[str, int], device: torch.device) -> Projector:
         """See `Projection.bind`."""
+        rank = self.rank or 4 * max(1, self.dim // 2048)
         mixers, scales = {}, {}
-        for name in shapes:
-            out_features = mixable.get(name, 0)
-            weight = weight_beside(name)
-            rank = self.rank or _rank_for(self.dim, out_features)
-            if out_features >= 2 * rank and weight in mixable:
-                scales[name] = rank**-0.5  # with the signs, so that mixing multiplies by +-1, exact in bfloat16
-                if name == weight:
-                    entries = random.orthogonal_signs(self.seed, f"{name} mixer", rank, out_features)
-                    mixers[name] = torch.from_numpy(entries).to(device)
+        for name in mixable:
+            if _worth_mixing(shapes[name], rank):
+                outputs = shapes[name][0]
+                entries = random.orthogonal_signs(self.seed, f"{name} mixer", SETS * rank, outputs)
+                mixers[name] = torch.from_numpy(entries.reshape(rank, SETS, outputs)).to(device)
+                # with the signs, so that mixing multiplies by +-1, exact in bfloat16
+                scales[name], scales[bias_beside(name)] = rank**-0.5, (SETS * rank) ** -0.5
         if self.norm == "exact":
             whole = _ExactNorm(self.dim, self.seed, device, scales)
             whole.own_mixers = mixers
@@ -80,9 +82,11 @@ class LowRank(Projection):
         return projector
 
 
-def _rank_for(dim: int, out_features: int) -> int:
-    """dim / (4 o), as a multiple of 4."""
-    return 4 * max(1, -(-dim // (16 * max(1, out_features))))
+def _worth_mixing(shape: tuple[int, ...], rank: int) -> bool:
+    if len(shape) < 2 or 8 * shape[0] < shape[1]:
+        return False
+    outputs, entries = shape[0], prod(shape[1:])
+    return outputs * entries > 2 * (SETS * rank * outputs + rank * entries)
 
 
 class _ExactNorm(SignedFold):
