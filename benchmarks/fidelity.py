@@ -3,10 +3,10 @@
 Two trained models: U-small on scikit-learn's digits, and a small DiT on patches of scikit-learn's two photographs.
 1,000 training images, 128 generated ones as queries, averaged over 4 timesteps. Every projection, dim and row dtype
 gets recall@10, the rank correlation of the scores (Spearman, per query, averaged) and the error of the sketch's own
-norm; its time comes from `sketching.Bench` on the same model. Writes JSON and the two frontier plots.
+norm, averaged over seeds; its time comes from `sketching.Bench` on the same model. Writes JSON and the frontier plots.
 
-    python benchmarks/fidelity.py                       # trains once (minutes), keeps the weights in benchmarks/.cache
-    python benchmarks/fidelity.py --seeds 3 --skip-time # tighter figures, no timing
+    python benchmarks/fidelity.py                        # trains once (minutes), keeps the weights in benchmarks/.cache
+    python benchmarks/fidelity.py --seeds 20 --skip-time # tighter figures, no timing
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import platform
 import statistics
 import sys
@@ -48,11 +49,11 @@ TIMESTEPS = (125, 375, 625, 875)  # the middles of four ranges: EvenlySpaced(4) 
 EPOCHS, BATCH, LEARNING_RATE = 40, 32, 2e-3
 SAMPLES = 16  # per batch of gradients: 64 pairs
 DIMS = (512, 1024, 2048, 4096, 8192)
-RANKS = (None, 8, 16, 32)  # None: chosen by layer
+RANKS = (2, 4, 8, 16)  # LowRank() has 4 up to dim 2048, 8 at 4096, 16 at 8192
 DENSE_DIMS = (512, 1024, 2048)
 PEER_DIMS = (2048,)
 DTYPES = {"int8": 1, "float16": 2, "float32": 4}
-DEFAULTS = ("LowRank(2048)", "CountSketch(4096)")
+DEFAULTS = ("LowRank(4, 2048)", "CountSketch(4096)")
 
 
 class UnlabelledDiT(nn.Module):
@@ -255,10 +256,8 @@ def compare(gradients: Gradients, seeds: int, peers: bool) -> list[dict[str, Any
         lines += judge(f"CountSketch({fold.dim})", fold.dim, sketches, norms, norms, exact)
     del counted
     for rank in RANKS:
-        # of one rank all mix alike, and share a pass
-        for dims in [(dim,) for dim in DIMS] if rank is None else [DIMS]:
-            for seed in range(seeds):
-                lines += lowrank(gradients, rank, dims, seed, norms, exact)
+        for seed in range(seeds):
+            lines += lowrank(gradients, rank, seed, norms, exact)
     projectors = {"Dense": (DENSE_DIMS, dense)}
     if peers:
         projectors |= {"TRAK's BasicProjector": (PEER_DIMS, trak), "dattri's BasicProjector": (PEER_DIMS, dattri)}
@@ -280,18 +279,16 @@ def compare(gradients: Gradients, seeds: int, peers: bool) -> list[dict[str, Any
     return averaged(lines)
 
 
-def lowrank(
-    gradients: Gradients, rank: int | None, dims: tuple[int, ...], seed: int, norms: Any, exact: Any
-) -> list[dict[str, Any]]:
-    """Lines of LowRank(rank, dim, seed)."""
-    mixed = tuple(rs.LowRank(rank, dim, seed) for dim in dims)
-    low = [np.empty((*norms.shape, dim), np.float32) for dim in dims]
-    for samples, sketch, _ in gradients.sketched(Several(mixed), f"LowRank {rank} {dims}"):
-        for own, part in zip(low, torch.split(sketch, dims, 2), strict=True):
+def lowrank(gradients: Gradients, rank: int, seed: int, norms: Any, exact: Any) -> list[dict[str, Any]]:
+    """Lines of LowRank(rank, dim, seed), whose dims all mix alike and share a pass."""
+    low = [np.empty((*norms.shape, dim), np.float32) for dim in DIMS]
+    mixed = Several(tuple(rs.LowRank(rank, dim, seed) for dim in DIMS))
+    for samples, sketch, _ in gradients.sketched(mixed, f"LowRank, rank {rank}"):
+        for own, part in zip(low, torch.split(sketch, DIMS, 2), strict=True):
             own[samples] = part
     lines = []
-    for dim, sketches in zip(dims, low, strict=True):
-        lines += judge(lowrank_name(rank, dim), dim, sketches, np.linalg.norm(sketches, axis=2), norms, exact)
+    for dim, sketches in zip(DIMS, low, strict=True):
+        lines += judge(f"LowRank({rank}, {dim})", dim, sketches, np.linalg.norm(sketches, axis=2), norms, exact)
     return lines
 
 
@@ -326,19 +323,26 @@ def dattri(directions: Tensor, dims: tuple[int, ...]) -> dict[int, Any]:
 
 
 def averaged(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Lines of several seeds of a projection become their mean."""
+    """Lines of several seeds of a projection become their mean, with the standard error of its recall."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for line in lines:
         groups.setdefault((line["projection"], line["dtype"]), []).append(line)
     measured = ("norm_error", "recall_at_10", "rank_correlation")
     return [
-        group[0] | {name: statistics.mean(line[name] for line in group) for name in measured}
+        group[0]
+        | {name: statistics.mean(line[name] for line in group) for name in measured}
+        | {"recall_error": _error([line["recall_at_10"] for line in group])}
         for group in groups.values()
     ]
 
 
-def times(model: nn.Module, images: Tensor, scheduler: Any, rounds: int, peers: bool) -> dict[str, float]:
-    """Time per pair of each projection over that of the training step: medians over interleaved rounds.
+def _error(values: list[float]) -> float:
+    """Of the mean; none is known for one value."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def times(model: nn.Module, images: Tensor, scheduler: Any, rounds: int, peers: bool) -> dict[str, dict[str, float]]:
+    """Time per pair of each projection over that of the training step in the same round: medians, and their errors.
 
     The dense ones take seconds a step and are timed once.
     """
@@ -360,14 +364,20 @@ def times(model: nn.Module, images: Tensor, scheduler: Any, rounds: int, peers: 
     ours = bench(max(DIMS)).ours
     contenders = {"floor": bench(max(DIMS)).floor()}
     contenders |= {f"CountSketch({dim})": ours(rs.CountSketch(dim)) for dim in DIMS}
-    contenders |= {lowrank_name(rank, dim): ours(rs.LowRank(rank, dim)) for rank in RANKS for dim in DIMS}
-    seconds = {name: statistics.median(own) for name, own in measure(contenders, rounds, 1, "cpu").items()}
+    contenders |= {f"LowRank({rank}, {dim})": ours(rs.LowRank(rank, dim)) for rank in RANKS for dim in DIMS}
+    seconds = measure(contenders, rounds, 1, "cpu")
     for dim in (min(DENSE_DIMS), max(DENSE_DIMS)):
-        seconds[f"Dense({dim})"] = once(ours(rs.Dense(dim)))
+        seconds[f"Dense({dim})"] = [once(ours(rs.Dense(dim)))]
     for dim in PEER_DIMS if peers else ():
-        seconds[f"TRAK's BasicProjector({dim})"] = once(bench(dim).traker())
-        seconds[f"dattri's BasicProjector({dim})"] = once(bench(dim).dattri())
-    return {name: own / seconds["floor"] for name, own in seconds.items()}
+        seconds[f"TRAK's BasicProjector({dim})"] = [once(bench(dim).traker())]
+        seconds[f"dattri's BasicProjector({dim})"] = [once(bench(dim).dattri())]
+    floor = seconds["floor"]
+    ratios = {
+        name: [a / b for a, b in zip(own, floor if len(own) > 1 else [statistics.median(floor)], strict=True)]
+        for name, own in seconds.items()
+    }
+    # a median's error is 1.25 times a mean's
+    return {name: {"time": statistics.median(own), "time_error": 1.25 * _error(own)} for name, own in ratios.items()}
 
 
 def once(step: Step) -> float:
@@ -384,11 +394,6 @@ def frontier(points: dict[str, tuple[float, float]]) -> list[str]:
         if not kept or recall > points[kept[-1]][1]:
             kept.append(name)
     return kept
-
-
-def lowrank_name(rank: int | None, dim: int) -> str:
-    """As it stands in tables."""
-    return f"LowRank({dim})" if rank is None else f"LowRank({rank}, {dim})"
 
 
 def family(projection: str) -> str:
@@ -448,25 +453,30 @@ def report(name: str, result: dict[str, Any]) -> None:
             edge = frontier(points)
             on = ", ".join(f"{default} {'on' if default in edge else 'off'}" for default in DEFAULTS)
             print(f"frontier of recall@10 against {cost}: {' < '.join(edge)}; {on}")
+    rows = [line for line in result["lines"] if line["dtype"] == "int8" and line.get("time") is not None]
     for default in DEFAULTS:
-        better = [
-            line["projection"]
-            for line in result["lines"]
-            if line["dtype"] == "int8" and line.get("time") is not None and _beats(line, found[default, "int8"])
-        ]
-        print(f"{default}: what recalls more in no more bytes and no more time: {', '.join(better) or 'nothing'}")
+        own = found[default, "int8"]
+        for costs in (("bytes",), ("time",), ("bytes", "time")):
+            within = [line for line in rows if all(line[cost] <= own[cost] for cost in costs)]
+            better = [line for line in within if line["recall_at_10"] > own["recall_at_10"]]
+            told = "; ".join(_difference(line, own) for line in better)
+            print(f"{default}: what recalls more in no more {' and '.join(costs)}: {told or 'nothing'}")
 
 
-def _beats(line: dict[str, Any], other: dict[str, Any]) -> bool:
-    within = line["bytes"] <= other["bytes"] and line["time"] <= other["time"]
-    return within and bool(line["recall_at_10"] > other["recall_at_10"])
+def _difference(line: dict[str, Any], own: dict[str, Any]) -> str:
+    """What a line has on another, with standard errors."""
+    differences = []
+    for what in ("recall_at_10", "time"):
+        error = what.removesuffix("_at_10") + "_error"
+        differences.append(f"{what} {line[what] - own[what]:+.4f} +- {math.hypot(line[error], own[error]):.4f}")
+    return f"{line['projection']} ({', '.join(differences)})"
 
 
 def main() -> None:
     """Train if needed, compare, time, print, write JSON and plots."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=1, help="of CountSketch and LowRank, averaged")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=5, help="of CountSketch and LowRank, averaged")
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--skip-time", action="store_true")
     parser.add_argument("--skip-peers", action="store_true", help="TRAK and dattri, which run on the first data set")
@@ -490,7 +500,7 @@ def main() -> None:
         lines = compare(Gradients(model, scheduler, everything), arguments.seeds, peers)
         costs = {} if arguments.skip_time else times(model, images, scheduler, arguments.rounds, peers)
         for line in lines:
-            line["time"] = costs.get(line["projection"])
+            line |= costs.get(line["projection"], {})
         results[name] = {"parameters": sum(value.numel() for value in model.parameters()), "lines": lines}
         report(name, results[name])
     if len(results) < len(CASES):

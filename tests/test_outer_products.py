@@ -109,7 +109,7 @@ def signs(count: int, dim: int) -> Any:
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 1, 3, 2), (1, 0, 3, 2)])
 @pytest.mark.parametrize("o", [3, 2 * LANES])
-@pytest.mark.parametrize(("rank", "i"), [(None, 5), (1, 5), (3, 70), (4, 16), (8, 96), (10, 128)])
+@pytest.mark.parametrize(("rank", "i"), [(None, 5), (1, 5), (3, WIDTH + LANES), (4, 16), (8, 3 * WIDTH), (10, 140)])
 def test_a_left_side_is_mixed_and_its_bias_goes_along(order: tuple[int, ...], o: int, rank: int | None, i: int) -> None:
     left, right = drawn(0, 3, 2, o, 150), drawn(1, 3, 2, i, 150)
     mixer = None if rank is None else drawn(3, rank, SETS, o)

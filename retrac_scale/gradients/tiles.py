@@ -27,7 +27,7 @@ ROWS = 6 if LANES == 8 else 8
 
 WIDTH = 2 * LANES
 
-POSITIONS, POSITIONS_BY_SETS = 512, 128
+POSITIONS, POSITIONS_BY_SETS = 128, 32
 """Summed over at a time, so that what a tile reads stays in a core's caches."""
 
 TWICE = 2 * SETS
@@ -92,7 +92,7 @@ def _add_tile(
             columns = [builder.load(at(of_right, part, vector), align=4) for part in parts]
             for registers, address in zip(sums, lefts, strict=True):
                 factors = []
-                for start in range(0, turns, each):
+                for start in range(0, min(turns, width * LANES), each):
                     some = builder.load(at(address, builder.add(of_left, whole(4 * start)), few), align=4)
                     factors.append(builder.shuffle_vector(some, ir.Constant(few, ir.Undefined), around))
                 for register, column, factor in zip(registers, columns, itertools.cycle(factors)):
@@ -275,6 +275,7 @@ def add_products_by_sets(
                 if column % (2 * WIDTH) == WIDTH and column + WIDTH <= i:
                     continue  # was in the tiles of the column before
                 half, wide = column + WIDTH <= i, column + 2 * WIDTH <= i
+                width = 2 * WIDTH if wide else WIDTH if half else LANES
                 for row in range(0, full, 4):
                     g, z = side + row * step, y + row * out_step
                     if wide:
@@ -285,7 +286,7 @@ def add_products_by_sets(
                         _add_tile(4, 1, SETS, g, step, left_step, x, right_step, a, b, count, z, out_step, new)
                 for row in range(full, o):
                     g, z = side + row * step, y + row * out_step
-                    for part in range(0, min(i - column, 2 * WIDTH), LANES):
-                        f, h = x + 4 * part, z + 4 * part
-                        _add_tile(1, 1, SETS, g, step, left_step, f, right_step, a, b, count, h, out_step, new)
+                    for part in range(0, width, LANES):
+                        e, f, h = g + 4 * (part % SETS), x + 4 * part, z + 4 * part
+                        _add_tile(1, 1, SETS, e, step, left_step, f, right_step, a, b, count, h, out_step, new)
     return ahead
