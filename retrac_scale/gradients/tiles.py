@@ -27,7 +27,7 @@ ROWS = 6 if LANES == 8 else 8
 
 WIDTH = 2 * LANES
 
-POSITIONS, POSITIONS_BY_SETS = 128, 32
+POSITIONS, POSITIONS_BY_SETS = 128, 64
 """Summed over at a time, so that what a tile reads stays in a core's caches."""
 
 TWICE = 2 * SETS
