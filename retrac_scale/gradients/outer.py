@@ -163,8 +163,8 @@ def memory_for(sides: Any) -> Any:
     kernel, wide, r = len(pairs[0]), _whole_vectors(i), len(mixer)
     across = np.zeros((mixer.shape[2], _whole_vectors(r * SETS)), np.float32)
     across[:, : r * SETS] = mixer.reshape(r * SETS, mixer.shape[2]).T
-    mixed, by_sets = np.empty((frames, positions, across.shape[1]), np.float32), (frames, positions, r, TWICE)
-    mixing = across, _all(len(across)), mixed, np.empty(by_sets, np.float32)
+    mixed = np.empty((frames, positions, across.shape[1]), np.float32)
+    mixing = across, _all(len(across)), mixed, np.empty((frames, positions, r, TWICE), np.float32)
     columns = np.zeros((frames, inputs, wide), np.float32)
     of_row = o if r == 0 else r
     rows = min(of_row, max(1, BLOCK_BYTES // (4 * kernel * wide * ROWS)) * ROWS)

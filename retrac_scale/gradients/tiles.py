@@ -27,6 +27,9 @@ ROWS = 6 if LANES == 8 else 8
 
 WIDTH = 2 * LANES
 
+BROAD = LANES != 8
+"""Whether the registers hold a tile of 4 rows that is twice as wide."""
+
 POSITIONS, POSITIONS_BY_SETS = 128, 64
 """Summed over at a time, so that what a tile reads stays in a core's caches."""
 
@@ -238,7 +241,7 @@ def add_products(
                     _add_tile(ROWS, 2, 1, g, row_step, left_step, x, right_step, a, b, count, z, out_step, new)
                 for row in range(full, few, 4):
                     g, z = left.ctypes.data + row * row_step, y + row * out_step
-                    if i % (2 * WIDTH) != 0:
+                    if not BROAD or i % (2 * WIDTH) != 0:
                         _add_tile(4, 2, 1, g, row_step, left_step, x, right_step, a, b, count, z, out_step, new)
                     elif column % (2 * WIDTH) == 0:
                         _add_tile(4, 4, 1, g, row_step, left_step, x, right_step, a, b, count, z, out_step, new)
@@ -272,9 +275,9 @@ def add_products_by_sets(
                 a, b = meets.ctypes.data + before, met.ctypes.data + before
                 x, y = right.ctypes.data + 4 * column, out.ctypes.data + 4 * (place * i + column)
                 side = left.ctypes.data + 4 * (place % SETS)
-                if column % (2 * WIDTH) == WIDTH and column + WIDTH <= i:
+                if BROAD and column % (2 * WIDTH) == WIDTH and column + WIDTH <= i:
                     continue  # was in the tiles of the column before
-                half, wide = column + WIDTH <= i, column + 2 * WIDTH <= i
+                half, wide = column + WIDTH <= i, BROAD and column + 2 * WIDTH <= i
                 width = 2 * WIDTH if wide else WIDTH if half else LANES
                 for row in range(0, full, 4):
                     g, z = side + row * step, y + row * out_step
