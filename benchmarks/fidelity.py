@@ -423,7 +423,7 @@ def plot(results: dict[str, Any], cost: str, label: str, file: Path) -> None:
         axes.set(xscale="log", xlabel=label, title=name)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("recall@10 of ReTrac")
-    panels[-1].legend(fontsize=8)
+    panels[0].legend(fontsize=8, loc="lower right")  # which has the peers too
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
