@@ -28,6 +28,9 @@ CHUNK_BYTES, CHUNK_BYTES_OF_ACCELERATORS = 2 << 20, 256 << 20
 """A layer's gradients are formed and consumed for as many samples at a time as keep to this: on a CPU to a core's
 cache, elsewhere to what makes the launches of kernels few."""
 
+NARROW = 128
+"""Outputs below which the products of 16-bit gradients take less time compiled in float32 on a CPU."""
+
 
 @dataclass
 class _Layer:
@@ -44,6 +47,12 @@ class _Layer:
     def mixable(self) -> bool:
         """Whether output gradients may be mixed across all output features."""
         return self.rule is not None and self.rule.mixable and getattr(self.module, "groups", 1) == 1
+
+    @property
+    def narrow(self) -> bool:
+        """Whether its products are better made in float32."""
+        module: Any = self.module
+        return self.rule is not None and self.rule.unformed is not None and len(module.weight) < NARROW
 
 
 @dataclass
@@ -272,9 +281,9 @@ class _Backward:
                 )
             _check_rows(layer, call, self.n)
         mixer = self._mixer(layer, calls)
-        if mixer is not None and calls[0].grads[0].device.type == "cpu" and calls[0].grads[0].itemsize < 4:
-            for call in calls:  # so few products take less time compiled in float32
-                call.grads[0] = call.grads[0].float()
+        if mixer is not None or layer.narrow:
+            for call in calls:
+                call.grads[0] = _widened(call.grads[0])
         products = layer.rule is not None and layer.rule.suits_products(layer.module, calls[0].grads[0])
         if mixer is not None and not products:  # which are mixed where they are formed
             for call in calls:
@@ -363,6 +372,11 @@ class _Backward:
         """Deliver the parameters that several layers share."""
         for name, gradient in self.waiting.items():
             self.sink(name, gradient, slice(0, self.n))
+
+
+def _widened(grad: Tensor) -> Tensor:
+    """On a CPU 32 bits at least, in which products are compiled."""
+    return grad.float() if grad.device.type == "cpu" and grad.itemsize < 4 else grad
 
 
 def _one(gradients: Gradients, own: str) -> Tensor | None:
