@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write JSON here")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    projections = {"sketched, default": rs.LowRank(), "sketched, LowRank(16)": rs.LowRank(16)}
+    projections = {"sketched, default": rs.LowRank(), "sketched, CountSketch": rs.CountSketch(2048)}
     with tempfile.TemporaryDirectory() as place:
         options: dict[str, dict[str, Any] | None] = {
             "plain step": None,
