@@ -224,6 +224,18 @@ def test_lowrank_with_exact_norm_is_the_same_sketch_with_the_full_norm(rank: int
     torch.testing.assert_close(exact[1], sketched(rs.Identity())[1], rtol=1e-5, atol=0)
 
 
+def test_layers_that_share_a_bias_are_not_mixed() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 24), nn.SiLU(), nn.Linear(24, 24), nn.SiLU(), nn.Linear(24, 24))
+    model[2].bias = model[0].bias
+    x = torch.randn(3, 7, 24)
+    sketcher = rs.GradientSketcher(model, rs.LowRank(1, 64))
+    assert list(sketcher._projector.mixers) == ["4.weight"]
+    with sketcher:
+        found = sketcher(model(x).square().sum((1, 2)))
+    sketcher.check(found, lambda: model(x).square().sum((1, 2)), lambda: model(x[:1]).square().sum()[None], "sample 0")
+
+
 def test_check_names_the_parameters_of_a_layer_that_puts_samples_on_another_axis() -> None:
     class SequenceFirst(nn.Module):
         def __init__(self) -> None:
