@@ -287,8 +287,8 @@ class _Backward:
         products = layer.rule is not None and layer.rule.suits_products(layer.module, calls[0].grads[0])
         if mixer is not None and not products:  # which are mixed where they are formed
             for call in calls:
-                last = isinstance(layer.module, nn.Linear)
-                call.grads[0] = mix_outputs(mixer, call.grads[0], channels_last=last)
+                axis = -1 if isinstance(layer.module, nn.Linear) else 1
+                call.grads[0] = mix_outputs(mixer, call.grads[0], axis)
         left = products and self._left_unformed(layer, calls)
         size = self.n if left else self._samples_at_a_time(layer, calls[0], mixer)
         for start in range(0, self.n, size):
@@ -323,7 +323,7 @@ class _Backward:
         return self.unformed and len(calls) == 1 and "weight" in own and self.shared.isdisjoint(own.values())
 
     def _samples_at_a_time(self, layer: _Layer, call: _Call, mixer: Tensor | None) -> int:
-        numel = layer.numel if mixer is None else layer.numel * mixer[..., 0].numel() // mixer.shape[-1]
+        numel = layer.numel if mixer is None else layer.numel * mixer.shape[:2].numel() // mixer.shape[2]
         on_cpu = next(iter(call.grads.values())).device.type == "cpu"
         return max(1, (CHUNK_BYTES if on_cpu else CHUNK_BYTES_OF_ACCELERATORS) // (4 * max(1, numel)))
 

@@ -13,21 +13,20 @@ from torch.nn import functional
 SETS = 8
 
 
-def mix_outputs(mixer: Tensor, grad: Tensor, *, channels_last: bool) -> Tensor:
-    """Output gradients, of o channels, by all rows: of r SETS channels.
+def mix_outputs(mixer: Tensor, grad: Tensor, axis: int) -> Tensor:
+    """Output gradients, of o channels along an axis, by all rows: of r SETS channels.
 
     Args:
         mixer: `[r, SETS, o]`.
-        grad: output gradients, whose channels come last, or after the rows.
-        channels_last: which of the two.
+        grad: output gradients.
+        axis: of their channels.
     """
-    rows = mixer.flatten(0, 1).to(grad.dtype)
-    last = grad if channels_last else grad.movedim(1, -1)
+    rows, last = mixer.flatten(0, 1).to(grad.dtype), grad.movedim(axis, -1)
     if last.is_contiguous():  # one product, not one for each sample
         mixed = functional.linear(last, rows)
     else:
         mixed = (rows @ last.flatten(1, -2).mT).mT.reshape(*last.shape[:-1], -1)
-    return mixed if channels_last else mixed.movedim(-1, 1)
+    return mixed.movedim(-1, axis)
 
 
 def mix(mixer: Tensor, gradient: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ class OuterProducts:
     @property
     def outputs(self) -> int:
         """Entries of the bias's gradients."""
-        return self.left.shape[2] if self.mixer is None else self.mixer[..., 0].numel()
+        return self.left.shape[2] if self.mixer is None else self.mixer.shape[:2].numel()
 
     @staticmethod
     def suit(layer: Any, grad_output: Tensor) -> bool:

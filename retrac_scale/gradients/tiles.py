@@ -183,6 +183,14 @@ def transpose(source: Any, step: Any, inner: Any, i: Any, target: Any) -> None:
 
 
 @compiled
+def _fetch(ahead: Any, lines: Any) -> Any:
+    for _ in range(lines):
+        prefetch_beyond(ahead)
+        ahead += LINE
+    return ahead
+
+
+@compiled
 def add_products(
     left: Any,
     step: Any,
@@ -221,9 +229,7 @@ def add_products(
         new = fresh if begin == 0 else 0
         for column in range(0, i, WIDTH):
             for place in range(kernel):
-                for _ in range(lines):
-                    prefetch_beyond(ahead)
-                    ahead += LINE
+                ahead = _fetch(ahead, lines)
                 count = min(POSITIONS, counts[place] - begin)
                 before = 8 * (place * meets.shape[1] + begin)
                 a, b = meets.ctypes.data + before, met.ctypes.data + before
@@ -267,9 +273,7 @@ def add_products_by_sets(
         new = fresh if begin == 0 else 0
         for column in range(0, i, WIDTH):
             for place in range(kernel):
-                for _ in range(lines):
-                    prefetch_beyond(ahead)
-                    ahead += LINE
+                ahead = _fetch(ahead, lines)
                 count = min(POSITIONS_BY_SETS, counts[place] - begin)
                 before = 8 * (place * meets.shape[1] + begin)
                 a, b = meets.ctypes.data + before, met.ctypes.data + before
