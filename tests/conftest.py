@@ -17,6 +17,12 @@ settings.load_profile("tests")
 torch.set_num_threads(1)
 
 
+@pytest.fixture
+def small_layers_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`LowRank` mixes the layers of tiny models too, where that saves no time."""
+    monkeypatch.setattr("retrac_scale.projections.lowrank._worth_mixing", lambda shape, rank: rank <= shape[0])
+
+
 def tiny_unet(seed: int = 0) -> nn.Module:
     """Convolutions, group norms, attention, time embedding, down- and upsampling; 8 x 8 images of one channel."""
     torch.manual_seed(seed)

@@ -55,8 +55,9 @@ def test_adam_divisors_are_the_corrected_root_of_the_second_moment() -> None:
         torch.testing.assert_close(before[name] - value, 1e-2 * value.grad / divisors[name], rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.usefixtures("small_layers_mixed")
 @pytest.mark.parametrize(
-    "projection", [rs.Identity(), rs.CountSketch(64), rs.Dense(64), rs.LowRank(1, 64, norm="exact")]
+    "projection", [rs.Identity(), rs.CountSketch(64), rs.Dense(64), rs.LowRank(4, 64, norm="exact")]
 )
 @pytest.mark.parametrize("build", [tiny_unet, tiny_dit])
 def test_preconditioned_sketches_are_projections_of_divided_gradients(projection: Any, build: Any) -> None:
@@ -101,6 +102,7 @@ def test_only_the_training_side_is_preconditioned_and_each_checkpoint_by_its_own
         index.query(samples, 2, rerank=3, train=samples)
 
 
+@pytest.mark.usefixtures("small_layers_mixed")
 def test_divisors_that_do_not_fit_are_named_before_any_work() -> None:
     model, images = tiny_unet(), random_images(2)
     divisors = {name: torch.ones_like(value) for name, value in model.named_parameters()}
@@ -114,7 +116,7 @@ def test_divisors_that_do_not_fit_are_named_before_any_work() -> None:
     with pytest.raises(ValueError, match="must be finite and positive"):
         sketch({first: torch.zeros_like(divisors[first])})
     with pytest.raises(ValueError, match=r"LowRank never forms the whole gradients .* norm='exact'"):
-        sketch({}, rs.LowRank(1, 64))
+        sketch({}, rs.LowRank(4, 64))
     with pytest.raises(ValueError, match=r"precondition is given for \['other'\], checkpoints are \['last'\]"):
         sketch({}, name="other")
     optimizer = torch.optim.Adam(model.parameters())

@@ -66,8 +66,9 @@ def replayed(build: Any, projection: Any, before: list[Any]) -> tuple[Any, Any]:
     return np.stack([s.numpy() for s, _ in found]), np.stack([n.numpy() for _, n in found])
 
 
+@pytest.mark.usefixtures("small_layers_mixed")
 @pytest.mark.parametrize("build", [tiny_unet, tiny_dit])
-@pytest.mark.parametrize("projection", [rs.LowRank(1, 256), rs.CountSketch(256)])
+@pytest.mark.parametrize("projection", [rs.LowRank(4, 256), rs.CountSketch(256)])
 def test_sketches_equal_a_replay_and_the_training_is_what_it_was_without(
     tmp_path: Path, build: Any, projection: Any
 ) -> None:
@@ -116,7 +117,7 @@ def test_summed_sketches_times_the_weight_make_up_the_weight_change_between_two_
 def test_the_store_is_queried_like_any_other(tmp_path: Path) -> None:
     model = tiny_unet().train()
     options: dict[str, Any] = {
-        "sketch": rs.LowRank(1, 256),
+        "sketch": rs.LowRank(4, 256),
         "store": tmp_path / "store.zarr",
         "model": model,
         "visits": 2,
@@ -271,7 +272,7 @@ def test_activation_checkpointing_gives_the_same_sketches(tmp_path: Path) -> Non
             model.enable_gradient_checkpointing()  # type: ignore[operator]
         folder = tmp_path / str(checkpointing)
         options: dict[str, Any] = {
-            "sketch": rs.LowRank(1, 256),
+            "sketch": rs.LowRank(4, 256),
             "store": folder / "s.zarr",
             "model": model,
             "dtype": "float32",

@@ -220,8 +220,9 @@ def assert_same(store: rs.SketchStore, other: rs.SketchStore) -> None:
             np.testing.assert_array_equal(getattr(store, quantity)(name), getattr(other, quantity)(name))
 
 
+@pytest.mark.usefixtures("small_layers_mixed")
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("projection", [rs.LowRank(1, 64), rs.CountSketch(64)])
+@pytest.mark.parametrize("projection", [rs.LowRank(4, 64), rs.CountSketch(64)])
 def test_measures_of_one_forward_pass_equal_separate_runs_bit_for_bit(
     kind: str, projection: Any, tmp_path: Path
 ) -> None:

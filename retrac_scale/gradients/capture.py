@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from retrac_scale.gradients.errors import UncapturableError
-from retrac_scale.gradients.mixing import mix_outputs, one_set_each
+from retrac_scale.gradients.mixing import SETS, mix, mix_outputs, one_set_each
 from retrac_scale.gradients.nested import detached, mapped, tensors
 from retrac_scale.gradients.outer import OuterProducts
 from retrac_scale.gradients.recompute import recomputed
@@ -107,13 +107,9 @@ class GradientCapture:
 
     @property
     def mixable(self) -> dict[str, int]:
-        """Parameters whose layers' output gradients may be mixed: name -> number of output features."""
-        return {
-            full: self.shapes[full][0]
-            for layer in self._layers
-            if layer.mixable and self._shared.isdisjoint(layer.parameters.values())
-            for full in layer.parameters.values()
-        }
+        """Weights of layers whose output gradients may be mixed: name -> number of output features."""
+        weights = [layer.parameters.get("weight", "") for layer in self._layers if layer.mixable]
+        return {name: self.shapes[name][0] for name in weights if name and name not in self._shared}
 
     def __enter__(self) -> GradientCapture:
         for name, parameter in self.model.named_parameters():
@@ -161,7 +157,7 @@ class GradientCapture:
             losses: `[n]`; the batch of the forward pass holds each sample's rows one after another.
             sink: called with a parameter's name, the gradients of some samples `[m, ...]` and which samples; every
                 sample of every parameter comes once.
-            mixers: for the weight of a mixable layer, the mixer `[r, SETS, o]` of its output gradients, see
+            mixers: for the weight of a mixable layer, the mixer `[r, o]` of its output gradients, see
                 `gradients.mixing`; layers in `single_position` are left as they are.
             unformed: let the sink have `OuterProducts` in place of gradients that are sums of such.
             retain_graph: keep the forward pass, to differentiate another function of it next.
@@ -285,10 +281,6 @@ class _Backward:
             for call in calls:
                 call.grads[0] = _widened(call.grads[0])
         products = layer.rule is not None and layer.rule.suits_products(layer.module, calls[0].grads[0])
-        if mixer is not None and not products:  # which are mixed where they are formed
-            for call in calls:
-                axis = -1 if isinstance(layer.module, nn.Linear) else 1
-                call.grads[0] = mix_outputs(mixer, call.grads[0], axis)
         left = products and self._left_unformed(layer, calls)
         size = self.n if left else self._samples_at_a_time(layer, calls[0], mixer)
         for start in range(0, self.n, size):
@@ -323,9 +315,9 @@ class _Backward:
         return self.unformed and len(calls) == 1 and "weight" in own and self.shared.isdisjoint(own.values())
 
     def _samples_at_a_time(self, layer: _Layer, call: _Call, mixer: Tensor | None) -> int:
-        numel = layer.numel if mixer is None else layer.numel * mixer.shape[:2].numel() // mixer.shape[2]
+        numel = layer.numel if mixer is None else layer.numel * min(1, SETS * len(mixer) / mixer.shape[1])
         on_cpu = next(iter(call.grads.values())).device.type == "cpu"
-        return max(1, (CHUNK_BYTES if on_cpu else CHUNK_BYTES_OF_ACCELERATORS) // (4 * max(1, numel)))
+        return max(1, (CHUNK_BYTES if on_cpu else CHUNK_BYTES_OF_ACCELERATORS) // (4 * max(1, int(numel))))
 
     def _formed(self, layer: _Layer, calls: list[_Call], samples: slice, mixer: Tensor | None) -> dict[str, Tensor]:
         """Own name -> gradients `[m, ...]` of some samples, summed over the layer's calls."""
@@ -347,17 +339,21 @@ class _Backward:
             return recomputed(
                 layer.name, layer.module, own, call.args, call.kwargs, call.outputs, call.grads, self.n, numbers
             )
-        activation, grad = _first(call.args, call.kwargs), call.grads[0]
-        values = [activation, grad, *call.kept]
-        if samples.stop - samples.start < self.n:
-            each = len(grad) // self.n
+        values = [_first(call.args, call.kwargs), call.grads[0], *call.kept]
+        n = samples.stop - samples.start
+        if n < self.n:
+            each = len(call.grads[0]) // self.n
             values = [value[samples.start * each : samples.stop * each] for value in values]
-        gradients = layer.rule.form(layer.module, *values[:2], samples.stop - samples.start, *values[2:])
-        if isinstance(products := gradients.get("weight"), OuterProducts):
-            products.with_bias &= "bias" in layer.parameters
-            products.mixer = mixer
-        elif mixer is not None and products is not None:
-            return {**gradients, "weight": one_set_each(products)}
+        activation, grad, *kept = values
+        products = layer.rule.suits_products(layer.module, grad)
+        if mixer is not None and not products and SETS * len(mixer) < mixer.shape[1]:
+            return _from_mixed(layer.rule, layer.module, activation, grad, n, mixer)
+        gradients = layer.rule.form(layer.module, activation, grad, n, *kept)
+        if isinstance(weight := gradients.get("weight"), OuterProducts):
+            weight.with_bias &= "bias" in layer.parameters
+            weight.mixer = mixer
+        elif mixer is not None and weight is not None:
+            return {**gradients, "weight": mix(mixer, weight)}
         return gradients
 
     def _deliver(self, name: str, gradient: Any, samples: slice) -> None:
@@ -372,6 +368,16 @@ class _Backward:
         """Deliver the parameters that several layers share."""
         for name, gradient in self.waiting.items():
             self.sink(name, gradient, slice(0, self.n))
+
+
+def _from_mixed(
+    rule: LayerRule, layer: nn.Module, activation: Tensor, grad: Tensor, n: int, mixer: Tensor
+) -> Gradients:
+    """Gradients of a weight from mixed output gradients, and of the bias."""
+    axis = -1 if isinstance(layer, nn.Linear) else 1
+    weight = rule.form(layer, activation, mix_outputs(mixer, grad, axis), n)["weight"]
+    assert isinstance(weight, Tensor)  # for a layer without products
+    return {"weight": one_set_each(weight), "bias": grad.movedim(axis, -1).reshape(n, -1, grad.shape[axis]).sum(1)}
 
 
 def _widened(grad: Tensor) -> Tensor:

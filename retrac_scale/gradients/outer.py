@@ -13,18 +13,19 @@ import torch
 from torch import Tensor
 
 from retrac_scale.compiled import LINE, compiled
-from retrac_scale.gradients.mixing import SETS, mix
+from retrac_scale.gradients.mixing import SETS
 from retrac_scale.gradients.products import scratch
 from retrac_scale.gradients.tiles import (
     LANES,
     POSITIONS,
     POSITIONS_BY_SETS,
     ROWS,
+    ROWS_BY_SETS,
     TWICE,
     WIDTH,
     add_products,
     add_products_by_sets,
-    repeat_sets,
+    mix_by_sets,
     transpose,
 )
 from retrac_scale.threads import over_rows
@@ -51,7 +52,7 @@ class OuterProducts:
         kernel: the kernel's size along each spatial axis; none for a linear layer.
         pairs: positions p and s `[kernel positions, most]`, and how many of them are used `[kernel positions]`.
         with_bias: whether the gradient of the layer's bias, left's sum over f and p, goes along.
-        mixer: `[r, SETS, o]`, of left; see `gradients.mixing`.
+        mixer: `[r, o]`, of left, float32, r a multiple of ROWS_BY_SETS; see `gradients.mixing`.
     """
 
     left: Tensor
@@ -66,11 +67,6 @@ class OuterProducts:
         """Of the gradients."""
         o = self.left.shape[2] if self.mixer is None else len(self.mixer)
         return len(self.left), o, self.right.shape[2], *self.kernel
-
-    @property
-    def outputs(self) -> int:
-        """Entries of the bias's gradients."""
-        return self.left.shape[2] if self.mixer is None else self.mixer.shape[:2].numel()
 
     @staticmethod
     def suit(layer: Any, grad_output: Tensor) -> bool:
@@ -87,9 +83,8 @@ class OuterProducts:
         return sums.view(n, o, *self.kernel, i).movedim(-1, 2)
 
     def bias(self) -> Tensor:
-        """The gradient of the layer's bias `[n, outputs]`."""
-        sums = self.left.sum((1, 3))
-        return sums if self.mixer is None else mix(self.mixer, sums)
+        """The gradient of the layer's bias `[n, o]`."""
+        return self.left.sum((1, 3))
 
     @property
     def nbytes(self) -> int:
@@ -109,7 +104,7 @@ class OuterProducts:
         )
 
 
-_UNMIXED = np.zeros((0, SETS, 0), np.float32)
+_UNMIXED = np.zeros((0, 0), np.float32)
 
 
 def _entries(x: Tensor) -> npt.NDArray[np.float32]:
@@ -155,21 +150,24 @@ def memory_for(sides: Any) -> Any:
     """What the passes over one sample write to.
 
     Returns:
-        the mixer `[o, wide]`, pairs of all o, the left side mixed `[f, p, wide]` and by sets `[f, p, r, TWICE]`; the
-        right side's columns `[f, s, wide]`; some rows of the gradient `[rows, k, wide]`; pairs of all p, and sums
-        `[outputs]` over them.
+        the mixer `[r, wide]`, the left side's columns `[p, wide]` and what is made of them by sets `[f, p, r, TWICE]`;
+        the right side's columns `[f, s, wide]`; some rows of the gradient `[rows, k, wide]`; pairs of all p, and sums
+        `[o]` over them.
     """
     (_, _, (frames, o, positions)), (_, _, (_, i, inputs)), pairs, mixer = sides
-    kernel, wide, r = len(pairs[0]), _whole_vectors(i), len(mixer)
-    across = np.zeros((mixer.shape[2], _whole_vectors(r * SETS)), np.float32)
-    across[:, : r * SETS] = mixer.reshape(r * SETS, mixer.shape[2]).T
-    mixed = np.empty((frames, positions, across.shape[1]), np.float32)
-    mixing = across, _all(len(across)), mixed, np.empty((frames, positions, r, TWICE), np.float32)
+    kernel, wide, r = len(pairs[0]), _whole(i, LANES), len(mixer)
+    padded = np.zeros((r, _whole(mixer.shape[1], SETS)), np.float32)
+    padded[:, : mixer.shape[1]] = mixer
+    mixing = (
+        padded,
+        np.zeros((positions, padded.shape[1]), np.float32),
+        np.empty((frames, positions, r, TWICE), np.float32),
+    )
     columns = np.zeros((frames, inputs, wide), np.float32)
-    of_row = o if r == 0 else r
-    rows = min(of_row, max(1, BLOCK_BYTES // (4 * kernel * wide * ROWS)) * ROWS)
+    height = ROWS if r == 0 else ROWS_BY_SETS
+    rows = min(r or o, max(1, BLOCK_BYTES // (4 * kernel * wide * height)) * height)
     rows = np.empty((rows, kernel, wide), np.float32)
-    return mixing, columns, rows, _all(positions), np.empty(o if r == 0 else r * SETS, np.float32)
+    return mixing, columns, rows, _all(positions), np.empty(o, np.float32)
 
 
 @compiled
@@ -180,28 +178,29 @@ def _all(count: Any) -> Any:
 
 
 @compiled
-def _whole_vectors(count: Any) -> Any:
-    return -(-count // LANES) * LANES
+def _whole(count: Any, of: Any) -> Any:
+    return -(-count // of) * of
 
 
 @compiled
 def left_of(side: Any, sample: Any, mixing: Any) -> Any:
-    """The left side of a sample, mixed if it is to be: entries, and the steps between frames, rows and positions.
+    """The left side of a sample: entries, and the steps between frames, rows and positions.
 
     Returns:
-        that; and if mixed, the same by sets `[f, p, r, TWICE]`.
+        that; and, mixed by sets, `[f, p, r, TWICE]`.
     """
-    entries, steps, _ = side
-    across, every, mixed, by_sets = mixing
-    frames, positions, wide = mixed.shape
+    entries, steps, (frames, o, _) = side
+    mixer, columns, by_sets = mixing
     entries = entries[sample * steps[0] :]
-    if wide == 0:
-        return (entries, steps[1:]), by_sets
-    for frame in range(frames):
-        out = mixed[frame].reshape(positions, 1, wide)
-        add_products(entries[frame * steps[1] :], steps[3], steps[2], across.reshape(-1), wide, every, out, 1, 0, 0)
-        repeat_sets(mixed[frame], by_sets[frame])
-    return (mixed.reshape(-1), (positions * wide, 1, wide)), by_sets
+    if len(mixer) > 0:
+        for frame in range(frames):
+            first = entries[frame * steps[1] :]
+            if steps[2] == 1 and o == mixer.shape[1]:
+                mix_by_sets(first, steps[3], mixer, by_sets[frame])
+            else:
+                transpose(first, steps[2], steps[3], o, columns)
+                mix_by_sets(columns.reshape(-1), columns.shape[1], mixer, by_sets[frame])
+    return (entries, steps[1:]), by_sets
 
 
 @compiled
@@ -227,7 +226,7 @@ def form_rows(left: Any, row: Any, columns: Any, frames: Any, pairs: Any, rows: 
         columns: as `columns_of` gives them.
         frames: how many.
         pairs: see `OuterProducts`.
-        rows: `[rows, k, wide]`, written.
+        rows: `[rows, k, wide]`, written; of a mixed side, a multiple of ROWS_BY_SETS.
         ahead: see `add_products`.
         lines: likewise.
 

@@ -30,8 +30,14 @@ WIDTH = 2 * LANES
 BROAD = LANES != 8
 """Whether the registers hold a tile of 4 rows that is twice as wide."""
 
-POSITIONS, POSITIONS_BY_SETS = 128, 64
+ROWS_BY_SETS = 4
+"""Of a tile whose left side has been mixed."""
+
+POSITIONS, POSITIONS_BY_SETS = 128, 32
 """Summed over at a time, so that what a tile reads stays in a core's caches."""
+
+PLACES = 4 if LANES == 16 else 1
+"""Positions mixed at a time, of which the registers hold ROWS_BY_SETS times SETS sums each."""
 
 TWICE = 2 * SETS
 """Numbers that each row of a left side by sets takes: those of its sets twice, so that any SETS in a row are all."""
@@ -108,28 +114,79 @@ def _add_tile(
     return types.void(rows, vectors, sets, *[types.intp] * 11), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _copy_twice(typing: Any, source: Any, target: Any) -> Any:
-    """SETS numbers; addresses."""
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def _mix_places(
+    typing: Any,
+    places: Any,
+    left: Any,
+    left_step: Any,
+    mixer: Any,
+    mixer_step: Any,
+    count: Any,
+    out: Any,
+    out_step: Any,
+) -> Any:
+    """Mix some positions by ROWS_BY_SETS rows of all sets; addresses and steps in bytes, `count` times SETS outputs.
+
+    What the sets multiply an output by depends on its number modulo SETS. So outputs are added up by those numbers,
+    each row in its own way, and the sets are a Hadamard transform of the SETS sums.
+    """
+    positions = places.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source, target = arguments
-        kind, whole = ir.VectorType(ir.FloatType(), SETS), ir.IntType(64)
-        sets = builder.load(builder.inttoptr(source, kind.as_pointer()), align=4)
-        for address in (target, builder.add(target, whole(4 * SETS))):
-            builder.store(sets, builder.inttoptr(address, kind.as_pointer()), align=4)
+        _, left, left_step, mixer, mixer_step, count, out, out_step = arguments
+        whole, index, lanes = ir.IntType(64), ir.IntType(32), range(SETS)
+        vector = ir.VectorType(ir.FloatType(), SETS)
+        kind = ir.FunctionType(vector, [vector] * 3)
+        multiply_add = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{SETS}f32")
+
+        def at(base: Any, by: Any, number: int, offset: Any) -> Any:
+            address = builder.add(builder.add(base, builder.mul(by, whole(number))), offset)
+            return builder.inttoptr(address, vector.as_pointer())
+
+        sums = [[cgutils.alloca_once(builder, vector) for _ in range(positions)] for _ in range(ROWS_BY_SETS)]
+        for register in itertools.chain(*sums):
+            builder.store(ir.Constant(vector, [0.0] * SETS), register)
+        with cgutils.for_range(builder, count) as loop:
+            some = builder.mul(loop.index, whole(4 * SETS))
+            outputs = [builder.load(at(left, left_step, place, some), align=4) for place in range(positions)]
+            for row, registers in enumerate(sums):
+                factors = builder.load(at(mixer, mixer_step, row, some), align=4)
+                for register, values in zip(registers, outputs, strict=True):
+                    builder.store(builder.call(multiply_add, [factors, values, builder.load(register)]), register)
+        for row, registers in enumerate(sums):
+            for place, register in enumerate(registers):
+                value = builder.load(register)
+                for bit in (1, 2, 4, 8):
+                    other = ir.Constant(ir.VectorType(index, SETS), [lane ^ bit for lane in lanes])
+                    signs = ir.Constant(vector, [-1.0 if lane & bit else 1.0 for lane in lanes])
+                    swapped = builder.shuffle_vector(value, ir.Constant(vector, ir.Undefined), other)
+                    value = builder.call(multiply_add, [signs, value, swapped])
+                for twice in (0, SETS):
+                    builder.store(value, at(out, out_step, place, whole(4 * (TWICE * row + twice))), align=4)
         return context.get_dummy_value()
 
-    return types.void(types.intp, types.intp), generate
+    return types.void(places, *[types.intp] * 7), generate
 
 
 @compiled
-def repeat_sets(mixed: Any, out: Any) -> None:
-    """From `[p, >= r SETS]` to `[p, r, TWICE]`, contiguous both."""
-    for place in range(len(mixed)):
-        source, target = mixed[place].ctypes.data, out[place].ctypes.data
-        for row in range(out.shape[1]):
-            _copy_twice(source + 4 * SETS * row, target + 4 * TWICE * row)
+def mix_by_sets(left: Any, step: Any, mixer: Any, out: Any) -> None:
+    """From entries `[p, o]`, between whose rows lie `step`, mixed by `[r, o]`, into `[p, r, TWICE]`.
+
+    r is a multiple of ROWS_BY_SETS, o of SETS; outputs, and those of the mixer, are contiguous.
+    """
+    positions, r, _ = out.shape
+    full = positions // PLACES * PLACES
+    source, by, count = left.ctypes.data, 4 * step, mixer.shape[1] // SETS
+    target, out_step = out.ctypes.data, 4 * TWICE * r
+    for row in range(0, r, ROWS_BY_SETS):
+        rows, of_row = mixer.ctypes.data + 4 * row * mixer.shape[1], target + 4 * TWICE * row
+        for place in range(0, full, PLACES):
+            here, there = source + place * by, of_row + place * out_step
+            _mix_places(PLACES, here, by, rows, 4 * mixer.shape[1], count, there, out_step)
+        for place in range(full, positions):
+            here, there = source + place * by, of_row + place * out_step
+            _mix_places(1, here, by, rows, 4 * mixer.shape[1], count, there, out_step)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -261,13 +318,12 @@ def add_products(
 def add_products_by_sets(
     left: Any, right: Any, next_right: Any, pairs: Any, out: Any, fresh: Any, ahead: Any, lines: Any
 ) -> Any:
-    """The same for a left side `[p, >= o, TWICE]`, of which column i of `out` at place k has set i + k.
+    """The same for a left side `[p, >= o, TWICE]`, of which column i of `out` at place k has set i + k; o is in fours.
 
     Arguments and what is returned are as of `add_products`.
     """
     meets, met, counts = pairs
     o, kernel, i = out.shape
-    full = o // 4 * 4
     step, left_step, right_step, out_step = 4 * TWICE, left.strides[0], 4 * next_right, 4 * kernel * i
     for begin in range(0, meets.shape[1], POSITIONS_BY_SETS):
         new = fresh if begin == 0 else 0
@@ -278,22 +334,21 @@ def add_products_by_sets(
                 before = 8 * (place * meets.shape[1] + begin)
                 a, b = meets.ctypes.data + before, met.ctypes.data + before
                 x, y = right.ctypes.data + 4 * column, out.ctypes.data + 4 * (place * i + column)
-                side = left.ctypes.data + 4 * (place % SETS)
+                side = left.ctypes.data + 4 * ((column + place) % SETS)
                 if BROAD and column % (2 * WIDTH) == WIDTH and column + WIDTH <= i:
                     continue  # was in the tiles of the column before
-                half, wide = column + WIDTH <= i, BROAD and column + 2 * WIDTH <= i
-                width = 2 * WIDTH if wide else WIDTH if half else LANES
-                for row in range(0, full, 4):
+                for row in range(0, o, ROWS_BY_SETS):
                     g, z = side + row * step, y + row * out_step
-                    if wide:
-                        _add_tile(4, 4, SETS, g, step, left_step, x, right_step, a, b, count, z, out_step, new)
-                    elif half:
-                        _add_tile(4, 2, SETS, g, step, left_step, x, right_step, a, b, count, z, out_step, new)
+                    if BROAD and column + 2 * WIDTH <= i:
+                        _add_tile(
+                            ROWS_BY_SETS, 4, SETS, g, step, left_step, x, right_step, a, b, count, z, out_step, new
+                        )
+                    elif column + WIDTH <= i:
+                        _add_tile(
+                            ROWS_BY_SETS, 2, SETS, g, step, left_step, x, right_step, a, b, count, z, out_step, new
+                        )
                     else:
-                        _add_tile(4, 1, SETS, g, step, left_step, x, right_step, a, b, count, z, out_step, new)
-                for row in range(full, o):
-                    g, z = side + row * step, y + row * out_step
-                    for part in range(0, width, LANES):
-                        e, f, h = g + 4 * (part % SETS), x + 4 * part, z + 4 * part
-                        _add_tile(1, 1, SETS, e, step, left_step, f, right_step, a, b, count, h, out_step, new)
+                        _add_tile(
+                            ROWS_BY_SETS, 1, SETS, g, step, left_step, x, right_step, a, b, count, z, out_step, new
+                        )
     return ahead

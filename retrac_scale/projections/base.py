@@ -40,14 +40,8 @@ class Projector(ABC):
         """The sketches `[n, k]`."""
 
     def mixed(self, name: str, gradient: Tensor) -> Tensor:
-        """A parameter's gradients `[n, *shape]` as `add` takes them: those of a mixed layer mixed."""
-        weight = weight_beside(name)
-        return mix(self.mixers[weight], gradient) if weight in self.mixers.keys() - self.whole else gradient
-
-
-def weight_beside(name: str) -> str:
-    """The weight of the layer that a weight or bias belongs to."""
-    return name.removesuffix("bias") + "weight" if name.endswith("bias") else name
+        """A parameter's gradients `[n, *shape]` as `add` takes them: those of a mixed layer's weight mixed."""
+        return mix(self.mixers[name], gradient) if name in self.mixers.keys() - self.whole else gradient
 
 
 def bias_beside(weight: str) -> str:
@@ -76,7 +70,7 @@ class Projection(ABC):
 
         Args:
             shapes: parameter name -> shape, in the model's order.
-            mixable: parameters whose output gradients may be mixed -> number of output features.
+            mixable: weights of layers whose output gradients may be mixed -> number of output features.
             device: where the gradients are.
         """
 

@@ -22,7 +22,6 @@ from retrac_scale.projections.base import (
     check_dim,
     inputs_last,
     squared_norm,
-    weight_beside,
 )
 from retrac_scale.projections.folding import fold, fold_by_block
 
@@ -58,7 +57,7 @@ class SignedFold(Projector):
         return self._blocks[name, size]
 
     def _scale(self, name: str) -> float:
-        return 1 if weight_beside(name) in self.whole else self.scales.get(name, 1)
+        return 1 if name in self.whole else self.scales.get(name, 1)
 
     def start(self, n: int) -> Tensor:
         """Two rounds wide, so that a rotated block is one contiguous addition."""
@@ -69,9 +68,8 @@ class SignedFold(Projector):
         scale = self._scale(name)
         size = prod(gradient.shape[1:])
         if isinstance(gradient, OuterProducts):
-            bias = bias_beside(name)
-            of_bias = self._signs(bias, gradient.outputs) if gradient.with_bias else None
-            squares = fold(accumulator, gradient, self._signs(name, size), scale, of_bias, self._scale(bias))
+            of_bias = self._signs(bias_beside(name), gradient.left.shape[2]) if gradient.with_bias else None
+            squares = fold(accumulator, gradient, self._signs(name, size), scale, of_bias)
             return squares if self.exact_norm else None
         entries = inputs_last(gradient).flatten(1)
         if accumulator.device.type == "cpu":

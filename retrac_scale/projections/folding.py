@@ -34,7 +34,6 @@ def fold(
     signs: Signs,
     scale: float,
     of_bias: Signs | None = None,
-    scale_of_bias: float = 1,
 ) -> Tensor:
     """Add scale x sign x entry to the accumulator, each block of k rotated by its shift.
 
@@ -43,8 +42,7 @@ def fold(
         entries: `[n, p]`, or what they are sums of; input features last.
         signs: of the entries.
         scale: of all entries.
-        of_bias: of the bias that goes along with `OuterProducts`.
-        scale_of_bias: of its entries.
+        of_bias: of the bias that goes along with `OuterProducts`, whose scale is 1.
 
     Returns:
         Squared norms of the entries `[n]`, float32.
@@ -52,8 +50,7 @@ def fold(
     sums = accumulator.numpy()
     squares = np.zeros(len(sums), np.float32)
     if isinstance(entries, OuterProducts):
-        scales = np.float32(scale), np.float32(scale_of_bias)
-        arguments = (entries.sides(), sums, (signs, of_bias or _NONE), scales, squares)
+        arguments = (entries.sides(), sums, (signs, of_bias or _NONE), np.float32(scale), squares)
         _formed_and_folded(arguments, len(sums), entries.nbytes)
         return torch.from_numpy(squares)
     entries = entries.contiguous()
@@ -86,13 +83,13 @@ def _fold(accumulator: Any, entries: Any, signs: Any, scale: Any, squares: Any) 
 
 
 @compiled
-def _form_and_fold(sides: Any, accumulator: Any, signs: Any, scales: Any, squares: Any, first: Any, last: Any) -> None:
+def _form_and_fold(sides: Any, accumulator: Any, signs: Any, scale: Any, squares: Any, first: Any, last: Any) -> None:
     """A sample's gradient is folded while it is formed, some rows at a time; see `OuterProducts.sides`."""
     left, right, pairs, mixer = sides
-    (signs, of_bias), (scale, scale_of_bias) = signs, scales
+    signs, of_bias = signs
     entries, steps, (frames, i, _) = right
     mixing, memory, rows, every, sums = memory_for(sides)
-    o, kernel = len(sums) if len(mixer) == 0 else len(mixer), len(pairs[0])
+    o, kernel = len(mixer) or len(sums), len(pairs[0])
     lines = lines_ahead(sides, o, rows)
     for sample in range(first, last):
         columns, mixed = columns_of(right, sample, memory), left_of(left, sample, mixing)
@@ -104,13 +101,13 @@ def _form_and_fold(sides: Any, accumulator: Any, signs: Any, scales: Any, square
             squares[sample] += _fold_from(row * kernel * i, accumulator[sample], formed, signs, scale)
         if len(of_bias[0]) > 0:
             sum_positions(mixed, frames, every, sums)
-            squares[sample] += _fold_from(0, accumulator[sample], sums, of_bias, scale_of_bias)
+            squares[sample] += _fold_from(0, accumulator[sample], sums, of_bias, np.float32(1))
 
 
 _numbers, _table = np.zeros(1, np.float32), np.zeros((1, 1), np.int64)
 _side = _numbers, (0, 0, 0, 0), (0, 0, 0)
-_sides = _side, _side, (_table, _table, _table[0]), _numbers[None, None]
-_shared = Shared((_sides, _numbers[None], (_NONE, _NONE), (np.float32(0), np.float32(0)), _numbers))
+_sides = _side, _side, (_table, _table, _table[0]), _numbers[None]
+_shared = Shared((_sides, _numbers[None], (_NONE, _NONE), np.float32(0), _numbers))
 _run, _taken, _after = _shared.run, _shared.taken, _shared.after
 
 

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 from retrac_scale.gradients.mixing import SETS, mix
+from retrac_scale.gradients.tiles import ROWS_BY_SETS
 from retrac_scale.projections import random
 from retrac_scale.projections.base import (
     Projection,
     Projector,
     Shapes,
-    bias_beside,
     check_dim,
     squared_norm,
-    weight_beside,
 )
 from retrac_scale.projections.countsketch import SignedFold
 
@@ -28,20 +27,22 @@ from retrac_scale.projections.countsketch import SignedFold
 class LowRank(Projection):
     """One-sided random projection of every layer, folded to `dim` buckets.
 
-    Output gradients are multiplied with a random matrix of entries +-1/sqrt(r), eight sets of r rows: each input
+    Output gradients are multiplied with a random matrix of entries +-1/sqrt(r), sixteen sets of r rows: each input
     feature at each kernel position is met by one set R `[r, o]`, for which E[R^T R] is the identity. So inner products
     stay unbiased, per-sample gradients shrink by o / r, and errors average out over the inputs, whose gradients are
-    alike where they matter, as if there were up to 8 r rows. All rows are of one Hadamard matrix with random column
+    alike where they matter, as if there were up to 16 r rows. All rows are of one Hadamard matrix with random column
     signs, and so orthogonal for o a power of two.
 
-    Layers where that would save less than half of the multiplications stay whole, and layers with fewer outputs than
-    an eighth of their inputs: the last one of a transformer, narrow and cheap, has most of the gradient. So do linear
-    layers that see a sample at one position (timestep embeddings, adaptive norms): their gradient has rank 1 and costs
-    little.
+    r is the rank, and twice that for linear layers and convolutions with a kernel of one position: they cost less,
+    and have fewer inputs to average over. Layers where mixing would save less than a third of the multiplications stay
+    whole, and layers with fewer outputs than an eighth of their inputs: the last one of a transformer, narrow and
+    cheap, has most of the gradient. So do biases, and linear layers that see a sample at one position (timestep
+    embeddings, adaptive norms): their gradient has rank 1 and costs little.
 
     Args:
-        rank: channels r that each input's gradients are mixed into; None for dim / 512, 4 at least, with which mixing
-            adds little to the variance of the fold.
+        rank: channels that each input's gradients are mixed into, a power of two and 4 at least: processors form four
+            rows at once, and fewer would save no time. None for dim / 512 or the next one below, with which mixing
+            adds a few per cent to the variance of the fold.
         dim: k.
         seed: of all signs and shifts.
         norm: "estimate", the sketch's own, whose square is unbiased and whose error is a few per cent at dim 2048; or
@@ -52,26 +53,28 @@ class LowRank(Projection):
     dim: int = 2048
     seed: int = 0
     norm: Literal["estimate", "exact"] = "estimate"
-    revision: ClassVar[int] = 4
+    revision: ClassVar[int] = 5
 
     def __post_init__(self) -> None:
         check_dim(self.dim)
-        if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
-            raise ValueError(f"LowRank needs an integer rank of 1 or more, or None to choose it, got {self.rank!r}.")
+        rank = self.rank
+        if rank is not None and (not isinstance(rank, int) or rank < LEAST_RANK or rank.bit_count() != 1):
+            raise ValueError(
+                f"LowRank needs an integer rank, a power of two and {LEAST_RANK} at least, or None to choose it; "
+                f"got {rank!r}."
+            )
         if self.norm not in ("estimate", "exact"):
             raise ValueError(f"norm must be 'estimate' or 'exact', got {self.norm!r}.")
 
     def bind(self, shapes: Shapes, mixable: Mapping[str, int], device: torch.device) -> Projector:
         """See `Projection.bind`."""
-        rank = self.rank or 4 * max(1, self.dim // 2048)
         mixers, scales = {}, {}
-        for name in mixable:
+        for name, outputs in mixable.items():
+            rank = self._rank_of(shapes[name])
             if _worth_mixing(shapes[name], rank):
-                outputs = shapes[name][0]
-                entries = random.orthogonal_signs(self.seed, f"{name} mixer", SETS * rank, outputs)
-                mixers[name] = torch.from_numpy(entries.reshape(rank, SETS, outputs)).to(device)
-                # with the signs, so that mixing multiplies by +-1, exact in bfloat16
-                scales[name], scales[bias_beside(name)] = rank**-0.5, (SETS * rank) ** -0.5
+                entries = random.orthogonal_signs(self.seed, f"{name} mixer", rank, outputs, SETS)
+                mixers[name] = torch.from_numpy(entries).to(device)
+                scales[name] = rank**-0.5  # with the signs, so that mixing multiplies by +-1, exact in bfloat16
         if self.norm == "exact":
             whole = _ExactNorm(self.dim, self.seed, device, scales)
             whole.own_mixers = mixers
@@ -81,12 +84,19 @@ class LowRank(Projection):
         projector.exact_norm = False
         return projector
 
+    def _rank_of(self, shape: tuple[int, ...]) -> int:
+        """For a weight `[o, i, *kernel]`."""
+        rank = self.rank or 1 << max(LEAST_RANK, self.dim // 512).bit_length() - 1
+        return rank if prod(shape[2:]) > 1 else 2 * rank
+
+
+LEAST_RANK = ROWS_BY_SETS
+
 
 def _worth_mixing(shape: tuple[int, ...], rank: int) -> bool:
-    if len(shape) < 2 or 8 * shape[0] < shape[1]:
-        return False
     outputs, entries = shape[0], prod(shape[1:])
-    return outputs * entries > 2 * (SETS * rank * outputs + rank * entries)
+    mixed = rank * (outputs + 10 * SETS + entries)  # by rows, then by sets, then products with the inputs
+    return 8 * outputs >= shape[1] and 3 * mixed < 2 * outputs * entries
 
 
 class _ExactNorm(SignedFold):
@@ -97,7 +107,6 @@ class _ExactNorm(SignedFold):
 
     def add(self, accumulator: Tensor, name: str, gradient: Any) -> Tensor | None:
         """Mix, then fold."""
-        weight = weight_beside(name)
-        mixer = None if weight in self.whole else self.own_mixers.get(weight)
+        mixer = None if name in self.whole else self.own_mixers.get(name)
         super().add(accumulator, name, gradient if mixer is None else mix(mixer, gradient))
         return squared_norm(gradient.flatten(1))

@@ -7,6 +7,8 @@ import hashlib
 import numpy as np
 import numpy.typing as npt
 
+from retrac_scale.gradients.mixing import hadamard
+
 
 def _stream(seed: int, name: str, purpose: str) -> np.random.Philox:
     digest = hashlib.blake2b(f"{seed}\0{purpose}\0{name}".encode(), digest_size=16).digest()
@@ -20,18 +22,28 @@ def signs(seed: int, name: str, count: int) -> npt.NDArray[np.float32]:
     return np.float32(1) - np.float32(2) * bits.astype(np.float32)
 
 
-def orthogonal_signs(seed: int, name: str, rows: int, columns: int) -> npt.NDArray[np.float32]:
+def orthogonal_signs(seed: int, name: str, rows: int, columns: int, apart: int) -> npt.NDArray[np.float32]:
     """Some rows of a Hadamard matrix, its columns times random signs: `[rows, columns]` of +1 and -1.
 
     Rows are distinct, and orthogonal if there are as many columns as the matrix has, a power of two. Products of
     different columns are uncorrelated with mean 0: Ailon and Chazelle 2009, Tropp 2011.
+
+    Args:
+        seed: see `signs`.
+        name: likewise.
+        rows: how many, a power of two and no more than there are columns.
+        columns: how many.
+        apart: a power of two. Flipping bits of the rows' numbers in the `apart` ways that it has leads from each row to
+            `apart` others; those of different rows have as few in common as can be, and then all.
     """
-    size = 1 << (max(rows, columns) - 1).bit_length()
-    chosen = np.argsort(_stream(seed, name, "row").random_raw(size), kind="stable")[:rows]
-    shared = chosen[:, None] & np.arange(columns)
-    for shift in (16, 8, 4, 2, 1):  # the parity of the bits that a row's number and a column's have in common
-        shared ^= shared >> shift
-    return signs(seed, name, columns) * (1 - 2 * (shared & 1)).astype(np.float32)
+    size = 1 << (columns - 1).bit_length()
+    apart = min(apart, size)
+    words = _stream(seed, name, "row").random_raw(2 * size // apart)
+    blocks = np.argsort(words[: size // apart], kind="stable")[:rows]
+    first = apart * blocks + (words[size // apart :][blocks] % apart).astype(np.int64)
+    each = rows // len(blocks)
+    numbers = first[:, None] ^ (apart // each * np.arange(each))
+    return signs(seed, name, columns) * hadamard(numbers.ravel(), columns)
 
 
 def shifts(seed: int, name: str, count: int, below: int) -> list[int]:
