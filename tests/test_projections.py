@@ -99,9 +99,9 @@ def test_lowrank_inner_products_are_unbiased(rank: int, dim: int, mixed: int) ->
 
 
 @given(st.integers(0, 9), st.integers(0, 5), st.integers(0, 7), st.integers(0, 4))
-def test_a_mixers_rows_are_distinct_and_orthogonal(seed: int, some: int, more: int, apart: int) -> None:
+def test_a_mixers_rows_are_distinct_and_orthogonal(seed: int, some: int, more: int, block: int) -> None:
     rows, columns = 2 ** min(some, more), 2**more
-    mixer = random.orthogonal_signs(seed, "layer", rows, columns, 2**apart)
+    mixer = random.orthogonal_signs(seed, "layer", rows, columns, 2**block)
     np.testing.assert_array_equal(mixer @ mixer.T, columns * np.eye(rows))
 
 

@@ -172,6 +172,8 @@ def test_visits_that_were_not_made_are_in_no_norm_curve(tmp_path: Path, capsys: 
     assert main(["info", str(tmp_path / "s"), "--json"]) == 0
     curve = json.loads(capsys.readouterr().out)["measurements"][0]["norms"]
     assert [(part["from"], part["mean_norm"]) for part in curve] == [(0, 2), (80, 2)]
+    none = rs.write_store(None, {"c": np.zeros((2, 1, 4))}, norms={"c": np.zeros((2, 1))}, timesteps=[-1])
+    assert [len(values) for values in norm_curve(none)] == [0, 0, 0]
 
 
 def test_a_page_of_several_indexes_or_answers_is_of_the_same_samples_and_queries(folder: Path, tmp_path: Path) -> None:

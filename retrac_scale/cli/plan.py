@@ -14,7 +14,9 @@ def _options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=int, help=what)
     parser.add_argument("--dtype", default="int8", choices=("int8", "float16", "bfloat16", "float32"))
     parser.add_argument("--model", help="diffusers folder or hub name, or 'demo': times sketching it here")
-    parser.add_argument("--rank", type=int, help="LowRank(rank, dim) instead of CountSketch(dim); -1 chooses the rank")
+    parser.add_argument(
+        "--rank", type=int, help="of the projection; 0 keeps the full gradient (default: -1, chosen for dim)"
+    )
     parser.add_argument("--device", default="cpu", help="where to time (default: cpu)")
     parser.add_argument("--hours", type=float, help="deadline: says how many such workers meet it")
 
@@ -32,10 +34,11 @@ def _run(arguments: argparse.Namespace) -> Answer:
         dataset = ImageFiles([project.path(project.images)], 3)
         n = n or len(dataset)
         t, c, k = t or project.timesteps, c or len(project.weights), k or project.dim
-        rank, model = project.rank if rank is None else rank, model or project.denoiser
+        model = model or project.denoiser
     elif model == "demo" and n is None:
         dataset = demo.load_scans()
         n, t, c, k = len(dataset), t or 1, c or len(demo.KEPT_EPOCHS), k or demo.DIM
+        rank = 0 if rank is None else rank
     if min(n or 0, t or 0, c or 0, k or 0) < 1:
         raise ValueError("give --samples, --timesteps, --checkpoints and --dim, each 1 or more.")
     known = {name: brought(dataset, name) for name in ("ids", "columns")} if dataset and len(dataset) == n else {}
@@ -58,7 +61,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
     }
     if model is None:
         return Answer("\n".join([*lines, "time:  give --model to have it measured"]), data)
-    projection = projection_of(rank or 0, k)
+    projection = projection_of(project.rank if rank is None else rank, k)
     task, item = planner.example_task(model, arguments.device)
     rate = planner.measure_sketching(task, item, projection)
     seconds = rate.seconds(n * t * c)
@@ -78,7 +81,7 @@ VERB = Verb(
     """  retrac-scale plan                             the run that retrac-scale.toml describes
   retrac-scale plan --samples 1000000 --timesteps 1 --checkpoints 4 --dim 4096
   retrac-scale plan --model demo                the demo's run, its columns included
-  retrac-scale plan --samples 50000 --timesteps 10 --checkpoints 4 --dim 2048 --rank -1 \\
+  retrac-scale plan --samples 50000 --timesteps 10 --checkpoints 4 --dim 2048 \\
       --model google/ddpm-cifar10-32 --device cuda --hours 12""",
     _options,
     _run,

@@ -61,8 +61,9 @@ def register(
         layer_type: the module class, or its qualified name where importing it here would cost too much; subclasses
             need their own registration, for they may compute something else.
         rule: see `Rule`.
-        mixable: whether the rule also takes output gradients that have been mixed linearly into t channels (`LowRank`),
-            and then gives gradients with t in place of o.
+        mixable: whether the layer multiplies with `weight` and adds `bias`, if anything, and the rule also takes output
+            gradients that have been mixed linearly into t channels (`LowRank`): its gradient of the weight then has t
+            in place of o.
         unformed: whether, for a layer and its output gradient, the rule leaves the gradients of weight and bias as
             `OuterProducts`; it is then called once for all samples, and never with mixed output gradients.
         watch: called in the forward pass with the layer, its activation, its output and a `Seen`; gives the output to

@@ -22,7 +22,7 @@ def signs(seed: int, name: str, count: int) -> npt.NDArray[np.float32]:
     return np.float32(1) - np.float32(2) * bits.astype(np.float32)
 
 
-def orthogonal_signs(seed: int, name: str, rows: int, columns: int, apart: int) -> npt.NDArray[np.float32]:
+def orthogonal_signs(seed: int, name: str, rows: int, columns: int, block: int) -> npt.NDArray[np.float32]:
     """Some rows of a Hadamard matrix, its columns times random signs: `[rows, columns]` of +1 and -1.
 
     Rows are distinct, and orthogonal if there are as many columns as the matrix has, a power of two. Products of
@@ -33,16 +33,17 @@ def orthogonal_signs(seed: int, name: str, rows: int, columns: int, apart: int) 
         name: likewise.
         rows: how many, a power of two and no more than there are columns.
         columns: how many.
-        apart: a power of two. Flipping bits of the rows' numbers in the `apart` ways that it has leads from each row to
-            `apart` others; those of different rows have as few in common as can be, and then all.
+        block: so many rows of the matrix, a power of two, lie in one block, in which their numbers differ in the last
+            bits only. Rows are of different blocks, or evenly spaced in each: to flip the same of those bits in all of
+            them gives other rows, and in all ways, the blocks, each row as often as any other.
     """
     size = 1 << (columns - 1).bit_length()
-    apart = min(apart, size)
-    words = _stream(seed, name, "row").random_raw(2 * size // apart)
-    blocks = np.argsort(words[: size // apart], kind="stable")[:rows]
-    first = apart * blocks + (words[size // apart :][blocks] % apart).astype(np.int64)
+    block = min(block, size)
+    words = _stream(seed, name, "row").random_raw(2 * size // block)
+    blocks = np.argsort(words[: size // block], kind="stable")[:rows]
+    first = block * blocks + (words[size // block :][blocks] % block).astype(np.int64)
     each = rows // len(blocks)
-    numbers = first[:, None] ^ (apart // each * np.arange(each))
+    numbers = first[:, None] ^ (block // each * np.arange(each))
     return signs(seed, name, columns) * hadamard(numbers.ravel(), columns)
 
 

@@ -26,6 +26,8 @@ def norm_curve(store: SketchStore) -> tuple[Any, Any, Any]:
     steps = np.concatenate([store.timesteps(name)[alive].ravel() for name in store.checkpoints])
     norms = np.concatenate([store.norms(name)[alive].ravel() for name in store.checkpoints])
     made = steps >= 0
+    if not made.any():
+        return np.empty(0), np.empty(0), np.empty(0)
     steps, norms = steps[made], norms[made]
     edges = np.linspace(steps.min(), steps.max() + 1, BINS + 1)
     places = np.digitize(steps, edges) - 1
