@@ -16,6 +16,7 @@ import datetime
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -239,14 +240,14 @@ class Bench:
 
 
 def measure(steps: dict[str, Step], rounds: int, peer_rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds per step of each contender in each round; the first, uncounted, round warms up."""
+    """Seconds per step of each contender in each round, in random order; the first, uncounted, round warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in tqdm(range(rounds + 1), unit="round"):
-        for name, step in steps.items():
+        for name in random.Random(number).sample(list(steps), len(steps)):
             if name in PEERS and number > peer_rounds:
                 continue
             start = time.perf_counter()
-            step()
+            steps[name]()
             if device == "cuda":
                 torch.cuda.synchronize()
             if number or name in PEERS[3:]:
