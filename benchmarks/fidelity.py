@@ -7,6 +7,7 @@ norm, averaged over seeds; its time comes from `sketching.Bench` on the same mod
 
     python benchmarks/fidelity.py                        # trains once (minutes), keeps the weights in benchmarks/.cache
     python benchmarks/fidelity.py --seeds 20 --skip-time # tighter figures, no timing
+    python benchmarks/fidelity.py --retime               # the other way round
 """
 
 from __future__ import annotations
@@ -512,13 +513,13 @@ def _difference(line: dict[str, Any], own: dict[str, Any]) -> str:
 def main() -> None:
     """Train if needed, compare, time, print, write JSON and plots."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5, help="of CountSketch and LowRank, averaged")
+    parser.add_argument("--seeds", type=int, default=10, help="of CountSketch and LowRank, averaged")
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--skip-time", action="store_true")
     parser.add_argument("--retime", action="store_true", help="keep the recalls in --out, measure times anew")
     parser.add_argument("--skip-peers", action="store_true", help="TRAK and dattri, which run on the first data set")
-    parser.add_argument("--only", choices=CASES)
+    parser.add_argument("--only", choices=CASES, help="one data set; what --out has of the other is kept")
     parser.add_argument("--train-only", action="store_true")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "fidelity.json")
     parser.add_argument("--plots", type=Path, default=HERE.parent / "docs")
@@ -536,15 +537,18 @@ def main() -> None:
         everything = torch.cat([images, generated(name, images.shape[1:], model, scheduler)])
         peers = name == next(iter(CASES)) and not arguments.skip_peers
         if arguments.retime:
-            lines = json.loads(arguments.out.read_text())["results"][name]["lines"]
+            results[name] = json.loads(arguments.out.read_text())["results"][name]
         else:
             lines = compare(Gradients(model, scheduler, everything), arguments.seeds, peers)
+            size = sum(value.numel() for value in model.parameters())
+            results[name] = {"parameters": size, "seeds": arguments.seeds, "lines": lines}
         costs = {} if arguments.skip_time else times(model, images, scheduler, arguments.rounds, peers)
-        for line in lines:
+        for line in results[name]["lines"]:
             line |= costs.get(line["projection"], {})
-        results[name] = {"parameters": sum(value.numel() for value in model.parameters()), "lines": lines}
         report(name, results[name])
-    if len(results) < len(CASES):
+    kept = json.loads(arguments.out.read_text())["results"] if arguments.out.exists() else {}
+    results = {name: (kept | results)[name] for name in CASES if name in kept | results}
+    if len(results) < len(CASES) or arguments.train_only:
         return
     settings = {"command": " ".join(["python", *sys.argv]), "date": datetime.date.today().isoformat()}
     settings |= {"machine": platform.machine(), "threads": arguments.threads, "torch": torch.__version__}

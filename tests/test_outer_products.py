@@ -152,9 +152,9 @@ def test_sketches_of_gradients_left_unformed_are_those_of_formed_ones(projection
 def test_mixed_sketches_are_those_of_other_precisions_and_memory_orders(rank: int) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(9, 48, 3, stride=2, padding=1),
+        nn.Conv2d(9, 80, 3, stride=2, padding=1),
         nn.SiLU(),
-        nn.Conv2d(48, 33, (1, 3), dilation=2, padding_mode="circular", padding=(0, 2)),
+        nn.Conv2d(80, 33, (1, 3), dilation=2, padding_mode="circular", padding=(0, 2)),
         nn.Flatten(2),
         nn.Linear(16, 40),
         nn.SiLU(),
