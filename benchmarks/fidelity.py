@@ -7,7 +7,7 @@ norm, averaged over seeds; its time comes from `sketching.Bench` on the same mod
 
     python benchmarks/fidelity.py                        # trains once (minutes), keeps the weights in benchmarks/.cache
     python benchmarks/fidelity.py --seeds 20 --skip-time # tighter figures, no timing
-    python benchmarks/fidelity.py --retime               # the other way round
+    python benchmarks/fidelity.py --retime               # times anew, recalls as they were
 """
 
 from __future__ import annotations
@@ -510,6 +510,12 @@ def _difference(line: dict[str, Any], own: dict[str, Any]) -> str:
     return f"{line['projection']} ({', '.join(differences)})"
 
 
+def written(file: Path) -> dict[str, Any]:
+    """Results that a run before has left."""
+    found: dict[str, Any] = json.loads(file.read_text())["results"] if file.exists() else {}
+    return found
+
+
 def main() -> None:
     """Train if needed, compare, time, print, write JSON and plots."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -537,7 +543,7 @@ def main() -> None:
         everything = torch.cat([images, generated(name, images.shape[1:], model, scheduler)])
         peers = name == next(iter(CASES)) and not arguments.skip_peers
         if arguments.retime:
-            results[name] = json.loads(arguments.out.read_text())["results"][name]
+            results[name] = written(arguments.out)[name]
         else:
             lines = compare(Gradients(model, scheduler, everything), arguments.seeds, peers)
             size = sum(value.numel() for value in model.parameters())
@@ -546,9 +552,10 @@ def main() -> None:
         for line in results[name]["lines"]:
             line |= costs.get(line["projection"], {})
         report(name, results[name])
-    kept = json.loads(arguments.out.read_text())["results"] if arguments.out.exists() else {}
-    results = {name: (kept | results)[name] for name in CASES if name in kept | results}
-    if len(results) < len(CASES) or arguments.train_only:
+    if arguments.train_only:
+        return
+    results = written(arguments.out) | results
+    if len(results) < len(CASES):
         return
     settings = {"command": " ".join(["python", *sys.argv]), "date": datetime.date.today().isoformat()}
     settings |= {"machine": platform.machine(), "threads": arguments.threads, "torch": torch.__version__}

@@ -114,6 +114,7 @@ def test_summed_sketches_times_the_weight_make_up_the_weight_change_between_two_
     assert np.linalg.norm(summed - moved) <= 1e-3 * np.linalg.norm(moved)
 
 
+@pytest.mark.usefixtures("small_layers_mixed")
 def test_the_store_is_queried_like_any_other(tmp_path: Path) -> None:
     model = tiny_unet().train()
     options: dict[str, Any] = {
@@ -264,6 +265,7 @@ def test_what_cannot_be_sketched_is_said_at_the_first_step(tmp_path: Path) -> No
         recorder.step([0], [1], 0, 0.1)
 
 
+@pytest.mark.usefixtures("small_layers_mixed")
 def test_activation_checkpointing_gives_the_same_sketches(tmp_path: Path) -> None:
     found = []
     for checkpointing in (False, True):

@@ -488,6 +488,8 @@ def test_an_argument_of_the_wrong_kind_is_refused_by_name(arguments: dict[str, A
     "wrong",
     [
         lambda: rs.LowRank(2.5, 64),  # type: ignore[arg-type]
+        lambda: rs.LowRank(2, 64),
+        lambda: rs.LowRank(6, 64),
         lambda: rs.Explicit(10),  # type: ignore[arg-type]
         lambda: rs.EvenlySpaced(2, draws=2.5),  # type: ignore[arg-type]
         lambda: rs.CountSketch(64.5),  # type: ignore[arg-type]

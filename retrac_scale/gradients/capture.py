@@ -315,9 +315,12 @@ class _Backward:
         return self.unformed and len(calls) == 1 and "weight" in own and self.shared.isdisjoint(own.values())
 
     def _samples_at_a_time(self, layer: _Layer, call: _Call, mixer: Tensor | None) -> int:
-        numel = layer.numel if mixer is None else layer.numel * min(1, SETS * len(mixer) / mixer.shape[1])
+        numel = layer.numel
+        if mixer is not None:
+            r, o = mixer.shape
+            numel = numel * min(SETS * r, o) // o
         on_cpu = next(iter(call.grads.values())).device.type == "cpu"
-        return max(1, (CHUNK_BYTES if on_cpu else CHUNK_BYTES_OF_ACCELERATORS) // (4 * max(1, int(numel))))
+        return max(1, (CHUNK_BYTES if on_cpu else CHUNK_BYTES_OF_ACCELERATORS) // (4 * max(1, numel)))
 
     def _formed(self, layer: _Layer, calls: list[_Call], samples: slice, mixer: Tensor | None) -> dict[str, Tensor]:
         """Own name -> gradients `[m, ...]` of some samples, summed over the layer's calls."""

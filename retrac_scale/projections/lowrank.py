@@ -13,14 +13,11 @@ from torch import Tensor
 from retrac_scale.gradients.mixing import SETS, mix
 from retrac_scale.gradients.tiles import ROWS_BY_SETS
 from retrac_scale.projections import random
-from retrac_scale.projections.base import (
-    Projection,
-    Projector,
-    Shapes,
-    check_dim,
-    squared_norm,
-)
+from retrac_scale.projections.base import Projection, Projector, Shapes, check_dim, squared_norm
 from retrac_scale.projections.countsketch import SignedFold
+
+LEAST_RANK = ROWS_BY_SETS
+"""Processors form so many rows at once: fewer would save no time."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +37,8 @@ class LowRank(Projection):
     embeddings, adaptive norms): their gradient has rank 1 and costs little.
 
     Args:
-        rank: channels that each input's gradients are mixed into, a power of two and 4 at least: processors form four
-            rows at once, and fewer would save no time. None for dim / 512 or the next one below, with which mixing
-            adds a few per cent to the variance of the fold.
+        rank: channels that each input's gradients are mixed into, a power of two and LEAST_RANK (4) at least. None
+            for dim / 512 or the next one below, with which mixing adds a few per cent to the variance of the fold.
         dim: k.
         seed: of all signs and shifts.
         norm: "estimate", the sketch's own, whose square is unbiased and whose error is a few per cent at dim 2048; or
@@ -88,9 +84,6 @@ class LowRank(Projection):
         """For a weight `[o, i, *kernel]`."""
         rank = self.rank or 1 << max(LEAST_RANK, self.dim // 512).bit_length() - 1
         return rank if prod(shape[2:]) > 1 else 2 * rank
-
-
-LEAST_RANK = ROWS_BY_SETS
 
 
 def _worth_mixing(shape: tuple[int, ...], rank: int) -> bool:
