@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import retrac_scale as rs
-from retrac_scale.gradients.capture import _Call
+from retrac_scale.gradients.layers import Call
 from retrac_scale.gradients.normalization import _sums, _watched
 from retrac_scale.gradients.outer import OuterProducts, pairs_of
 from tests.oracle import gradient
@@ -384,7 +384,7 @@ def test_nothing_of_a_batch_stays_in_memory(bf16: bool) -> None:
 def calls_in_memory() -> int:
     """How many calls of layers are kept track of, by anything."""
     gc.collect()
-    return sum(type(one) is _Call for one in gc.get_objects())
+    return sum(type(one) is Call for one in gc.get_objects())
 
 
 def test_a_group_norm_that_is_trained_keeps_autograds_backward_pass() -> None:

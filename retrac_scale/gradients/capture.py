@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import fnmatch
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,56 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from retrac_scale.gradients.errors import UncapturableError
+from retrac_scale.gradients.layers import Call, Layer, ParameterFilter, layers_of, selected_parameters
 from retrac_scale.gradients.mixing import SETS, mix, mix_outputs, one_set_each
 from retrac_scale.gradients.nested import detached, mapped, tensors
 from retrac_scale.gradients.outer import OuterProducts
 from retrac_scale.gradients.recompute import recomputed
-from retrac_scale.gradients.registry import Gradients, LayerRule, Seen, is_whole, rule_for, why_alone
+from retrac_scale.gradients.registry import Gradients, LayerRule, Seen, why_alone
 from retrac_scale.memory import keep_freed_pages
 
-ParameterFilter = Iterable[str] | Callable[[str], bool] | None
 Sink = Callable[[str, Any, slice], None]
 """sink(name, gradient, samples): a parameter's gradient `[m, ...]` of some samples; see `GradientCapture.backward`."""
 
 CHUNK_BYTES, CHUNK_BYTES_OF_ACCELERATORS = 2 << 20, 256 << 20
 """A layer's gradients are formed and consumed for as many samples at a time as keep to this: on a CPU to a core's
 cache, elsewhere to what makes the launches of kernels few."""
-
-NARROW = 128
-"""Outputs below which the products of 16-bit gradients take less time compiled in float32 on a CPU."""
-
-
-@dataclass
-class _Layer:
-    """A module, the parameters captured at it by the names they go by, and its calls in the current forward pass."""
-
-    name: str
-    module: nn.Module
-    parameters: dict[str, str]  # own name -> full name
-    rule: LayerRule | None
-    numel: int
-    calls: list[_Call] = field(default_factory=list)
-
-    @property
-    def mixable(self) -> bool:
-        """Whether output gradients may be mixed across all output features."""
-        return self.rule is not None and self.rule.mixable and getattr(self.module, "groups", 1) == 1
-
-    @property
-    def narrow(self) -> bool:
-        """Whether its products are better made in float32."""
-        module: Any = self.module
-        return self.rule is not None and self.rule.unformed is not None and len(module.weight) < NARROW
-
-
-@dataclass
-class _Call:
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    versions: list[tuple[Tensor, int]]  # of the tensors among them: how often each has been changed in place
-    outputs: list[Tensor] = field(default_factory=list)
-    grads: dict[int, Tensor] = field(default_factory=dict)
-    kept: tuple[Tensor, ...] = ()
 
 
 class GradientCapture:
@@ -82,7 +45,7 @@ class GradientCapture:
         self.model = model
         names = selected_parameters(model, parameters)
         self.shapes = {name: tuple(model.get_parameter(name).shape) for name in names}
-        self._layers = _layers(model, names)
+        self._layers = layers_of(model, names)
         self._why_alone = why_alone(model)
         users: dict[str, int] = defaultdict(int)
         for layer in self._layers:
@@ -199,7 +162,7 @@ class GradientCapture:
         for layer in self._layers:
             layer.calls.clear()
 
-    def _freeze(self, layer: _Layer) -> Callable[[nn.Module, Any], None]:
+    def _freeze(self, layer: Layer) -> Callable[[nn.Module, Any], None]:
         def freeze(module: nn.Module, args: Any) -> None:
             if self._recording:
                 for own in layer.parameters:
@@ -207,13 +170,13 @@ class GradientCapture:
 
         return freeze
 
-    def _hook(self, layer: _Layer) -> Callable[..., Any]:
+    def _hook(self, layer: Layer) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if not self._recording or not torch.is_grad_enabled():
                 return None
             own_args, own_kwargs = detached(args), detached(kwargs)
             versions = [(tensor, tensor._version) for tensor in tensors((own_args, own_kwargs))]
-            call = _Call(own_args, own_kwargs, versions)
+            call = Call(own_args, own_kwargs, versions)
             layer.calls.append(call)
             if layer.rule is None:
                 call.outputs.extend(detached(list(tensors(output))))
@@ -237,7 +200,7 @@ class GradientCapture:
 
         return hook
 
-    def _on_gradient(self, layer: _Layer, call: _Call, place: int) -> Seen:
+    def _on_gradient(self, layer: Layer, call: Call, place: int) -> Seen:
         def on_gradient(grad: Tensor, *kept: Tensor) -> None:
             if self._backward is None:
                 raise RuntimeError("differentiate with the sketcher, not with losses.backward(), inside its context.")
@@ -261,7 +224,7 @@ class _Backward:
     retain_graph: bool = False
     waiting: dict[str, Tensor] = field(default_factory=dict)
 
-    def finish(self, layer: _Layer) -> None:
+    def finish(self, layer: Layer) -> None:
         """Form the gradients of a layer from all its calls and deliver them, some samples at a time."""
         calls = [call for call in layer.calls if call.grads]
         if not self.retain_graph:
@@ -300,7 +263,7 @@ class _Backward:
         for call in calls:
             call.grads.clear()
 
-    def _mixer(self, layer: _Layer, calls: list[_Call]) -> Tensor | None:
+    def _mixer(self, layer: Layer, calls: list[Call]) -> Tensor | None:
         """What the layer's output gradients are to be multiplied with; also notes whether it is `single_position`."""
         weight = layer.parameters.get("weight", "")
         if layer.mixable and isinstance(layer.module, nn.Linear) and all(call.grads[0].ndim == 2 for call in calls):
@@ -309,12 +272,12 @@ class _Backward:
         self.single_position.discard(weight)
         return self.mixers.get(weight)
 
-    def _left_unformed(self, layer: _Layer, calls: list[_Call]) -> bool:
+    def _left_unformed(self, layer: Layer, calls: list[Call]) -> bool:
         """Whether the sink gets the products that the rule gives, which take no memory, for all samples at once."""
         own = layer.parameters
         return self.unformed and len(calls) == 1 and "weight" in own and self.shared.isdisjoint(own.values())
 
-    def _samples_at_a_time(self, layer: _Layer, call: _Call, mixer: Tensor | None) -> int:
+    def _samples_at_a_time(self, layer: Layer, call: Call, mixer: Tensor | None) -> int:
         numel = layer.numel
         if mixer is not None:
             r, o = mixer.shape
@@ -322,7 +285,7 @@ class _Backward:
         on_cpu = next(iter(call.grads.values())).device.type == "cpu"
         return max(1, (CHUNK_BYTES if on_cpu else CHUNK_BYTES_OF_ACCELERATORS) // (4 * max(1, numel)))
 
-    def _formed(self, layer: _Layer, calls: list[_Call], samples: slice, mixer: Tensor | None) -> dict[str, Tensor]:
+    def _formed(self, layer: Layer, calls: list[Call], samples: slice, mixer: Tensor | None) -> dict[str, Tensor]:
         """Own name -> gradients `[m, ...]` of some samples, summed over the layer's calls."""
         total: dict[str, Tensor] = {}
         for call in calls:
@@ -336,7 +299,7 @@ class _Backward:
                     total[own] = formed if len(calls) == 1 else formed.clone()
         return total
 
-    def _form(self, layer: _Layer, call: _Call, samples: slice, mixer: Tensor | None) -> Gradients:
+    def _form(self, layer: Layer, call: Call, samples: slice, mixer: Tensor | None) -> Gradients:
         if layer.rule is None:
             own, numbers = list(layer.parameters), range(samples.start, samples.stop)
             return recomputed(
@@ -417,7 +380,7 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def _check_rows(layer: _Layer, call: _Call, n: int) -> None:
+def _check_rows(layer: Layer, call: Call, n: int) -> None:
     rows = call.grads[min(call.grads)].shape[0]
     if rows < n or rows % n:
         raise UncapturableError(
@@ -425,47 +388,3 @@ def _check_rows(layer: _Layer, call: _Call, n: int) -> None:
             "give the model one row (or a fixed number of rows) per sample, or leave the layer out with parameters=.",
             layer.parameters.values(),
         )
-
-
-def _layers(model: nn.Module, names: list[str]) -> list[_Layer]:
-    canonical = {id(model.get_parameter(name)): name for name in names}
-    layers = []
-    whole: list[str] = []
-    for name, module in model.named_modules():
-        if any(name.startswith(container) for container in whole):
-            continue
-        if is_whole(module):
-            whole.append(f"{name}." if name else "")
-        own = {
-            key: canonical[id(value)]
-            for key, value in module.named_parameters(recurse=is_whole(module))
-            if id(value) in canonical
-        }
-        if own:
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-                raise ValueError(f"layer {name!r} is a batch norm in training mode, which mixes samples; call eval().")
-            numel = sum(module.get_parameter(key).numel() for key in own)
-            layers.append(_Layer(name, module, own, None if is_whole(module) else rule_for(module), numel))
-    return layers
-
-
-def selected_parameters(model: nn.Module, parameters: ParameterFilter) -> list[str]:
-    """Names of the parameters that `parameters` selects, in the model's order.
-
-    Raises:
-        ValueError: a pattern matches nothing, or nothing is left.
-    """
-    trainable = [name for name, value in model.named_parameters() if value.requires_grad]
-    if parameters is None:
-        chosen = trainable
-    elif callable(parameters):
-        chosen = [name for name in trainable if parameters(name)]
-    else:
-        patterns = [parameters] if isinstance(parameters, str) else list(parameters)
-        for pattern in patterns:
-            if not fnmatch.filter(trainable, pattern):
-                raise ValueError(f"parameters={pattern!r} matches none of the model's {len(trainable)} trainable ones.")
-        chosen = [name for name in trainable if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
-    if not chosen:
-        raise ValueError("no trainable parameter is selected; call requires_grad_() on some, or widen parameters=.")
-    return chosen

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.variable import Variable
 
-from retrac_scale.gradients.capture import GradientCapture, ParameterFilter, Sink, _Backward, _Call, _Layer
+from retrac_scale.gradients.capture import GradientCapture, Sink, _Backward
+from retrac_scale.gradients.layers import Call, Layer, ParameterFilter
 from retrac_scale.gradients.nested import tensors
 from retrac_scale.gradients.registry import Seen
 
@@ -62,7 +63,7 @@ class LiveCapture(GradientCapture):
         self._handles.clear()
         self._forget()
 
-    def _hook(self, layer: _Layer) -> Callable[..., Any]:
+    def _hook(self, layer: Layer) -> Callable[..., Any]:
         hook = super()._hook(layer)
 
         def outside_backward(*called: Any) -> Any:
@@ -78,7 +79,7 @@ class LiveCapture(GradientCapture):
                 self._forget()
             self._samples = 1 if self._why_alone else len(next(tensors((args, kwargs))))
 
-    def _on_gradient(self, layer: _Layer, call: _Call, place: int) -> Seen:
+    def _on_gradient(self, layer: Layer, call: Call, place: int) -> Seen:
         def on_gradient(grad: Tensor, *kept: Tensor) -> None:
             if self._backward is None:
                 sink, self._end = self._begin(self._samples)

@@ -1,0 +1,101 @@
+"""The layers that hold a model's selected parameters, and what each has seen of a forward pass."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from retrac_scale.gradients.registry import LayerRule, is_whole, rule_for
+
+ParameterFilter = Iterable[str] | Callable[[str], bool] | None
+
+NARROW = 128
+"""Outputs below which the products of 16-bit gradients take less time compiled in float32 on a CPU."""
+
+
+@dataclass
+class Layer:
+    """A module, the parameters captured at it by the names they go by, and its calls in the current forward pass."""
+
+    name: str
+    module: nn.Module
+    parameters: dict[str, str]  # own name -> full name
+    rule: LayerRule | None
+    numel: int
+    calls: list[Call] = field(default_factory=list)
+
+    @property
+    def mixable(self) -> bool:
+        """Whether output gradients may be mixed across all output features."""
+        return self.rule is not None and self.rule.mixable and getattr(self.module, "groups", 1) == 1
+
+    @property
+    def narrow(self) -> bool:
+        """Whether its products are better made in float32."""
+        module: Any = self.module
+        return self.rule is not None and self.rule.unformed is not None and len(module.weight) < NARROW
+
+
+@dataclass
+class Call:
+    """One call of a layer: its arguments, without gradient, and the gradients of its outputs once they are known."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    versions: list[tuple[Tensor, int]]  # of the tensors among them: how often each has been changed in place
+    outputs: list[Tensor] = field(default_factory=list)
+    grads: dict[int, Tensor] = field(default_factory=dict)
+    kept: tuple[Tensor, ...] = ()
+
+
+def layers_of(model: nn.Module, names: list[str]) -> list[Layer]:
+    """The layers that use these parameters, in the model's order; a module taken whole is one.
+
+    Raises:
+        ValueError: one is a batch norm in training mode.
+    """
+    canonical = {id(model.get_parameter(name)): name for name in names}
+    layers = []
+    whole: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(container) for container in whole):
+            continue
+        if is_whole(module):
+            whole.append(f"{name}." if name else "")
+        own = {
+            key: canonical[id(value)]
+            for key, value in module.named_parameters(recurse=is_whole(module))
+            if id(value) in canonical
+        }
+        if own:
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+                raise ValueError(f"layer {name!r} is a batch norm in training mode, which mixes samples; call eval().")
+            numel = sum(module.get_parameter(key).numel() for key in own)
+            layers.append(Layer(name, module, own, None if is_whole(module) else rule_for(module), numel))
+    return layers
+
+
+def selected_parameters(model: nn.Module, parameters: ParameterFilter) -> list[str]:
+    """Names of the parameters that `parameters` selects, in the model's order.
+
+    Raises:
+        ValueError: a pattern matches nothing, or nothing is left.
+    """
+    trainable = [name for name, value in model.named_parameters() if value.requires_grad]
+    if parameters is None:
+        chosen = trainable
+    elif callable(parameters):
+        chosen = [name for name in trainable if parameters(name)]
+    else:
+        patterns = [parameters] if isinstance(parameters, str) else list(parameters)
+        for pattern in patterns:
+            if not fnmatch.filter(trainable, pattern):
+                raise ValueError(f"parameters={pattern!r} matches none of the model's {len(trainable)} trainable ones.")
+        chosen = [name for name in trainable if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
+    if not chosen:
+        raise ValueError("no trainable parameter is selected; call requires_grad_() on some, or widen parameters=.")
+    return chosen
