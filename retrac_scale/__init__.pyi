@@ -7,7 +7,8 @@ from .diagonal import self_influence
 from .estimators import DAS, DTRAK, TRAK, GradCos, GradDot, RelatIF, RenormIF, ReTrac, TracIn
 from .execution import FailedTasksError
 from .explain import Explanation
-from .index import Index, StaleIndexError, build_index, open_index
+from .index import Index, StaleIndexError, open_index
+from .indexing import build_index
 from .journey import Journey, sample_journey, sketch_journey
 from .preconditioning import adam_divisors
 from .projections import CountSketch, Dense, GradientSketcher, Identity, LowRank

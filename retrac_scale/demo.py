@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from retrac_scale.diagonal import self_influence
 from retrac_scale.estimators import ReTrac, TracIn
 from retrac_scale.evaluate import largest_share, unique_fraction
-from retrac_scale.index import build_index
+from retrac_scale.indexing import build_index
 from retrac_scale.projections import CountSketch
 from retrac_scale.report import Pictures, attribution_figure, norm_curve, write_report
 from retrac_scale.sketching import sketch

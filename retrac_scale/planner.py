@@ -15,7 +15,7 @@ import torch
 from diffusers import AutoModel, DDPMScheduler
 
 from retrac_scale.estimators import ReTrac
-from retrac_scale.index import build_index, chunk_samples
+from retrac_scale.indexing import build_index, chunk_samples
 from retrac_scale.projections import Projection
 from retrac_scale.sketching import sketch
 from retrac_scale.store import Dtype, Layout, write_store

@@ -68,7 +68,7 @@ def test_an_index_of_more_files_than_a_process_may_map_keeps_some(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, queries = stores(tmp_path)
-    monkeypatch.setattr("retrac_scale.index.CHUNK_BYTES", 1)
+    monkeypatch.setattr("retrac_scale.indexing.CHUNK_BYTES", 1)
     index = rs.build_index(store, rs.ReTrac(), tmp_path / "i")
     expected = index.query(queries, 20)
     files_of_a_chunk = 3 * len(index.checkpoints) + 1

@@ -32,7 +32,7 @@ def _damping(given: str) -> float | str:
 
 
 def _run(arguments: argparse.Namespace) -> Answer:
-    from retrac_scale.index import build_index
+    from retrac_scale.indexing import build_index
     from retrac_scale.store import open_store
 
     given = [

@@ -31,7 +31,7 @@ def open_indexes(urls: Sequence[str], project: Project) -> dict[str, Index]:
 
 def build_indexes(project: Project) -> dict[str, Index]:
     """The project's indexes; what stands already is kept."""
-    from retrac_scale.index import build_index
+    from retrac_scale.indexing import build_index
     from retrac_scale.store import open_store
 
     store = open_store(project.store)

@@ -1,0 +1,225 @@
+"""Building an Index: a store's sketches collapsed for one estimator and written in chunks for scanning."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.storage import LocalStore
+
+from retrac_scale.estimators import Estimator, common_timesteps
+from retrac_scale.estimators.fitting import fit, rows_at
+from retrac_scale.estimators.ridge import Ridge
+from retrac_scale.execution import Task, results
+from retrac_scale.index import Index
+from retrac_scale.store import IncompleteStoreError, SketchStore, objects, open_store
+from retrac_scale.store.compatibility import COMPARED
+from retrac_scale.store.encoding import Float32, encode
+from retrac_scale.store.reader import open_root
+from retrac_scale.store.schema import (
+    ATTRIBUTE,
+    FORMAT_VERSION,
+    Url,
+    blocks,
+    differences,
+    get_array,
+    is_remote,
+    new_array,
+    zarr_location,
+)
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+logger = logging.getLogger(__name__)
+
+IndexDtype = Literal["int8", "float16", "float32"]
+
+CHUNK_BYTES = 32 * 2**20
+MIN_CHUNKS = 8
+MIN_CHUNK_SAMPLES = 64
+NORM_ROWS = 256
+UNWRITTEN = -128
+"""Fill value of int8 rows, which no row holds; those of floats are NaN: a missing chunk is never data."""
+ASKED = ("format", "store", "measure", "estimator", "dtype")
+"""What of an index's description was asked for; the rest is what its store was when it was built."""
+
+
+def build_index(
+    store: SketchStore, estimator: Estimator, out: Url, *, dtype: IndexDtype = "int8", client: Client | None = None
+) -> Index:
+    """Collapse a complete store for one estimator; an index of the same store and estimator at `out` is kept.
+
+    When the store has changed since, or a file on this disk fails its checksum, the index at `out` is replaced; those
+    who have it open are refused from then on.
+    Deleted samples are left out. Memory stays below a few blocks of the store per thread; an estimator that fits a
+    ridge takes a few float64 matrices of min(n, k) x k per checkpoint and thread besides. Rows in int8 change a score
+    by at most sum_c |w_c| max_k |row_k| sum_k |query_k| / 254.
+
+    Args:
+        store: the training side.
+        estimator: `TracIn()`, `ReTrac()`, ...
+        out: path, fsspec URL, or None for memory.
+        dtype: how rows are stored, "int8", "float16" or "float32".
+        client: a `distributed.Client`; store and `out` must then be reachable from its workers.
+
+    Raises:
+        IncompleteStoreError: blocks are missing.
+        ValueError: `out` holds something else, the store lacks what the estimator needs or was measured otherwise, or
+            the estimator's ridge is singular.
+    """
+    if dtype not in ("int8", "float16", "float32"):
+        raise ValueError(f"an index's dtype must be 'int8', 'float16' or 'float32', got {dtype!r}.")
+    if not store.is_complete:
+        raise IncompleteStoreError(f"{store.url} is not complete; run its sketch(...) again before building an index.")
+    if client is not None and (out is None or store.url is None):
+        raise ValueError("workers cannot reach this process's memory; give store and index a path or URL.")
+    if not isinstance(estimator, Estimator):
+        raise ValueError(f"estimator must be one, such as ReTrac(), got {estimator!r}.")
+    estimator.check_training(store)
+    kept = np.flatnonzero(~store.deleted)
+    if not len(kept):
+        raise ValueError(f"all samples of {store.url} are deleted; there is nothing to index.")
+    meta: dict[str, Any] = {
+        "what": "index",
+        "format": FORMAT_VERSION,
+        "estimator": estimator.spec(),
+        "dtype": dtype,
+        "checkpoints": store.weights,
+        "timesteps": common_timesteps(store) if estimator.pairing == "matched" else None,
+        "sketch_dim": None if _is_exact(store) else store.shape[2],
+        "store": _whereabouts(store.url),
+        "revision": store.revision,
+        "measure": store.fingerprint.get("measure"),
+        "fingerprint": {key: store.fingerprint.get(key) for key in COMPARED},
+    }
+    if "precondition" in store.fingerprint:
+        meta["precondition"] = store.fingerprint["precondition"]
+    location = zarr_location(out)
+    try:
+        stored = zarr.open_group(location, mode="r").attrs.get(ATTRIBUTE)
+    except FileNotFoundError:
+        stored = None
+    else:
+        if not isinstance(stored, dict) or stored.get("what") != "index":
+            raise ValueError(f"{out} holds something that is no index; choose another path.")
+        if stored.get("complete"):
+            found = differences({k: v for k, v in stored.items() if k not in ("complete", "fit")}, meta)
+            if not found and (sound := _if_sound(out, store)) is not None:
+                return sound
+            other = differences({key: stored[key] for key in ASKED}, {key: meta[key] for key in ASKED})
+            if other or (found and meta["store"] is None):
+                what = "; ".join(other or found)
+                raise ValueError(f"{out} already holds a different index: {what}; choose another path.")
+    root = zarr.open_group(location, mode="a")
+    root.attrs[ATTRIBUTE] = {"what": "index", "format": FORMAT_VERSION}
+    chunks = create_arrays(root, len(store.checkpoints), store.ids[kept], estimator.width(store), dtype)
+    columns = root.create_group("column", overwrite=True)
+    for name, values in store.columns.items():
+        _write_list(columns, name, values[kept])
+    source: SketchStore | Url = store if client is None else store.url
+    target: zarr.Group | Url = root if client is None else out
+    ridges = fit(store, estimator, kept, client)
+    common = source, meta["measure"], target, estimator, ridges, dtype
+    tasks = [
+        Task(f"build-index-{name}-samples-{samples.start}-{samples.stop}", (checkpoint, samples, kept[samples]))
+        for checkpoint, name in enumerate(store.checkpoints)
+        for samples in chunks
+    ]
+    results(_build_chunk, tasks, client, shared=common)
+    described = {name: ridge.describe() for name, ridge in ridges.items()}
+    objects.force_all(root)  # first: what is called complete survives a power cut
+    root.attrs[ATTRIBUTE] = {**meta, "fit": described, "complete": True}
+    objects.force_all(root)
+    return Index(root, out, store)
+
+
+def _if_sound(url: Url, store: SketchStore) -> Index | None:
+    """The complete index at a URL; None where it is on this disk and damaged. Queries check no file again."""
+    try:
+        index = Index(open_root(url, "index"), url, store)
+        if isinstance(index.root.store, LocalStore):
+            for number in range(len(index.chunks)):
+                index.chunk(number)
+            _ = index.columns
+    except (KeyError, ValueError) as error:
+        logger.warning("%s is damaged and built again: %s", url, error)
+        return None
+    return index
+
+
+def chunk_samples(n_samples: int, row_bytes: int) -> int:
+    """Samples per chunk of an index."""
+    by_bytes = max(1, CHUNK_BYTES // row_bytes)
+    return min(by_bytes, max(MIN_CHUNK_SAMPLES, -(-n_samples // MIN_CHUNKS)))
+
+
+def create_arrays(
+    root: zarr.Group, checkpoints: int, ids: npt.NDArray[Any], width: int, dtype: IndexDtype
+) -> list[slice]:
+    """The empty arrays of an index, their ids written; the sample ranges of their chunks, of about 32 MiB."""
+    n, c = len(ids), checkpoints
+    size = chunk_samples(n, width * np.dtype(dtype).itemsize)
+    dims, nan = ["checkpoint", "sample", "k"], float("nan")
+    fill = UNWRITTEN if dtype == "int8" else nan
+    new_array(root, "row", shape=(c, n, width), chunks=(1, size, width), dtype=dtype, dims=dims, fill_value=fill)
+    for name in ("scale", "norm"):
+        new_array(root, name, shape=(c, n), chunks=(1, size), dtype="float32", dims=dims[:2], fill_value=nan)
+    _write_list(root, "id", ids, size)
+    return blocks(n, size)
+
+
+def write_rows(
+    root: zarr.Group, checkpoint: int, samples: slice, rows: Float32, weight: float, dtype: IndexDtype
+) -> None:
+    """Encode one chunk's rows `[n, k]` of a checkpoint and write them with their scales and norms."""
+    stored, scale = encode(rows, dtype)
+    scale = scale * np.float32(weight)
+    tiles = range(0, len(stored), NORM_ROWS)
+    length = np.concatenate([np.linalg.norm(stored[i : i + NORM_ROWS].astype(np.float32), axis=1) for i in tiles])
+    get_array(root, "row")[checkpoint, samples] = stored
+    get_array(root, "scale")[checkpoint, samples] = scale
+    get_array(root, "norm")[checkpoint, samples] = (length * np.abs(scale) * (1 + 1e-5)).astype(np.float32)
+
+
+def _build_chunk(
+    common: tuple[SketchStore | Url, str | None, zarr.Group | Url, Estimator, Mapping[str, Ridge], IndexDtype],
+    checkpoint: int,
+    samples: slice,
+    kept: npt.NDArray[np.int64],
+) -> None:
+    """Collapse one chunk: the samples of an index that stand at places `kept` of the store."""
+    source, measure, target, estimator, ridges, dtype = common
+    store = source if isinstance(source, SketchStore) else open_store(source, measure=measure)
+    root = target if isinstance(target, zarr.Group) else zarr.open_group(zarr_location(target), mode="r+")
+    name = store.checkpoints[checkpoint]
+    rows = np.empty((len(kept), estimator.width(store)), np.float32)
+    for some, values in rows_at(store, kept, lambda piece: estimator.train_rows(store, name, piece, ridges.get(name))):
+        rows[some] = values
+    write_rows(root, checkpoint, samples, rows, store.weights[name], dtype)
+
+
+def _is_exact(store: SketchStore) -> bool:
+    projection: Mapping[str, Any] = store.fingerprint.get("projection") or {}
+    return projection.get("kind") == "Identity"
+
+
+def _whereabouts(url: Url) -> str | None:
+    """A URL that is good from any working directory, None for memory and for zarr's own stores."""
+    if url is None or not isinstance(url, str | os.PathLike):
+        return None
+    return os.fspath(url) if is_remote(url) else os.path.abspath(os.fspath(url).removeprefix("file://"))
+
+
+def _write_list(group: zarr.Group, name: str, values: npt.NDArray[Any], size: int | None = None) -> None:
+    plain = values.dtype.kind in "biuf"
+    dtype = values.dtype if plain else "string"
+    length = size or max(1, len(values))
+    new_array(group, name, shape=values.shape, chunks=(length,), dtype=dtype, dims=["sample"])[:] = (
+        values if plain else values.astype(object)
+    )
