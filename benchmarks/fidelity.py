@@ -6,8 +6,9 @@ gets recall@10, the rank correlation of the scores (Spearman, per query, average
 norm, averaged over seeds; its time comes from `sketching.Bench` on the same model. Writes JSON and the frontier plots.
 
     python benchmarks/fidelity.py                        # trains once (minutes), keeps the weights in benchmarks/.cache
-    python benchmarks/fidelity.py --seeds 20 --skip-time # tighter figures, no timing
+    python benchmarks/fidelity.py --seeds 20 --skip-time # tighter figures, times as they were
     python benchmarks/fidelity.py --retime               # times anew, recalls as they were
+    python benchmarks/fidelity.py --retime --skip-time   # tables and plots once more
 """
 
 from __future__ import annotations
@@ -522,6 +523,11 @@ def written(file: Path) -> dict[str, Any]:
     return found
 
 
+def timed(lines: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """What `times` has told of a run before."""
+    return {line["projection"]: {key: line[key] for key in ("time", "time_error")} for line in lines if "time" in line}
+
+
 def main() -> None:
     """Train if needed, compare, time, print, write JSON and plots."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -529,7 +535,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10, help=seeds)
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--skip-time", action="store_true")
+    parser.add_argument("--skip-time", action="store_true", help="keep the times in --out")
     parser.add_argument("--retime", action="store_true", help="keep the recalls in --out, measure times anew")
     parser.add_argument("--skip-peers", action="store_true", help="TRAK and dattri, which run on the first data set")
     parser.add_argument("--only", choices=CASES, help="one data set; what --out has of the other is kept")
@@ -555,7 +561,11 @@ def main() -> None:
             lines = compare(Gradients(model, scheduler, everything), arguments.seeds, peers)
             size = sum(value.numel() for value in model.parameters())
             results[name] = {"parameters": size, "seeds": arguments.seeds, "lines": lines}
-        costs = {} if arguments.skip_time else times(model, images, scheduler, arguments.rounds, peers)
+        costs = (
+            timed(written(arguments.out).get(name, {"lines": []})["lines"])
+            if arguments.skip_time
+            else times(model, images, scheduler, arguments.rounds, peers)
+        )
         for line in results[name]["lines"]:
             line |= costs.get(line["projection"], {})
         report(name, results[name])
@@ -567,7 +577,7 @@ def main() -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(settings | {"results": results}, indent=1) + "\n")
     plot(results, "bytes", "bytes per pair (int8 rows)", arguments.plots / "fidelity-bytes.png")
-    if not arguments.skip_time:
+    if all(timed(result["lines"]) for result in results.values()):
         plot(results, "time", "time per pair, training step = 1", arguments.plots / "fidelity-time.png")
 
 
