@@ -561,11 +561,10 @@ def main() -> None:
             lines = compare(Gradients(model, scheduler, everything), arguments.seeds, peers)
             size = sum(value.numel() for value in model.parameters())
             results[name] = {"parameters": size, "seeds": arguments.seeds, "lines": lines}
-        costs = (
-            timed(written(arguments.out).get(name, {"lines": []})["lines"])
-            if arguments.skip_time
-            else times(model, images, scheduler, arguments.rounds, peers)
-        )
+        if arguments.skip_time:
+            costs = timed(written(arguments.out).get(name, {"lines": []})["lines"])
+        else:
+            costs = times(model, images, scheduler, arguments.rounds, peers)
         for line in results[name]["lines"]:
             line |= costs.get(line["projection"], {})
         report(name, results[name])
