@@ -1,0 +1,101 @@
+"""Emoji by two designers, from the npm packages that hold them; nothing is downloaded here.
+
+    npm pack emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0
+
+puts two tarballs into the working directory, which `load` reads. Pictures: Noto Emoji (Google, OFL 1.1 and Apache 2.0)
+and Twemoji (CC-BY 4.0); the packages themselves: MIT, Cal Henderson.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tarfile
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+DESIGNERS = ("google", "twitter")
+VERSION = "16.0.0"
+SHA256 = {
+    "google": "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
+    "twitter": "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
+}
+LEFT_OUT = ("Component", "Flags")
+
+
+@dataclass(frozen=True, eq=False)
+class Emoji:
+    """Pictures uint8 `[n, size, size, 3]`, alpha over white, with designer, name and category of each, `[n]`."""
+
+    pictures: Any
+    designer: Any
+    name: Any
+    category: Any
+
+
+def load(folder: Path, size: int) -> Emoji:
+    """All emoji that both designers drew, without flags and skin tones: pairs of the same name stand together.
+
+    Args:
+        folder: holds the two tarballs.
+        size: to which the 64 x 64 pictures are brought, by averaging boxes of pixels; divides 64.
+
+    Raises:
+        FileNotFoundError: a tarball is missing; says how to get it.
+        ValueError: a tarball is not the one that is known.
+    """
+    files = {designer: _tarball(folder, designer) for designer in DESIGNERS}
+    with tarfile.open(files[DESIGNERS[0]]) as archive:
+        listed = json.loads(_member(archive, "emoji.json"))
+    kept = [
+        entry
+        for entry in sorted(listed, key=lambda entry: str(entry["unified"]))
+        if all(entry[f"has_img_{designer}"] for designer in DESIGNERS) and entry["category"] not in LEFT_OUT
+    ]
+    pictures = np.empty((len(kept), len(DESIGNERS), size, size, 3), np.uint8)
+    for column, designer in enumerate(DESIGNERS):
+        wanted = {f"package/img/{designer}/64/{entry['image']}": row for row, entry in enumerate(kept)}
+        with tarfile.open(files[designer]) as archive:
+            for member in archive:  # in the order of the file: random access unpacks it anew each time
+                if member.name in wanted:
+                    content = archive.extractfile(member)
+                    assert content is not None
+                    pictures[wanted[member.name], column] = _picture(content.read(), size)
+    repeated = {name: np.repeat([entry[name] for entry in kept], len(DESIGNERS)) for name in ("short_name", "category")}
+    return Emoji(
+        pictures.reshape(-1, size, size, 3),
+        np.tile(DESIGNERS, len(kept)),
+        repeated["short_name"],
+        repeated["category"],
+    )
+
+
+def _tarball(folder: Path, designer: str) -> Path:
+    file = folder / f"emoji-datasource-{designer}-{VERSION}.tgz"
+    if not file.exists():
+        raise FileNotFoundError(f"there is no {file}; get it with: npm pack emoji-datasource-{designer}@{VERSION}")
+    with file.open("rb") as content:
+        found = hashlib.file_digest(content, "sha256").hexdigest()
+    if found != SHA256[designer]:
+        raise ValueError(f"{file} has sha256 {found}, expected {SHA256[designer]}; fetch it again.")
+    return file
+
+
+def _member(archive: tarfile.TarFile, name: str) -> bytes:
+    content = archive.extractfile(f"package/{name}")
+    assert content is not None
+    return content.read()
+
+
+def _picture(content: bytes, size: int) -> Any:
+    with Image.open(BytesIO(content)) as image:
+        picture = image.convert("RGBA")
+    ground = Image.new("RGBA", picture.size, "white")
+    ground.alpha_composite(picture)
+    # packages hold 64 x 64, a few of their pictures a pixel less
+    return np.asarray(ground.convert("RGB").resize((size, size), Image.Resampling.BOX))
