@@ -4,14 +4,16 @@ from . import datasets, evaluate, gradients, projections, report
 from .check import ModelCheck, check_model
 from .curvature import fisher_divisors, kronecker_divisors
 from .diagonal import self_influence
-from .estimators import DAS, DTRAK, TRAK, GradCos, GradDot, RelatIF, RenormIF, ReTrac, TracIn
+from .estimators import DAS, DTRAK, TRAK, GradCos, GradDot, RelatIF, RenormIF, ReTrac, ReTracRidge, TracIn
 from .execution import FailedTasksError
 from .explain import Explanation
+from .halves import MeasuredOnceError, Repeatability
 from .index import Index, StaleIndexError, open_index
 from .indexing import build_index
 from .journey import Journey, sample_journey, sketch_journey
 from .preconditioning import adam_divisors
 from .projections import CountSketch, Dense, GradientSketcher, Identity, LowRank
+from .repeatability import repeatability
 from .samples import Samples, take
 from .sketching import sketch
 from .store import DamagedStoreError, IncompleteStoreError, Layout, SketchStore, open_store, write_store
@@ -51,13 +53,16 @@ __all__ = [
     "Journey",
     "Layout",
     "LowRank",
+    "MeasuredOnceError",
     "MinSNR",
     "ModelCheck",
     "PseudoHuber",
     "ReTrac",
+    "ReTracRidge",
     "Recorded",
     "RelatIF",
     "RenormIF",
+    "Repeatability",
     "SD3Weighting",
     "Samples",
     "SketchStore",
@@ -84,6 +89,7 @@ __all__ = [
     "projections",
     "read_record",
     "repair_store",
+    "repeatability",
     "report",
     "sample_journey",
     "self_influence",

@@ -14,7 +14,6 @@ from retrac_scale.gradients import GradientCapture, ParameterFilter
 from retrac_scale.preconditioning import Kronecker
 from retrac_scale.samples import Samples
 from retrac_scale.sketching import measured_pairs
-from retrac_scale.timesteps import Pairs
 
 BATCH_PAIRS = 64
 
@@ -124,7 +123,7 @@ def _mean(samples: Samples, checkpoint: str, capture: GradientCapture, moment: M
         size = max(1, BATCH_PAIRS // (plan.draws * t))
         for start in range(0, len(ids), size):
             some = slice(start, min(start + size, len(ids)))
-            part = Pairs(plan.timesteps[some], plan.seeds[some], plan.draws)
+            part = plan.some(some)
             items = [task.check_item(ids[row], samples.dataset[row]) for row in range(some.start, some.stop)]
             with capture:
                 values, _ = measured_pairs(task, items, ids[some], part, np.arange(len(items) * t))[0]

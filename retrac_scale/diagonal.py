@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +27,8 @@ def self_influence(
     """Score of every sample with itself as the query, float32 `[n]`, block by block; NaN for deleted samples.
 
     Values stand in the order of `store.ids`. NumPy sorts NaN behind all numbers; `store.alive` tells the others.
+
+    Under a ridge it is the sample's leverage: how much of its own gradient no other sample explains.
 
     With one recorded timestep per sample, ReTrac's direction is compared with itself and carries no information; give
     `queries`, the same samples sketched at the query timesteps, to have the paper's score.
@@ -59,7 +61,7 @@ def self_influence(
 
 
 def _self_influence_of_block(
-    common: tuple[SketchStore | Url, SketchStore | Url | None, str | None, Estimator, Mapping[str, Ridge]],
+    common: tuple[SketchStore | Url, SketchStore | Url | None, str | None, Estimator, Mapping[str, Sequence[Ridge]]],
     samples: slice,
 ) -> npt.NDArray[np.float64]:
     left, right, measure, estimator, ridges = common
@@ -67,9 +69,9 @@ def _self_influence_of_block(
     queries = right if right is None or isinstance(right, SketchStore) else open_store(right, measure=measure)
     total = np.zeros(samples.stop - samples.start)
     for checkpoint, weight in store.weights.items():
-        ridge = ridges.get(checkpoint)
-        rows = estimator.train_rows(store, checkpoint, samples, ridge)
-        alike = queries is None and ridge is None
+        own = ridges.get(checkpoint, ())
+        rows = estimator.train_rows(store, checkpoint, samples, own)
+        alike = queries is None and not own
         other = rows if alike else estimator.rows(queries or store, checkpoint, samples)
         total += weight * np.einsum("nk,nk->n", rows, other, dtype=np.float64)
     return total

@@ -27,9 +27,10 @@ class Explanation:
         query_id: the query.
         id: the training sample.
         score: the index's score.
-        contributions: w_c <v(c,i,t), v(c,q,s)> over the number of pairs that are averaged, `[c, t, s]`; they add up to
-            the score of the store's own rows, which the index's rounding (int8) changes by `score` - their sum. Matched
-            pairing leaves zeros where t is not s.
+        contributions: `[c, t, s]`. Cross pairing: w_c <v(c,i,t), v(c,q,s)> over the number of pairs that are averaged;
+            they add up to the score of the store's own rows, which the index's rounding (int8) changes by `score` -
+            their sum. Matched: the products of the index's own rows, which add up to `score`; zeros where t is not s.
+            Of a squared score they are parts of its root.
         checkpoints: names, `[c]`.
         timesteps: of the training sample, `[c, t]`; None when the store does not say.
         query_timesteps: `[c, s]`, likewise.
@@ -65,10 +66,11 @@ def explain_lists(index: Index, queries: SketchStore, lists: Sequence[Sequence[A
         queries: `q` queries; their vectors of one checkpoint at a time are held.
         lists: ids of training samples, for each query.
     """
-    if index.estimator.damping is not None:
+    matched = index.estimator.pairing == "matched"
+    if index.estimator.damping is not None and not matched:
         raise ValueError(
-            f"{index.meta['estimator']['kind']} mixes the timesteps of all samples, so that its scores cannot be taken "
-            "apart; explain an index of TracIn, ReTrac, GradDot or GradCos."
+            f"{index.meta['estimator']['kind']} has one ridge over the means of all timesteps, so that its scores "
+            "cannot be taken apart; explain an index of ReTracRidge, TracIn, ReTrac, GradDot or GradCos."
         )
     store = index.check_store()
     if store is None:
@@ -81,27 +83,33 @@ def explain_lists(index: Index, queries: SketchStore, lists: Sequence[Sequence[A
             if id not in places:
                 raise ValueError(f"there is no sample {id!r} in the index.")
             wanted.setdefault(id, []).append(query)
-    matched = index.estimator.pairing == "matched"
     parts: dict[tuple[int, Any], list[npt.NDArray[np.float64]]] = {}
-    for name, weight in index.meta["checkpoints"].items():
+    for name, weight in () if matched else index.meta["checkpoints"].items():
         asked = _vectors(index, queries, name, slice(None))
         for id, its_queries in wanted.items():
             own = _vectors(index, store, name, slice(positions[id], positions[id] + 1))[0].astype(np.float64)
             for query in its_queries:
                 products = weight * (own @ asked[query].astype(np.float64).T)
-                part = np.diag(np.diag(products)) if matched else products / products.size
-                parts.setdefault((query, id), []).append(part)
+                parts.setdefault((query, id), []).append(products / products.size)
     steps = {id: _timesteps(index, store, positions[id]) for id in wanted}
     query_steps = [_timesteps(index, queries, query) for query in range(len(lists))]
 
     def one(query: int, id: Any) -> Explanation:
         number = next(i for i, samples in enumerate(index.chunks) if places[id] < samples.stop)
         chunk, row = index.chunk(number), places[id] - index.chunks[number].start
-        score = sum(
-            float(scale[row]) * float(stored[row].astype(np.float64) @ asked[query])
-            for scale, stored, asked in zip(chunk.scale, chunk.rows, rows, strict=True)
+        products = np.stack(
+            [
+                float(scale[row]) * (stored[row].astype(np.float64) * asked[query])
+                for scale, stored, asked in zip(chunk.scale, chunk.rows, rows, strict=True)
+            ]
         )
-        contributions = np.stack(parts[query, id])
+        score = float(products.sum())
+        if matched:
+            by_timestep = products.reshape(len(products), index.meta["slots"], -1).sum(2)
+            contributions = by_timestep[:, :, None] * np.eye(index.meta["slots"])
+        else:
+            contributions = np.stack(parts[query, id])
+        score = score**2 if index.estimator.squared else score
         name = queries.ids[query]
         return Explanation(name, id, score, contributions, index.checkpoints, steps[id], query_steps[query])
 

@@ -14,7 +14,7 @@ from zarr.storage import LocalStore
 from retrac_scale.estimators import Estimator, common_timesteps, estimator_from_spec
 from retrac_scale.scan import Chunk
 from retrac_scale.store import DamagedStoreError, SketchStore, open_store
-from retrac_scale.store.compatibility import COMPARED, check_compatible
+from retrac_scale.store.compatibility import COMPARED, check_compatible, slots
 from retrac_scale.store.encoding import Float32
 from retrac_scale.store.mapping import map_chunk
 from retrac_scale.store.reader import open_root
@@ -54,7 +54,8 @@ class Index:
 
     Get one from `build_index` or `open_index`. A stored row times its scale is w_c times the estimator's training row:
     preconditioned, where the estimator does that, so that a query's own row is plain and the score an inner product.
-    `meta["fit"]` then says how each checkpoint's ridge was damped.
+    `meta["fit"]` then says how each checkpoint's ridge was damped. Under matched pairing a row has a part for each of
+    `meta["slots"]` timesteps, multiplied with `meta["gains"]`, which the query's part is divided by.
     """
 
     def __init__(self, root: zarr.Group, url: Url, store: SketchStore | None = None) -> None:
@@ -171,18 +172,35 @@ class Index:
         Raises:
             ValueError: the queries were sketched otherwise than the training side; says which field differs.
         """
-        check_compatible(self.meta["fingerprint"], self.checkpoints, queries.fingerprint, queries.checkpoints)
+        here = {**self.meta["fingerprint"], "timesteps": self.meta.get("noise", [])}
+        check_compatible(here, self.checkpoints, queries.fingerprint, queries.checkpoints)
         estimator = self.estimator
         estimator.check(queries)
-        if estimator.pairing == "matched" and common_timesteps(queries) != self.meta["timesteps"]:
-            raise ValueError(
-                "matched pairing needs the index's timesteps in the queries; sketch them with the same plan."
-            )
+        if estimator.pairing == "matched":
+            if common_timesteps(queries) != self.meta["timesteps"]:
+                raise ValueError(
+                    "matched pairing needs the index's timesteps in the queries; sketch them with like=store and "
+                    "without timesteps=."
+                )
+            if any(slots(here)) and slots(queries.fingerprint) != slots(here):
+                raise ValueError(
+                    "matched pairing needs the index's noise in the queries, in the same order and with as many draws; "
+                    "sketch them with like=store and without timesteps=."
+                )
         if estimator.width(queries) != self.shape[2]:
             raise ValueError(
                 f"the queries have rows of {estimator.width(queries)} entries, the index of {self.shape[2]}."
             )
-        return np.stack([estimator.rows(queries, name) for name in self.checkpoints])
+        return self.rows_of(queries)
+
+    def rows_of(self, side: SketchStore, samples: slice = slice(None)) -> Float32:
+        """Some samples' rows as a query's, `[c, n, k]`, of a store that is known to fit."""
+        found = np.stack([self.estimator.rows(side, name, samples) for name in self.checkpoints])
+        if self.meta.get("gains"):
+            gains = np.array([self.meta["gains"][name] for name in self.checkpoints], np.float32)
+            c, n, _ = found.shape
+            found = (found.reshape(c, n, gains.shape[1], -1) / gains[:, None, :, None]).reshape(c, n, -1)
+        return found
 
     def query(
         self,

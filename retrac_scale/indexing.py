@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -12,14 +13,16 @@ import numpy.typing as npt
 import zarr
 from zarr.storage import LocalStore
 
-from retrac_scale.estimators import Estimator, common_timesteps
+from retrac_scale.estimators import Estimator, common_timesteps, recommended
 from retrac_scale.estimators.fitting import fit, rows_at
 from retrac_scale.estimators.ridge import Ridge
 from retrac_scale.execution import Task, results
+from retrac_scale.halves import warn_of_own_noise
 from retrac_scale.index import Index
 from retrac_scale.store import IncompleteStoreError, SketchStore, objects, open_store
 from retrac_scale.store.compatibility import COMPARED
 from retrac_scale.store.encoding import Float32, encode
+from retrac_scale.store.part import plans_of
 from retrac_scale.store.reader import open_root
 from retrac_scale.store.schema import (
     ATTRIBUTE,
@@ -48,22 +51,36 @@ UNWRITTEN = -128
 """Fill value of int8 rows, which no row holds; those of floats are NaN: a missing chunk is never data."""
 ASKED = ("format", "store", "measure", "estimator", "dtype")
 """What of an index's description was asked for; the rest is what its store was when it was built."""
+FOUND = ("complete", "fit", "gains")
+"""What came out of building."""
+
+
+GAIN_ROWS = 1024
+"""Rows that the lengths of a row's parts are measured on."""
 
 
 def build_index(
-    store: SketchStore, estimator: Estimator, out: Url, *, dtype: IndexDtype = "int8", client: Client | None = None
+    store: SketchStore,
+    estimator: Estimator | None = None,
+    out: Url = None,
+    *,
+    dtype: IndexDtype = "int8",
+    client: Client | None = None,
 ) -> Index:
     """Collapse a complete store for one estimator; an index of the same store and estimator at `out` is kept.
 
     When the store has changed since, or a file on this disk fails its checksum, the index at `out` is replaced; those
     who have it open are refused from then on.
     Deleted samples are left out. Memory stays below a few blocks of the store per thread; an estimator that fits a
-    ridge takes a few float64 matrices of min(n, k) x k per checkpoint and thread besides. Rows in int8 change a score
-    by at most sum_c |w_c| max_k |row_k| sum_k |query_k| / 254.
+    ridge takes a few float64 matrices of min(n, k) x k per part of a row, checkpoint and thread besides. Rows in int8
+    change a score by at most sum_c |w_c| max_k |row_k| sum_k |query_k| / 254, row and query as they are stored and
+    asked: under matched pairing the parts of training rows are brought to one mean length, so that one scale serves
+    them all, and those of the query are divided by what theirs were multiplied with.
 
     Args:
         store: the training side.
-        estimator: `TracIn()`, `ReTrac()`, ...
+        estimator: `ReTracRidge()`, `ReTrac()`, ...; None takes what is recommended: `ReTracRidge()` for a store under
+            common noise, else `ReTrac()`; `DTRAK()` or `DAS()` where the measure is theirs.
         out: path, fsspec URL, or None for memory.
         dtype: how rows are stored, "int8", "float16" or "float32".
         client: a `distributed.Client`; store and `out` must then be reachable from its workers.
@@ -79,6 +96,7 @@ def build_index(
         raise IncompleteStoreError(f"{store.url} is not complete; run its sketch(...) again before building an index.")
     if client is not None and (out is None or store.url is None):
         raise ValueError("workers cannot reach this process's memory; give store and index a path or URL.")
+    estimator = recommended(store) if estimator is None else estimator
     if not isinstance(estimator, Estimator):
         raise ValueError(f"estimator must be one, such as ReTrac(), got {estimator!r}.")
     estimator.check_training(store)
@@ -92,7 +110,8 @@ def build_index(
         "dtype": dtype,
         "checkpoints": store.weights,
         "timesteps": common_timesteps(store) if estimator.pairing == "matched" else None,
-        "sketch_dim": None if _is_exact(store) else store.shape[2],
+        "slots": estimator.parts(store),
+        "noise": plans_of(store.fingerprint),
         "store": _whereabouts(store.url),
         "revision": store.revision,
         "measure": store.fingerprint.get("measure"),
@@ -109,7 +128,7 @@ def build_index(
         if not isinstance(stored, dict) or stored.get("what") != "index":
             raise ValueError(f"{out} holds something that is no index; choose another path.")
         if stored.get("complete"):
-            found = differences({k: v for k, v in stored.items() if k not in ("complete", "fit")}, meta)
+            found = differences({k: v for k, v in stored.items() if k not in FOUND}, meta)
             if not found and (sound := _if_sound(out, store)) is not None:
                 return sound
             other = differences({key: stored[key] for key in ASKED}, {key: meta[key] for key in ASKED})
@@ -125,18 +144,52 @@ def build_index(
     source: SketchStore | Url = store if client is None else store.url
     target: zarr.Group | Url = root if client is None else out
     ridges = fit(store, estimator, kept, client)
-    common = source, meta["measure"], target, estimator, ridges, dtype
+    gains = _gains(store, estimator, ridges, kept) if estimator.parts(store) > 1 else {}
+    common = source, meta["measure"], target, estimator, ridges, gains, dtype
     tasks = [
         Task(f"build-index-{name}-samples-{samples.start}-{samples.stop}", (checkpoint, samples, kept[samples]))
         for checkpoint, name in enumerate(store.checkpoints)
         for samples in chunks
     ]
     results(_build_chunk, tasks, client, shared=common)
-    described = {name: ridge.describe() for name, ridge in ridges.items()}
+    described = {name: _described(own, meta["slots"]) for name, own in ridges.items()}
     objects.force_all(root)  # first: what is called complete survives a power cut
-    root.attrs[ATTRIBUTE] = {**meta, "fit": described, "complete": True}
+    root.attrs[ATTRIBUTE] = {**meta, "fit": described, "gains": gains, "complete": True}
     objects.force_all(root)
-    return Index(root, out, store)
+    index = Index(root, out, store)
+    if estimator.pairing == "matched":
+        warn_of_own_noise(index)
+    return index
+
+
+def _described(ridges: Sequence[Ridge], slots: int) -> Any:
+    """How a checkpoint's ridges were damped; a list of them where there is one for each timestep."""
+    every = [ridge.describe() for ridge in ridges]
+    return every if slots > 1 else every[0]
+
+
+def _gains(
+    store: SketchStore, estimator: Estimator, ridges: Mapping[str, Sequence[Ridge]], kept: npt.NDArray[np.int64]
+) -> dict[str, list[float]]:
+    """For each checkpoint and part of a row what brings the training rows' parts to one mean length.
+
+    One int8 scale for a row would drown parts that are short; `Index.query_rows` divides by the same.
+    """
+    some = kept[:: max(1, len(kept) // GAIN_ROWS)][:GAIN_ROWS]
+    found = {}
+    for name in store.checkpoints:
+        make = partial(_train_rows, store, estimator, name, ridges.get(name, ()))
+        rows = np.concatenate([rows for _, rows in rows_at(store, some, make)]).astype(np.float64)
+        squares = np.square(rows).reshape(len(rows), estimator.parts(store), -1).sum(2).mean(0)
+        lengths = np.sqrt(np.where(squares > 0, squares, 1.0))
+        found[name] = (lengths.mean() / lengths).tolist()
+    return found
+
+
+def _train_rows(
+    store: SketchStore, estimator: Estimator, name: str, ridges: Sequence[Ridge], samples: slice
+) -> Float32:
+    return estimator.train_rows(store, name, samples, ridges)
 
 
 def _if_sound(url: Url, store: SketchStore) -> Index | None:
@@ -188,25 +241,30 @@ def write_rows(
 
 
 def _build_chunk(
-    common: tuple[SketchStore | Url, str | None, zarr.Group | Url, Estimator, Mapping[str, Ridge], IndexDtype],
+    common: tuple[
+        SketchStore | Url,
+        str | None,
+        zarr.Group | Url,
+        Estimator,
+        Mapping[str, Sequence[Ridge]],
+        Mapping[str, list[float]],
+        IndexDtype,
+    ],
     checkpoint: int,
     samples: slice,
     kept: npt.NDArray[np.int64],
 ) -> None:
     """Collapse one chunk: the samples of an index that stand at places `kept` of the store."""
-    source, measure, target, estimator, ridges, dtype = common
+    source, measure, target, estimator, ridges, gains, dtype = common
     store = source if isinstance(source, SketchStore) else open_store(source, measure=measure)
     root = target if isinstance(target, zarr.Group) else zarr.open_group(zarr_location(target), mode="r+")
     name = store.checkpoints[checkpoint]
     rows = np.empty((len(kept), estimator.width(store)), np.float32)
-    for some, values in rows_at(store, kept, lambda piece: estimator.train_rows(store, name, piece, ridges.get(name))):
+    for some, values in rows_at(store, kept, partial(_train_rows, store, estimator, name, ridges.get(name, ()))):
         rows[some] = values
+    if name in gains:
+        rows.reshape(len(kept), len(gains[name]), -1)[:] *= np.array(gains[name], np.float32)[:, None]
     write_rows(root, checkpoint, samples, rows, store.weights[name], dtype)
-
-
-def _is_exact(store: SketchStore) -> bool:
-    projection: Mapping[str, Any] = store.fingerprint.get("projection") or {}
-    return projection.get("kind") == "Identity"
 
 
 def _whereabouts(url: Url) -> str | None:

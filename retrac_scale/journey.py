@@ -13,10 +13,11 @@ from torch import Tensor
 
 from retrac_scale.sketching import sketch
 from retrac_scale.store import SketchStore, create_store, write_block
+from retrac_scale.store.part import plans_of
 from retrac_scale.store.schema import Url, check_ids
 from retrac_scale.task.checkpoints import Checkpoint
 from retrac_scale.task.diffusion import DiffusionTask
-from retrac_scale.timesteps import QUERY_SEED, Explicit
+from retrac_scale.timesteps import Explicit, Noise, of_queries
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +94,8 @@ def sketch_journey(
 ) -> SketchStore:
     """Query sketches at the clean image predicted at each sampling step, noised anew to that step's timestep.
 
+    Where the training side was measured under common noise, so is the step: by what stands at its timestep there.
+
     Queried under `TRAK()` this is Journey-TRAK (Georgiev et al. 2023, arXiv 2312.06205), averaged over the steps as by
     Zheng et al. 2024 (arXiv 2311.00500). To attribute one step, cut the journey to it.
 
@@ -108,27 +111,30 @@ def sketch_journey(
         the store, float32, with one timestep per sampling step.
     """
     ids = check_ids(journey.ids, len(journey.images))  # type: ignore[arg-type]
+    stored = plans_of(like.fingerprint)
+    noise: Noise = "common" if any(one.get("noise") == "common" for one in stored) else "own"
+    plans = [of_queries(Explicit([timestep], draws, noise=noise), stored) for timestep in journey.timesteps]
     steps = [
         sketch(
             task,
             _Step(journey, number, ids),
             None,
             checkpoints=checkpoints,
-            timesteps=Explicit([timestep], draws),
+            timesteps=plan,
             dtype="float32",
             like=like,
             progress=False,
         )
-        for number, timestep in enumerate(journey.timesteps)
+        for number, plan in enumerate(plans)
     ]
     first = steps[0]
-    plan = {"kind": "Journey", "timesteps": journey.timesteps, "draws": draws, "seed": QUERY_SEED}
+    described = {**plans[0].spec(), "kind": "Journey", "timesteps": journey.timesteps}
     store = create_store(
         out,
         shape=(len(ids), len(steps), first.shape[2]),
         ids=ids,
         weights=first.weights,
-        fingerprint={**first.fingerprint, "timesteps": plan},
+        fingerprint={**first.fingerprint, "timesteps": described},
         dtype="float32",
     )
     for name in store.checkpoints:

@@ -21,6 +21,7 @@ from retrac_scale.index import Index, Reduce, Side, open_on_worker
 from retrac_scale.rerank import as_measured, exact_scores
 from retrac_scale.samples import Samples
 from retrac_scale.scan import Bools, Chunk, Found, merge, scores, top
+from retrac_scale.sketching import plans_for_queries
 from retrac_scale.store import SketchStore
 from retrac_scale.store.encoding import Float32, Float64
 from retrac_scale.topk import TopK
@@ -86,7 +87,7 @@ def answer(index: Index, queries: SketchStore | Samples, question: Question, cli
     if question.rerank and estimator.damping is not None:
         raise ValueError(
             f"{index.meta['estimator']['kind']} has no exact scores: its ridge over full gradients cannot be solved; "
-            "rerank an index of TracIn, ReTrac, GradDot or GradCos."
+            "rerank an index of TracIn, ReTrac, GradDot or GradCos, such as ReTrac(pairing='matched')."
         )
     if question.rerank and "precondition" in index.meta:
         raise ValueError("rerank computes plain gradients, but the store's were preconditioned; leave out rerank=.")
@@ -99,6 +100,7 @@ def answer(index: Index, queries: SketchStore | Samples, question: Question, cli
     if samples is not None:
         if store is None:
             raise ValueError("to sketch the queries, the store that the index was built from is needed.")
+        samples = replace(samples, timesteps=plans_for_queries(samples.timesteps, store))
         train = as_measured(question.train, store) if question.rerank and question.train is not None else None
         queries = samples.sketch(like=store)
     if not isinstance(queries, SketchStore):
@@ -121,7 +123,7 @@ def answer_rows(
     scan = _Scan(index, rows, query_ids, question, which(question.where, index), client)
     if question.group_by is not None:
         labels, values = scan.groups(question.group_by)
-        return _topk(scan, Found(values, labels, np.zeros_like(values)), question.k)
+        return _topk(scan, Found(values, labels, np.zeros((*values.shape, 0))), question.k)
     return _topk(scan, scan.samples(question.k + 1), question.k)
 
 
@@ -149,7 +151,7 @@ class _Scan:
         both = self._best(k, (1, -1))
         q = self.rows.shape[1]
         up, down = (
-            Found(both.scores[lanes], both.ids[lanes], both.errors[lanes]) for lanes in (slice(q), slice(q, None))
+            Found(both.scores[lanes], both.ids[lanes], both.parts[lanes]) for lanes in (slice(q), slice(q, None))
         )
         up.scores[up.scores < 0], down.scores[down.scores <= 0] = -np.inf, -np.inf  # each sample on one side
         best = merge([up, down], k)
@@ -253,7 +255,7 @@ def _scan_run(
         signs=signs,
         query_ids=excluded,
         floor=floor,
-        sketch_dim=index.meta["sketch_dim"],
+        parts=index.meta.get("slots", 1),
     )
 
 
@@ -310,7 +312,7 @@ def _rerank(scan: _Scan, found: Found, queries: Samples, train: Samples) -> tupl
     values = np.take_along_axis(values, np.searchsorted(candidates, found.ids), 1)
     order = np.stack([np.lexsort((ids, -lane)) for ids, lane in zip(found.ids, values, strict=True)])
     ids, best = np.take_along_axis(found.ids, order, 1), np.take_along_axis(values, order, 1)
-    return Found(best, ids, np.zeros_like(best)), order + 1
+    return Found(best, ids, np.zeros((*best.shape, 0))), order + 1
 
 
 def _filled(found: Found, k: int) -> Found:
@@ -324,7 +326,7 @@ def _filled(found: Found, k: int) -> Found:
             if width
             else "where= and exclude_self= leave some queries no sample to score; widen where=."
         )
-    return Found(found.scores[:, :width], found.ids[:, :width], found.errors[:, :width])
+    return Found(found.scores[:, :width], found.ids[:, :width], found.parts[:, :width])
 
 
 def _topk(scan: _Scan, found: Found, k: int, ranks: npt.NDArray[np.int64] | None = None) -> TopK:
@@ -333,25 +335,43 @@ def _topk(scan: _Scan, found: Found, k: int, ranks: npt.NDArray[np.int64] | None
     found = _filled(found, k)
     if not found.scores.shape[1]:
         raise ValueError("where= and exclude_self= leave no sample to score.")
-    gap = found.scores[:, :-1] - found.scores[:, 1:]
-    resolved = np.ones(found.scores.shape, dtype=bool)  # nothing stands behind the last one
-    resolved[:, :-1] = gap > RESOLVED * np.hypot(found.errors[:, :-1], found.errors[:, 1:])
+    errors, resolved = _uncertainty(found, scan.index.estimator.squared)
 
     def beside(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return np.concatenate(np.split(values[:, :k], len(values) // q), axis=1)
 
     signs = np.repeat(question.signs, q)[:, None]
-    has_errors = question.group_by is None and scan.index.estimator.damping is None
     return TopK(
         beside(found.ids),
         beside(signs * found.scores),
         scan.query_ids,
         question.side,
         scan.index.meta["estimator"],
-        errors=beside(found.errors) if has_errors else None,
-        resolved=beside(resolved) if has_errors else None,
+        errors=None if errors is None else beside(errors),
+        resolved=None if resolved is None else beside(resolved),
         sketch_rank=None if ranks is None else beside(ranks),
     )
+
+
+def _uncertainty(found: Found, squared: bool) -> tuple[Float64 | None, Bools | None]:
+    """Standard errors, and whether each score stands clear of the next one; None where rows have one part.
+
+    A score is a sum of T measurements, so that its variance is estimated by T / (T - 1) times the sum of the squares of
+    their deviations from their mean, and that of a difference by those of the differences.
+    """
+    t = found.parts.shape[2]
+    if not t:
+        return None, None
+    parts = found.parts * (2 * found.parts.sum(2, keepdims=True) if squared else 1)  # a square, to first order
+
+    def error(values: Float64) -> Float64:
+        root: Float64 = np.sqrt(t / (t - 1) * np.square(values - values.mean(2, keepdims=True)).sum(2))
+        return root
+
+    resolved = np.ones(found.scores.shape, dtype=bool)  # nothing stands behind the last one
+    gap = found.scores[:, :-1] - found.scores[:, 1:]
+    resolved[:, :-1] = gap > RESOLVED * error(parts[:, :-1] - parts[:, 1:])
+    return error(parts), resolved
 
 
 def _labels(group_by: str | npt.ArrayLike, index: Index) -> npt.NDArray[Any]:
@@ -379,6 +399,13 @@ def all_scores(index: Index, queries: SketchStore) -> dask.array.Array:
         for number, part in enumerate(index.chunks)
     ]
     return dask.array.concatenate(parts, axis=1)
+
+
+def all_scores_of(index: Index, rows: Float32, samples: int) -> Float64:
+    """Scores of queries by their rows `[c, q, k]` for about so many samples, `[q, n]`, of chunks from all over."""
+    wanted = max(1, samples // (index.chunks[0].stop - index.chunks[0].start))
+    numbers = range(0, len(index.chunks), max(1, len(index.chunks) // wanted))
+    return np.concatenate([_readout(index, scores(index.chunk(number), rows)) for number in numbers], axis=1)
 
 
 def _chunk_scores(source: Source, number: int, rows: Float32) -> Float64:

@@ -21,7 +21,7 @@ from retrac_scale.store.schema import differences
 from retrac_scale.task.diffusion import DiffusionTask
 from retrac_scale.task.items import brought
 from retrac_scale.task.noising import scheduler_spec
-from retrac_scale.timesteps import Pairs, of_queries
+from retrac_scale.timesteps import Pairs, TimestepPlan, grid_from_spec
 
 BATCH_PAIRS = 64
 BATCH_BYTES = 256 * 2**20
@@ -38,12 +38,17 @@ def as_measured(train: Samples, store: SketchStore) -> Samples:
     given = {"measure": train.task.measure, "scheduler": scheduler_spec(train.task.scheduler)}
     given["frozen"] = {**train.task.frozen, **(brought(train.dataset, "frozen") or {})}
     found = differences(*of_both({key: store.fingerprint.get(key) for key in given}, given))
-    stored, specs = plans_of(store.fingerprint), [plan.spec() for plan in train.plans]
+    stored = plans_of(store.fingerprint)
+    known = train.plans if train.timesteps is not None else [grid_from_spec(spec) for spec in stored]
+    if None in known:
+        raise ValueError("rerank needs the training record: give train=rs.Samples(..., timesteps=Recorded(path)).")
+    own: list[TimestepPlan] = [plan for plan in known if plan is not None]
+    specs = [plan.spec() for plan in own]
     if len(specs) != len(stored) or any(spec not in specs for spec in stored):
         found.append(f"timesteps are {stored} there and {specs} here")
     if found:
         raise ValueError(f"the store was measured otherwise than train=: {'; '.join(found)}; use the same.")
-    plans = [train.plans[specs.index(spec)] for spec in stored]
+    plans = [own[specs.index(spec)] for spec in stored]
     for part in store.parts:
         if not isinstance(part.fingerprint["timesteps"], Mapping):
             raise ValueError("rerank needs an index of a whole store, not of samples taken from one; use where= there.")
@@ -69,7 +74,7 @@ def exact_scores(
     A checkpoint's query rows are formed once and held, q times the number of parameters; candidates pass in batches.
 
     Args:
-        queries: the queries, measured as `Samples.sketch` measures them.
+        queries: the queries, with the plans that `Samples.sketch` measures them by.
         train: the training samples.
         candidates: ids of m of them.
         estimator: makes rows of gradients as it makes them of sketches.
@@ -79,7 +84,6 @@ def exact_scores(
     Raises:
         ValueError: a candidate is not in the dataset, or a checkpoint is missing or another one.
     """
-    queries = replace(queries, timesteps=[of_queries(plan) for plan in queries.plans])
     places = {sample: row for row, sample in enumerate(train.ids.tolist())}
     lost = [sample for sample in candidates.tolist() if sample not in places]
     if lost:
@@ -123,7 +127,7 @@ def _full_rows(
                 norms = np.empty((len(items), t), np.float32)
                 column = 0
                 for plan in plans:
-                    part = Pairs(plan.timesteps[batch], plan.seeds[batch], plan.draws)
+                    part = plan.some(batch)
                     for places, gradient, norm in _gradients(sketcher, task, items, ids[batch], part):
                         rows, steps = np.divmod(places, plan.timesteps.shape[1])
                         gradients[rows, column + steps], norms[rows, column + steps] = gradient, norm

@@ -27,13 +27,14 @@ class Samples:
         dataset: map-style, as for `sketch`.
         task: what is differentiated.
         checkpoints: {name: state dict, path, or callable}.
-        timesteps: `Recorded(path)`, `EvenlySpaced(count)` or `Explicit([...])`; a list of those that a store grew by.
+        timesteps: `EvenlySpaced(count)`, `Explicit([...])`, `Recorded(path)`; a list of those that a store grew by;
+            None for those of the store that they are compared with.
     """
 
     dataset: Any
     task: DiffusionTask
     checkpoints: Mapping[str, Checkpoint]
-    timesteps: TimestepPlan | Sequence[TimestepPlan]
+    timesteps: TimestepPlan | Sequence[TimestepPlan] | None = None
 
     @property
     def ids(self) -> npt.NDArray[Any]:
@@ -42,26 +43,27 @@ class Samples:
 
     @property
     def plans(self) -> list[TimestepPlan]:
-        """The timestep plans, mostly one."""
+        """The timestep plans, mostly one.
+
+        Raises:
+            ValueError: there are none, and no store to take them from.
+        """
+        if self.timesteps is None:
+            raise ValueError("say where to measure the samples: Samples(..., timesteps=EvenlySpaced(4)).")
         return list(self.timesteps) if isinstance(self.timesteps, Sequence) else [self.timesteps]
 
     def sketch(self, like: SketchStore) -> SketchStore:
-        """Their sketches in memory, float32, made as those of another store, with noise of their own.
+        """Their sketches in memory, float32, made as those of another store.
 
         Raises:
-            ValueError: they have several timestep plans, or do not fit the other store.
+            ValueError: they do not fit the other store.
         """
-        if len(self.plans) != 1:
-            raise ValueError(
-                f"queries are measured by one timestep plan, got {len(self.plans)}; give one, e.g. Explicit with all "
-                "their timesteps."
-            )
         return sketch(
             self.task,
             self.dataset,
             None,
             checkpoints=self.checkpoints,
-            timesteps=self.plans[0],
+            timesteps=self.timesteps,
             dtype="float32",
             like=like,
             progress=False,

@@ -24,13 +24,11 @@ Bools = npt.NDArray[np.bool_]
 FIRST_ROWS = 4096
 """Of a scan: a floor from a few rows spares most of the next ones."""
 POOL = 8
-ERROR_ROWS = 32
+PART_ROWS = 32
 SCORE_ROWS = 512
 
-CANDIDATE = np.dtype(
-    [("value", "f8"), ("bound", "f8"), ("error", "f8"), ("chunk", "i4"), ("row", "i4"), ("lane", "i4")], align=True
-)
-"""One sample for one lane: |score - value| <= bound, exact where bound is 0; error is the score's standard error."""
+CANDIDATE = [("value", "f8"), ("bound", "f8"), ("chunk", "i4"), ("row", "i4"), ("lane", "i4")]
+"""One sample for one lane: |score - value| <= bound, exact where bound is 0."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,12 +65,13 @@ class Found:
     Attributes:
         scores: `[lane, k]`, those of opponents with their sign turned; -inf where fewer than k samples qualify.
         ids: `[lane, k]`.
-        errors: standard errors of the scores, `[lane, k]`.
+        parts: what each part of the rows contributes to the score, sign not turned, `[lane, k, parts]`; nothing where
+            rows have one part.
     """
 
     scores: Float64
     ids: npt.NDArray[Any]
-    errors: Float64
+    parts: Float64
 
 
 def top(
@@ -83,7 +82,7 @@ def top(
     signs: Sequence[int] = (1,),
     query_ids: npt.NDArray[Any] | None = None,
     floor: Float64 | None = None,
-    sketch_dim: int | None = None,
+    parts: int = 1,
 ) -> Found:
     """The k largest sign x sum_c scale[c,n] <row[c,n], query[c,q]> of each query over all chunks, ties by smaller id.
 
@@ -98,10 +97,10 @@ def top(
         signs: 1 for proponents, -1 for opponents; one lane for each sign and query, queries running fastest.
         query_ids: `[q]`, samples of these ids are left out of their own query's list.
         floor: `[lane]`, scores known to be reached by k samples elsewhere; raised on the way, may be shared by threads.
-        sketch_dim: entries of one sketch for the standard errors; None when scores have none.
+        parts: how many measurements stand side by side in a row.
     """
     keep_freed_pages()
-    pool = _Pool(queries, k, signs, floor, sketch_dim)
+    pool = _Pool(queries, k, signs, floor, parts)
     products: list[Product] = []
     for chunk in chunks:
         if not products:
@@ -123,11 +122,12 @@ def top(
 
 def merge(parts: Sequence[Found], k: int) -> Found:
     """The k best of each lane out of several answers to the same queries."""
-    scores, ids, errors = (
-        np.concatenate([getattr(part, name) for part in parts], axis=1) for name in ("scores", "ids", "errors")
+    scores, ids, shares = (
+        np.concatenate([getattr(part, name) for part in parts], axis=1) for name in ("scores", "ids", "parts")
     )
     order = np.stack([np.lexsort((ids[lane], -scores[lane]))[:k] for lane in range(len(scores))])
-    return Found(*(np.take_along_axis(values, order, 1) for values in (scores, ids, errors)))
+    best, names = (np.take_along_axis(values, order, 1) for values in (scores, ids))
+    return Found(best, names, np.take_along_axis(shares, order[..., None], 1))
 
 
 def scores(chunk: Chunk, queries: Float32) -> Float64:
@@ -214,9 +214,7 @@ def _lengths(rows: Float64) -> Float64:
 class _Pool:
     """Candidates of all lanes, and the floor under which a sample of a lane can be passed over, `[lane]`."""
 
-    def __init__(
-        self, queries: Float32, k: int, signs: Sequence[int], floor: Float64 | None, sketch_dim: int | None
-    ) -> None:
+    def __init__(self, queries: Float32, k: int, signs: Sequence[int], floor: Float64 | None, parts: int) -> None:
         self.k = k
         self.first = max(8 * k, FIRST_ROWS)
         self.lanes = len(signs) * queries.shape[1]
@@ -225,10 +223,11 @@ class _Pool:
         self._sign = np.repeat(np.array(signs, dtype=np.float64), queries.shape[1])
         self._queries = queries.astype(np.float64)
         self._lengths = np.stack([_lengths(query) for query in self._queries])
-        self._sketch_dim = sketch_dim
+        self._parts = parts if parts > 1 else 0
         self._chunks: list[Chunk | None] = []
         self._ids: list[npt.NDArray[Any]] = []
-        self._buffer = np.empty(0, CANDIDATE)
+        self._dtype = np.dtype([*CANDIDATE, ("parts", "f8", (self._parts,))], align=True)
+        self._buffer = np.empty(0, self._dtype)
         self._size = 0
         self._full = self._least
 
@@ -251,10 +250,10 @@ class _Pool:
         """Take in candidates; when they have doubled, drop those that can no longer be among the best."""
         stop = self._size + len(rows)
         if stop > len(self._buffer):
-            self._buffer = np.concatenate([self._held, np.empty(stop, CANDIDATE)])
+            self._buffer = np.concatenate([self._held, np.empty(stop, self._dtype)])
         added = self._buffer[self._size : stop]
         added["chunk"], added["row"], added["lane"], added["value"], added["bound"] = chunk, rows, lanes, values, bounds
-        added["error"] = np.nan
+        added["parts"] = np.nan
         self._size = stop
         if stop >= self._full:
             value, bound, lane = (self._held[name] for name in ("value", "bound", "lane"))
@@ -276,16 +275,17 @@ class _Pool:
         order = np.lexsort((names, -held["value"], held["lane"]))
         order = order[_places(held["lane"][order]) < self.k]
         self._keep(order)
-        self._estimate_errors()
+        if self._parts:
+            self._take_apart()
         return names[order]
 
     def best(self) -> Found:
         """The k best of each lane."""
         names, held = self.settle(), self._held
         lane, place, shape = held["lane"], _places(held["lane"]), (self.lanes, self.k)
-        scores, errors, ids = np.full(shape, -np.inf), np.zeros(shape), np.zeros(shape, names.dtype)
-        scores[lane, place], errors[lane, place], ids[lane, place] = held["value"], held["error"], names
-        return Found(scores, ids, errors)
+        scores, ids, parts = np.full(shape, -np.inf), np.zeros(shape, names.dtype), np.zeros((*shape, self._parts))
+        scores[lane, place], ids[lane, place], parts[lane, place] = held["value"], names, held["parts"]
+        return Found(scores, ids, parts)
 
     @property
     def _held(self) -> npt.NDArray[Any]:
@@ -326,35 +326,19 @@ class _Pool:
         held["value"][part] = self._sign[held["lane"][part]] * total
         held["bound"][part] = 0
 
-    def _estimate_errors(self) -> None:
-        """Standard errors of the scores that have none yet.
+    def _take_apart(self) -> None:
+        """What each part of a row contributes to the scores, where that is not known yet."""
+        held = self._held
+        unknown = np.flatnonzero(np.isnan(held["parts"]).any(1))
+        for start in range(0, len(unknown), PART_ROWS):
+            some = unknown[start : start + PART_ROWS]
+            asked = self._queries[:, held["lane"][some] % self._queries.shape[1]]
+            products = self._weighted(some) * asked
+            held["parts"][some] = products.reshape(*products.shape[:2], self._parts, -1).sum((0, 3))
 
-        A score is sum_b <S x_b, S y_b> over blocks b (a checkpoint, and for matched pairing a timestep) that share one
-        sketch S of k entries. For Gaussian S its variance is sum_bd (<x_b,x_d> <y_b,y_d> + <x_b,y_d> <x_d,y_b>) / k,
-        and a CountSketch's is that to first order; the inner products are estimated by those of the sketches.
-        """
-        held, k = self._held, self._sketch_dim
-        if k is None:
-            held["error"] = 0
-            return
-        unknown = np.flatnonzero(np.isnan(held["error"]))
-        if self._queries.shape[::2] == (1, k):  # one block: the norms and the score are known
-            length = self._lengths[0, held["lane"][unknown] % self._queries.shape[1]]
-            for number, places, row in self._by_chunk(unknown):
-                length[places] *= self._chunk(number).norm[0, row]
-            held["error"][unknown] = np.sqrt((length**2 + held["value"][unknown] ** 2) / k)
-            return
-        for start in range(0, len(unknown), ERROR_ROWS):
-            part = unknown[start : start + ERROR_ROWS]
-            asked = self._queries[:, held["lane"][part] % self._queries.shape[1]].astype(np.float32)
-            x = self._weighted(part).swapaxes(0, 1).reshape(len(part), -1, k)
-            y = asked.swapaxes(0, 1).reshape(len(part), -1, k)
-            xx, yy, xy = x @ x.swapaxes(1, 2), y @ y.swapaxes(1, 2), x @ y.swapaxes(1, 2)
-            held["error"][part] = np.sqrt(np.maximum((xx * yy + xy * xy.swapaxes(1, 2)).sum((1, 2)), 0) / k)
-
-    def _weighted(self, part: Ints) -> Float32:
+    def _weighted(self, part: Ints) -> Float64:
         """The rows of some candidates times their scales, `[c, s, k]`."""
-        weighted = np.empty((len(self._queries), len(part), self._queries.shape[2]), np.float32)
+        weighted = np.empty((len(self._queries), len(part), self._queries.shape[2]))
         for number, places, row in self._by_chunk(part):
             chunk = self._chunk(number)
             for c, rows in enumerate(chunk.rows):

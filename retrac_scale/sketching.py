@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
+from zarr.storage import MemoryStore
 
 from retrac_scale.calibration import fastest_batch
 from retrac_scale.execution import Task, gpu_label, run
@@ -24,12 +25,26 @@ from retrac_scale.projections import GradientMismatchError, GradientSketcher, Lo
 from retrac_scale.store import Dtype, Layout, SketchStore, create_store, grow_store, open_store, write_block
 from retrac_scale.store.compatibility import check_compatible
 from retrac_scale.store.encoding import check_dtype
+from retrac_scale.store.part import plans_of
 from retrac_scale.store.schema import Url, check_columns, check_ids
 from retrac_scale.task.checkpoints import Checkpoint
 from retrac_scale.task.diffusion import DiffusionTask
 from retrac_scale.task.items import brought, dataset_ids
 from retrac_scale.task.noising import scheduler_spec
-from retrac_scale.timesteps import Ids, Pairs, Recorded, TimestepPlan, draw_noise, of_queries
+from retrac_scale.timesteps import (
+    RECOMMENDED,
+    EvenlySpaced,
+    Grid,
+    Ids,
+    Pairs,
+    Recorded,
+    TimestepPlan,
+    draw_noise,
+    further,
+    grid_from_spec,
+    grids_for_queries,
+    of_queries,
+)
 from retrac_scale.training.record import read_record
 
 if TYPE_CHECKING:
@@ -38,6 +53,10 @@ if TYPE_CHECKING:
 CALIBRATION_ITEMS = 64
 FLOAT32_TOLERANCE, BFLOAT16_TOLERANCE = 1e-3, 0.1
 FULL_CHECK_SAMPLES = 10_000
+ROW_ENTRIES, LEAST_DIM = 2048, 512
+"""Entries of all timesteps of a sample and checkpoint together, and at least of each, where no projection is given."""
+QUERY_PLAN = EvenlySpaced(100, noise="own")
+"""Of queries, where the training side was measured where it was trained: S = 100 as in arXiv 2401.09031."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +79,7 @@ def sketch(
     out: Url,
     *,
     checkpoints: Mapping[str, Checkpoint],
-    timesteps: TimestepPlan | None = None,
+    timesteps: TimestepPlan | Sequence[TimestepPlan] | None = None,
     projection: Projection | None = None,
     dtype: Dtype = "int8",
     batch_size: int | Literal["auto"] = "auto",
@@ -68,6 +87,8 @@ def sketch(
     precondition: Mapping[str, Divisors] | None = None,
     like: SketchStore | None = None,
     grow: bool = False,
+    until: float | None = None,
+    at_most: int = 32,
     layout: Layout | None = None,
     client: Client | None = None,
     progress: bool = True,
@@ -86,8 +107,11 @@ def sketch(
             "image", "pixel_values", ... Sample ids come from `dataset.ids`, default 0 .. n-1.
         out: path, fsspec URL, or None for memory, which holds one measure, that of `like` if the task has several.
         checkpoints: {name: state dict, path, or callable returning a state dict}.
-        timesteps: `Recorded(path)`, `EvenlySpaced(count)` or `Explicit([...])`.
-        projection: `CountSketch(dim)`, `LowRank(rank, dim)`, ...; None takes that of `like`, else `LowRank()`.
+        timesteps: `EvenlySpaced(count)`, `Explicit([...])`, `Recorded(path)`, or several of them. None takes those of
+            the store at `out`, or of `like`, which makes queries see the noise that the training samples saw; where
+            there is neither, four timesteps under common noise.
+        projection: `CountSketch(dim)`, `LowRank(rank, dim)`, ...; None takes that of `like` or of the store at `out`,
+            else `LowRank` with 2048 entries for all timesteps of a sample together, but at least 512 for each.
         dtype: how rows are stored, "int8", "float16" or "float32".
         batch_size: rows (pairs x noise draws) per backward pass; "auto" measures which is
             fastest in a quarter of the free memory. It stands in the store's plan, with the number of threads, and a
@@ -95,10 +119,13 @@ def sketch(
         parameters: glob patterns or a predicate on names; None for all trainable ones, or those of `like`.
         precondition: {checkpoint: {parameter: what its gradients are divided by before they are projected}}, see
             `adam_divisors` and `fisher_divisors`. `like` does not pass it on: divide one side of a score, or both.
-        like: a store that these sketches will be compared with. A grid of timesteps then has other noise than the
-            store's, unless its seed is given.
+        like: a store that these sketches will be compared with. Where that was measured under common noise, a grid of
+            timesteps takes its seed; where noise is own, it has other noise than the store's, unless a seed is given.
         grow: add what the store at `out` lacks: samples with new ids, checkpoints, timesteps, another first measure.
             Without it a call that differs from the one that began the store is refused.
+        until: measure all samples again under new noise, until the overlap of the top-10 lists of two such runs is
+            foretold to be so much (`repeatability`, of the recommended estimator), or `at_most` is spent.
+        at_most: timesteps of a sample in all, with `until`.
         layout: how samples are cut into blocks; None chooses.
         client: a `distributed.Client` to spread the blocks over; `out` must be reachable from its workers.
         progress: show a bar with the rate in pairs per second.
@@ -113,30 +140,73 @@ def sketch(
         ConnectionError: the scheduler is gone; what is committed stands.
     """
     check_dtype(dtype)
-    if timesteps is None:
-        raise ValueError("say where to measure: timesteps=Recorded(path), EvenlySpaced(count) or Explicit([...]).")
-    if not hasattr(timesteps, "pairs") or isinstance(timesteps, type):
-        raise ValueError(f"timesteps must be a plan, such as EvenlySpaced(10), got {timesteps!r}.")
+    there = _existing(out)
+    plans = _plans(timesteps, like, there)
     if not checkpoints or not isinstance(checkpoints, Mapping):
         raise ValueError(f"sketch needs checkpoints={{'name': path or state dict}}, got {checkpoints!r}.")
+    if until is not None:
+        _check_until(until, at_most, plans, out, like)
+    if projection is None and (like or there) is not None:
+        projection = from_spec((like or there).fingerprint["projection"])  # type: ignore[union-attr]
+    if client is not None and out is None:
+        raise ValueError("workers cannot write into this process's memory; give out= a path or URL they can reach.")
     if like is not None:
-        timesteps = of_queries(timesteps)
-        projection = from_spec(like.fingerprint["projection"]) if projection is None else projection
         if parameters is None:
             parameters = list(like.fingerprint["parameters"]).__contains__
         if out is None and like.fingerprint.get("measure") in task.measures:
             task = task.only(like.fingerprint["measure"])
-    projection = LowRank() if projection is None else projection
-    if not isinstance(projection, Projection):
-        raise ValueError(f"projection must be one, such as CountSketch(4096), got {projection!r}.")
     if out is None and len(task.measures) > 1:
         raise ValueError(f"memory holds one measure, the task has {len(task.measures)}; give out= a path.")
-    if batch_size != "auto" and not (isinstance(batch_size, int) and batch_size >= 1):
-        raise ValueError(f"batch_size must be 'auto' or an integer of 1 or more, got {batch_size!r}.")
     if grow and out is None:
         raise ValueError("grow=True adds to a store that is there; give out= its path or URL.")
-    if client is not None and out is None:
-        raise ValueError("workers cannot write into this process's memory; give out= a path or URL they can reach.")
+    place: Any = MemoryStore() if out is None and len(plans) > 1 else out
+
+    def measured(plan: TimestepPlan, grow: bool) -> SketchStore:
+        return _sketch_by_one_plan(
+            task,
+            dataset,
+            place,
+            checkpoints=checkpoints,
+            timesteps=plan,
+            projection=projection,
+            dtype=dtype,
+            batch_size=batch_size,
+            parameters=parameters,
+            precondition=precondition,
+            like=like,
+            grow=grow,
+            layout=layout,
+            client=client,
+            progress=progress,
+        )
+
+    store = measured(plans[0], grow)
+    for plan in plans[1:]:
+        store = measured(plan, True)
+    return store if until is None else _grown_until(store, until, at_most, plans[0], partial(measured, grow=True))
+
+
+def _sketch_by_one_plan(
+    task: DiffusionTask,
+    dataset: Any,
+    out: Url,
+    *,
+    checkpoints: Mapping[str, Checkpoint],
+    timesteps: TimestepPlan,
+    projection: Projection | None,
+    dtype: Dtype,
+    batch_size: int | Literal["auto"],
+    parameters: ParameterFilter,
+    precondition: Mapping[str, Divisors] | None,
+    like: SketchStore | None,
+    grow: bool,
+    layout: Layout | None,
+    client: Client | None,
+    progress: bool,
+) -> SketchStore:
+    """See `sketch`; with one timestep plan."""
+    if batch_size != "auto" and not (isinstance(batch_size, int) and batch_size >= 1):
+        raise ValueError(f"batch_size must be 'auto' or an integer of 1 or more, got {batch_size!r}.")
     resources = gpu_label(client) if client is not None and task.device.type == "cuda" else None
     ids = check_ids(dataset_ids(dataset), len(dataset))
     columns = check_columns(brought(dataset, "columns"), len(ids))
@@ -148,6 +218,10 @@ def sketch(
                 f"{record.n_samples}, so their places in it are unknown; give the whole dataset an attribute ids."
             )
     plans = {name: timesteps.pairs(name, ids, task.num_train_timesteps) for name in checkpoints}
+    steps = next(iter(plans.values())).timesteps.shape[1]
+    projection = LowRank(dim=max(LEAST_DIM, ROW_ENTRIES // steps)) if projection is None else projection
+    if not isinstance(projection, Projection):
+        raise ValueError(f"projection must be one, such as CountSketch(4096), got {projection!r}.")
     _check_items(task, dataset, ids)
     sketcher = GradientSketcher(task.model, projection, parameters=parameters)
     divisors = dict(precondition or {})
@@ -188,11 +262,12 @@ def sketch(
                 "timesteps": {**timesteps.spec(), "digest": plan_digest(pairs)},
             }
 
-        pairs = (next(iter(plans.values())).timesteps.shape[1], sketcher.dim)
+        pairs = (steps, sketcher.dim)
         weights = {name: timesteps.weight(name) for name in checkpoints}
         job = _Job(task, dataset, ids, checkpoints, timesteps, projection, frozenset(sketcher.shapes), divisors)
-        plan = _recorded_plan(out)
-        if plan is None:
+        begun = _existing(out)
+        plan = {} if begun is None else begun.plan
+        if not plan:
             rows = batch_size
             if rows == "auto":
                 first = next(iter(checkpoints))
@@ -399,8 +474,9 @@ def measured_pairs(
     rows, columns = np.divmod(pairs, plan.timesteps.shape[1])
     steps, seeds = plan.timesteps[rows, columns], plan.seeds[rows, columns]
     images = torch.stack([items[row][0] for row in rows])
+    whose = None if plan.noise == "common" else ids[rows]
     noise = torch.stack(
-        [draw_noise(images.shape[1:], ids[rows], steps, seeds, draw=draw) for draw in range(plan.draws)], dim=1
+        [draw_noise(images.shape[1:], whose, steps, seeds, draw=draw) for draw in range(plan.draws)], dim=1
     )
     for row in rows:
         if items[row][1].keys() != items[0][1].keys():
@@ -434,13 +510,84 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _recorded_plan(out: Url) -> dict[str, Any] | None:
-    """The plan of the store at `out`, None when there is none yet."""
+def _existing(out: Url) -> SketchStore | None:
+    """The store at `out`, None when there is none yet."""
     try:
-        plan = None if out is None else open_store(out).plan
+        return None if out is None else open_store(out)
     except (FileNotFoundError, ValueError):  # whatever else is there, creating the store names it
         return None
-    return plan or None
+
+
+def plans_for_queries(
+    timesteps: TimestepPlan | Sequence[TimestepPlan] | None, store: SketchStore
+) -> list[TimestepPlan]:
+    """The plans by which queries of a store are measured, see `sketch`."""
+    return _plans(timesteps, store, None)
+
+
+def _plans(
+    timesteps: TimestepPlan | Sequence[TimestepPlan] | None, like: SketchStore | None, there: SketchStore | None
+) -> list[TimestepPlan]:
+    """The plans that are asked for, or those of another store, one after the other."""
+    stored = [] if like is None else plans_of(like.fingerprint)
+    if timesteps is None and there is not None:
+        grids = [grid_from_spec(spec) for spec in plans_of(there.fingerprint)]
+        if None in grids or not grids:
+            raise ValueError(
+                f"{there.url} was not measured at the same timesteps for every sample; say where to measure: "
+                "timesteps=Recorded(path)."
+            )
+        return [grid for grid in grids if grid is not None]
+    if timesteps is None:
+        return [RECOMMENDED] if like is None else [*grids_for_queries(stored)] or [QUERY_PLAN]
+    given: list[TimestepPlan] = list(timesteps) if isinstance(timesteps, Sequence) else [timesteps]
+    for plan in given:
+        if not hasattr(plan, "pairs") or isinstance(plan, type):
+            raise ValueError(f"timesteps must be a plan, such as EvenlySpaced(4), got {plan!r}.")
+    if not given:
+        raise ValueError("timesteps= got an empty list; give a plan, such as EvenlySpaced(4).")
+    return given if like is None else [of_queries(plan, stored) for plan in given]
+
+
+def _check_until(until: float, at_most: int, plans: Sequence[TimestepPlan], out: Url, like: SketchStore | None) -> None:
+    """Raise ValueError unless a store can be measured again and again."""
+    if not 0 < until < 1:
+        raise ValueError(f"until is an overlap of lists between 0 and 1, such as 0.9, got {until!r}.")
+    if not isinstance(at_most, int) or at_most < 2:
+        raise ValueError(f"at_most must be an integer of 2 or more, got {at_most!r}.")
+    if out is None:
+        raise ValueError("until= adds to a store that is there; give out= a path or URL.")
+    if like is not None:
+        raise ValueError("until= is for the training side; queries are measured as it was, leave until= out.")
+    for plan in plans:
+        if not isinstance(plan, Grid):
+            raise ValueError(
+                f"until= measures every sample again under new noise, but {plan!r} has one pair for each, the one that "
+                "it was trained at; give a grid, such as EvenlySpaced(4), or leave until= out."
+            )
+
+
+def _grown_until(
+    store: SketchStore, until: float, at_most: int, plan: TimestepPlan, measured: Callable[[TimestepPlan], SketchStore]
+) -> SketchStore:
+    """Measure a store again under new noise until its answers repeat."""
+    from retrac_scale.repeatability import repeatability  # at call time: the street runs from sketches to answers
+
+    assert isinstance(plan, Grid)
+    each, times = store.parts[0].shape[1], len(plans_of(store.fingerprint))
+    for number in range(2, times + 1) if not store.is_complete else ():  # of a call that was interrupted
+        store = measured(further(plan, number))
+    while True:
+        times = len(plans_of(store.fingerprint))
+        room = (at_most - store.shape[1]) // each
+        wanted = 2 if store.shape[1] == 1 else repeatability(store).needed(until)
+        more = min(
+            room, max(0, -(-(wanted - store.shape[1]) // each)), times
+        )  # what is foretold is measured on the way
+        if more <= 0:
+            return store
+        for number in range(times + 1, times + more + 1):
+            store = measured(further(plan, number))
 
 
 def _fastest_batch(job: _Job, sketcher: GradientSketcher, checkpoint: str) -> int:

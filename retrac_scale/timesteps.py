@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +17,18 @@ from retrac_scale.training.record import NO_SEED, SampleRows, TrainingRecord, re
 Ids = npt.NDArray[Any]
 Int64 = npt.NDArray[np.int64]
 
+Noise = Literal["common", "own"]
+"""Whether all samples, queries too, share the noise of a timestep and draw, or each sample has noise of its own."""
+
 QUERY_SEED = 1
+"""Of own noise: queries have other noise than training samples of the same ids."""
+COMMON, OWN = 1, 0
+"""Second word of a stream's counter, so that common noise is no sample's own."""
 STEPS_AT_ONCE = 256  # of a training record
 
 
 def draw_noise(
-    shape: Sequence[int], ids: Sequence[Any] | Ids | torch.Tensor, timesteps: Any, seed: Any, *, draw: int = 0
+    shape: Sequence[int], ids: Sequence[Any] | Ids | torch.Tensor | None, timesteps: Any, seed: Any, *, draw: int = 0
 ) -> torch.Tensor:
     """Standard normal noise for a batch, one independent stream per pair.
 
@@ -31,7 +37,8 @@ def draw_noise(
 
     Args:
         shape: of one sample, without the batch axis.
-        ids: sample ids, integers or strings, `[n]`; an integer tensor, on any device, counts as its numbers.
+        ids: sample ids, integers or strings, `[n]`; an integer tensor, on any device, counts as its numbers. None for
+            common noise, which depends on (seed, timestep, draw) alone and is the same for every sample.
         timesteps: `[n]` integers t; for the floats of a flow matching loop `timestep_numbers(scheduler, timesteps)`.
         seed: one integer, or one per pair `[n]`.
         draw: number of the noise draw at that timestep.
@@ -50,13 +57,19 @@ def draw_noise(
         )
     steps = given.astype(np.int64)
     seeds = np.broadcast_to(on_host(seed).astype(np.int64), steps.shape)
+    if ids is None:  # few timesteps, many pairs: each noise is drawn once
+        (seeds, steps), places = np.unique(np.stack([seeds, steps]), axis=1, return_inverse=True)
+        return _drawn(shape, [0] * len(steps), steps, seeds, draw, COMMON)[torch.from_numpy(places)]
+    return _drawn(shape, ids.tolist() if isinstance(ids, torch.Tensor) else ids, steps, seeds, draw, OWN)
+
+
+def _drawn(
+    shape: Sequence[int], samples: Sequence[Any] | Ids, steps: Int64, seeds: Int64, draw: int, kind: int
+) -> torch.Tensor:
     out = np.empty((len(steps), *shape), dtype=np.float32)
-    samples = ids.tolist() if isinstance(ids, torch.Tensor) else ids
     for row, (sample, step, key) in enumerate(zip(samples, steps, seeds, strict=True)):
-        generator = np.random.Generator(
-            np.random.Philox(key=[np.uint64(key), _id_bits(sample)], counter=[0, 0, int(step), draw])
-        )
-        generator.standard_normal(out=out[row], dtype=np.float32)
+        bits = np.random.Philox(key=[np.uint64(key), _id_bits(sample)], counter=[0, kind, int(step), draw])
+        np.random.Generator(bits).standard_normal(out=out[row], dtype=np.float32)
     return torch.from_numpy(out)
 
 
@@ -81,6 +94,11 @@ class Pairs:
     timesteps: Int64
     seeds: Int64
     draws: int
+    noise: Noise = "own"
+
+    def some(self, rows: Any) -> Pairs:
+        """Those of some of the samples."""
+        return replace(self, timesteps=self.timesteps[rows], seeds=self.seeds[rows])
 
 
 class TimestepPlan(Protocol):
@@ -103,13 +121,16 @@ class Explicit:
     Attributes:
         timesteps: integers, each once.
         draws: noises at each.
-        seed: of the noise, see `draw_noise`; None: 0, and 1 for what is sketched `like` another store, so that queries
-            have noise of their own where ids are the same on both sides. A number counts on either side.
+        seed: of the noise, see `draw_noise`. None: 0; what is sketched `like` a store has the store's seed where noise
+            is common, and 1 where it is own, so that no query is noised as a training sample of the same id.
+        noise: "common": at a timestep all samples and all queries see the same noise, so that two images differ in
+            their gradients by what they are and not by their draws; "own": every sample has noise of its own.
     """
 
     timesteps: Sequence[int]
     draws: int = 1
     seed: int | None = None
+    noise: Noise = "common"
 
     def __post_init__(self) -> None:
         given = on_host(self.timesteps)
@@ -122,7 +143,7 @@ class Explicit:
             raise ValueError(
                 f"Explicit got a timestep twice in {list(steps)}; give each once and raise draws= instead."
             )
-        _check_noise(self.draws, self.seed)
+        _check_noise(self)
         object.__setattr__(self, "timesteps", steps)
 
     def pairs(self, checkpoint: str, ids: Ids, num_train_timesteps: int) -> Pairs:
@@ -130,7 +151,7 @@ class Explicit:
         steps = np.array(self.timesteps, dtype=np.int64)
         check_timesteps(steps, num_train_timesteps)
         table = np.tile(steps, (len(ids), 1))
-        return Pairs(table, np.full_like(table, self.seed or 0), self.draws)
+        return Pairs(table, np.full_like(table, self.seed or 0), self.draws, self.noise)
 
     def weight(self, checkpoint: str) -> float:
         """1: an explicit list knows nothing of the training."""
@@ -138,27 +159,32 @@ class Explicit:
 
     def spec(self) -> dict[str, Any]:
         """JSON description."""
-        return {"kind": "Explicit", "timesteps": list(self.timesteps), "draws": self.draws, **_seed_spec(self.seed)}
+        return {"kind": "Explicit", "timesteps": list(self.timesteps), "draws": self.draws, **_noise_spec(self)}
 
 
 @dataclass(frozen=True)
 class EvenlySpaced:
-    """`count` timesteps evenly spaced over 1 .. T-1, as on the query side of arXiv 2401.09031.
+    """`count` timesteps evenly spaced over 0 .. T-1.
 
-    `draws` and `seed` are those of `Explicit`.
+    Under common noise they are the middles of as many equal intervals: at t = 0 nothing is to be learnt, and at T - 1
+    nothing of the image is left. With noise of their own they run from 1 to T - 1, as on the query side of
+    arXiv 2401.09031. `draws`, `seed` and `noise` are those of `Explicit`.
 
     >>> EvenlySpaced(4).pairs("final", np.arange(2), 1000).timesteps.tolist()
-    [[1, 334, 666, 999], [1, 334, 666, 999]]
+    [[125, 375, 625, 875], [125, 375, 625, 875]]
+    >>> EvenlySpaced(4, noise="own").pairs("final", np.arange(1), 1000).timesteps.tolist()
+    [[1, 334, 666, 999]]
     """
 
     count: int
     draws: int = 1
     seed: int | None = None
+    noise: Noise = "common"
 
     def __post_init__(self) -> None:
         if not isinstance(self.count, int) or self.count < 1:
             raise ValueError(f"EvenlySpaced needs an integer count of 1 or more, got {self.count!r}.")
-        _check_noise(self.draws, self.seed)
+        _check_noise(self)
 
     def pairs(self, checkpoint: str, ids: Ids, num_train_timesteps: int) -> Pairs:
         """Every sample at every one of the evenly spaced timesteps."""
@@ -167,8 +193,12 @@ class EvenlySpaced:
                 f"EvenlySpaced({self.count}) asks for more timesteps than the scheduler has between 1 and "
                 f"{num_train_timesteps - 1}; lower the count."
             )
-        steps = np.rint(np.linspace(1, num_train_timesteps - 1, self.count)).astype(np.int64)
-        return Explicit(steps.tolist(), self.draws, self.seed).pairs(checkpoint, ids, num_train_timesteps)
+        if self.noise == "common":
+            steps = (2 * np.arange(self.count) + 1) * num_train_timesteps // (2 * self.count)
+        else:
+            steps = np.rint(np.linspace(1, num_train_timesteps - 1, self.count)).astype(np.int64)
+        same = Explicit(steps.tolist(), self.draws, self.seed, self.noise)
+        return same.pairs(checkpoint, ids, num_train_timesteps)
 
     def weight(self, checkpoint: str) -> float:
         """1: a grid knows nothing of the training."""
@@ -176,7 +206,14 @@ class EvenlySpaced:
 
     def spec(self) -> dict[str, Any]:
         """JSON description."""
-        return {"kind": "EvenlySpaced", "count": self.count, "draws": self.draws, **_seed_spec(self.seed)}
+        return {"kind": "EvenlySpaced", "count": self.count, "draws": self.draws, **_noise_spec(self)}
+
+
+Grid = Explicit | EvenlySpaced
+"""Plans by which every sample is measured at the same timesteps."""
+
+RECOMMENDED = EvenlySpaced(4)
+"""Measured by `benchmarks.measurement`: under common noise four timesteps do what thirty-two do."""
 
 
 @dataclass(frozen=True)
@@ -260,18 +297,61 @@ def check_timesteps(timesteps: Int64, num_train_timesteps: int) -> None:
         )
 
 
-def of_queries(plan: TimestepPlan) -> TimestepPlan:
-    """The plan by which queries are measured: a grid whose seed is left open has noise that no training sample has."""
-    return replace(plan, seed=QUERY_SEED) if isinstance(plan, Explicit | EvenlySpaced) and plan.seed is None else plan
+def of_queries(plan: TimestepPlan, stored: Sequence[Mapping[str, Any]]) -> TimestepPlan:
+    """The plan by which queries are measured, where its seed is left open.
+
+    Common noise has the seed of the store's, so that both sides see the same; own noise one that no sample there has.
+
+    Args:
+        plan: of the queries.
+        stored: descriptions of the store's plans.
+    """
+    if not isinstance(plan, Grid) or plan.seed is not None:
+        return plan
+    common = [one.get("seed", 0) for one in stored if one.get("noise") == "common"]
+    return replace(plan, seed=QUERY_SEED if plan.noise == "own" else common[0] if common else 0)
 
 
-def _seed_spec(seed: int | None) -> dict[str, int]:
-    """Nothing for seed 0: so were stores described before plans had a seed."""
-    return {"seed": int(seed)} if seed else {}
+def grid_from_spec(spec: Mapping[str, Any]) -> Grid | None:
+    """The grid that a store's fingerprint describes; None for other plans, which depend on more than that."""
+    given = {"seed": 0, "noise": "own", **{key: value for key, value in spec.items() if key not in ("kind", "digest")}}
+    match spec.get("kind"):
+        case "Explicit":
+            return Explicit(**given)
+        case "EvenlySpaced":
+            return EvenlySpaced(**given)
+    return None
 
 
-def _check_noise(draws: int, seed: int | None) -> None:
-    if not isinstance(draws, int) or draws < 1:
-        raise ValueError(f"draws must be an integer of 1 or more, got {draws!r}.")
-    if seed is not None and not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be None or an integer of 0 or more, got {seed}.")
+def grids_for_queries(stored: Sequence[Mapping[str, Any]]) -> list[Grid]:
+    """The plans by which queries are measured like a store's; none where one of the store's is no grid."""
+    grids = [grid_from_spec(spec) for spec in stored]
+    if None in grids:
+        return []
+    return [
+        grid if grid.noise == "common" else replace(grid, seed=(grid.seed or 0) + QUERY_SEED)
+        for grid in grids
+        if grid is not None
+    ]
+
+
+def further(plan: Grid, number: int) -> Grid:
+    """The plan by which a store that began with another one is measured for the `number`-th time, from 1 on."""
+    return plan if number == 1 else replace(plan, seed=(plan.seed or 0) + number - 1)
+
+
+def _noise_spec(plan: Grid) -> dict[str, Any]:
+    """Nothing for seed 0 and for own noise: so were stores described before plans said it."""
+    return {
+        **({"seed": int(plan.seed)} if plan.seed else {}),
+        **({"noise": plan.noise} if plan.noise == "common" else {}),
+    }
+
+
+def _check_noise(plan: Grid) -> None:
+    if not isinstance(plan.draws, int) or plan.draws < 1:
+        raise ValueError(f"draws must be an integer of 1 or more, got {plan.draws!r}.")
+    if plan.seed is not None and not 0 <= plan.seed < 2**63:
+        raise ValueError(f"seed must be None or an integer of 0 or more, got {plan.seed}.")
+    if plan.noise not in get_args(Noise):
+        raise ValueError(f"noise must be one of {get_args(Noise)}, got {plan.noise!r}.")

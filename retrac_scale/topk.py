@@ -25,8 +25,8 @@ class TopK:
     """The best training samples (or groups of them) of each query, best first.
 
     Scores are sums over checkpoints of w_c times an inner product, in the estimator's units: squared loss gradient for
-    TracIn, cosines for ReTrac. A positive score means that training on the sample lowered the query's loss (proponent),
-    a negative one that it raised it (opponent).
+    TracIn, cosines for ReTrac; under a ridge they have no unit of their own. A positive score means that training on
+    the sample lowered the query's loss (proponent), a negative one that it raised it (opponent).
 
     Attributes:
         ids: `[q, k]` sample ids, or labels of groups. Under side "both" the first half are proponents.
@@ -34,9 +34,10 @@ class TopK:
         query_ids: `[q]`.
         side: "proponents", "opponents" or "both".
         estimator: JSON description of the estimator.
-        errors: standard error of each score that comes from a projection to k entries, float64 `[q, k]`: what a
-            CountSketch or a Gaussian matrix of that size would give; the mixing of a LowRank comes on top. None for
-            groups, and for estimators with a ridge.
+        errors: standard error of each score, float64 `[q, k]`, from how far its timesteps agree: that of the luck of
+            noise and timesteps and, but for what sketches of several timesteps have in common, of the projection. None
+            under cross pairing, whose rows are means that do not tell, where there is one timestep, for groups, and
+            after `rerank`; `repeatability` says more.
         resolved: whether a result stands more than two standard errors of the difference before the next one, bool
             `[q, k]`. None where there are no errors.
         sketch_rank: after `rerank`, the rank (from 1) that the sketch gave to the result, `[q, k]`; where it is not

@@ -2,7 +2,7 @@
 
 from retrac_scale.estimators.base import Estimator, Pairing, common_timesteps, estimator_from_spec
 from retrac_scale.estimators.inner import GradCos, GradDot, ReTrac, TracIn
-from retrac_scale.estimators.regression import DAS, DTRAK, TRAK, RelatIF, RenormIF
+from retrac_scale.estimators.regression import DAS, DTRAK, TRAK, RelatIF, RenormIF, ReTracRidge, recommended
 
 __all__ = [
     "DAS",
@@ -13,9 +13,11 @@ __all__ = [
     "GradDot",
     "Pairing",
     "ReTrac",
+    "ReTracRidge",
     "RelatIF",
     "RenormIF",
     "TracIn",
     "common_timesteps",
     "estimator_from_spec",
+    "recommended",
 ]

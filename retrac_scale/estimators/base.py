@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar, Literal, get_args
 
@@ -22,7 +22,7 @@ class Estimator(ABC):
 
     score(q, i) = sum_c w_c <row(c, q), train_row(c, i)>, its square where `squared`. Larger means that training on i
     lowers the loss of q more. Most estimators treat both sides alike; one with a `damping` preconditions the training
-    rows with a ridge over all of them, which is solved when an index is built.
+    rows with a ridge over all of them, one for each part of a row, which is solved when an index is built.
 
     A subclass says what one pair contributes, in `needs` what it takes from the training store beyond sketches and
     norms, and in `measures` which measured functions it is defined for (none: any).
@@ -76,9 +76,9 @@ class Estimator(ABC):
         return self.vectors(*store.sketches_and_norms(checkpoint, samples))
 
     def train_rows(
-        self, store: SketchStore, checkpoint: str, samples: slice = slice(None), ridge: Ridge | None = None
+        self, store: SketchStore, checkpoint: str, samples: slice = slice(None), ridges: Sequence[Ridge] = ()
     ) -> Float32:
-        """Rows of some training samples at a checkpoint; `ridge` is fitted to its `rows`."""
+        """Rows of some training samples at a checkpoint; `ridges` are fitted to its `rows`, one for each part."""
         return self.rows(store, checkpoint, samples)
 
     def collapse(self, sketches: Float32, norms: Float32) -> Float32:
@@ -92,10 +92,13 @@ class Estimator(ABC):
         mean: Float32 = vectors.mean(1)
         return mean
 
+    def parts(self, store: SketchStore) -> int:
+        """How many vectors stand side by side in a row: one for each timestep under matched pairing, else one."""
+        return store.shape[1] if self.pairing == "matched" else 1
+
     def width(self, store: SketchStore) -> int:
         """Entries of a row."""
-        _, t, k = store.shape
-        return t * k if self.pairing == "matched" else k
+        return self.parts(store) * store.shape[2]
 
     def spec(self) -> dict[str, Any]:
         """JSON description; `estimator_from_spec` reverses it."""

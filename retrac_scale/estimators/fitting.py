@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, reduce
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from retrac_scale.estimators import Estimator
-from retrac_scale.estimators.ridge import Damping, Moments, Ridge, moments, solve
+from retrac_scale.estimators import Estimator, common_timesteps
+from retrac_scale.estimators.ridge import Damping, Moments, Ridge, solve
 from retrac_scale.execution import compute, delayed
 from retrac_scale.store import SketchStore, open_store
 from retrac_scale.store.encoding import Float32
@@ -43,8 +43,8 @@ def rows_at(store: SketchStore, places: Places, make: Callable[[slice], Float32]
         yield slice(start, stop), make(piece)[places[start:stop] - piece.start]
 
 
-def fit(store: SketchStore, estimator: Estimator, places: Places, client: Client | None) -> dict[str, Ridge]:
-    """For each checkpoint the ridge over an estimator's rows; nothing where it has no damping.
+def fit(store: SketchStore, estimator: Estimator, places: Places, client: Client | None) -> dict[str, list[Ridge]]:
+    """For each checkpoint the ridges over an estimator's rows, one for each part; nothing where it has no damping.
 
     Args:
         store: the training side.
@@ -57,30 +57,42 @@ def fit(store: SketchStore, estimator: Estimator, places: Places, client: Client
     source: SketchStore | Url = store if client is None else store.url
     run = delayed(partial(_moments_of_run, source, store.fingerprint.get("measure"), estimator))
     add, finish = delayed(_sum), delayed(_solve)
-    dual = len(places) < estimator.width(store)
+    dual = len(places) < store.shape[2]
+    steps = common_timesteps(store) if estimator.pairing == "matched" else None
     found = []
     for name in store.checkpoints:
         level = [run(name, places[part], dual) for part in blocks(len(places), RUN_ROWS)]
         while len(level) > 1:
             level = [add(level[i : i + 2]) for i in range(0, len(level), 2)]
-        found.append(finish(level[0], estimator.damping, name))
+        found.append(finish(level[0], estimator.damping, name, steps))
     return dict(zip(store.checkpoints, compute(found, client), strict=True))
 
 
 def _moments_of_run(
     source: SketchStore | Url, measure: str | None, estimator: Estimator, name: str, places: Places, dual: bool
-) -> Moments:
+) -> list[Moments]:
     store = source if isinstance(source, SketchStore) else open_store(source, measure=measure)
-    rows = (rows for _, rows in rows_at(store, places, lambda samples: estimator.rows(store, name, samples)))
-    return moments(rows, estimator.width(store), dual=dual)
+    pieces = (
+        [Moments.of(part, dual=dual) for part in np.split(rows, estimator.parts(store), axis=1)]
+        for _, rows in rows_at(store, places, lambda samples: estimator.rows(store, name, samples))
+    )
+    return reduce(_add, pieces)
 
 
-def _sum(parts: list[Moments]) -> Moments:
-    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+def _add(one: list[Moments], other: list[Moments]) -> list[Moments]:
+    return [a + b for a, b in zip(one, other, strict=True)]
 
 
-def _solve(total: Moments, damping: Damping, name: str) -> Ridge:
-    try:
-        return solve(total, damping)
-    except ValueError as error:
-        raise ValueError(f"checkpoint {name!r}: {error}") from None
+def _sum(every: list[list[Moments]]) -> list[Moments]:
+    return reduce(_add, every)
+
+
+def _solve(totals: list[Moments], damping: Damping, name: str, steps: list[int] | None) -> list[Ridge]:
+    found = []
+    for part, total in enumerate(totals):
+        try:
+            found.append(solve(total, damping))
+        except ValueError as error:
+            where = f", timestep {steps[part]}" if steps else f", measurement {part + 1}" if len(totals) > 1 else ""
+            raise ValueError(f"checkpoint {name!r}{where}: {error}") from None
+    return found

@@ -2,40 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
-from retrac_scale.estimators.base import Estimator
-from retrac_scale.estimators.inner import ReTrac
+from retrac_scale.estimators.base import Estimator, Pairing
+from retrac_scale.estimators.inner import ReTrac, TracIn
 from retrac_scale.estimators.ridge import Damping, Ridge
 from retrac_scale.store import SketchStore
 from retrac_scale.store.encoding import Float32, Float64
+from retrac_scale.store.part import plans_of
 
 ALL = slice(None)
 
 
 @dataclass(frozen=True)
-class TRAK(Estimator):
-    """sum_c w_c phi(c,q)^T K_c^-1 phi(c,i), phi = mean_t g, K_c = sum_i phi(c,i) phi(c,i)^T + lambda I.
-
-    Park, Georgiev, Ilyas, Leclerc, Madry 2023 (arXiv 2303.14186), with the loss as the model output, as used for
-    diffusion models. TRAK's own code divides by the number of checkpoints and rescales each checkpoint's inverse, which
-    leaves the order of a single checkpoint's scores as it is.
+class Ridged(Estimator):
+    """Estimators that precondition training rows: by one ridge per checkpoint, or, matched, one for each timestep too.
 
     Args:
-        damping: lambda relative to the mean eigenvalue of sum_i phi phi^T, that is to its trace over k; "auto" chooses
-            by Ledoit and Wolf's rule, see `retrac_scale.estimators.ridge.shrinkage`.
+        damping: lambda relative to the mean of the eigenvalues of sum_i phi phi^T that can differ from zero, that is to
+            its trace over min(N, k); "auto" is `retrac_scale.estimators.ridge.AUTO`.
         squared: answer with the square of the score (summed over checkpoints), so that strong proponents and strong
             opponents both come first.
     """
 
     damping: Damping = "auto"
     squared: bool = False
+    directions: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        self._check_pairing()
         if self.damping == "auto":
             return
         if not isinstance(self.damping, Real) or isinstance(self.damping, bool) or not 0 <= self.damping < np.inf:
@@ -44,40 +44,100 @@ class TRAK(Estimator):
             object.__setattr__(self, "damping", float(self.damping))
 
     def vectors(self, sketches: Float32, norms: Float32) -> Float32:
-        """The gradients themselves."""
-        return sketches
+        """The gradients themselves, or their directions."""
+        return ReTrac().vectors(sketches, norms) if self.directions else sketches
+
+    def stored_vectors(self, store: SketchStore, checkpoint: str, samples: slice = ALL) -> Float32:
+        """See `ReTrac.stored_vectors` for directions."""
+        pairing: Estimator = ReTrac() if self.directions else TracIn()
+        return pairing.stored_vectors(store, checkpoint, samples)
 
     def train_rows(
-        self, store: SketchStore, checkpoint: str, samples: slice = ALL, ridge: Ridge | None = None
+        self, store: SketchStore, checkpoint: str, samples: slice = ALL, ridges: Sequence[Ridge] = ()
     ) -> Float32:
-        """K^-1 phi, `[n, k]`, or what a subclass makes of it."""
-        if ridge is None:
+        """K^-1 phi, `[n, k]`, or what a subclass makes of it; matched, for all timesteps side by side."""
+        if not ridges:
             raise ValueError(f"{type(self).__name__} needs the ridge over all training rows; use build_index.")
-        return self.finish(store, checkpoint, samples, ridge).astype(np.float32)
+        parts = self.finish(
+            store, checkpoint, samples, self._parted(self.rows(store, checkpoint, samples), ridges), ridges
+        )
+        return np.concatenate(parts, axis=1, dtype=np.float32)
 
-    def finish(self, store: SketchStore, checkpoint: str, samples: slice, ridge: Ridge) -> Float64:
-        """The training rows in float64."""
-        return ridge.apply(self.rows(store, checkpoint, samples))
+    def finish(
+        self, store: SketchStore, checkpoint: str, samples: slice, parts: Sequence[Float32], ridges: Sequence[Ridge]
+    ) -> list[Float64]:
+        """The training rows in float64, from those of `rows`, `[n, k]` for each ridge."""
+        return [ridge.apply(part) for part, ridge in zip(parts, ridges, strict=True)]
+
+    def _parted(self, rows: Float32, ridges: Sequence[Ridge]) -> list[Float32]:
+        return np.split(rows, len(ridges), axis=1)
+
+
+@dataclass(frozen=True)
+class ReTracRidge(Ridged):
+    """sum_c w_c sum_t u(c,q,t)^T K_(c,t)^-1 u(c,i,t), K_(c,t) = sum_i u(c,i,t) u(c,i,t)^T + lambda I, u = g / |g|.
+
+    Directions as in ReTrac, products at the same timestep on both sides, and between them a ridge for each checkpoint
+    and timestep. In a store under common noise both sides see the same noise there. The score is then a kernel between
+    two images under the same noise, not the double mean over independent draws of arXiv 2401.09031: it has the
+    covariance of the two gradients over the noise besides, which tells how alike the images are. It is what
+    `build_index` recommends for such stores, and `benchmarks.measurement` says how it compares.
+    """
+
+    pairing: ClassVar[Pairing] = "matched"  # type: ignore[misc]
+    directions: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class TRAK(Ridged):
+    """sum_c w_c phi(c,q)^T K_c^-1 phi(c,i), phi = mean_t g, K_c = sum_i phi(c,i) phi(c,i)^T + lambda I.
+
+    Park, Georgiev, Ilyas, Leclerc, Madry 2023 (arXiv 2303.14186), with the loss as the model output, as used for
+    diffusion models. TRAK's own code divides by the number of checkpoints and rescales each checkpoint's inverse, which
+    leaves the order of a single checkpoint's scores as it is.
+
+    Args:
+        damping: see `Ridged`.
+        squared: see `Ridged`.
+        pairing: "matched" for the sum over timesteps of such products at the same one, each with a ridge of its own.
+        directions: unit gradients in place of gradients, on both sides and in K.
+    """
+
+    pairing: Pairing = "cross"
+    directions: bool = False  # type: ignore[misc]
+
+    def spec(self) -> dict[str, Any]:
+        """JSON description; without what was no option when the first indexes were described."""
+        described = super().spec()
+        usual = {"pairing": "cross", "directions": False}
+        return {key: value for key, value in described.items() if key not in usual or value != usual[key]}
 
 
 @dataclass(frozen=True)
 class RelatIF(TRAK):
     """TRAK divided by |K^-1 phi(c,i)| at each checkpoint (Barshan, Brunet, Dziugaite 2020, arXiv 2003.11630)."""
 
-    def finish(self, store: SketchStore, checkpoint: str, samples: slice, ridge: Ridge) -> Float64:
+    def finish(
+        self, store: SketchStore, checkpoint: str, samples: slice, parts: Sequence[Float32], ridges: Sequence[Ridge]
+    ) -> list[Float64]:
         """K^-1 phi over its own length; zero where that is zero."""
-        solved = super().finish(store, checkpoint, samples, ridge)
-        return _divided(solved, np.linalg.norm(solved, axis=1))
+        every = super().finish(store, checkpoint, samples, parts, ridges)
+        return [_divided(solved, np.linalg.norm(solved, axis=1)) for solved in every]
 
 
 @dataclass(frozen=True)
 class RenormIF(TRAK):
     """TRAK divided by |phi(c,i)| at each checkpoint (Hammoudeh and Lowd 2022, arXiv 2201.10055)."""
 
-    def finish(self, store: SketchStore, checkpoint: str, samples: slice, ridge: Ridge) -> Float64:
+    def finish(
+        self, store: SketchStore, checkpoint: str, samples: slice, parts: Sequence[Float32], ridges: Sequence[Ridge]
+    ) -> list[Float64]:
         """K^-1 phi over the length of phi; zero where that is zero."""
-        rows = self.rows(store, checkpoint, samples).astype(np.float64)
-        return _divided(ridge.apply(rows), np.linalg.norm(rows, axis=1))
+        every = super().finish(store, checkpoint, samples, parts, ridges)
+        return [
+            _divided(solved, np.linalg.norm(part.astype(np.float64), axis=1))
+            for solved, part in zip(every, parts, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -97,22 +157,37 @@ class DAS(TRAK):
 
     Both sides must be sketched with `DiffusionTask(measure="mean_output")`. r(c,i) is the mean over timesteps of the
     sample's residual root mean squared errors, which are first divided by their Euclidean length over timesteps; they
-    are the roots of the training store's losses, so that the loss must be a mean squared error.
+    are the roots of the training store's losses, so that the loss must be a mean squared error. Matched, u and r are
+    those of the timestep.
     """
 
     measures: ClassVar[tuple[str, ...]] = ("mean_output",)
     needs: ClassVar[tuple[str, ...]] = ("loss",)
     squared: bool = True
 
-    def finish(self, store: SketchStore, checkpoint: str, samples: slice, ridge: Ridge) -> Float64:
-        """K^-1 ubar r."""
+    def finish(
+        self, store: SketchStore, checkpoint: str, samples: slice, parts: Sequence[Float32], ridges: Sequence[Ridge]
+    ) -> list[Float64]:
+        """K^-1 u r."""
         residuals = np.sqrt(store.losses(checkpoint, samples).astype(np.float64))
-        r = _divided(residuals, np.linalg.norm(residuals, axis=1)).mean(1)
-        solved: Float64 = ridge.apply(ReTrac().rows(store, checkpoint, samples)) * r[:, None]
-        return solved
+        r = _divided(residuals, np.linalg.norm(residuals, axis=1))
+        r = r if self.pairing == "matched" else r.mean(1, keepdims=True)
+        directions = self._parted(ReTrac(self.pairing).rows(store, checkpoint, samples), ridges)
+        every = super().finish(store, checkpoint, samples, directions, ridges)
+        return [solved * own[:, None] for solved, own in zip(every, r.T, strict=True)]
 
 
 def _divided(rows: Float64, lengths: Float64) -> Float64:
     """Rows `[n, k]` over lengths `[n]`, zero where a length is."""
     divided: Float64 = rows / np.where(lengths > 0, lengths, np.inf)[:, None]
     return divided
+
+
+def recommended(store: SketchStore) -> Estimator:
+    """What to ask a store by: `ReTracRidge` under common noise, else `ReTrac`; `DTRAK` or `DAS` by its measure."""
+    measure = store.fingerprint.get("measure")
+    common = any(plan.get("noise") == "common" for plan in plans_of(store.fingerprint))
+    for kind in (DTRAK, DAS):
+        if measure in kind.measures:
+            return kind(pairing="matched" if common else "cross")
+    return ReTracRidge() if common else ReTrac()

@@ -197,8 +197,7 @@ class Library:
         index, place = self.indexes[name], self._stored[sample]
         store = index.check_store()
         assert store is not None
-        here = slice(place, place + 1)
-        return np.stack([index.estimator.rows(store, checkpoint, here)[0] for checkpoint in index.checkpoints])
+        return index.rows_of(store, slice(place, place + 1))[:, 0]
 
     def _sketches(self, asked: Asked) -> SketchStore:
         if asked.source == "uploads":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from retrac_scale.store.part import plans_of
 from retrac_scale.store.schema import differences
 
 COMPARED = ("projection", "parameters", "checkpoints", "measure", "scheduler", "frozen")
@@ -26,6 +27,29 @@ def check_compatible(
             f"the queries do not fit the training sketches: {'; '.join(found)}; "
             "sketch the queries with like=store and the same checkpoints."
         )
+    check_noise(train, queries)
+
+
+def check_noise(train: Mapping[str, Any], queries: Mapping[str, Any]) -> None:
+    """Raise ValueError where a training side under common noise meets queries that did not see that noise."""
+    common = {plan.get("seed", 0) for plan in plans_of(train) if plan.get("noise") == "common"}
+    for plan in plans_of(queries) if common else ():
+        if plan.get("noise") != "common" or plan.get("seed", 0) not in common:
+            seeds = " and ".join(str(seed) for seed in sorted(common))
+            theirs = f"common noise of seed {plan.get('seed', 0)}" if "noise" in plan else "noise of their own"
+            raise ValueError(
+                f"the training samples were measured under common noise of seed {seeds}, the queries under {theirs}; "
+                "scores would be the luck of two draws. Sketch the queries with like=store and without timesteps=."
+            )
+
+
+def slots(fingerprint: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """What each measurement of a sample sees under common noise, (seed, draws); in the order of its timesteps."""
+    found: list[tuple[Any, ...]] = []
+    for plan in plans_of(fingerprint):
+        seen = (plan.get("seed", 0), plan.get("draws", 1)) if plan.get("noise") == "common" else ()
+        found += [seen] * int(plan.get("count", len(plan.get("timesteps", " "))))
+    return found
 
 
 def of_both(train: Mapping[str, Any], queries: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
