@@ -30,7 +30,7 @@ QUERIES = 64
 CORRELATED = 16_384
 """Samples, about, over which scores are correlated."""
 RESAMPLES = 400
-USUAL_SLOPE = 0.7
+USUAL_SLOPE = 0.6
 """Of the log odds of the overlap against the log of the number of measurements, where two sizes are not at hand."""
 SLOPES = (0.3, 1.2)
 NEVER = 10**6

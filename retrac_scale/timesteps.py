@@ -212,10 +212,6 @@ class EvenlySpaced:
 Grid = Explicit | EvenlySpaced
 """Plans by which every sample is measured at the same timesteps."""
 
-RECOMMENDED = EvenlySpaced(4)
-"""Measured by `benchmarks.measurement`: under common noise four timesteps do what thirty-two do."""
-
-
 @dataclass(frozen=True)
 class Recorded:
     """The timestep and noise each sample was really trained at, from the folder a `TrainingRecorder` wrote.
@@ -355,3 +351,7 @@ def _check_noise(plan: Grid) -> None:
         raise ValueError(f"seed must be None or an integer of 0 or more, got {plan.seed}.")
     if plan.noise not in get_args(Noise):
         raise ValueError(f"noise must be one of {get_args(Noise)}, got {plan.noise!r}.")
+
+
+RECOMMENDED = EvenlySpaced(4)
+"""Measured by `benchmarks.measurement`: under common noise four timesteps do what thirty-two do."""
