@@ -74,8 +74,8 @@ def build_index(
     Deleted samples are left out. Memory stays below a few blocks of the store per thread; an estimator that fits a
     ridge takes a few float64 matrices of min(n, k) x k per part of a row, checkpoint and thread besides. Rows in int8
     change a score by at most sum_c |w_c| max_k |row_k| sum_k |query_k| / 254, row and query as they are stored and
-    asked: under matched pairing the parts of training rows are brought to one mean length, so that one scale serves
-    them all, and those of the query are divided by what theirs were multiplied with.
+    asked: where each timestep has a ridge, the parts of training rows are brought to one mean length, so that one scale
+    serves them all, and those of the query are divided by what theirs were multiplied with.
 
     Args:
         store: the training side.
@@ -144,7 +144,7 @@ def build_index(
     source: SketchStore | Url = store if client is None else store.url
     target: zarr.Group | Url = root if client is None else out
     ridges = fit(store, estimator, kept, client)
-    gains = _gains(store, estimator, ridges, kept) if estimator.parts(store) > 1 else {}
+    gains = _gains(store, estimator, ridges, kept) if ridges and estimator.parts(store) > 1 else {}
     common = source, meta["measure"], target, estimator, ridges, gains, dtype
     tasks = [
         Task(f"build-index-{name}-samples-{samples.start}-{samples.stop}", (checkpoint, samples, kept[samples]))
@@ -173,7 +173,8 @@ def _gains(
 ) -> dict[str, list[float]]:
     """For each checkpoint and part of a row what brings the training rows' parts to one mean length.
 
-    One int8 scale for a row would drown parts that are short; `Index.query_rows` divides by the same.
+    A ridge makes rows long where gradients are short, and one int8 scale for a row would drown the others;
+    `Index.query_rows` divides by the same.
     """
     some = kept[:: max(1, len(kept) // GAIN_ROWS)][:GAIN_ROWS]
     found = {}

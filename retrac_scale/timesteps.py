@@ -212,6 +212,7 @@ class EvenlySpaced:
 Grid = Explicit | EvenlySpaced
 """Plans by which every sample is measured at the same timesteps."""
 
+
 @dataclass(frozen=True)
 class Recorded:
     """The timestep and noise each sample was really trained at, from the folder a `TrainingRecorder` wrote.

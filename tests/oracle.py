@@ -36,12 +36,15 @@ def pair_gradient(
     measure: str = "mse",
     conditioning: Mapping[str, Tensor] | None = None,
 ) -> Any:
-    """Gradient of the diffusion loss of one sample at one timestep, the mean over its noise draws; float64 `[P]`."""
+    """Gradient of the diffusion loss of one sample at one timestep, the mean over its noise draws; float64 `[P]`.
+
+    The sample None has common noise.
+    """
     reference = copy.deepcopy(model).double().eval()
     reference.load_state_dict(state)
     total: Any = 0
     for draw in range(draws):
-        noise = draw_noise(image.shape, [sample], [timestep], seed, draw=draw).double()
+        noise = draw_noise(image.shape, None if sample is None else [sample], [timestep], seed, draw=draw).double()
         clean = image.double()[None]
         signal = scheduler.alphas_cumprod[timestep].double()
         noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise

@@ -16,12 +16,16 @@ from tests.conftest import MODELS, Labelled, random_images
 from tests.test_sketching import SCHEDULER
 
 
+@pytest.mark.parametrize("noise_of_store", ["own", "common"])
 @pytest.mark.parametrize("kind", ["unet", "dit"])
-def test_journey_sketches_are_gradients_at_the_predicted_clean_image_of_each_step(kind: str, tmp_path: Path) -> None:
+def test_journey_sketches_are_gradients_at_the_predicted_clean_image_of_each_step(
+    kind: str, noise_of_store: Any, tmp_path: Path
+) -> None:
     model: Any = MODELS[kind](0)
     task = rs.DiffusionTask(model, SCHEDULER)
     checkpoints = {"last": {name: value.clone() for name, value in model.state_dict().items()}}
-    options: dict[str, Any] = {"checkpoints": checkpoints, "timesteps": rs.Explicit([40]), "progress": False}
+    options: dict[str, Any] = {"checkpoints": checkpoints, "progress": False}
+    options["timesteps"] = rs.Explicit([40], noise=noise_of_store)
     store = rs.sketch(
         task, Labelled(random_images(12)), None, projection=rs.Identity(), dtype="float32", batch_size=4, **options
     )
@@ -45,10 +49,10 @@ def test_journey_sketches_are_gradients_at_the_predicted_clean_image_of_each_ste
                 checkpoints["last"],
                 SCHEDULER,
                 journey.images[row, column],
-                name,
+                name if noise_of_store == "own" else None,
                 timestep,
                 conditioning={key: value[row] for key, value in labels.items()},
-                seed=1,
+                seed=int(noise_of_store == "own"),
             )
             found = queries.sketches("last")[row, column]
             assert np.linalg.norm(found - expected) < 1e-4 * np.linalg.norm(expected)

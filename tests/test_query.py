@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -283,16 +284,46 @@ def test_rerank_puts_candidates_in_the_order_of_exact_scores(estimator: Any) -> 
         index.query(queries, rerank=12, train=fewer)
 
 
-def test_errors_say_which_neighbours_the_sketch_cannot_order() -> None:
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("t", [2, 5])
+def test_errors_are_those_of_sums_of_measurements_and_tell_which_neighbours_stand_apart(t: int, squared: bool) -> None:
     rng = np.random.default_rng(0)
-    y = rng.standard_normal(64)
-    rows = np.stack([y, y + 0.01 * rng.standard_normal(64), 0.2 * y + rng.standard_normal(64)])[:, None]
-    store, queries = rs.write_store(None, {"c": rows}), rs.write_store(None, {"c": y[None, None]})
-    answer = rs.build_index(store, rs.ReTrac(), None).query(queries, 2)
-    assert answer.resolved is not None
-    assert answer.errors is not None
-    assert answer.resolved.tolist() == [[False, True]]
-    np.testing.assert_allclose(answer.errors, (2 / 64) ** 0.5, rtol=0.01)
+    rows, asked = (rng.standard_normal((n, 1, 8)) + 0.1 * rng.standard_normal((n, t, 8)) for n in (40, 3))
+    store = rs.write_store(None, {"a": rows, "b": rows[::-1]}, weights=[0.5, 2.0], timesteps=range(t), dtype="float32")
+    queries = rs.write_store(None, {"a": asked, "b": asked}, timesteps=range(t), dtype="float32")
+    estimator = rs.TRAK(0.5, pairing="matched", squared=squared)
+    index = rs.build_index(store, estimator, None, dtype="float32")
+    answer = index.query(queries, 40)
+    for q in range(3):
+        explained = [index.explain(rs.take(queries, [q]), i) for i in answer.ids[q]]
+        parts = np.array([one.contributions.sum((0, 2)) for one in explained])  # [n, t]
+        parts *= 2 * parts.sum(1, keepdims=True) if squared else 1
+        np.testing.assert_allclose(answer.errors[q], np.sqrt(t) * parts.std(1, ddof=1), rtol=1e-6)
+        gaps, between = -np.diff(answer.scores[q]), np.sqrt(t) * np.diff(parts, axis=0).std(1, ddof=1)
+        np.testing.assert_array_equal(answer.resolved[q, :-1], gaps > 2 * between)
+    assert answer.resolved[:, :-1].any()
+    assert not answer.resolved.all()
+
+
+def test_errors_are_unbiased_for_repeated_measurements() -> None:
+    """Products of vectors with independent noise, of which the variance is known."""
+    rng = np.random.default_rng(1)
+    image, other = rng.standard_normal((2, 16))
+    images, others = (x + rng.standard_normal((1000, 6, 16)) for x in (image, other))
+    sides = (rs.write_store(None, {"c": x}, timesteps=range(6), dtype="float32") for x in (images, others[:20]))
+    store, queries = sides
+    answer = rs.build_index(store, rs.TracIn("matched"), None, dtype="float32").query(queries, 1000)
+    variance = 6 * (image @ image + other @ other + 16)
+    assert np.mean(np.square(answer.errors)) == pytest.approx(variance, rel=0.1)
+
+
+def test_rows_that_are_means_and_single_measurements_tell_no_errors() -> None:
+    store, queries, *_ = pair_of_stores(0, 20, 3)
+    assert rs.build_index(store, rs.ReTrac(), None).query(queries, 3).errors is None
+    once = rs.write_store(None, {"c": np.eye(4)[:, None]})
+    answer = rs.build_index(once, rs.ReTrac("matched"), None).query(once, 3)
+    assert answer.errors is None
+    assert answer.resolved is None
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -302,8 +333,9 @@ def test_scores_of_a_diffusion_model_are_those_of_the_paper(seed: int) -> None:
     states = {name: tiny_unet(seed + number).state_dict() for number, name in enumerate(["early", "late"])}
     task = rs.DiffusionTask(tiny_unet(), SCHEDULER)
     common: dict[str, Any] = {"checkpoints": states, "dtype": "float32", "progress": False}
-    store = rs.sketch(task, images, None, timesteps=rs.Explicit([20]), projection=rs.Identity(), **common)
-    queries = rs.sketch(task, generated, None, timesteps=rs.EvenlySpaced(3, draws=2), like=store, **common)
+    store = rs.sketch(task, images, None, timesteps=rs.Explicit([20], noise="own"), projection=rs.Identity(), **common)
+    plan = rs.EvenlySpaced(3, draws=2, noise="own")
+    queries = rs.sketch(task, generated, None, timesteps=plan, like=store, **common)
 
     def gradients(samples: Any, timesteps: list[int], draws: int, noise: int) -> Any:
         def one(state: Any, i: int, t: int) -> Any:
@@ -323,7 +355,7 @@ def test_scores_of_a_diffusion_model_are_those_of_the_paper(seed: int) -> None:
 
 
 def test_query_i_shares_no_noise_with_training_sample_i() -> None:
-    """One image on both sides under default ids: with shared noise its gradients would be the same."""
+    """One image on both sides under default ids and own noise: with one seed its gradients would be the same."""
     images, task = random_images(4, 0), rs.DiffusionTask(tiny_unet(), SCHEDULER)
     options: dict[str, Any] = {"checkpoints": {"c": tiny_unet().state_dict()}, "dtype": "float32", "progress": False}
 
@@ -332,7 +364,10 @@ def test_query_i_shares_no_noise_with_training_sample_i() -> None:
         made = rs.sketch(task, images, None, timesteps=plan, like=like, projection=projection, batch_size=8, **options)
         return made, made.sketches("c")
 
-    plans: list[tuple[Any, Any]] = [(rs.EvenlySpaced, 3), (rs.Explicit, [20, 70])]
+    plans: list[tuple[Any, Any]] = [
+        (partial(rs.EvenlySpaced, noise="own"), 3),
+        (partial(rs.Explicit, noise="own"), [20, 70]),
+    ]
     for plan, unset in plans:
         store, rows = sketched(plan(unset))
         queries, asked = sketched(plan(unset), store)
@@ -349,12 +384,13 @@ def test_unrelated_queries_do_not_rank_the_training_sample_of_their_id_first() -
     images, others = random_images(40, 0), random_images(40, 1)
     task, states = rs.DiffusionTask(tiny_unet(), SCHEDULER), {"c": tiny_unet().state_dict()}
     common: dict[str, Any] = {"checkpoints": states, "dtype": "float32", "progress": False}
-    store = rs.sketch(task, images, None, timesteps=rs.EvenlySpaced(4), projection=rs.CountSketch(1024), **common)
+    own = partial(rs.EvenlySpaced, 4, noise="own")
+    store = rs.sketch(task, images, None, timesteps=own(), projection=rs.CountSketch(1024), **common)
     index = rs.build_index(store, rs.ReTrac(), None, dtype="float32")
 
     def excess(seed: int | None) -> float:
         """How far the scores of sample i for query i lie above those of the others, in standard errors."""
-        asked = rs.sketch(task, others, None, timesteps=rs.EvenlySpaced(4, seed=seed), like=store, **common)
+        asked = rs.sketch(task, others, None, timesteps=own(seed=seed), like=store, **common)
         scores = index.scores(asked).compute()
         centred = scores - scores.mean(0) - scores.mean(1, keepdims=True) + scores.mean()
         return float(np.diag(centred).mean() / centred.std() * len(scores) ** 0.5)
@@ -417,7 +453,10 @@ def test_answers_become_tables_and_json() -> None:
     store, queries, *_ = pair_of_stores(3, 20, 1)
     answer = rs.build_index(store, rs.TracIn(), None).query(queries, 2)
     frame = answer.to_frame()
-    assert list(frame.columns) == ["query", "rank", "id", "score", "error", "resolved", "side"]
+    assert list(frame.columns) == ["query", "rank", "id", "score", "side"]
+    store, queries, *_ = pair_of_stores(3, 20, 2)
+    matched = rs.build_index(store, rs.TracIn("matched"), None).query(queries, 2).to_frame()
+    assert list(matched.columns) == ["query", "rank", "id", "score", "error", "resolved", "side"]
     assert frame["id"].tolist() == answer.ids.ravel().tolist()
     parsed = json.loads(answer.to_json())
     assert parsed["estimator"]["kind"] == "TracIn"

@@ -173,20 +173,18 @@ def test_all_scores_equal_brute_force(dtype: str) -> None:
     np.testing.assert_allclose(scores(chunk, queries), expected, atol=tolerance * np.abs(expected).max())
 
 
-def test_standard_errors_are_those_of_random_projections() -> None:
-    """Two correlated blocks of full vectors, projected 4,000 times by one Gaussian matrix each time."""
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_are_taken_apart_by_the_parts_of_rows(dtype: str, kept: bool) -> None:
     rng = np.random.default_rng(5)
-    k, p, trials = 64, 40, 4000
-    shared = rng.standard_normal((2, p))
-    x, y = (shared[i] + 0.5 * rng.standard_normal((2, p)) for i in range(2))  # [block, p]
-    projections = rng.standard_normal((trials, p, k)) / k**0.5
-    sketched = np.einsum("bp,tpk->tbk", x, projections), np.einsum("bp,tpk->tbk", y, projections)
-    spread = np.einsum("tbk,tbk->t", *sketched).std()
-    estimates = []
-    for left, right in zip(*(part[:200].astype(np.float32) for part in sketched), strict=True):
-        chunks = as_chunks([row[None] for row in left], np.ones((2, 1), np.float32), np.array([7]), [], kept=True)
-        estimates.append(top(chunks, right[:, None], 1, sketch_dim=k).errors[0, 0])
-    assert np.mean(estimates) == pytest.approx(spread, rel=0.15)
+    rows, scale = random_rows(rng, 2, 300, 12, dtype, 300)
+    queries = rng.standard_normal((2, 3, 12)).astype(np.float32)
+    found = top(as_chunks(rows, scale, np.arange(300), [100], kept=kept), queries, 7, signs=(1, -1), parts=4)
+    left, right = (np.asarray(x, float).reshape(2, -1, 4, 3) for x in (rows, queries))
+    products = np.einsum("cnpk,cqpk,cn->qnp", left, right, scale)
+    for lane, (ids, parts) in enumerate(zip(found.ids, found.parts, strict=True)):
+        np.testing.assert_allclose(parts, products[lane % 3, ids], rtol=1e-6, atol=1e-6 * np.abs(products).max())
+    assert top(as_chunks(rows, scale, np.arange(300), [], kept=kept), queries, 7).parts.shape == (3, 7, 0)
 
 
 @pytest.mark.parametrize("q", [1, 3])

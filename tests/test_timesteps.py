@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import retrac_scale as rs
+from retrac_scale.timesteps import grid_from_spec
 
 IDS = np.arange(5)
 
@@ -39,9 +40,48 @@ def test_noise_of_tensors_on_a_gpu_is_that_of_their_numbers() -> None:
     assert torch.equal(rs.draw_noise((2,), ids.cuda(), steps.cuda(), 9), rs.draw_noise((2,), ids, steps, 9))
 
 
-def test_evenly_spaced_covers_one_to_the_last() -> None:
-    pairs = rs.EvenlySpaced(4).pairs("c", IDS, 1000)
-    assert pairs.timesteps.tolist() == [[1, 334, 666, 999]] * 5
+def test_common_noise_is_the_same_for_every_sample_and_no_sample_s_own() -> None:
+    steps = np.array([7, 8, 7, 7])
+    drawn = rs.draw_noise((3, 4096), None, steps, 5)
+    assert torch.equal(drawn[0], drawn[2])
+    assert torch.equal(drawn[0], drawn[3])
+    assert torch.equal(rs.draw_noise((3, 4096), None, [7], [5])[0], drawn[0])
+    others = [
+        drawn[1],
+        rs.draw_noise((3, 4096), None, [7], 6)[0],
+        rs.draw_noise((3, 4096), None, [7], 5, draw=1)[0],
+        *rs.draw_noise((3, 4096), [0, 1, ""], [7, 7, 7], 5),
+    ]
+    for other in others:
+        pair = torch.stack([drawn[0].flatten(), other.flatten()])
+        assert abs(torch.corrcoef(pair)[0, 1]) < 5 / (3 * 4096) ** 0.5
+    assert abs(drawn.mean()) < 5 / (2 * 3 * 4096) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("plan", "steps"),
+    [
+        (rs.EvenlySpaced(1), [500]),
+        (rs.EvenlySpaced(4), [125, 375, 625, 875]),
+        (rs.EvenlySpaced(3), [166, 500, 833]),
+        (rs.EvenlySpaced(4, noise="own"), [1, 334, 666, 999]),
+        (rs.Explicit([7, 3]), [7, 3]),
+    ],
+)
+def test_a_grid_gives_every_sample_the_same_timesteps(plan: Any, steps: list[int]) -> None:
+    pairs = plan.pairs("c", IDS, 1000)
+    assert pairs.timesteps.tolist() == [steps] * 5
+    assert pairs.noise == plan.noise
+
+
+def test_a_grid_is_known_again_by_its_description() -> None:
+    for plan in (rs.EvenlySpaced(4), rs.Explicit([3, 1], draws=2, seed=7), rs.EvenlySpaced(2, noise="own", seed=3)):
+        again = grid_from_spec(plan.spec())
+        assert again is not None
+        assert again.spec() == plan.spec()
+    assert "noise" not in rs.EvenlySpaced(4, noise="own").spec()  # as stores were described before plans said it
+    assert grid_from_spec({"kind": "EvenlySpaced", "count": 4, "draws": 1}) == rs.EvenlySpaced(4, seed=0, noise="own")
+    assert grid_from_spec({"kind": "Recorded"}) is None
 
 
 @pytest.mark.parametrize(
@@ -51,11 +91,12 @@ def test_evenly_spaced_covers_one_to_the_last() -> None:
         lambda: rs.Explicit([]),
         lambda: rs.Explicit([1, 1]),
         lambda: rs.Explicit([1], seed=-1),
+        lambda: rs.EvenlySpaced(2, noise="shared"),  # type: ignore[arg-type]
         lambda: rs.Explicit([0.5, 10.9]),  # type: ignore[list-item]
     ],
 )
 def test_plans_without_sense_are_refused(bad: Any) -> None:
-    with pytest.raises(ValueError, match=r"EvenlySpaced|Explicit|seed"):
+    with pytest.raises(ValueError, match=r"EvenlySpaced|Explicit|seed|noise must be one of"):
         bad()
 
 
