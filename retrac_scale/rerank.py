@@ -37,17 +37,19 @@ def as_measured(train: Samples, store: SketchStore) -> Samples:
     """
     given = {"measure": train.task.measure, "scheduler": scheduler_spec(train.task.scheduler)}
     given["frozen"] = {**train.task.frozen, **(brought(train.dataset, "frozen") or {})}
-    found = differences(*of_both({key: store.fingerprint.get(key) for key in given}, given))
-    stored, specs = plans_of(store.fingerprint), [plan.spec() for plan in train.plans]
-    if len(specs) != len(stored) or any(spec not in specs for spec in stored):
-        found.append(f"timesteps are {stored} there and {specs} here")
+    given["forward"] = train.task.forward
+    stored, here = of_both(store.fingerprint, given)
+    found = differences({key: stored.get(key) for key in given}, here)
+    planned, specs = plans_of(store.fingerprint), [plan.spec() for plan in train.plans]
+    if len(specs) != len(planned) or any(spec not in specs for spec in planned):
+        found.append(f"timesteps are {planned} there and {specs} here")
     if found:
         raise ValueError(f"the store was measured otherwise than train=: {'; '.join(found)}; use the same.")
-    plans = [train.plans[specs.index(spec)] for spec in stored]
+    plans = [train.plans[specs.index(spec)] for spec in planned]
     for part in store.parts:
         if not isinstance(part.fingerprint["timesteps"], Mapping):
             raise ValueError("rerank needs an index of a whole store, not of samples taken from one; use where= there.")
-        plan = plans[stored.index(plans_of(part.fingerprint)[0])]
+        plan = plans[planned.index(plans_of(part.fingerprint)[0])]
         pairs = {name: plan.pairs(name, part.ids, train.task.num_train_timesteps) for name in part.checkpoints}
         if plan_digest(pairs) != part.fingerprint["timesteps"]["digest"]:
             raise ValueError(

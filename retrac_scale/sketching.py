@@ -164,6 +164,7 @@ def sketch(
             "checkpoints": digests,
             "scheduler": scheduler_spec(task.scheduler),
             "measure": task.measure,
+            "forward": task.forward,
             "autocast": task.autocast,
             "timesteps": {**timesteps.spec(), "digest": plan_digest(plans)},
         }
