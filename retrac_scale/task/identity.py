@@ -10,7 +10,7 @@ import sysconfig
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from types import CodeType, FunctionType, MethodType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -95,18 +95,19 @@ def _plain(thing: Any) -> Any:
     """The function within methods and partials, or the class of an object."""
     while isinstance(thing, (partial, MethodType)):
         thing = thing.func if isinstance(thing, partial) else thing.__func__
-    return thing if isinstance(thing, (type, FunctionType)) else type(thing)
+    return thing if isinstance(thing, (type, FunctionType, BuiltinFunctionType)) else type(thing)
 
 
 def _installed(thing: Any) -> bool:
     """Whether a function or class, or an object's class, is of Python, of an installed package, or of this one."""
     plain = _plain(thing)
-    if plain.__module__.partition(".")[0] in ("builtins", __name__.partition(".")[0]):
+    module = str(plain.__module__)
+    if isinstance(plain, BuiltinFunctionType) or module.partition(".")[0] in ("builtins", __name__.partition(".")[0]):
         return True
     try:
         return inspect.getfile(plain).startswith(INSTALLED)
     except (TypeError, OSError):  # compiled, or of a notebook
-        return str(plain.__module__) != "__main__"
+        return module != "__main__"
 
 
 def _pieces(value: Any, seen: list[Any]) -> Iterator[str]:
@@ -135,18 +136,23 @@ def _pieces(value: Any, seen: list[Any]) -> Iterator[str]:
     elif isinstance(value, (list, tuple)):
         for one in value:
             yield from _pieces(one, seen)
+    elif isinstance(value, (set, frozenset)):
+        yield repr(sorted(" ".join(_pieces(one, [*seen])) for one in value))
     elif isinstance(value, partial):
         yield from _pieces((value.func, value.args, value.keywords), seen)
     elif isinstance(value, MethodType):
         yield from _pieces((value.__func__, value.__self__), seen)
-    elif isinstance(value, (type, FunctionType)):
+    elif isinstance(value, (type, FunctionType, BuiltinFunctionType)):
         yield from _code_pieces(value, seen)
     else:
         yield from _code_pieces(type(value), seen)
-        yield from _pieces(getattr(value, "__dict__", {}), seen)
+        if hasattr(value, "__dict__"):
+            yield from _pieces(vars(value), seen)
+        elif " at 0x" not in repr(value):
+            yield repr(value)
 
 
-def _code_pieces(value: type | FunctionType, seen: list[Any]) -> Iterator[str]:
+def _code_pieces(value: Any, seen: list[Any]) -> Iterator[str]:
     """Of a function or class: its name where it is installed, else its source and what that holds or names."""
     yield value.__qualname__
     if _installed(value):
@@ -180,7 +186,7 @@ def _source(value: type | FunctionType) -> str:
 
 
 def _bytecode(code: CodeType) -> str:
-    constants = [_bytecode(one) if isinstance(one, CodeType) else repr(one) for one in code.co_consts]
+    constants = [_bytecode(one) if isinstance(one, CodeType) else " ".join(_pieces(one, [])) for one in code.co_consts]
     return f"{code.co_code.hex()} {code.co_names} {constants}"
 
 
