@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import retrac_scale as rs
 from retrac_scale.store import create_store, write_block
 from retrac_scale.store.compatibility import FIELDS
-from retrac_scale.task.identity import known_by
+from retrac_scale.task.identity import code_of, known_by
 from tests.conftest import random_images
 
 N = 4
@@ -342,6 +342,17 @@ def test_what_a_callable_names_counts_and_comments_do_not(tmp_path: Path, monkey
     assert known(source.replace("    return helper", "    # says nothing\n    return  helper"), "commented") == first
     assert known(source.replace("FACTOR = 2", "FACTOR = 3"), "other_factor") != first
     assert known(source.replace("x * FACTOR", "x + FACTOR"), "other_helper") != first
+
+
+def test_a_hook_that_only_looks_on_changes_nothing() -> None:
+    model, seen = denoiser_of(1.0), []
+
+    def look(module: nn.Module, given: Any, output: Tensor) -> None:
+        seen.append(output)
+
+    plain = code_of(model)
+    model.first.register_forward_hook(look)
+    assert code_of(model) == plain != {}
 
 
 def test_the_model_that_a_callable_holds_does_not_count_but_others_do() -> None:

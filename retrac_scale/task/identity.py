@@ -53,7 +53,7 @@ def code_known(thing: Any, *, without: Sequence[Any] = ()) -> dict[str, str]:
 def code_of(model: nn.Module) -> dict[str, str]:
     """Classes, patched forwards, processors and hooks of a model's modules that are not installed: name -> digest.
 
-    A hook is told by its source alone: what it holds is, as a rule, what it has seen.
+    A hook that returns something is told by its source alone: what hooks hold is, as a rule, what they have seen.
     """
     found: dict[str, set[str]] = {}
     every = [*model.modules()]
@@ -64,8 +64,8 @@ def code_of(model: nn.Module) -> dict[str, str]:
             for name, digest in code_known(value, without=every).items():
                 found.setdefault(name, set()).add(digest)
     for hook in [h for module in every for h in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())]:
-        if not _installed(hook):
-            function = _plain(hook)
+        function = _plain(hook)
+        if not _installed(hook) and _returns(function):
             found.setdefault(f"hook {function.__qualname__}", set()).add(_bytes(_source(function).encode()))
     return {name: " ".join(sorted(digests)) for name, digests in found.items()}
 
@@ -183,6 +183,16 @@ def _source(value: type | FunctionType) -> str:
     if isinstance(value, FunctionType):
         return _bytecode(value.__code__)
     return "".join(_bytecode(one.__code__) for one in vars(value).values() if isinstance(one, FunctionType))
+
+
+def _returns(value: type | FunctionType) -> bool:
+    """Whether a function can return anything; a hook that cannot only looks on."""
+    try:
+        tree = ast.parse(_source(value))
+    except (SyntaxError, ValueError):  # bytecode
+        return True
+    returned = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return)]
+    return any(one is not None and not (isinstance(one, ast.Constant) and one.value is None) for one in returned)
 
 
 def _bytecode(code: CodeType) -> str:
