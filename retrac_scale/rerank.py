@@ -37,7 +37,9 @@ def as_measured(train: Samples, store: SketchStore) -> Samples:
     """
     given = {"measure": train.task.measure, "scheduler": scheduler_spec(train.task.scheduler)}
     given["frozen"] = {**train.task.frozen, **(brought(train.dataset, "frozen") or {})}
-    found = differences(*of_both({key: store.fingerprint.get(key) for key in given}, given))
+    given["forward"] = train.task.forward
+    there, here = of_both(store.fingerprint, given)
+    found = differences({key: there.get(key) for key in given}, here)
     stored = plans_of(store.fingerprint)
     known = train.plans if train.timesteps is not None else [grid_from_spec(spec) for spec in stored]
     if None in known:
@@ -52,7 +54,7 @@ def as_measured(train: Samples, store: SketchStore) -> Samples:
     for part in store.parts:
         if not isinstance(part.fingerprint["timesteps"], Mapping):
             raise ValueError("rerank needs an index of a whole store, not of samples taken from one; use where= there.")
-        plan = plans[stored.index(plans_of(part.fingerprint)[0])]
+        plan = plans[planned.index(plans_of(part.fingerprint)[0])]
         pairs = {name: plan.pairs(name, part.ids, train.task.num_train_timesteps) for name in part.checkpoints}
         if plan_digest(pairs) != part.fingerprint["timesteps"]["digest"]:
             raise ValueError(

@@ -238,6 +238,7 @@ def _sketch_by_one_plan(
             "checkpoints": digests,
             "scheduler": scheduler_spec(task.scheduler),
             "measure": task.measure,
+            "forward": task.forward,
             "autocast": task.autocast,
             "timesteps": {**timesteps.spec(), "digest": plan_digest(plans)},
         }

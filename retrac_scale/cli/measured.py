@@ -64,6 +64,6 @@ def measured_like(index: Index, model: str, checkpoints: Mapping[str, str], time
         raise ValueError("images can only be sketched like a store that sketch(...) made and that is still there.")
     config = dict(store.fingerprint["scheduler"])
     scheduler = getattr(diffusers, config.pop("class"))(**config)
-    measured = {**measure_named(store.fingerprint["measure"]), "autocast": store.fingerprint["autocast"]}
+    measured = {**measure_named(store.fingerprint["measure"]), "autocast": store.fingerprint.get("autocast")}
     task = DiffusionTask(load_denoiser(model), scheduler, device=device, **measured)
     return Samples((), task, dict(checkpoints), EvenlySpaced(timesteps))

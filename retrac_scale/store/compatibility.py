@@ -1,14 +1,52 @@
-"""Whether the sketches of two stores may be multiplied."""
+"""What a gradient depends on, as a fingerprint tells it, and whether the sketches of two stores may be multiplied."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from retrac_scale.store.part import plans_of
 from retrac_scale.store.schema import differences
 
-COMPARED = ("projection", "parameters", "checkpoints", "measure", "scheduler", "frozen")
+
+@dataclass(frozen=True)
+class Field:
+    """An entry of a fingerprint, which a run that goes on must find unchanged.
+
+    Attributes:
+        what: what of the gradient it tells.
+        queries: whether queries must have the same as the training side.
+        parts: whether everything that a store grows by must have the same; the others are compared by name or make a
+            part of their own.
+    """
+
+    what: str
+    queries: bool = True
+    parts: bool = True
+
+
+FIELDS = {
+    "projection": Field("what a gradient is projected by: kind, dimensions, seed, revision"),
+    "parameters": Field("which parameters it is of: names and shapes"),
+    "checkpoints": Field("digests of all weights, and what LoRA's are multiplied with, by checkpoint", parts=False),
+    "scheduler": Field("what of the scheduler's configuration determines noisy images, targets and times"),
+    "measure": Field("what is differentiated, and how it is weighted over timesteps", parts=False),
+    "forward": Field("the code that runs: call=, the model's own, active adapters, mixed precision, noising"),
+    "autocast": Field("mixed precision, as earlier releases told it", queries=False),
+    "frozen": Field("the model's configuration; digests of VAE, text encoders, a ControlNet's U-Net"),
+    "timesteps": Field("the plan, and a digest of every timestep and noise seed", queries=False, parts=False),
+    "precondition": Field("digests of what it is divided by, by checkpoint", queries=False, parts=False),
+}
+"""Everything that a gradient is a function of, beside the samples themselves. A fingerprint has no other entries."""
+
+COMPARED = tuple(name for name, field in FIELDS.items() if field.queries)
+ALIKE = tuple(name for name, field in FIELDS.items() if field.parts)
+NOT_EVERYWHERE = ("frozen", "forward")
+"""Entries of which only what both sides tell is compared.
+
+Latents and embeddings may come without an encoder, and an earlier release tells less of the forward.
+"""
 
 
 def check_compatible(
@@ -19,7 +57,8 @@ def check_compatible(
     Raises:
         ValueError: they were sketched otherwise; says which field differs and what to do.
     """
-    found = differences(*of_both({k: train.get(k) for k in COMPARED}, {k: queries.get(k) for k in COMPARED}))
+    left, right = of_both(train, queries)
+    found = differences({k: left.get(k) for k in COMPARED}, {k: right.get(k) for k in COMPARED})
     if not found and set(train_checkpoints) != set(query_checkpoints):
         found = [f"checkpoints are {train_checkpoints} there and {query_checkpoints} here"]
     if found:
@@ -53,10 +92,20 @@ def slots(fingerprint: Mapping[str, Any]) -> list[tuple[Any, ...]]:
 
 
 def of_both(train: Mapping[str, Any], queries: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The fingerprints with those frozen parts that both name: latents and embeddings may come without an encoder."""
-    left, right = train.get("frozen") or {}, queries.get("frozen") or {}
-    names = left.keys() & right.keys()
-    return (
-        {**train, "frozen": {name: left[name] for name in names}},
-        {**queries, "frozen": {name: right[name] for name in names}},
-    )
+    """The fingerprints with that of `NOT_EVERYWHERE` which both name."""
+    left, right = dict(train), dict(queries)
+    for field in NOT_EVERYWHERE:
+        told = [_told(one, field) for one in (train, queries)]
+        names = told[0].keys() & told[1].keys()
+        left[field], right[field] = ({name: one[name] for name in names} for one in told)
+    return left, right
+
+
+def as_told_by(stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A fingerprint without what the stored one, of an earlier release, cannot tell."""
+    return {key: value for key, value in given.items() if key in stored or key != "forward"}
+
+
+def _told(fingerprint: Mapping[str, Any], field: str) -> Mapping[str, Any]:
+    earlier = {"autocast": fingerprint["autocast"]} if field == "forward" and "autocast" in fingerprint else {}
+    return {**earlier, **(fingerprint.get(field) or {})}

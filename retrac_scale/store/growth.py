@@ -10,6 +10,7 @@ import numpy.typing as npt
 import zarr
 
 from retrac_scale.store import objects
+from retrac_scale.store.compatibility import ALIKE, of_both
 from retrac_scale.store.encoding import Dtype
 from retrac_scale.store.part import ROOT, digest_of, group_json, lay_out, plans_of
 from retrac_scale.store.reader import PARTS, WHAT, SketchStore, open_parts, open_root
@@ -18,9 +19,6 @@ from retrac_scale.store.writer import begin, describe, mismatch, unfinished
 
 Describe = Callable[[npt.NDArray[Any], Sequence[str]], Mapping[str, Any]]
 """The fingerprint of some samples at some checkpoints."""
-
-ALIKE = ("projection", "parameters", "scheduler", "autocast")
-"""Fields of the fingerprint that all parts of a store share."""
 
 
 def grow_store(
@@ -106,7 +104,8 @@ def _check_alike(
     names = list(meta["checkpoints"])
     for part in parts:
         shared = [name for name in part.checkpoints if name in names]
-        digests = (part.fingerprint.get("checkpoints", {}), fingerprint.get("checkpoints", {}))
+        prints = of_both(part.fingerprint, fingerprint)
+        digests = [print_.get("checkpoints", {}) for print_ in prints]
         stored, given = (
             {key: print_.get(key) for key in ALIKE}
             | {"checkpoints": {name: digest.get(name) for name in shared}}
@@ -114,8 +113,8 @@ def _check_alike(
             | {"weights": {name: weights[name] for name in shared}}
             | {key: described[key] for key in ("dtype", "quantities", "columns")}
             for print_, digest, weights, described in (
-                (part.fingerprint, digests[0], part.weights, part.meta),
-                (fingerprint, digests[1], meta["checkpoints"], meta),
+                (prints[0], digests[0], part.weights, part.meta),
+                (prints[1], digests[1], meta["checkpoints"], meta),
             )
         )
         if found := differences(stored, given):

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import zarr
 
 from retrac_scale.store import commits, objects
+from retrac_scale.store.compatibility import as_told_by
 from retrac_scale.store.encoding import Dtype, Float32, array_dtype, check_dtype, encode
 from retrac_scale.store.errors import DamagedStoreError
 from retrac_scale.store.part import ROOT, NewChunk, group_json, lay_out
@@ -99,7 +100,8 @@ def mismatch(
     store: SketchStore, meta: Mapping[str, Any], ids: npt.NDArray[Any], columns: Mapping[str, npt.NDArray[Any]]
 ) -> list[str]:
     """What of a description, ids and columns differs from those of a stored part; columns only where they are given."""
-    found = differences({key: store.meta[key] for key in COMPARED}, {key: meta[key] for key in COMPARED})
+    given = {**meta, "fingerprint": as_told_by(store.meta["fingerprint"], meta["fingerprint"])}
+    found = differences({key: store.meta[key] for key in COMPARED}, {key: given[key] for key in COMPARED})
     if not found and not np.array_equal(store.ids, ids):
         found = ["the sample ids differ"]
     for name, values in columns.items():

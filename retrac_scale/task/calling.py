@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retrac_scale.task.checkpoints import weights_digest
+from retrac_scale.task.checkpoints import adapter_scales, weights_digest
+from retrac_scale.task.denoisers import is_a, settings, takes
+from retrac_scale.task.identity import adapters_of
+from retrac_scale.task.noising import SPECIAL_TIME
 
 Call = Callable[[nn.Module, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 """call(model, noisy [n, c, ...], times [n], conditioning) -> prediction shaped like the clean sample."""
 
-TIMES = ("timestep", "timesteps", "t", "timestep_ratio")
 FLUX_GUIDANCE = 3.5
 """Default of --guidance_scale in diffusers' train_dreambooth_flux.py."""
 LTX_SCALE = (8 / 25, 32, 32)
@@ -45,12 +47,13 @@ def call_model(model: nn.Module, noisy: Tensor, times: Tensor, conditioning: Map
         the prediction `[n, c, ...]`; variances that some models predict in further channels are left off.
 
     Raises:
-        ValueError: the model needs rotary embeddings of positions, which only its pipeline knows how to make.
+        ValueError: the model needs rotary embeddings of positions, which only its pipeline knows how to make, or the
+            conditioning has an argument that is not the items' to give.
     """
-    kind, config = type(model).__name__, getattr(model, "config", {})
-    if kind in ROTATED and config.get("use_rotary_positional_embeddings", True):
+    rotated = next((argument for kind, argument in ROTATED.items() if is_a(model, "diffusers", kind)), None)
+    if rotated is not None and settings(model).get("use_rotary_positional_embeddings", True):
         raise ValueError(
-            f"{kind} is told of positions by {ROTATED[kind]}=, as its pipeline makes it; write a "
+            f"{type(model).__name__} is told of positions by {rotated}=, as its pipeline makes it; write a "
             "call(model, noisy, times, conditioning) that passes it, and give DiffusionTask(call=...) that."
         )
     arguments: dict[str, Any] = {}
@@ -62,7 +65,7 @@ def call_model(model: nn.Module, noisy: Tensor, times: Tensor, conditioning: Map
         place[inner] = value
     concatenated = arguments.pop("concatenated", None)
     inputs = noisy if concatenated is None else torch.cat([noisy, concatenated.to(noisy.dtype)], 1)
-    layout = LAYOUTS.get(kind)
+    layout = layout_of(model)
     if layout is None:
         prediction = _called(model, inputs, times, arguments)
     else:
@@ -71,13 +74,36 @@ def call_model(model: nn.Module, noisy: Tensor, times: Tensor, conditioning: Map
     return prediction.narrow(1, 0, noisy.shape[1]) if prediction.shape[1] == 2 * noisy.shape[1] else prediction
 
 
+def check_callable(model: nn.Module) -> None:
+    """Raise ValueError for a model that `call_model` would call by a convention that is not its own.
+
+    That is one of a class of one's own that holds a denoiser of diffusers, or is called like one, whose pipeline tells
+    it of time, or gives it images, in a way of its own.
+    """
+    special = {*SPECIAL_TIME, *LAYOUTS, *ROTATED}
+    if is_a(model, "diffusers", *special):
+        return
+    within = [type(part).__name__ for part in model.modules() if is_a(part, "diffusers", *special)]
+    names = [kind.__name__ for kind in type(model).__mro__ if kind.__name__ in special]
+    if within or names:
+        relation = f"holds a {within[0]}" if within else f"is called {names[0]} but is not the one of diffusers"
+        raise ValueError(
+            f"the model's class, {type(model).__name__}, {relation}, so how it takes images and time is not known; "
+            "give that model itself or a subclass, or write a call(model, noisy, times, conditioning)."
+        )
+
+
 def _called(model: nn.Module, inputs: Tensor, times: Tensor, arguments: dict[str, Any]) -> Tensor:
-    parameters = inspect.signature(model.forward).parameters
-    time = next((name for name in TIMES if name in parameters), None)
-    given = arguments if time is None else {time: times, **arguments}
-    if "return_dict" in parameters:
+    taken = takes(model)
+    for name in arguments:
+        if name in taken.reserved:
+            raise ValueError(
+                f"the model's argument {name!r} is not the items' to give: it is the noisy sample or time."
+            )
+    given = arguments if taken.time is None else {taken.time: times, **arguments}
+    if "return_dict" in inspect.signature(model.forward).parameters:
         given = {**given, "return_dict": False}
-    output = model(inputs, **given) if time is not None else model(inputs, times, **given)
+    output = model(inputs, **given) if taken.time is not None else model(inputs, times, **given)
     prediction: Tensor = output if isinstance(output, Tensor) else output[0]
     return prediction
 
@@ -111,7 +137,7 @@ def _flux(model: nn.Module, images: Tensor, arguments: Mapping[str, Any]) -> tup
     rows, columns = torch.meshgrid(torch.arange(h // 2), torch.arange(w // 2), indexing="ij")
     places = torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3)
     added = {"img_ids": places.to(images), "txt_ids": images.new_zeros(arguments["encoder_hidden_states"].shape[1], 3)}
-    if getattr(model, "config", {}).get("guidance_embeds"):
+    if settings(model).get("guidance_embeds"):
         added["guidance"] = images.new_full((n,), FLUX_GUIDANCE)
     return _pack(images), added
 
@@ -134,6 +160,11 @@ LAYOUTS = {
 }
 
 
+def layout_of(model: nn.Module) -> Layout | None:
+    """How a model's tokens are made of images, None for one that takes images."""
+    return next((layout for kind, layout in LAYOUTS.items() if is_a(model, "diffusers", kind)), None)
+
+
 @dataclass(frozen=True, eq=False)
 class ThroughUNet:
     """The call of a ControlNet that is trained beside a frozen U-Net.
@@ -149,8 +180,9 @@ class ThroughUNet:
 
     @cached_property
     def digest(self) -> str:
-        """Hex digest of the U-Net's weights."""
-        return weights_digest(self.unet.state_dict())
+        """Hex digest of the U-Net's weights and adapters."""
+        adapters = adapters_of(self.unet)
+        return weights_digest(self.unet.state_dict(), f"{adapter_scales(self.unet)} {adapters}" if adapters else "")
 
     def __call__(self, model: nn.Module, noisy: Tensor, times: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
         """See `Call`."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import copy
-import inspect
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -13,12 +12,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from retrac_scale.task.calling import LAYOUTS, Call, ThroughUNet, call_model
+from retrac_scale.task.calling import Call, ThroughUNet, call_model, check_callable, layout_of
 from retrac_scale.task.checkpoints import COMPONENTS, Checkpoint, add_adapters, configuration, load_checkpoint
+from retrac_scale.task.denoisers import forward_of_diffusers, settings, takes, unwrapped
 from retrac_scale.task.encoding import Encoder, load_pipeline
-from retrac_scale.task.items import Item, take_apart
+from retrac_scale.task.identity import adapters_of, code_known, code_of, known_by
+from retrac_scale.task.items import CLASS_LABELS, Item, take_apart
 from retrac_scale.task.measures import OUTPUTS
-from retrac_scale.task.noising import noising_of
+from retrac_scale.task.noising import noising_of, table_digest
 from retrac_scale.task.weighting import Huber, MinSNR, PseudoHuber, SD3Weighting, Weighting, check_weighting
 
 Measure = Literal["mse", "l1", "mean_output", "mean_squared_output", "output_l1", "output_l2", "output_linf"]
@@ -31,7 +32,7 @@ class DiffusionTask:
     The model is put into eval mode on `device`; its gradients and weights are left alone.
 
     Args:
-        model: a denoiser, called as `call` does.
+        model: a denoiser, called as `call` does; wrappers of training (DDP, torch.compile, PEFT's) are taken off it.
         scheduler: its noise scheduler, of diffusion (`alphas_cumprod`, `config.prediction_type`) or flow matching;
             what a sampler changes in it does not matter.
         measure: "mse" or "l1", the mean over all entries of the prediction error (the paper's own code uses L1), or
@@ -42,10 +43,11 @@ class DiffusionTask:
         autocast: None, or "bfloat16" for mixed precision.
         weighting: of the losses over timesteps, `MinSNR(gamma)`, `SD3Weighting(scheme)`; None is 1.
         encoder: VAE and text encoders, for items with pixels and prompts in place of latents and embeddings.
-        call: how the model is called, `call(model, noisy, times, conditioning) -> prediction`.
+        call: how the model is called, `call(model, noisy, times, conditioning) -> prediction`; times are what
+            `noising.times` says.
 
     Raises:
-        ValueError: an option is unknown, or does not fit the scheduler.
+        ValueError: an option is unknown, or does not fit the scheduler, or it is not known how to call the model.
     """
 
     def __init__(
@@ -69,6 +71,9 @@ class DiffusionTask:
             raise ValueError(f"measure has an entry twice: {measure!r}.")
         if autocast not in (None, "bfloat16"):
             raise ValueError(f"autocast must be None or 'bfloat16', got {autocast!r}.")
+        model = unwrapped(model)
+        if call is call_model:
+            check_callable(model)
         self.model = model.to(device).eval()
         if torch.device(device).type == "cpu" and autocast is None:  # a few per cent faster; mixed precision is slower
             for parameter in self.model.parameters():
@@ -82,6 +87,7 @@ class DiffusionTask:
                 check_weighting(weighting, self.noising, one)
         self.encoder = encoder
         self.call = call
+        self.takes = takes(self.model)
         self._measures: dict[str, AnyMeasure] = {measure_name(one, weighting): one for one in given}
         self.device = torch.device(device)
         self.autocast = autocast
@@ -128,7 +134,13 @@ class DiffusionTask:
         with self._precision():
             prediction = self.call(self.model, noisy, self.noising.times(timesteps), conditioning)
         prediction = prediction.float() if self.autocast else prediction
-        error = prediction - self.noising.target(images, noise, timesteps)
+        target = self.noising.target(images, noise, timesteps)
+        if prediction.shape != target.shape:
+            raise ValueError(
+                f"the model predicts {tuple(prediction.shape)} where {tuple(target.shape)} is expected; give a "
+                "call(model, noisy, times, conditioning) that returns a prediction shaped like the samples."
+            )
+        error = prediction - target
         found = []
         for measure in self._measures.values():
             losses = _entries(measure, error).flatten(1).mean(1)
@@ -192,6 +204,20 @@ class DiffusionTask:
         parts = {**({} if self.encoder is None else self.encoder.digests), **configuration(self.model)}
         return {**parts, "unet": self.call.digest} if isinstance(self.call, ThroughUNet) else parts
 
+    @property
+    def forward(self) -> dict[str, Any]:
+        """How predictions are made of samples, beside weights and configuration: for the fingerprints of stores.
+
+        A store of an earlier release has none of it.
+        """
+        return {
+            "call": known_by(self.call, without=[*self.model.modules()]),
+            "code": {**code_of(self.model), **code_known(self.weighting)},
+            "adapters": adapters_of(self.model),
+            "autocast": self.autocast,
+            "noising": f"{self.noising.described} {table_digest(self.scheduler)}".strip(),
+        }
+
     def read_item(self, number: Any, item: Any) -> Item:
         """Take a dataset item apart and check it, without encoding anything.
 
@@ -204,16 +230,15 @@ class DiffusionTask:
         """
         found = take_apart(number, item)
         expected = self._image_shape()
-        if expected is not None and not self._encodes(found) and tuple(found.sample.shape) != expected:
+        alone = expected is not None and not self._encodes(found) and "concatenated" not in found.conditioning
+        if alone and tuple(found.sample.shape) != expected:
             raise ValueError(
                 f"dataset item {number} has shape {tuple(found.sample.shape)}, but the model takes {expected}; "
                 "resize or convert it in the dataset."
             )
-        if found.prompt is not None and self._takes_prompts() and self.encoder is None:
-            raise ValueError(
-                f"dataset item {number} brings a prompt, but the task has no text encoder; use "
-                "DiffusionTask.from_pretrained, or give the embeddings by the names of the model's arguments."
-            )
+        self._check_arguments(number, found)
+        if found.label is not None and self._takes_labels():
+            self._check_label(number, found.label)
         dtype = found.sample.dtype
         narrow = self._dtype.itemsize < 4 and self.autocast is None and not self._encodes(found)
         if narrow and dtype != self._dtype:
@@ -222,6 +247,46 @@ class DiffusionTask:
                 "in float32 and give the task autocast='bfloat16', or convert the items."
             )
         return found
+
+    def _check_arguments(self, number: Any, found: Item) -> None:
+        """Raise ValueError for what an item brings and no argument of the model takes.
+
+        Labels and prompts, which datasets bring anyway, are left aside where the model surely takes none.
+        """
+        taken = self.takes
+        others = f"of the model's arguments ({', '.join(taken.names) or 'none but sample and time'})"
+        for key in found.conditioning:
+            if self.call is call_model and key != "concatenated" and not taken.take(key.partition(".")[0]):
+                raise ValueError(
+                    f"dataset item {number} brings {key!r}, which is none {others}; leave it out of the items, make it "
+                    "one of the dataset's columns, or name it as the argument that takes it."
+                )
+        if found.label is not None and taken.names and not self._takes_labels() and not self._labels_known():
+            raise ValueError(
+                f"dataset item {number} brings a label, and {CLASS_LABELS!r} is none {others}; give it in a dict under "
+                "the name of the argument that takes it, or leave it out of the items."
+            )
+        can_matter = self.call is not call_model or taken.anything or {*taken.names} - {CLASS_LABELS}
+        if found.prompt is not None and can_matter and (self.encoder is None or not self._takes_prompts()):
+            lack = "the task has no text encoder" if self.encoder is None else "no argument takes its embeddings"
+            raise ValueError(
+                f"dataset item {number} brings a prompt, but {lack}; use DiffusionTask.from_pretrained, give the "
+                "embeddings by the names of the model's arguments, or leave it out of the items."
+            )
+
+    def _check_label(self, number: Any, label: Tensor) -> None:
+        """Raise ValueError for a label that cannot be looked up in a table of classes."""
+        config = settings(self.model) if self._labels_known() else {}
+        classes = config.get("num_class_embeds")
+        looked_up = config.get("class_embed_type") is None and (classes or config.get("num_embeds_ada_norm"))
+        if looked_up and label.is_floating_point():
+            raise ValueError(
+                f"dataset item {number} has label {label.tolist()}; give the number of a class, an integer."
+            )
+        if looked_up and classes and not 0 <= int(label.min()) <= int(label.max()) < classes:
+            raise ValueError(
+                f"dataset item {number} has label {label.tolist()}, but the model knows {classes} classes."
+            )
 
     def check_item(self, number: Any, item: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """What the model takes of a dataset item: the clean sample and its conditioning.
@@ -233,15 +298,21 @@ class DiffusionTask:
         """
         found = self.read_item(number, item)
         sample, conditioning = found.sample, dict(found.conditioning)
-        if not self._takes_labels():
-            conditioning.pop("class_labels", None)
+        if found.label is not None and self._takes_labels():
+            conditioning[CLASS_LABELS] = found.label
         if self.encoder is not None and found.prompt is not None and self._takes_prompts():
             factor = getattr(self.encoder.pipeline, "vae_scale_factor", 1) if found.encoded else 1
             size = [factor * side for side in sample.shape[-2:]]
             conditioning = {**self.encoder.embeddings(found.prompt, size, self.device), **conditioning}
         if self.encoder is not None and self._encodes(found):
             sample = self.encoder.latents(sample, self.device)
-        return sample if self._dtype.itemsize < 4 else sample.to(self._dtype), conditioning
+        if self._dtype.itemsize < 4:
+            return sample.to(self._dtype), conditioning
+        # in the weights' type: what is noised and predicted in half precision loses a per cent
+        wide = {
+            key: value.to(self._dtype) if value.is_floating_point() else value for key, value in conditioning.items()
+        }
+        return sample.to(self._dtype), wide
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -252,29 +323,29 @@ class DiffusionTask:
         return self.encoder is not None and self.encoder.vae is not None and not item.encoded
 
     def _takes_prompts(self) -> bool:
-        return "encoder_hidden_states" in inspect.signature(self.model.forward).parameters
+        return self.call is not call_model or self.takes.take("encoder_hidden_states")
 
     def _takes_labels(self) -> bool:
-        """A model of diffusers says it in its configuration; any other, by taking more than sample and time."""
-        config = self._config()
-        if not config:
-            return self.call is not call_model or len(inspect.signature(self.model.forward).parameters) > 2
-        return any(
-            config.get(key) is not None for key in ("num_class_embeds", "class_embed_type", "num_embeds_ada_norm")
-        )
+        """A forward of diffusers' own takes them where the model was made with classes, any other by its signature."""
+        if self.call is not call_model:
+            return True
+        if self._labels_known():
+            classes = ("num_class_embeds", "class_embed_type", "num_embeds_ada_norm")
+            return any(settings(self.model).get(key) is not None for key in classes)
+        return self.takes.take(CLASS_LABELS)
+
+    def _labels_known(self) -> bool:
+        """Whether a label can have no other name than `CLASS_LABELS`."""
+        return self.call is call_model and forward_of_diffusers(self.model)
 
     def _image_shape(self) -> tuple[int, ...] | None:
         """The one shape that samples must have; None where the model takes several."""
-        config = self._config()
+        config = settings(self.model) if forward_of_diffusers(self.model) else {}
         channels, size = config.get("in_channels"), config.get("sample_size")
-        if channels is None or size is None or self._takes_prompts() or type(self.model).__name__ in LAYOUTS:
+        if channels is None or size is None or self._takes_prompts() or layout_of(self.model) is not None:
             return None
         height, width = (size, size) if isinstance(size, int) else size
         return int(channels), int(height), int(width)
-
-    def _config(self) -> Mapping[str, Any]:
-        config: Mapping[str, Any] = getattr(self.model, "config", {})
-        return config if isinstance(config, Mapping) else {}
 
 
 def _entries(measure: AnyMeasure, error: Tensor) -> Tensor:
@@ -285,7 +356,9 @@ def _entries(measure: AnyMeasure, error: Tensor) -> Tensor:
 
 def measure_name(measure: AnyMeasure, weighting: Weighting | None) -> str:
     """How the fingerprint of a store calls what was measured."""
-    return str(measure) if weighting is None else f"{measure} x {weighting}"
+    if weighting is None:
+        return str(measure)
+    return f"{measure} x {known_by(weighting) if ' at 0x' in repr(weighting) else weighting}"
 
 
 def measure_named(name: str) -> dict[str, Any]:

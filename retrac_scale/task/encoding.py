@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retrac_scale.task.checkpoints import weights_digest
+from retrac_scale.task.checkpoints import adapter_scales, weights_digest
+from retrac_scale.task.identity import adapters_of
 
 # what a pipeline's encode_prompt returns, by the names under which the denoiser takes it (diffusers 0.42.1)
 _ONE, _MASKED = ("encoder_hidden_states",), ("encoder_hidden_states", "encoder_attention_mask")
@@ -88,6 +89,8 @@ class Encoder:
         for name, part in self.pipeline.components.items():
             if isinstance(part, nn.Module) and (name == "vae" or name.startswith("text_encoder")):
                 scale = repr([self.vae.config.get(key) for key in SCALES]) if name == "vae" else ""
+                adapters = adapters_of(part)
+                scale += f"{adapter_scales(part)} {adapters}" if adapters else ""
                 found[name] = weights_digest(part.state_dict(), scale)
         return found
 

@@ -15,6 +15,8 @@ LATENTS = "latents"
 SAMPLE_KEYS = (LATENTS, "image", "images", "pixel_values", "sample", "input", "video")
 PROMPT_KEYS = ("prompt", "text", "caption")
 LABEL_KEYS = ("label", "labels")
+CLASS_LABELS = "class_labels"
+"""What diffusers' models call the argument that takes a label."""
 
 
 def dataset_ids(dataset: Any) -> Any:
@@ -45,12 +47,14 @@ class Item:
     Attributes:
         sample: pixels or, if `encoded`, latents.
         conditioning: further arguments of the model's forward; nested ones under dotted names.
+        label: a class label that came in a tuple or under one of `LABEL_KEYS`, None when there is none.
         prompt: to be encoded, None when there is none.
         encoded: whether the sample came under the key "latents".
     """
 
     sample: Tensor
     conditioning: dict[str, Tensor]
+    label: Tensor | None
     prompt: str | None
     encoded: bool
 
@@ -59,7 +63,8 @@ def take_apart(number: Any, item: Any) -> Item:
     """Read an item: a tensor, (tensor, label, prompt or dict), or a dict with the sample under one of `SAMPLE_KEYS`.
 
     Raises:
-        ValueError: there is no sample in it, or it is not a finite floating point tensor; names the item.
+        ValueError: there is no sample in it, or it is not a finite floating point tensor, or it says something twice or
+            in a place that nothing is read from; names the item.
     """
     key, extra = "", None
     if isinstance(item, Mapping):
@@ -68,6 +73,11 @@ def take_apart(number: Any, item: Any) -> Item:
             raise ValueError(f"dataset item {number} has keys {list(item)}; name the image one of {SAMPLE_KEYS}.")
         sample, extra = item[key], {name: value for name, value in item.items() if name not in (key, "id")}
     elif isinstance(item, (tuple, list)):
+        if not 1 <= len(item) <= 2:
+            raise ValueError(
+                f"dataset item {number} is a {type(item).__name__} of {len(item)}; give (image, label), or a dict that "
+                "names what else the model takes."
+            )
         sample, extra = item[0], item[1] if len(item) > 1 else None
     else:
         sample = item
@@ -81,15 +91,29 @@ def take_apart(number: Any, item: Any) -> Item:
     if not torch.isfinite(sample).all():
         raise ValueError(f"dataset item {number} has NaN or infinite entries; repair it or leave it out.")
     if isinstance(extra, str):
-        extra = {"prompt": extra}
+        extra = {PROMPT_KEYS[0]: extra}
     elif extra is not None and not isinstance(extra, Mapping):
-        extra = {"class_labels": extra}
+        extra = {LABEL_KEYS[0]: extra}
     flat = dict(_flat("", extra or {}))
-    prompts = [flat.pop(name) for name in PROMPT_KEYS if name in flat]
-    conditioning = {
-        "class_labels" if name in LABEL_KEYS else name: _as_tensor(number, name, value) for name, value in flat.items()
-    }
-    return Item(sample, conditioning, prompts[0] if prompts else None, key == LATENTS)
+    prompt = _only(number, flat, PROMPT_KEYS)
+    if prompt is not None and not isinstance(prompt, str):
+        raise ValueError(f"dataset item {number} gives a {type(prompt).__name__} for its prompt; give one string.")
+    label = _only(number, flat, LABEL_KEYS)
+    if label is not None and CLASS_LABELS in flat:
+        raise ValueError(f"dataset item {number} brings both a label and {CLASS_LABELS!r}; give one of them.")
+    conditioning = {name: _as_tensor(number, name, value) for name, value in flat.items()}
+    label = None if label is None else _as_tensor(number, "label", label)
+    return Item(sample, conditioning, label, prompt, key == LATENTS)
+
+
+def _only(number: Any, flat: dict[str, Any], keys: tuple[str, ...]) -> Any:
+    """Take out what stands under one of several keys, None when none of them is there."""
+    given = [key for key in keys if key in flat]
+    if len(given) > 1:
+        raise ValueError(f"dataset item {number} brings both {given[0]!r} and {given[1]!r}; give one of them.")
+    if given and flat[given[0]] is None:
+        raise ValueError(f"dataset item {number} gives None for {given[0]!r}; fill it in, or leave the key out.")
+    return flat.pop(given[0]) if given else None
 
 
 def _as_tensor(number: Any, name: str, value: Any) -> Tensor:

@@ -5,11 +5,14 @@ A timestep is an integer t in 0 .. T-1, more noise the larger it is, for either 
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from retrac_scale.task.denoisers import is_a
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
@@ -26,6 +29,10 @@ class Noising(Protocol):
     def times(self, timesteps: Tensor) -> Tensor:
         """What it is told of the timesteps, `[n]`."""
 
+    @property
+    def described(self) -> str:
+        """What the model is told and what it predicts, in symbols, for the fingerprints of stores."""
+
 
 @dataclass(frozen=True, eq=False)
 class Diffusion:
@@ -34,10 +41,13 @@ class Diffusion:
     Attributes:
         alphas_cumprod: a_t, `[T]`.
         prediction_type: "epsilon", "sample" or "v_prediction" (Salimans and Ho 2022).
+        log_sigma_time: the model is told log(s_t) / 4 instead of t, with s_t^2 = (1 - a_t) / a_t: Karras et al. 2022,
+            whose (x + s_t e) / sqrt(1 + s_t^2) is this x_t.
     """
 
     alphas_cumprod: Tensor
     prediction_type: str
+    log_sigma_time: bool = False
 
     def noisy(self, samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """See `Noising`."""
@@ -54,8 +64,13 @@ class Diffusion:
         return signal * noise - share * samples
 
     def times(self, timesteps: Tensor) -> Tensor:
-        """The timesteps themselves."""
-        return timesteps
+        """The timesteps themselves, int64 `[n]`, or float32 `[n]`."""
+        return -self.snr(timesteps).log() / 8 if self.log_sigma_time else timesteps
+
+    @property
+    def described(self) -> str:
+        """See `Noising`."""
+        return f"{'log(s) / 4' if self.log_sigma_time else 't'} -> {self.prediction_type}"
 
     def snr(self, timesteps: Tensor) -> Tensor:
         """Signal to noise ratio a_t / (1 - a_t), `[n]`."""
@@ -101,6 +116,12 @@ class Flow:
         told = 1 - sigma if self.data_time else sigma
         return told if self.unit_time else told * len(self.sigmas)
 
+    @property
+    def described(self) -> str:
+        """See `Noising`."""
+        share = "(1 - s)" if self.data_time else "s"
+        return f"{share if self.unit_time else f'T {share}'} -> {'x - e' if self.to_data else 'e - x'}"
+
 
 # what the models' pipelines in diffusers 0.42.1 pass as timestep, and whether they negate the prediction
 UNIT_TIME = frozenset(
@@ -136,30 +157,75 @@ DATA_TIME = frozenset(
 TO_DATA = DATA_TIME | {"HiDreamImageTransformer2DModel", "NucleusMoEImageTransformer2DModel"}
 
 
+SPECIAL_TIME = UNIT_TIME | TO_DATA
+FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
+
+
 def noising_of(scheduler: Any, model: nn.Module) -> Diffusion | Flow:
     """How a model with this scheduler is trained.
 
+    A model of a class that is not of diffusers, nor a subclass of one, is told T s_t in flow matching, as the training
+    table of its scheduler says.
+
     Raises:
-        ValueError: the scheduler is of another kind.
+        ValueError: the scheduler is of another kind, or tells two things of the training.
     """
     config, kind = scheduler.config, type(scheduler).__name__
     prediction = config.get("prediction_type", "epsilon")
     if is_flow(scheduler):
-        name = type(model).__name__
-        sigmas = flow_sigmas(config)
-        return Flow(sigmas, unit_time=name in UNIT_TIME, data_time=name in DATA_TIME, to_data=name in TO_DATA)
+        _check_flow(scheduler)
+        unit, data, to_data = (is_a(model, "diffusers", *names) for names in (UNIT_TIME, DATA_TIME, TO_DATA))
+        return Flow(flow_sigmas(config), unit_time=unit, data_time=data, to_data=to_data)
     if prediction not in PREDICTIONS:
         raise ValueError(f"the scheduler's prediction_type {prediction!r} is none of {', '.join(PREDICTIONS)}.")
     if getattr(scheduler, "alphas_cumprod", None) is None:
         raise ValueError(f"{kind} is neither a diffusion scheduler with alphas_cumprod nor one of flow matching.")
-    return Diffusion(scheduler.alphas_cumprod, prediction)
+    noising = Diffusion(scheduler.alphas_cumprod, prediction, log_sigma_time=_tells_log_sigma(config))
+    _check_own_noise(scheduler, noising)
+    return noising
+
+
+def _tells_log_sigma(config: Any) -> bool:
+    """Whether a model is told log(s_t) / 4 (Stable Video Diffusion): by v alone, as in EulerDiscreteScheduler."""
+    return (config.get("timestep_type"), config.get("prediction_type")) == ("continuous", "v_prediction")
+
+
+def _check_own_noise(scheduler: Any, noising: Diffusion) -> None:
+    """Refuse a scheduler whose add_noise is not of diffusers and does something else than its table says."""
+    add_noise = getattr(scheduler, "add_noise", None)
+    if add_noise is None or str(add_noise.__module__).startswith("diffusers."):
+        return
+    steps = torch.tensor([0, len(noising.alphas_cumprod) // 2, len(noising.alphas_cumprod) - 1])
+    clean, noise = torch.tensor([[0.3], [-0.8], [0.5]]), torch.tensor([[-0.6], [0.4], [0.9]])
+    if not torch.allclose(add_noise(clean, noise, steps), noising.noisy(clean, noise, steps), rtol=1e-4, atol=1e-5):
+        raise ValueError(
+            f"{type(scheduler).__name__}.add_noise does something else than sqrt(a) x + sqrt(1 - a) e with the "
+            "scheduler's alphas_cumprod, which is what is measured; give one whose table describes the training."
+        )
+
+
+def _check_flow(scheduler: Any) -> None:
+    config, kind = scheduler.config, type(scheduler).__name__
+    prediction, shift = config.get("prediction_type", "flow_prediction"), config.get("shift")
+    if prediction != "flow_prediction":
+        raise ValueError(
+            f"the {kind}'s configuration says use_flow_sigmas and prediction_type {prediction!r}; only models of flow "
+            "matching that predict the flow are known."
+        )
+    if "stages" in config:
+        raise ValueError(f"{kind} noises in {config['stages']} stages of other sizes, which is not known here.")
+    if shift is not None and getattr(scheduler, "shift", shift) != shift:
+        raise ValueError(
+            f"the {kind}'s shift was set to {scheduler.shift}, its configuration says {shift}; make it with the shift "
+            "of the training: from_config(scheduler.config, shift=...)."
+        )
 
 
 def is_flow(scheduler: Any) -> bool:
     """Whether a scheduler is one of flow matching."""
-    config, kind = scheduler.config, type(scheduler).__name__
+    config = scheduler.config
     flow = config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas")
-    return bool(flow) or kind.startswith("FlowMatch")
+    return bool(flow) or is_a(scheduler, "diffusers", *FLOW_SCHEDULERS)
 
 
 def flow_sigmas(config: Any) -> Tensor:
@@ -208,4 +274,20 @@ def scheduler_spec(scheduler: Any) -> dict[str, Any]:
         "use_flow_sigmas",
         "use_dynamic_shifting",
     )
-    return {"class": type(scheduler).__name__, **{key: config[key] for key in keys if key in config}}
+    # of continuous ones alone: stores that say nothing of it were told integers
+    told = {"timestep_type": config["timestep_type"]} if _tells_log_sigma(config) else {}
+    return {"class": type(scheduler).__name__, **{key: config[key] for key in keys if key in config}, **told}
+
+
+def table_digest(scheduler: Any) -> str:
+    """Of noise levels that are not those that the scheduler's configuration makes; empty where they are."""
+    table = getattr(scheduler, "alphas_cumprod", None)
+    if table is None or is_flow(scheduler):
+        return ""
+    try:
+        made = type(scheduler).from_config(scheduler.config).alphas_cumprod
+    except (AttributeError, TypeError):  # a scheduler that is not made by a configuration
+        made = torch.zeros(0)
+    if made.shape == table.shape and torch.allclose(made.to(table), table, rtol=1e-5, atol=1e-8):
+        return ""
+    return hashlib.blake2b(table.detach().cpu().double().numpy().tobytes(), digest_size=8).hexdigest()

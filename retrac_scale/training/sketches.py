@@ -198,7 +198,6 @@ class TrainingSketches:
             "checkpoints": {name: weights_digest(weights, adapter_scales(self.model))},
             "scheduler": scheduler_spec(self.scheduler),
             "measure": plan.measure,
-            "autocast": None,
             "frozen": configuration(self.model),
             "timesteps": {"kind": KIND, "visits": plan.visits, "share": plan.share},
         }
