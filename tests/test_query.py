@@ -294,6 +294,8 @@ def test_errors_are_those_of_sums_of_measurements_and_tell_which_neighbours_stan
     estimator = rs.TRAK(0.5, pairing="matched", squared=squared)
     index = rs.build_index(store, estimator, None, dtype="float32")
     answer = index.query(queries, 40)
+    assert answer.errors is not None
+    assert answer.resolved is not None
     for q in range(3):
         explained = [index.explain(rs.take(queries, [q]), i) for i in answer.ids[q]]
         parts = np.array([one.contributions.sum((0, 2)) for one in explained])  # [n, t]
@@ -313,6 +315,7 @@ def test_errors_are_unbiased_for_repeated_measurements() -> None:
     sides = (rs.write_store(None, {"c": x}, timesteps=range(6), dtype="float32") for x in (images, others[:20]))
     store, queries = sides
     answer = rs.build_index(store, rs.TracIn("matched"), None, dtype="float32").query(queries, 1000)
+    assert answer.errors is not None
     variance = 6 * (image @ image + other @ other + 16)
     assert np.mean(np.square(answer.errors)) == pytest.approx(variance, rel=0.1)
 
