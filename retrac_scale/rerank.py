@@ -54,7 +54,7 @@ def as_measured(train: Samples, store: SketchStore) -> Samples:
     for part in store.parts:
         if not isinstance(part.fingerprint["timesteps"], Mapping):
             raise ValueError("rerank needs an index of a whole store, not of samples taken from one; use where= there.")
-        plan = plans[planned.index(plans_of(part.fingerprint)[0])]
+        plan = plans[stored.index(plans_of(part.fingerprint)[0])]
         pairs = {name: plan.pairs(name, part.ids, train.task.num_train_timesteps) for name in part.checkpoints}
         if plan_digest(pairs) != part.fingerprint["timesteps"]["digest"]:
             raise ValueError(
