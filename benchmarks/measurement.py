@@ -6,9 +6,9 @@
 
 needs benchmarks/truths/SETTING.npz; `python -m benchmarks.truths` makes it anew. The model that is asked about is
 trained first (minutes) unless it is there; sketches are kept as well. For every row: LDS on held-out, training and
-generated queries, of the score and of its square, with intervals over queries and subsets; what two halves of the measurements
-agree on; how specific the lists are; whether the originals of altered training images come first; pairs, bytes and
-seconds. Tables go to benchmarks/results/measurement-SETTING.md, their numbers to .json, pictures to docs/.
+generated queries, of the score and of its square, with intervals over queries and subsets; what two halves of the
+measurements agree on; how specific the lists are; whether the originals of altered training images come first; pairs,
+bytes and seconds. Tables go to benchmarks/results/measurement-SETTING.md, their numbers to .json, pictures to docs/.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def page(report: dict[str, Any]) -> str:
         f"`{report['command']}`, {report['date']}, {report['machine']}. Written by that command.",
         f"{report['samples']} training images, {report['queries']} queries of each kind, {report['subsets']} models "
         "retrained on random halves of one seed. Brackets: 95 % intervals, of LDS over queries and subsets, of "
-        "overlaps over queries and splits. Bytes and pairs: of a training sample; seconds: CPU time for sketching all of them. "
+        "overlaps over queries and splits. Bytes and pairs: of a training sample; seconds: CPU time for sketching all. "
         "Halves: what the top-10 lists of two halves of the measurements share; foretold: for two whole runs.",
     ]
     if lines := report.get("rows"):

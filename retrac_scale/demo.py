@@ -237,10 +237,10 @@ def _print_findings(scans: Scans, recorded: SketchStore, answers: Any, again: An
             f"{largest_share(answer.ids):.0%} of the lists"
         )
     print(
-        "TracIn and ReTrac follow the training as it was, where each scan met another noise at another timestep: most of\n"
-        "a score is the luck of these draws, and under TracIn scans that met a timestep with long gradients come up for\n"
-        "every query. ReTracRidge shows scans and query the same noise at the same timesteps, so that only the pictures\n"
-        "differ."
+        "TracIn and ReTrac follow the training as it was, where each scan met another noise at another timestep: most\n"
+        "of a score is the luck of these draws, and under TracIn scans that met a timestep with long gradients come up\n"
+        "for every query. ReTracRidge shows scans and query the same noise at the same timesteps, so that only the\n"
+        "pictures differ."
     )
     top = np.argsort(-self_influence(recorded, TracIn()))[:OUTLIERS]
     print(f"planted outliers among the {OUTLIERS} largest TracIn self-influences: {scans.is_outlier[top].sum()}")
