@@ -238,8 +238,8 @@ def _print_findings(scans: Scans, recorded: SketchStore, answers: Any, again: An
         )
     print(
         "TracIn and ReTrac follow the training as it was, where each scan met another noise at another timestep: most\n"
-        "of a score is the luck of these draws, and under TracIn scans that met a timestep with long gradients come up\n"
-        "for every query. ReTracRidge shows scans and query the same noise at the same timesteps, so that only the\n"
+        "of a score is the luck of these draws, and under TracIn scans that met a timestep with long gradients come\n"
+        "up for every query. ReTracRidge shows scans and query the same noise at the same timesteps, so that only the\n"
         "pictures differ."
     )
     top = np.argsort(-self_influence(recorded, TracIn()))[:OUTLIERS]
