@@ -58,10 +58,22 @@ def _within(place: str, folders: Sequence[str], read: Callable[..., Any], what: 
 
 
 def image_files(paths: Sequence[str], task: DiffusionTask) -> ImageFiles:
-    """Image files, and those of folders, in as many channels as the model takes."""
+    """Image files, and those of folders, in as many channels as the model takes.
+
+    Raises:
+        ValueError: the model takes no images, but latents.
+    """
     from retrac_scale.datasets import ImageFiles
 
-    return ImageFiles(paths, int(task.model.config.in_channels))  # type: ignore[union-attr, arg-type]
+    channels = int(task.model.config.in_channels)  # type: ignore[union-attr, arg-type]
+    if channels not in (1, 3):
+        raise ValueError(
+            f"the model takes {channels} channels, latents of a VAE; the command line measures models of pixels: in "
+            "Python, give rs.sketch the task of rs.DiffusionTask.from_pretrained(folder), which encodes images."
+        )
+    files = ImageFiles(paths, channels)
+    files.advice = "repair it, or take it away"
+    return files
 
 
 def measured_like(index: Index, model: str, checkpoints: Mapping[str, str], timesteps: int, device: str) -> Samples:
