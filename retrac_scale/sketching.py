@@ -24,8 +24,8 @@ from retrac_scale.projections import GradientMismatchError, GradientSketcher, Lo
 from retrac_scale.store import Dtype, Layout, SketchStore, create_store, grow_store, open_store, write_block
 from retrac_scale.store.compatibility import check_compatible
 from retrac_scale.store.encoding import check_dtype
-from retrac_scale.store.schema import Url, check_columns, check_ids
-from retrac_scale.task.checkpoints import Checkpoint
+from retrac_scale.store.schema import Url, check_columns, check_ids, whereabouts
+from retrac_scale.task.checkpoints import Checkpoint, absolute
 from retrac_scale.task.diffusion import DiffusionTask
 from retrac_scale.task.items import brought, dataset_ids
 from retrac_scale.task.noising import scheduler_spec
@@ -119,6 +119,7 @@ def sketch(
         raise ValueError(f"timesteps must be a plan, such as EvenlySpaced(10), got {timesteps!r}.")
     if not checkpoints or not isinstance(checkpoints, Mapping):
         raise ValueError(f"sketch needs checkpoints={{'name': path or state dict}}, got {checkpoints!r}.")
+    checkpoints = absolute(checkpoints)
     if like is not None:
         timesteps = of_queries(timesteps)
         projection = from_spec(like.fingerprint["projection"]) if projection is None else projection
@@ -248,7 +249,7 @@ def _fill(
                     _sketch_there,
                     blocks,
                     client,
-                    shared=(own, str(stores[0].url), tuple(store.only_part.name for store in stores)),
+                    shared=(own, whereabouts(str(stores[0].url)), tuple(store.only_part.name for store in stores)),
                     resources=resources,
                     fatal=(GradientMismatchError,),
                 )

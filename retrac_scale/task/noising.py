@@ -192,7 +192,7 @@ def _as(table: Tensor, like: Tensor, timesteps: Tensor) -> Tensor:
 
 
 def scheduler_spec(scheduler: Any) -> dict[str, Any]:
-    """What of the scheduler determines the noisy images."""
+    """What of the scheduler determines the noisy images, as JSON has it: an array, trained_betas say, is a list."""
     config = dict(scheduler.config)
     keys = (
         "num_train_timesteps",
@@ -208,4 +208,6 @@ def scheduler_spec(scheduler: Any) -> dict[str, Any]:
         "use_flow_sigmas",
         "use_dynamic_shifting",
     )
-    return {"class": type(scheduler).__name__, **{key: config[key] for key in keys if key in config}}
+    found = {key: config[key] for key in keys if key in config}
+    plain = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in found.items()}
+    return {"class": type(scheduler).__name__, **plain}
