@@ -19,6 +19,7 @@ from retrac_scale.task.adapters import (
     adapter_keys,
     adapter_scales,
     inject,
+    layers,
     look_like_adapters,
     read_adapters,
     scale_faults,
@@ -96,19 +97,19 @@ def load_checkpoint(model: nn.Module, name: str, checkpoint: Checkpoint, loader:
     weights = read_weights(model, name, checkpoint)
     refuse_text_encoders(name, weights.tensors)
     own = model.state_dict()
-    theirs, scales = adapter_keys(model, own), []
     state, unknown = _by_own_names(model, name, own, weights.tensors)
-    if theirs and set(state) <= set(theirs.values()) and (state or look_like_adapters(weights.tensors)):
-        needed = list(theirs.values())
-        if unknown:
+    faults, scales, theirs = _misfits(own, own, state, unknown), [], {}
+    if not faults:
+        _refuse_other_configuration(model, name, weights)
+    elif next(layers(model), None) is not None:
+        theirs = adapter_keys(model, own)
+        if unknown and set(state) <= set(theirs.values()):
             adapters = read_adapters(model, weights, loader)
             state = {theirs[key]: value for key, value in adapters.tensors.items() if key in theirs}
             unknown = [key for key in adapters.tensors if key not in theirs]
             scales = scale_faults(model, adapters)
-    else:
-        needed = list(own)
-        _refuse_other_configuration(model, name, weights)
-    faults = _misfits(own, needed, state, unknown) or scales
+        if set(state) <= set(theirs.values()):
+            faults = _misfits(own, list(theirs.values()), state, unknown) or scales
     if faults:
         advice = "build the model with the configuration that the checkpoint was trained with"
         if look_like_adapters(weights.tensors) and not theirs:
@@ -149,7 +150,7 @@ def add_adapters(model: Any, path: str | os.PathLike[str], loader: Any = None) -
     weights = read_weights(model, name, path)
     refuse_text_encoders(name, weights.tensors)
     adapters = read_adapters(model, weights, loader)
-    if weights.file is None or not look_like_adapters(adapters.tensors):
+    if weights.file is None or not (adapters.config or look_like_adapters(adapters.tensors)):
         raise ValueError(f"{weights.file or path} holds no adapters.")
     inject(model, adapters, weights.file)
     load_checkpoint(model, name, weights.file, loader)

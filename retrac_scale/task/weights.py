@@ -198,9 +198,8 @@ def _read(name: str, path: Path) -> dict[str, Tensor]:
             + " would have to be executed to be read; save the weights alone, torch.save(model.state_dict(), file)."
         ) from None
     except (RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(
-            f"checkpoint {name!r}: {path} is no whole file of weights: {str(error).splitlines()[0]}"
-        ) from None
+        said = next(iter(str(error).splitlines()), "it is empty")
+        raise ValueError(f"checkpoint {name!r}: {path} is no whole file of weights: {said}") from None
     if not isinstance(state, Mapping):
         raise ValueError(f"checkpoint {name!r}: {path} holds a {type(state).__name__} in place of a state dict.")
     return dict(_flat("", state))
