@@ -26,8 +26,8 @@ from retrac_scale.store import Dtype, Layout, SketchStore, create_store, grow_st
 from retrac_scale.store.compatibility import check_compatible
 from retrac_scale.store.encoding import check_dtype
 from retrac_scale.store.part import plans_of
-from retrac_scale.store.schema import Url, check_columns, check_ids
-from retrac_scale.task.checkpoints import Checkpoint
+from retrac_scale.store.schema import Url, check_columns, check_ids, whereabouts
+from retrac_scale.task.checkpoints import Checkpoint, absolute
 from retrac_scale.task.diffusion import DiffusionTask
 from retrac_scale.task.items import brought, dataset_ids
 from retrac_scale.task.noising import scheduler_spec
@@ -144,6 +144,7 @@ def sketch(
     plans = _plans(timesteps, like, there)
     if not checkpoints or not isinstance(checkpoints, Mapping):
         raise ValueError(f"sketch needs checkpoints={{'name': path or state dict}}, got {checkpoints!r}.")
+    checkpoints = absolute(checkpoints)
     if until is not None:
         _check_until(until, at_most, plans, out, like)
     if projection is None and (like or there) is not None:
@@ -324,7 +325,7 @@ def _fill(
                     _sketch_there,
                     blocks,
                     client,
-                    shared=(own, str(stores[0].url), tuple(store.only_part.name for store in stores)),
+                    shared=(own, whereabouts(str(stores[0].url)), tuple(store.only_part.name for store in stores)),
                     resources=resources,
                     fatal=(GradientMismatchError,),
                 )

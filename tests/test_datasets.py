@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -288,3 +289,131 @@ def test_a_file_whose_name_is_not_utf_8_is_named(tmp_path: Path) -> None:
         ImageFiles([str(tmp_path / "plain")])
     with pytest.raises(ValueError, match=r"column 'folder': value 'caf\\udce9' has no UTF-8"):
         check_columns({"folder": [folder.name]}, 1)
+
+
+def pictures(folder: Path, names: list[str]) -> None:
+    for row, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(row).integers(0, 256, (4, 4, 3), dtype=np.uint8)).save(folder / name)
+
+
+def test_of_a_folder_count_the_files_that_imagefolder_takes(tmp_path: Path) -> None:
+    hf = pytest.importorskip("datasets")
+    taken = ["a.png", "b.JPG", "c.tif", "d.gif", "e.tiff", "sub/f.webp", "sub/g.jfif"]
+    hidden = [".trash/h.png", ".i.png", "__MACOSX/j.png", "sub/.ipynb_checkpoints/f-checkpoint.png"]
+    pictures(tmp_path / "own", taken + hidden)
+    (tmp_path / "own/._a.png").write_bytes(b"\0\5\26\7")  # macOS' AppleDouble
+    (tmp_path / "own/metadata.txt").write_text("of no interest")
+    theirs = hf.load_dataset("imagefolder", data_dir=tmp_path / "own", split="train", cache_dir=tmp_path / "cache")
+    found = ImageFiles([str(tmp_path / "own")])
+    assert [str(Path(name).relative_to(tmp_path / "own")) for name in found.ids] == sorted(taken)
+    expected = theirs.cast_column("image", hf.Image(decode=False))["image"]
+    assert sorted(found.ids) == sorted(one["path"] for one in expected)
+    assert len(ImageFiles([tmp_path / "own/.i.png"])) == 1  # asked for by its name
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    pictures(tmp_path, ["elsewhere/a.png", "own/b.png"])
+    (tmp_path / "own/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "own/again").symlink_to(tmp_path / "own")
+    found = ImageFiles(tmp_path / "own")
+    assert sorted(Path(name).name for name in found.ids) == ["a.png", "b.png"]
+
+
+def test_one_path_is_a_list_of_one(tmp_path: Path) -> None:
+    as_shards(tmp_path, None)
+    as_parquet(tmp_path, None)
+    pictures(tmp_path, ["t.png"])
+    assert len(ImageFiles(str(tmp_path / "t.png"))) == len(ImageFiles(tmp_path)) == 1
+    assert len(TarShards(str(tmp_path / "0.tar"))) == len(Parquet(tmp_path / "0.parquet", columns="name")) == 3
+    with pytest.raises(ValueError, match="there is no file or folder photos"):
+        ImageFiles("photos")
+    with pytest.raises(ValueError, match="a path must be a string or a Path, got 7"):
+        ImageFiles([7])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="has no column 'names'"):
+        Parquet(tmp_path / "0.parquet", columns="names")
+
+
+def test_images_are_found_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a Dask worker runs, say; ids stay as they were given."""
+    hf = pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    as_shards(tmp_path, None)
+    as_parquet(tmp_path, None)
+    np.save("images.npy", RAW)
+    (tmp_path / "plain.png").write_bytes(png(0))
+    pq.write_table(pa.table({"image": [{"bytes": None, "path": "plain.png"}]}), "paths.parquet")
+    paths = hf.Dataset.from_dict({"image": ["plain.png"]}).cast_column("image", hf.Image())
+    given = [
+        ImageFiles("plain.png"),
+        TarShards("0.tar"),
+        Parquet("0.parquet"),
+        Parquet("paths.parquet"),
+        HuggingFace(paths),
+        Arrays("images.npy"),
+    ]
+    assert given[0].ids.tolist() == ["plain.png"]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for dataset in map(pickle.loads, map(pickle.dumps, given)):
+        np.testing.assert_allclose(image(dataset[0]), RAW[0].transpose(2, 0, 1) / 127.5 - 1, atol=1e-6)
+
+
+def test_images_are_in_the_mode_in_which_the_data_set_gives_them() -> None:
+    hf = pytest.importorskip("datasets")
+    for mode in ("L", "RGB", "1", "CMYK"):
+        dataset = hf.Dataset.from_dict({"image": contents(None)}).cast_column("image", hf.Image(mode=mode))
+        expected = np.asarray(dataset[1]["image"].convert("RGB"), dtype=np.float32) / 127.5 - 1
+        for given in (dataset, dataset.cast_column("image", hf.Image(mode=mode, decode=False))):
+            np.testing.assert_array_equal(image(HuggingFace(given)[1]).transpose(1, 2, 0), expected)
+
+
+def test_images_in_archives_and_in_arrays_are_read_as_hugging_face_reads_them(tmp_path: Path) -> None:
+    hf = pytest.importorskip("datasets")
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.writestr("0.png", png(0))
+    place = f"zip://0.png::{tmp_path}/images.zip"
+    pq.write_table(pa.table({"image": [{"bytes": None, "path": place}]}), tmp_path / "paths.parquet")
+    features = hf.Features({"image": hf.Array3D((8, 8, 3), "uint8")})
+    for dataset in (
+        HuggingFace(hf.Dataset.from_dict({"image": [place]}).cast_column("image", hf.Image())),
+        HuggingFace(hf.Dataset.from_dict({"image": [RAW[0].tolist()]}, features=features)),
+        Parquet(tmp_path / "paths.parquet"),
+    ):
+        np.testing.assert_allclose(image(dataset[0]), RAW[0].transpose(2, 0, 1) / 127.5 - 1, atol=1e-6)
+    upright = hf.Features({"image": hf.Array3D((5, 8, 8), "uint8")})
+    wrong = HuggingFace(hf.Dataset.from_dict({"image": [np.zeros((5, 8, 8), int).tolist()]}, features=upright))
+    with pytest.raises(CorruptImageError, match=r"shape \(5, 8, 8\)"):
+        wrong[0]
+
+
+def test_columns_that_cannot_be_kept_are_named_with_their_rows(tmp_path: Path) -> None:
+    hf = pytest.importorskip("datasets")
+    columns = {"text": ["a", None, "c"], "tags": [["a"], ["a", "b"], []], "class": [2, 0, 1]}
+    dataset = hf.Dataset.from_dict({"image": contents(None)[:3], **columns}).cast_column("image", hf.Image())
+    for given, message in {
+        "text": r"no value of 'text' in row 1; fill it in",
+        "tags": r"a list as 'tags' in row 0, \['a'\]; give one value",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            HuggingFace(dataset, columns=given)
+        with pytest.raises(ValueError, match=message.replace(given, "prompt", 1)):
+            HuggingFace(dataset, given={"prompt": given})
+    with pytest.raises(ValueError, match="no value of 'id' in row 1"):
+        HuggingFace(dataset, id="text")
+    assert HuggingFace(dataset, columns={"kind": "class"}).columns["kind"].tolist() == [2, 0, 1]
+    with pytest.raises(ValueError, match=r"give one of them, dataset\['train'\]"):
+        HuggingFace(hf.DatasetDict({"train": dataset}))
+
+
+def test_a_sample_of_a_shard_with_two_images_says_which_is_meant(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, row in (("a.png", 0), ("a.webp", 1)):
+            member = tarfile.TarInfo(name)
+            member.size = len(png(row))
+            tar.addfile(member, io.BytesIO(png(row)))
+    with pytest.raises(ValueError, match=r"'a' of .* has images png, webp; say which"):
+        TarShards(tmp_path / "0.tar")
+    np.testing.assert_array_equal(
+        image(TarShards(tmp_path / "0.tar", image="webp")[0]), pixels(png(1), 3, None).numpy()
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 import retrac_scale as rs
 from retrac_scale.store import create_store, write_block
 from retrac_scale.store.encoding import encode
-from retrac_scale.store.schema import check_ids
+from retrac_scale.store.schema import check_ids, is_remote, whereabouts
 
 
 def random_store(out: Any = None, **options: Any) -> rs.SketchStore:
@@ -241,3 +242,33 @@ def test_ids_beyond_int64_are_refused_and_never_wrap(ids: Any) -> None:
     with pytest.raises(ValueError, match=r"sample id -?\d{19,22} is beyond int64; give such ids as strings"):
         check_ids(ids, 2)
     assert check_ids(np.array([3, 2**63 - 1], np.uint64), 2).tolist() == [3, 2**63 - 1]
+
+
+def test_a_path_begins_at_home_or_here_wherever_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    random_store("~/s.zarr")
+    store = random_store("here.zarr")
+    assert (tmp_path / "home/s.zarr/zarr.json").exists()
+    assert not (tmp_path / "~").exists()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert store.sketches("a").shape == rs.open_store("~/s.zarr").sketches("a").shape
+    assert whereabouts("../here.zarr") == str(tmp_path / "here.zarr")
+    assert whereabouts("s3://bucket/s.zarr") == "s3://bucket/s.zarr"
+
+
+def test_chained_urls_are_those_of_fsspec(tmp_path: Path) -> None:
+    random_store(tmp_path / "s.zarr", ids=list("vwxyz"))
+    archive = shutil.make_archive(str(tmp_path / "s"), "zip", tmp_path / "s.zarr")
+    found = rs.open_store(f"zip::file://{archive}")
+    assert found.ids.tolist() == list("vwxyz")
+    np.testing.assert_array_equal(found.sketches("a"), rs.open_store(tmp_path / "s.zarr").sketches("a"))
+    assert is_remote("simplecache::s3://bucket/s.zarr")
+
+
+def test_a_colon_in_a_name_is_no_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    random_store("a::b.zarr", ids=list("vwxyz"))
+    assert [path.name for path in tmp_path.iterdir()] == ["a::b.zarr"]
+    assert rs.open_store("a::b.zarr").ids.tolist() == list("vwxyz")

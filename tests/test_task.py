@@ -383,3 +383,23 @@ def test_in_float32_a_cpu_has_the_model_channels_last(autocast: Any) -> None:
     model = rs.DiffusionTask(tiny_unet(), DDPMScheduler(), autocast=autocast).model
     weight = model.get_parameter("down_blocks.0.resnets.0.conv1.weight")
     assert weight.is_contiguous(memory_format=torch.channels_last) == (autocast is None)
+
+
+def test_a_schedulers_betas_may_be_an_array() -> None:
+    betas = np.linspace(1e-4, 0.02, 10)
+    model, images = tiny_unet(), random_images(2)
+    stores = [
+        rs.sketch(
+            rs.DiffusionTask(model, DDPMScheduler(10, trained_betas=given)),
+            images,
+            None,
+            checkpoints={"last": dict(model.state_dict())},
+            timesteps=rs.Explicit([3]),
+            projection=rs.CountSketch(8),
+            batch_size=2,
+            progress=False,
+        )
+        for given in (betas, betas.tolist())
+    ]
+    assert stores[0].fingerprint == stores[1].fingerprint
+    assert stores[0].fingerprint["scheduler"]["trained_betas"] == betas.tolist()

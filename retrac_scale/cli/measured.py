@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,16 +14,19 @@ if TYPE_CHECKING:
 
 
 def load_denoiser(place: str) -> Any:
-    """A denoiser from a diffusers folder or the hub.
+    """A denoiser from a diffusers folder or the hub, in float32, of whatever variant it is.
 
     Raises:
         ValueError: there is none.
     """
     import diffusers
 
+    from retrac_scale.task.weights import with_variant
+
     if os.path.isdir(place) and not os.path.isfile(f"{place}/config.json"):
         raise ValueError(f"{place} holds no diffusers model: neither config.json, nor unet/ or transformer/.")
-    return diffusers.AutoModel.from_pretrained(place)
+    folder = _within(place, ("", "unet", "transformer"), diffusers.AutoModel.load_config, "model")
+    return with_variant(diffusers.AutoModel.from_pretrained, place, subfolder=folder)
 
 
 def load_scheduler(place: str) -> Any:
@@ -36,15 +39,41 @@ def load_scheduler(place: str) -> Any:
 
     if os.path.isdir(place) and not os.path.isfile(f"{place}/scheduler_config.json"):
         raise ValueError(f"there is no scheduler_config.json in {place}, in scheduler/ within it, or beside it.")
-    named = diffusers.DDPMScheduler.load_config(place).get("_class_name", "DDPMScheduler")
-    return getattr(diffusers, named).from_pretrained(place)
+    read = diffusers.DDPMScheduler.load_config
+    folder = _within(place, ("", "scheduler"), read, "scheduler")
+    named = read(place, subfolder=folder).get("_class_name", "DDPMScheduler")
+    return getattr(diffusers, named).from_pretrained(place, subfolder=folder)
+
+
+def _within(place: str, folders: Sequence[str], read: Callable[..., Any], what: str) -> str | None:
+    """The folder of a local folder or of a repository on the hub in which diffusers finds a configuration."""
+    said = ""
+    for folder in folders:
+        try:
+            read(place, subfolder=folder or None)
+            return folder or None
+        except OSError as error:
+            said = said or str(error).splitlines()[0]
+    raise ValueError(f"there is no {what} at {place}, neither here nor on the hub: {said}")
 
 
 def image_files(paths: Sequence[str], task: DiffusionTask) -> ImageFiles:
-    """Image files, and those of folders, in as many channels as the model takes."""
+    """Image files, and those of folders, in as many channels as the model takes.
+
+    Raises:
+        ValueError: the model takes no images, but latents.
+    """
     from retrac_scale.datasets import ImageFiles
 
-    return ImageFiles(paths, int(task.model.config.in_channels))  # type: ignore[union-attr, arg-type]
+    channels = int(task.model.config.in_channels)  # type: ignore[union-attr, arg-type]
+    if channels not in (1, 3):
+        raise ValueError(
+            f"the model takes {channels} channels, latents of a VAE; the command line measures models of pixels: in "
+            "Python, give rs.sketch the task of rs.DiffusionTask.from_pretrained(folder), which encodes images."
+        )
+    files = ImageFiles(paths, channels)
+    files.advice = "repair it, or take it away"
+    return files
 
 
 def measured_like(index: Index, model: str, checkpoints: Mapping[str, str], timesteps: int, device: str) -> Samples:

@@ -12,7 +12,7 @@ import torch
 import zarr
 from torch import Tensor
 
-from retrac_scale.datasets.base import Corrupt, ImageDataset, pixels
+from retrac_scale.datasets.base import Corrupt, ImageDataset, local, pixels
 
 
 class Arrays(ImageDataset):
@@ -42,8 +42,8 @@ class Arrays(ImageDataset):
     ) -> None:
         source = "the array"
         if isinstance(images, (str, os.PathLike)):
-            source = os.fspath(images)
-            images = np.load(source, mmap_mode="r") if source.endswith(".npy") else zarr.open_array(source, mode="r")
+            source, place = os.fspath(images), local(images)
+            images = np.load(place, mmap_mode="r") if place.endswith(".npy") else zarr.open_array(place, mode="r")
         self._images, self._scaled = images, images.dtype == np.uint8
         if not self._scaled and images.dtype.kind != "f":
             raise ValueError(f"{source} has dtype {images.dtype}; give uint8, or floats in the model's range.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -20,13 +21,46 @@ from retrac_scale.store.schema import check_columns, check_ids
 logger = logging.getLogger(__name__)
 
 Corrupt = Literal["raise", "skip"]
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+"""How the files of images usually end; `ImageFiles` takes all that Pillow opens."""
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 """What Pillow raises for files that are not whole images."""
 
 
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+Columns = str | Sequence[str] | Mapping[str, str]
+
+
 class CorruptImageError(ValueError):
     """An image of a dataset cannot be read."""
+
+
+def local(path: str | os.PathLike[str], folder: str = "") -> str:
+    """A path, in a folder if that is given, as workers that run elsewhere see it too; a URL as it is."""
+    text = os.fspath(path)
+    return text if "://" in text else os.path.abspath(os.path.join(folder, os.path.expanduser(text)))
+
+
+def listed(paths: Paths, what: str) -> list[str]:
+    """Paths as a list, `~` expanded; one alone is a list of one.
+
+    Raises:
+        ValueError: there are none, or something is no path; names it.
+    """
+    given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    if not given:
+        raise ValueError(f"{what}.")
+    for path in given:
+        if not isinstance(path, (str, os.PathLike)):
+            raise ValueError(f"a path must be a string or a Path, got {path!r}.")
+    return [os.path.expanduser(os.fspath(path)) for path in given]
+
+
+def origins(columns: Columns | None) -> dict[str, str]:
+    """{name: column of the source} of columns given as such, as a sequence of names, or as one name."""
+    if isinstance(columns, Mapping):
+        return dict(columns)
+    return {name: name for name in ([columns] if isinstance(columns, str) else columns or ())}
 
 
 class ImageDataset(ABC):
@@ -46,7 +80,12 @@ class ImageDataset(ABC):
         corrupt: "raise" stops at an image that cannot be read when it is asked for; "skip" reads all of them now,
             leaves out those that cannot be read and keeps them, with the reason, in `skipped`.
         n: number of samples when there are no ids.
+
+    Raises:
+        ValueError: values are missing, of the wrong number or of a kind that cannot be kept; names column and row.
     """
+
+    advice = "repair it, or leave such images out with corrupt='skip'"
 
     def __init__(
         self,
@@ -65,12 +104,17 @@ class ImageDataset(ABC):
             raise ValueError(f"corrupt must be 'raise' or 'skip', got {corrupt!r}.")
         self.source, self.channels, self.size = source, channels, size
         count = len(ids) if ids is not None else n or 0
+        if ids is not None:
+            _refuse_odd(source, "id", ids, lists=False)
         self.ids = check_ids(ids, count)
+        for name, values in (columns or {}).items():
+            _refuse_odd(source, name, values, lists=False)
         self.columns = check_columns(columns, count)
         self._given = dict(given or {})
         for name, values in self._given.items():
             if len(values) != count:
                 raise ValueError(f"{source} gives {len(values)} values of {name!r} for {count} images.")
+            _refuse_odd(source, name, values, lists=True)
         self._rows = np.arange(count)
         self.skipped: dict[Any, str] = {}
         if corrupt == "skip":
@@ -99,8 +143,7 @@ class ImageDataset(ABC):
             return self.read(place)
         except UNREADABLE as error:
             raise CorruptImageError(
-                f"image {sample!s} of {self.source} cannot be read: {error}; repair it, or leave such images out with "
-                "corrupt='skip'."
+                f"image {sample!s} of {self.source} cannot be read: {error}; {self.advice}."
             ) from error
 
     def _leave_out_corrupt(self) -> None:
@@ -116,6 +159,21 @@ class ImageDataset(ABC):
         self.columns = {name: values[self._rows] for name, values in self.columns.items()}
         if self.skipped:
             logger.warning("%s: left out %d corrupt images: %s", self.source, len(self.skipped), list(self.skipped))
+
+
+def _refuse_odd(source: str, name: str, values: Any, *, lists: bool) -> None:
+    """ValueError where a value is missing or, unless they are taken, a list; lists of texts never are."""
+    if isinstance(values, np.ndarray) and values.dtype != object:
+        return
+    for row, value in enumerate(values):
+        if value is None:
+            raise ValueError(
+                f"{source} has no value of {name!r} in row {row}; fill it in, or leave the row or the column out."
+            )
+        if isinstance(value, (list, tuple)) and (not lists or any(isinstance(one, str) for one in value)):
+            raise ValueError(
+                f"{source} has a list as {name!r} in row {row}, {value!r:.60}; give one value for each image."
+            )
 
 
 def check_channels(channels: int) -> None:
@@ -144,6 +202,8 @@ def pixels(image: Any, channels: int, size: int | None) -> Tensor:
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8:
             raise ValueError(f"an image array has dtype {image.dtype}; give uint8.")
+        if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)):
+            raise ValueError(f"an image array has shape {image.shape}; give [h, w] or [h, w, channels]")
         image = Image.fromarray(image.squeeze(2) if image.ndim == 3 and image.shape[2] == 1 else image)
     if not isinstance(image, Image.Image):
         raise ValueError(f"there is a {type(image).__name__} where an image should be")

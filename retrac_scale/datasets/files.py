@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from retrac_scale.datasets.base import SUFFIXES, Corrupt, ImageDataset, check_channels
+from PIL import Image
+
+from retrac_scale.datasets.base import Corrupt, ImageDataset, Paths, check_channels, listed, local
 
 
 class ImageFiles(ImageDataset):
     """Image files, and all those in folders; their ids are their paths, column "folder" is the folder's name.
 
+    Of a folder count the files that Hugging Face's `imagefolder` takes: whatever Pillow opens, by its suffix, in no
+    folder and under no name that begins with a dot, as copies of editors and of macOS do.
+
     Args:
-        paths: of files and folders.
+        paths: of files and folders, or one of them.
         channels: see `ImageDataset`.
         size: see `ImageDataset`.
         corrupt: see `ImageDataset`.
@@ -22,20 +28,22 @@ class ImageFiles(ImageDataset):
         ValueError: a path is neither an image nor a folder that holds some.
     """
 
-    def __init__(
-        self, paths: Sequence[str], channels: int = 3, *, size: int | None = None, corrupt: Corrupt = "raise"
-    ) -> None:
+    def __init__(self, paths: Paths, channels: int = 3, *, size: int | None = None, corrupt: Corrupt = "raise") -> None:
         check_channels(channels)
+        Image.init()
+        suffixes = tuple(suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN)
         files: list[Path] = []
-        for path in map(Path, paths):
-            found = sorted(path.rglob("*")) if path.is_dir() else [path]
-            images = [file for file in found if file.suffix.lower() in SUFFIXES and file.is_file()]
+        for path in map(Path, listed(paths, "ImageFiles got no paths")):
+            if not path.exists():
+                raise ValueError(f"there is no file or folder {path}.")
+            found = sorted(_inside(path)) if path.is_dir() else [path]
+            images = [file for file in found if file.suffix.lower() in suffixes]
             if not images:
-                raise ValueError(f"{path} is no image and holds none; images end in {', '.join(SUFFIXES)}.")
+                raise ValueError(f"{path} is no image and holds none; images end in .png, .jpg and what Pillow opens.")
             files += images
-        self._files = files
+        self._files = [local(file) for file in files]
         super().__init__(
-            ", ".join(map(str, paths)),
+            ", ".join(listed(paths, "")),
             ids=[str(file) for file in files],
             columns={"folder": [file.parent.name for file in files]},
             given=None,
@@ -46,4 +54,16 @@ class ImageFiles(ImageDataset):
 
     def raw(self, row: int) -> Any:
         """See `ImageDataset.raw`."""
-        return self._files[row].read_bytes()
+        return Path(self._files[row]).read_bytes()
+
+
+def _inside(folder: Path) -> Iterator[Path]:
+    """The files in a folder and those below, links to folders followed, but for hidden ones."""
+    seen = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        yield from (Path(place, name) for name in files if not name.startswith("."))

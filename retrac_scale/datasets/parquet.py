@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import accumulate
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from retrac_scale.datasets.base import Corrupt, ImageDataset
+from retrac_scale.datasets.base import Columns, Corrupt, ImageDataset, Paths, listed, local, origins
 
 
 class Parquet(ImageDataset):
     """Rows of Parquet files, in the files' order; the row group of the last image read is kept in memory.
 
     Args:
-        paths: of the files.
-        image: the column of images: bytes, or a struct with "bytes" as Hugging Face writes them.
+        paths: of the files, or of one.
+        image: the column of images: bytes, or a struct with "bytes" or "path" as Hugging Face writes them.
         id: the column of unique ids; None numbers the rows.
-        columns: those that go into the store.
+        columns: those that go into the store, or {name there: column}.
         given: {name in the item: column}.
         channels: see `ImageDataset`.
         size: see `ImageDataset`.
@@ -32,24 +34,23 @@ class Parquet(ImageDataset):
 
     def __init__(
         self,
-        paths: Sequence[str],
+        paths: Paths,
         image: str = "image",
         *,
         id: str | None = None,
-        columns: Sequence[str] = (),
+        columns: Columns = (),
         given: Mapping[str, str] | None = None,
         channels: int = 3,
         size: int | None = None,
         corrupt: Corrupt = "raise",
     ) -> None:
-        if not paths:
-            raise ValueError("Parquet got no files.")
-        self._column = image
+        places, kept = listed(paths, "Parquet got no files"), origins(columns)
+        self._column, self._folder = image, os.getcwd()
         self._groups: list[tuple[str, int]] = []
         sizes: list[int] = []
-        names = list(dict.fromkeys([*([id] if id else []), *columns, *(given or {}).values()]))
+        names = list(dict.fromkeys([*([id] if id else []), *kept.values(), *(given or {}).values()]))
         tables = []
-        for path in map(str, paths):
+        for path in map(local, places):
             try:
                 file = pq.ParquetFile(path)
             except pa.ArrowInvalid as error:
@@ -65,9 +66,9 @@ class Parquet(ImageDataset):
         self._held: tuple[int, Any] = (-1, None)
         rest = pa.concat_tables(tables)
         super().__init__(
-            ", ".join(map(str, paths)),
+            ", ".join(places),
             ids=None if id is None else rest[id].to_pylist(),
-            columns={name: rest[name].to_pylist() for name in columns},
+            columns={name: rest[column].to_pylist() for name, column in kept.items()},
             given={name: rest[column].to_pylist() for name, column in (given or {}).items()},
             channels=channels,
             size=size,
@@ -84,4 +85,7 @@ class Parquet(ImageDataset):
             images = pq.ParquetFile(path).read_row_group(group, columns=[self._column])[self._column]
             self._held = number, images
         value = images[row - (self._ends[number] - len(images))].as_py()
-        return value["bytes"] if isinstance(value, Mapping) else value
+        if not isinstance(value, Mapping) or value.get("bytes") is not None or value.get("path") is None:
+            return value["bytes"] if isinstance(value, Mapping) else value
+        with fsspec.open(local(value["path"], self._folder)) as file:
+            return file.read()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from retrac_scale.datasets.base import SUFFIXES, Corrupt, ImageDataset
+from retrac_scale.datasets.base import SUFFIXES, Corrupt, ImageDataset, Paths, listed, local
 
 
 class _Place(NamedTuple):
@@ -28,7 +28,8 @@ class TarShards(ImageDataset):
     """Uncompressed tar files as the WebDataset format has them, read at any row; ids are the samples' names.
 
     Args:
-        shards: paths of tar files.
+        shards: paths of tar files, or of one.
+        image: the extension of the images, where samples have several; None takes the one that each has.
         columns: {column: where from}, of each sample: the extension of a file ("cls", "txt"), or "json.name" for an
             entry of its JSON file.
         given: {name in the item: where from}, likewise.
@@ -42,26 +43,30 @@ class TarShards(ImageDataset):
 
     def __init__(
         self,
-        shards: Sequence[str],
+        shards: Paths,
         *,
+        image: str | None = None,
         columns: Mapping[str, str] | None = None,
         given: Mapping[str, str] | None = None,
         channels: int = 3,
         size: int | None = None,
         corrupt: Corrupt = "raise",
     ) -> None:
-        if not shards:
-            raise ValueError("TarShards got no shards.")
+        places = listed(shards, "TarShards got no shards")
         samples: list[tuple[str, dict[str, _Place]]] = []
-        for shard in map(str, shards):
+        for shard in places:
             samples += _samples(shard)
-        source = ", ".join(map(str, shards))
+        source = ", ".join(places)
         self._images = []
         for name, files in samples:
-            image = next((place for extension, place in files.items() if f".{extension}" in SUFFIXES), None)
-            if image is None:
-                raise ValueError(f"sample {name!r} of {source} has no image, only {sorted(files)}.")
-            self._images.append(image)
+            found = [extension for extension in files if f".{extension}" in SUFFIXES and image in (None, extension)]
+            if len(found) > 1:
+                raise ValueError(f"sample {name!r} of {source} has images {', '.join(found)}; say which, image=.")
+            if not found:
+                raise ValueError(
+                    f"sample {name!r} of {source} has no image{f' .{image}' if image else ''}, only {sorted(files)}."
+                )
+            self._images.append(files[found[0]])
         super().__init__(
             source,
             ids=[name for name, _ in samples],
@@ -94,7 +99,7 @@ def _samples(shard: str) -> list[tuple[str, dict[str, _Place]]]:
                     files = found.setdefault(name, {})
                     if extension.lower() in files:
                         raise ValueError(f"{shard} holds {member.name} twice; give every sample a name of its own.")
-                    files[extension.lower()] = _Place(shard, member.offset_data, member.size)
+                    files[extension.lower()] = _Place(local(shard), member.offset_data, member.size)
     except tarfile.ReadError as error:
         raise ValueError(f"{shard} is no whole uncompressed tar file: {error}; unpack .tar.gz first.") from error
     return list(found.items())

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import fsspec
 import numpy as np
 import numpy.typing as npt
 import zarr
@@ -38,18 +39,28 @@ def zarr_location(url: Url) -> Any:
         return zarr.storage.MemoryStore()
     if isinstance(url, Store):
         return url
-    place = os.fspath(url)
+    place = whereabouts(url)
     if not is_remote(place):
-        return place.removeprefix("file://")
+        return zarr.storage.LocalStore(place) if "::" in place else place  # which zarr takes for a chain of URLs
     # a listing kept in memory would hide what other processes commit
-    return zarr.storage.FsspecStore.from_url(place, storage_options={"use_listings_cache": False})
+    fresh = {"use_listings_cache": False}
+    inner = {link.partition("://")[0]: fresh for link in place.split("::")[1:]}
+    return zarr.storage.FsspecStore.from_url(place, storage_options={**fresh, **inner})
+
+
+def whereabouts(url: str | os.PathLike[str]) -> str:
+    """A path made absolute, `~` expanded, as workers that run in another folder see it too; a remote URL as it is."""
+    text = os.fspath(url)
+    return text if is_remote(text) else os.path.abspath(os.path.expanduser(text.removeprefix("file://")))
 
 
 def is_remote(url: Url) -> bool:
-    """Whether a URL names an object store or another file system that cannot be mapped."""
+    """Whether a URL, or a chain of them as in zip::s3://a, names what cannot be mapped: an object store, an archive."""
     if url is None or isinstance(url, Store):
         return not isinstance(url, zarr.storage.LocalStore | zarr.storage.MemoryStore | None)
-    return "://" in os.fspath(url) and not os.fspath(url).startswith("file://")
+    text = os.fspath(url)
+    chained = "::" in text and text.partition("::")[0] in fsspec.available_protocols()
+    return chained or ("://" in text and not text.startswith("file://"))
 
 
 def new_array(

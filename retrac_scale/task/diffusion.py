@@ -161,7 +161,8 @@ class DiffusionTask:
 
     def load(self, name: str, checkpoint: Checkpoint) -> str:
         """Load a checkpoint into the model and return the hex digest of its weights; see `load_checkpoint`."""
-        return load_checkpoint(self.model, name, checkpoint)
+        loader = None if self.encoder is None else type(self.encoder.pipeline)
+        return load_checkpoint(self.model, name, checkpoint, loader)
 
     @classmethod
     def from_pretrained(
@@ -195,7 +196,7 @@ class DiffusionTask:
         if name == "controlnet":
             options.setdefault("call", ThroughUNet(parts["unet"]))
         if lora is not None:
-            add_adapters(parts[name], name, lora)
+            add_adapters(parts[name], lora, type(pipeline))
         return cls(parts[name], pipeline.scheduler, encoder=Encoder(pipeline), **options)
 
     @property

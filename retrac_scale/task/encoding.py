@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from retrac_scale.task.checkpoints import adapter_scales, weights_digest
 from retrac_scale.task.identity import adapters_of
+from retrac_scale.task.weights import with_variant
 
 # what a pipeline's encode_prompt returns, by the names under which the denoiser takes it (diffusers 0.42.1)
 _ONE, _MASKED = ("encoder_hidden_states",), ("encoder_hidden_states", "encoder_attention_mask")
@@ -49,12 +50,14 @@ SCALES = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 def load_pipeline(path: str | os.PathLike[str]) -> Any:
     """A diffusers pipeline in float32; parts that a local folder lacks, text encoders say, are None.
 
+    Where a folder has only a variant of its weights, such as fp16, that is read.
+
     Raises:
         ValueError: the folder holds no pipeline.
     """
     from diffusers import DiffusionPipeline  # takes seconds, and who reads a store needs none of it
 
-    folder = Path(path)
+    folder = Path(path).expanduser()
     absent = {}
     if folder.is_dir():
         if not (folder / "model_index.json").exists():
@@ -64,7 +67,8 @@ def load_pipeline(path: str | os.PathLike[str]) -> Any:
             )
         parts = json.loads((folder / "model_index.json").read_text())
         absent = {name: None for name, kind in parts.items() if isinstance(kind, list) and not (folder / name).is_dir()}
-    return DiffusionPipeline.from_pretrained(path, torch_dtype=torch.float32, **absent)
+    place = folder if folder.is_dir() else path
+    return with_variant(DiffusionPipeline.from_pretrained, place, torch_dtype=torch.float32, **absent)
 
 
 @dataclass(frozen=True, eq=False)

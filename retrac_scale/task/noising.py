@@ -258,7 +258,7 @@ def _as(table: Tensor, like: Tensor, timesteps: Tensor) -> Tensor:
 
 
 def scheduler_spec(scheduler: Any) -> dict[str, Any]:
-    """What of the scheduler determines the noisy images."""
+    """What of the scheduler determines the noisy images, as JSON has it: an array, trained_betas say, is a list."""
     config = dict(scheduler.config)
     keys = (
         "num_train_timesteps",
@@ -274,9 +274,11 @@ def scheduler_spec(scheduler: Any) -> dict[str, Any]:
         "use_flow_sigmas",
         "use_dynamic_shifting",
     )
+    found = {key: config[key] for key in keys if key in config}
+    plain = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in found.items()}
     # of continuous ones alone: stores that say nothing of it were told integers
     told = {"timestep_type": config["timestep_type"]} if _tells_log_sigma(config) else {}
-    return {"class": type(scheduler).__name__, **{key: config[key] for key in keys if key in config}, **told}
+    return {"class": type(scheduler).__name__, **plain, **told}
 
 
 def table_digest(scheduler: Any) -> str:
