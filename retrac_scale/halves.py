@@ -27,6 +27,8 @@ SIZES, SPLITS = 3, 6
 """Runs of so many sizes are compared, a half of the measurements, a quarter, ..., in so many pairs of each."""
 QUERIES = 64
 """Training samples that are asked where no queries are given."""
+ASKED_BYTES = 64 * 2**20
+"""Of queries that are asked at a time."""
 CORRELATED = 16_384
 """Samples, about, over which scores are correlated."""
 RESAMPLES = 400
@@ -160,24 +162,27 @@ def repeatability_of_rows(
     """As `repeatability_of_index`, of queries whose rows `[c, q, k]` are known already."""
     t = int(index.meta.get("slots", 1))
     pairs = pairs_of_parts(t)
-    chosen = sorted({part for some in pairs.values() for pair in some for part in pair})
-    c, q, _ = rows.shape
-    asked = np.zeros((c, len(chosen), q, t, rows.shape[2] // t), np.float32)
-    for place, part in enumerate(chosen):
-        asked[:, place, :, list(part)] = rows.reshape(c, q, t, -1)[:, :, list(part)].transpose(2, 0, 1, 3)
-    every = asked.reshape(c, len(chosen) * q, -1)
     k = min(k, index.shape[1] - exclude_self)
     question = Question(k, "proponents", None, None, "sum", exclude_self)
-    lists = answer_rows(index, every, np.tile(query_ids, len(chosen)), question, client).ids.reshape(len(chosen), q, k)
-    place_of = {part: place for place, part in enumerate(chosen)}
-    overlaps = {
-        m: np.stack([shared(lists[place_of[one]], lists[place_of[other]]) for one, other in some])
-        for m, some in pairs.items()
-    }
-    halves = [place_of[part] for pair in pairs[t // 2] for part in pair]
-    values = all_scores_of(index, asked[:, halves].reshape(c, len(halves) * q, -1), CORRELATED)
-    values = values.reshape(len(halves) // 2, 2, q, -1)
-    return Repeatability(k, t, overlaps, np.stack([correlation(one, other) for one, other in values]))
+    q = rows.shape[1]
+    chosen = sorted({part for some in pairs.values() for pair in some for part in pair})
+    group = max(1, ASKED_BYTES // rows.nbytes)
+    lists: dict[Places, npt.NDArray[Any]] = {}
+    for some in (chosen[start : start + group] for start in range(0, len(chosen), group)):
+        asked = np.concatenate([_alone(rows, part, t) for part in some], axis=1)
+        ids = answer_rows(index, asked, np.tile(query_ids, len(some)), question, client).ids
+        lists |= dict(zip(some, ids.reshape(len(some), q, k), strict=True))
+    overlaps = {m: np.stack([shared(lists[one], lists[other]) for one, other in some]) for m, some in pairs.items()}
+    scores = (tuple(all_scores_of(index, _alone(rows, part, t), CORRELATED) for part in pair) for pair in pairs[t // 2])
+    return Repeatability(k, t, overlaps, np.stack([correlation(*pair) for pair in scores]))
+
+
+def _alone(rows: Float32, part: Places, t: int) -> Float32:
+    """Rows `[c, q, k]` with zeros in place of all measurements but some."""
+    c, q, _ = rows.shape
+    alone = np.zeros_like(rows)
+    alone.reshape(c, q, t, -1)[:, :, part] = rows.reshape(c, q, t, -1)[:, :, part]
+    return alone
 
 
 def pairs_of_parts(t: int) -> dict[int, list[tuple[Places, Places]]]:
