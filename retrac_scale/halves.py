@@ -155,9 +155,13 @@ def repeatability_of_rows(
     k: int = 10,
     *,
     exclude_self: bool = False,
+    where: npt.ArrayLike | str | None = None,
     client: Client | None = None,
 ) -> Repeatability:
-    """As `repeatability_of_index`, of queries whose rows `[c, q, k]` are known already."""
+    """As `repeatability_of_index`, of queries whose rows `[c, q, k]` are known already.
+
+    Lists hold only samples that `where` leaves, and are shorter than k where those are fewer.
+    """
     t = int(index.meta.get("slots", 1))
     pairs = pairs_of_parts(t)
     chosen = sorted({part for some in pairs.values() for pair in some for part in pair})
@@ -167,8 +171,9 @@ def repeatability_of_rows(
         asked[:, place, :, list(part)] = rows.reshape(c, q, t, -1)[:, :, list(part)].transpose(2, 0, 1, 3)
     every = asked.reshape(c, len(chosen) * q, -1)
     k = min(k, index.shape[1] - exclude_self)
-    question = Question(k, "proponents", None, None, "sum", exclude_self)
-    lists = answer_rows(index, every, np.tile(query_ids, len(chosen)), question, client).ids.reshape(len(chosen), q, k)
+    question = Question(k, "proponents", where, None, "sum", exclude_self)
+    ids = answer_rows(index, every, np.tile(query_ids, len(chosen)), question, client).ids
+    lists = ids.reshape(len(chosen), q, -1)
     place_of = {part: place for place, part in enumerate(chosen)}
     overlaps = {
         m: np.stack([shared(lists[place_of[one]], lists[place_of[other]]) for one, other in some])
@@ -177,7 +182,8 @@ def repeatability_of_rows(
     halves = [place_of[part] for pair in pairs[t // 2] for part in pair]
     values = all_scores_of(index, asked[:, halves].reshape(c, len(halves) * q, -1), CORRELATED)
     values = values.reshape(len(halves) // 2, 2, q, -1)
-    return Repeatability(k, t, overlaps, np.stack([correlation(one, other) for one, other in values]))
+    correlations = np.stack([correlation(one, other) for one, other in values])
+    return Repeatability(lists.shape[2], t, overlaps, correlations)
 
 
 def pairs_of_parts(t: int) -> dict[int, list[tuple[Places, Places]]]:
