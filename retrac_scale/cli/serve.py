@@ -49,6 +49,9 @@ def _run(arguments: argparse.Namespace) -> Answer:
     model = arguments.model or (project.denoiser if own else None)
     weights = parse_checkpoints(arguments.checkpoint) or (project.weights if own else {})
     measured = None
+    matched = [name for name, index in indexes.items() if index.estimator.pairing == "matched"]
+    if arguments.timesteps is not None and matched:
+        raise ValueError(f"{matched[0]} compares gradients at the timesteps of its store; leave --timesteps out.")
     if model is not None:
         measured = measured_like(first, model, weights, arguments.timesteps, arguments.device or project.device)
     token = os.environ.get("RETRAC_SCALE_TOKEN")

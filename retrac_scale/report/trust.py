@@ -107,7 +107,7 @@ def _sentence(found: Repeatability, samples: int | None) -> str:
     if share.value < LUCK:
         parts.append("the others are luck")
     if samples is not None and k > BY_CHANCE * samples:
-        parts.append(f"of {samples} samples, {k * min(1, k / samples):.1f} would by chance alone")
+        parts.append(f"chance alone, among {samples} samples, would bring {k * min(1, k / samples):.1f}")
     return "; ".join(parts) + "."
 
 
