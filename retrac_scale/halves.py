@@ -157,13 +157,17 @@ def repeatability_of_rows(
     k: int = 10,
     *,
     exclude_self: bool = False,
+    where: npt.ArrayLike | str | None = None,
     client: Client | None = None,
 ) -> Repeatability:
-    """As `repeatability_of_index`, of queries whose rows `[c, q, k]` are known already."""
+    """As `repeatability_of_index`, of queries whose rows `[c, q, k]` are known already.
+
+    Lists hold only samples that `where` leaves, and are shorter than k where those are fewer.
+    """
     t = int(index.meta.get("slots", 1))
     pairs = pairs_of_parts(t)
     k = min(k, index.shape[1] - exclude_self)
-    question = Question(k, "proponents", None, None, "sum", exclude_self)
+    question = Question(k, "proponents", where, None, "sum", exclude_self)
     q = rows.shape[1]
     chosen = sorted({part for some in pairs.values() for pair in some for part in pair})
     group = max(1, ASKED_BYTES // rows.nbytes)
@@ -171,10 +175,11 @@ def repeatability_of_rows(
     for some in (chosen[start : start + group] for start in range(0, len(chosen), group)):
         asked = np.concatenate([_alone(rows, part, t) for part in some], axis=1)
         ids = answer_rows(index, asked, np.tile(query_ids, len(some)), question, client).ids
-        lists |= dict(zip(some, ids.reshape(len(some), q, k), strict=True))
+        lists |= dict(zip(some, ids.reshape(len(some), q, -1), strict=True))
     overlaps = {m: np.stack([shared(lists[one], lists[other]) for one, other in some]) for m, some in pairs.items()}
     scores = (tuple(all_scores_of(index, _alone(rows, part, t), CORRELATED) for part in pair) for pair in pairs[t // 2])
-    return Repeatability(k, t, overlaps, np.stack([correlation(*pair) for pair in scores]))
+    length = lists[chosen[0]].shape[1]
+    return Repeatability(length, t, overlaps, np.stack([correlation(*pair) for pair in scores]))
 
 
 def _alone(rows: Float32, part: Places, t: int) -> Float32:

@@ -1,4 +1,4 @@
-"""A small street from images to a served library: a tiny model, 24 images, hostile columns."""
+"""A small street from images to a served library: a tiny model, 24 images, two stores of them, hostile columns."""
 
 from __future__ import annotations
 
@@ -47,15 +47,18 @@ def build(folder: Path) -> Library:
     model, scans, made = tiny_unet(), Scans(SAMPLES, 0), Scans(QUERIES, 1)
     task = rs.DiffusionTask(model, DDPMScheduler(num_train_timesteps=100))
     weights = {"final": model.state_dict()}
-    common: dict[str, Any] = {"checkpoints": weights, "timesteps": rs.EvenlySpaced(2), "progress": False}
-    common["batch_size"] = 16
-    store = rs.sketch(task, scans, folder / "s.zarr", projection=rs.CountSketch(128), **common)
-    queries = rs.sketch(task, made, folder / "q.zarr", like=store, **common)
-    estimators: dict[str, Any] = {"TracIn": rs.TracIn(), "ReTrac": rs.ReTrac()}
-    indexes = {name: rs.build_index(store, one, folder / f"{name}.zarr") for name, one in estimators.items()}
+    common: dict[str, Any] = {"checkpoints": weights, "progress": False, "batch_size": 16}
+    indexes, queries = {}, {}
+    for noise, place in (("own", ""), ("common", "c")):
+        plan = rs.EvenlySpaced(2 if noise == "own" else 4, noise=noise)  # type: ignore[arg-type]
+        target = folder / f"s{place}.zarr"
+        store = rs.sketch(task, scans, target, projection=rs.CountSketch(128), timesteps=plan, **common)
+        asked = rs.sketch(task, made, folder / f"q{place}.zarr", like=store, **common)
+        for one in (rs.TracIn(), rs.ReTrac()) if noise == "own" else (rs.ReTracRidge(),):
+            name = type(one).__name__
+            indexes[name], queries[name] = rs.build_index(store, one, folder / f"{name}.zarr"), asked
     pictures = Pictures(scans.pixels, store.ids, made.pixels)
-    measured = rs.Samples((), task, weights, rs.EvenlySpaced(2))
-    return Library(indexes, pictures, queries=queries, measured=measured)
+    return Library(indexes, pictures, queries=queries, measured=rs.Samples((), task, weights))
 
 
 @contextmanager

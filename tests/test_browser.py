@@ -14,6 +14,7 @@ from PIL import Image
 
 import retrac_scale as rs
 from retrac_scale.evaluate import largest_share, unique_fraction
+from retrac_scale.halves import repeatability_of_rows
 from retrac_scale.report import Pictures, norm_curve, write_report
 from retrac_scale.serve import Limits, create_app
 from retrac_scale.serve.library import Library
@@ -35,14 +36,16 @@ def library(folder: Path) -> Library:
     return build(folder)
 
 
+def answered(library: Library) -> dict[str, rs.TopK]:
+    return {name: index.query(library.queries[name], K, side="both") for name, index in library.indexes.items()}
+
+
 @pytest.fixture(scope="module")
 def file(folder: Path, library: Library) -> str:
-    assert library.queries is not None
     assert library.store is not None
-    answers = {name: index.query(library.queries, K, side="both") for name, index in library.indexes.items()}
     curve = norm_curve(library.store)
     common: dict[str, Any] = {"curve": curve, "indexes": library.indexes, "queries": library.queries}
-    return write_report(folder / "page.html", answers, library.pictures, title=HOSTILE, **common).as_uri()
+    return write_report(folder / "page.html", answered(library), library.pictures, title=HOSTILE, **common).as_uri()
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +89,8 @@ def shown(page: Any) -> list[str]:
 
 def test_a_file_shows_every_result_with_its_picture_and_score(page: Any, file: str, library: Library) -> None:
     page.goto(file)
-    assert library.queries is not None
     expected = []
-    answers = {name: index.query(library.queries, K, side="both") for name, index in library.indexes.items()}
+    answers = answered(library)
     for query in range(QUERIES):
         expected += [str(sample) for answer in answers.values() for sample in answer.ids[query]]
     assert shown(page) == expected
@@ -101,6 +103,44 @@ def test_a_file_shows_every_result_with_its_picture_and_score(page: Any, file: s
         assert row == [name, str(K), f"{unique_fraction(proponents):.3f}", share]
     assert page.locator("svg.curve").get_attribute("aria-label").startswith("Mean gradient norm by timestep")
     assert page.locator(".warnings li").count() > 0
+
+
+def test_a_file_leads_with_how_far_its_lists_would_come_again(page: Any, file: str, library: Library) -> None:
+    page.goto(file)
+    card = page.get_by_role("region", name="How far to trust these lists")
+    lines = card.get_by_role("listitem").all_inner_texts()
+    for line, (name, index) in zip(lines, library.indexes.items(), strict=True):
+        store = index.check_store()
+        assert store is not None
+        share = rs.repeatability(store, library.queries[name], index.estimator, K).overlap
+        assert line.startswith(f"{name}: measured again, {K * share.value:.1f} of the {K} names would come again (")
+    table = card.get_by_role("table")
+    assert table.get_by_role("columnheader").all_inner_texts() == list(library.indexes)
+    assert table.get_by_role("rowheader").first.inner_text() == "measured"
+    assert table.get_by_role("row").nth(1).get_by_role("cell").all_inner_texts() == ["2 times", "2 times", "4 times"]
+    ridge = rs.repeatability(library.indexes["ReTracRidge"], library.queries["ReTracRidge"], k=K)
+    for query, share in enumerate(ridge.by_query):
+        section = page.locator("article").nth(query).locator("section").last
+        expected = f"Two halves of the measurements share {np.floor(K * share + 0.5):.0f} of the {K} proponents."
+        assert section.locator(".shared").text_content() == expected
+
+
+def test_estimators_that_cannot_tell_show_neither_whiskers_nor_doubt(page: Any, file: str) -> None:
+    page.goto(file)
+    first = page.locator("article").first
+    for place, name in enumerate(("TracIn", "ReTrac", "ReTracRidge")):
+        section = first.locator("section").nth(place)
+        assert section.locator("h3").inner_text() == name
+        assert (section.locator(".bar .error").count() > 0) == (name == "ReTracRidge")
+    doubts = [line for line in page.locator(".warnings li").all_inner_texts() if "≈" in line]
+    assert [line.split(":")[0] for line in doubts] == ["ReTracRidge"]
+
+
+def test_a_page_that_knows_nothing_of_it_has_no_such_card(page: Any, folder: Path, library: Library) -> None:
+    out = write_report(folder / "plain.html", answered(library), library.pictures)
+    page.goto(out.as_uri())
+    assert not page.locator("#trust").is_visible()
+    assert page.locator(".shared:visible").count() == 0
 
 
 def test_search_and_filters_leave_what_matches(page: Any, file: str, library: Library) -> None:
@@ -121,6 +161,7 @@ def test_search_and_filters_leave_what_matches(page: Any, file: str, library: Li
     page.get_by_label("Search ids").fill("")
     page.get_by_label("opponents", exact=True).uncheck()
     page.locator("#filters").get_by_label("TracIn").uncheck()
+    page.locator("#filters").get_by_label("ReTrac", exact=True).uncheck()
     assert len(shown(page)) == QUERIES * K
 
 
@@ -181,7 +222,7 @@ def test_dark_and_light_text_is_readable(browser: Any, file: str) -> None:
     for scheme in ("light", "dark"):
         page = browser.new_page(color_scheme=scheme)
         page.goto(file)
-        for selector in ("h1", "#count", ".result .name", ".hint", ".warnings li"):
+        for selector in ("h1", "#trust li", "#halves td", "#count", ".result .name", ".hint", ".warnings li"):
             ink, ground = page.locator(selector).first.evaluate(
                 """x => { const ink = getComputedStyle(x).color; let y = x;
                 while (getComputedStyle(y).backgroundColor === 'rgba(0, 0, 0, 0)') y = y.parentElement;
@@ -219,11 +260,20 @@ def test_the_service_answers_an_id_and_explains_it(page: Any, service: str, libr
     page.get_by_label("id", exact=True).fill("2")
     page.get_by_role("button", name="Ask", exact=True).click()
     page.locator(".result").first.wait_for()
-    assert library.queries is not None
-
-    one = rs.take(library.queries, [2])
-    lists = [index.query(one, 3, side="both", where="artist == 'Anna'").ids[0] for index in library.indexes.values()]
+    lists = [
+        index.query(rs.take(library.queries[name], [2]), 3, side="both", where="artist == 'Anna'").ids[0]
+        for name, index in library.indexes.items()
+    ]
     assert shown(page) == [str(sample) for ids in lists for sample in ids]
+    told = page.get_by_role("region", name="How far to trust these lists")
+    told.get_by_text("of the 10 names would come again").first.wait_for()
+    assert told.get_by_role("listitem").count() == len(library.indexes)
+    page.locator(".shared:visible").wait_for()
+    index = library.indexes["ReTracRidge"]
+    one = index.query_rows(rs.take(library.queries["ReTracRidge"], [2]))
+    share = repeatability_of_rows(index, one, np.array(["2"]), 3, where="artist == 'Anna'").by_query[0]
+    expected = f"Two halves of the measurements share {np.floor(3 * share + 0.5):.0f} of the 3 proponents."
+    assert page.locator(".shared:visible").all_inner_texts() == [expected]
     page.locator(".result").first.click()
     page.get_by_role("dialog").get_by_text("By timestep of the query").wait_for()
     page.get_by_role("button", name="Close").click()

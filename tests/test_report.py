@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 import retrac_scale as rs
 from retrac_scale.cli import main
-from retrac_scale.report import Pictures, norm_curve, write_report
+from retrac_scale.report import Pictures, attribution_figure, norm_curve, write_report
 from retrac_scale.report.page import embed, page
+from retrac_scale.report.trust import repeatability_for_page
 
 HOSTILE = [
     "</script><script>alert(1)</script>",
@@ -44,7 +45,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rs.write_store(
         folder / "q.zarr", {name: rng.standard_normal((2, 3, 64)) for name in sketches}, timesteps=[1, 50, 99]
     )
-    for name, estimator in (("tracin", rs.TracIn()), ("retrac", rs.ReTrac())):
+    rs.write_store(
+        folder / "matched.zarr", {name: rng.standard_normal((2, 2, 64)) for name in sketches}, timesteps=[4, 70]
+    )
+    for name, estimator in (("tracin", rs.TracIn()), ("retrac", rs.ReTrac()), ("retracridge", rs.ReTracRidge())):
         rs.build_index(store, estimator, folder / f"{name}.zarr")
     np.save(folder / "images.npy", rng.integers(0, 255, (20, 8, 8), dtype=np.uint8))
     np.save(folder / "queries.npy", rng.random((2, 8, 8, 3)))
@@ -53,28 +57,139 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def text(folder: Path) -> str:
-    indexes = [str(folder / "tracin.zarr"), str(folder / "retrac.zarr")]
+    indexes = [str(folder / f"{name}.zarr") for name in ("tracin", "retrac", "retracridge")]
+    queries = [f"--queries={folder / name}" for name in ("q.zarr", "q.zarr", "matched.zarr")]
     files = ["--images", str(folder / "images.npy"), "--query-images", str(folder / "queries.npy")]
     out = ["--out", str(folder / "page.html")]
-    assert main(["report", *indexes, "--queries", str(folder / "q.zarr"), *files, "-k", "3", *out]) == 0
+    assert main(["report", *indexes, *queries, *files, "-k", "3", *out]) == 0
     return (folder / "page.html").read_text(encoding="utf-8")
 
 
 def test_it_holds_the_answers_of_every_index_with_errors_and_columns(folder: Path, text: str) -> None:
-    found, queries = held(text), rs.open_store(folder / "q.zarr")
-    for name in ("TracIn", "ReTrac"):
+    found = held(text)
+    for name, asked in (("TracIn", "q"), ("ReTrac", "q"), ("ReTracRidge", "matched")):
+        queries = rs.open_store(folder / f"{asked}.zarr")
         answer = rs.open_index(folder / f"{name.lower()}.zarr").query(queries, 3, side="both")
-        assert answer.errors is not None
-        assert answer.resolved is not None
         for place, query in enumerate(found["queries"]):
             results = query["lists"][name]["proponents"] + query["lists"][name]["opponents"]
             assert [int(result["id"]) for result in results] == answer.ids[place].tolist()
             np.testing.assert_allclose([result["score"] for result in results], answer.scores[place], rtol=1e-4)
+            if answer.errors is None or answer.resolved is None:  # means of timesteps do not tell
+                assert name != "ReTracRidge"
+                assert not any("error" in result or "resolved" in result for result in results)
+                continue
             np.testing.assert_allclose([result["error"] for result in results], answer.errors[place], rtol=1e-4)
             assert [result["resolved"] for result in results] == answer.resolved[place].tolist()
     columns = rs.open_index(folder / "retrac.zarr").columns
     for sample, shown in found["samples"].items():
         assert shown["columns"] == {name: values[int(sample)].item() for name, values in columns.items()}
+
+
+def parts_by_hand(store: rs.SketchStore, queries: rs.SketchStore) -> Any:
+    """Scores of `ReTracRidge` by the measurements alone, float64 `[t, q, n]`."""
+    totals = np.zeros((2, 2, 20))
+    for name in ("early", "late"):
+        train, asked = (side.sketches(name).astype(np.float64) for side in (store, queries))
+        train, asked = (x / np.linalg.norm(x, axis=2, keepdims=True) for x in (train, asked))
+        for t in range(2):
+            gram = train[:, t].T @ train[:, t]
+            penalty = 0.5 * np.trace(gram) / 20 * np.eye(64)
+            totals[t] += asked[:, t] @ np.linalg.inv(gram + penalty) @ train[:, t].T
+    return totals
+
+
+def test_it_tells_how_far_each_list_would_come_again(folder: Path, text: str) -> None:
+    found, queries = held(text), rs.open_store(folder / "matched.zarr")
+    store = rs.open_store(folder / "s.zarr")
+    halves = [[set(np.argsort(-scores)[:3].tolist()) for scores in part] for part in parts_by_hand(store, queries)]
+    shared = [len(one & other) for one, other in zip(*halves, strict=True)]
+    assert [query["shared"]["ReTracRidge"] for query in found["queries"]] == [{"k": 3, "shared": x} for x in shared]
+    told = found["repeatability"]
+    assert list(told) == ["TracIn", "ReTrac", "ReTracRidge"]
+    assert told["ReTracRidge"]["halves"][0] == pytest.approx(np.mean(shared) / 3, abs=1e-4)
+    asked = rs.open_store(folder / "q.zarr")
+    for name, expected in (
+        ("ReTracRidge", rs.repeatability(store, queries, rs.ReTracRidge(), 3)),
+        ("TracIn", rs.repeatability(store, asked, rs.TracIn(), 3)),
+    ):
+        share = expected.overlap
+        numbers = f"{3 * share.value:.1f} of the 3 names would come again ({3 * share.low:.1f} to {3 * share.high:.1f})"
+        assert told[name]["sentence"].startswith(f"measured again, {numbers}")
+        assert told[name]["sentence"].endswith("; chance alone, among 20 samples, would bring 0.4.")
+        assert ("the others are luck" in told[name]["sentence"]) == (share.value < 0.5)
+        assert told[name]["correlation"][0] == pytest.approx(expected.rank_correlation.value, abs=1e-4)
+
+
+def small(t: int) -> tuple[rs.SketchStore, rs.SketchStore, Pictures]:
+    """A store, queries of it, and pictures."""
+    rng = np.random.default_rng(3)
+    store = rs.write_store(None, {"c": rng.standard_normal((30, t, 16))}, timesteps=list(range(t)))
+    queries = rs.write_store(None, {"c": rng.standard_normal((4, t, 16))}, timesteps=list(range(t)))
+    return store, queries, Pictures(rng.random((30, 4, 4)), store.ids, rng.random((4, 4, 4)))
+
+
+def test_where_it_cannot_be_told_it_says_why(tmp_path: Path) -> None:
+    store, queries, pictures = small(1)
+    indexes = {"ReTracRidge": rs.build_index(store, rs.ReTracRidge()), "TracIn": rs.build_index(store, rs.TracIn())}
+    answers = {name: index.query(queries, 3) for name, index in indexes.items()}
+    out = write_report(tmp_path / "p.html", answers, pictures, indexes=indexes, queries=queries)
+    for one in held(out.read_text())["repeatability"].values():
+        assert list(one) == ["sentence"]
+        assert one["sentence"].startswith("every sample was measured once, which cannot tell")
+    assert all("shared" not in query for query in held(out.read_text())["queries"])
+    large = repeatability_for_page(indexes["TracIn"], queries, 3, small=100)
+    assert large == (
+        "not measured, because that would take an index for each part of a large store; "
+        "rs.repeatability(store, queries, rs.TracIn(pairing='cross')) measures it."
+    )
+
+
+def test_what_was_measured_elsewhere_is_shown_when_it_is_about_this_page(tmp_path: Path) -> None:
+    store, queries, pictures = small(4)
+    index = rs.build_index(store, rs.ReTracRidge())
+    answers = {"ridge": index.query(queries, 3)}
+    own = rs.repeatability(index, queries, k=5)
+    write_report(tmp_path / "p.html", answers, pictures, repeatability={"ridge": own})
+    found = held((tmp_path / "p.html").read_text())
+    assert found["repeatability"]["ridge"]["k"] == 5
+    assert [query["shared"]["ridge"]["shared"] for query in found["queries"]] == (5 * own.by_query).round(2).tolist()
+    write_report(tmp_path / "p.html", answers, pictures, repeatability={"ridge": "ask again tomorrow."})
+    assert held((tmp_path / "p.html").read_text())["repeatability"] == {"ridge": {"sentence": "ask again tomorrow."}}
+    with pytest.raises(ValueError, match="of ridge was measured with 30 queries, but the page has 4"):
+        write_report(tmp_path / "p.html", answers, pictures, repeatability={"ridge": rs.repeatability(index)})
+    with pytest.raises(ValueError, match="repeatability= is about 'TracIn', but the answers are of ridge"):
+        write_report(tmp_path / "p.html", answers, pictures, repeatability={"TracIn": "?"})
+
+
+def test_many_queries_are_compared_some_at_a_time(tmp_path: Path) -> None:
+    store, _, _ = small(4)
+    index = rs.build_index(store, rs.ReTracRidge())
+    queries = rs.write_store(None, {"c": np.random.default_rng(1).standard_normal((70, 4, 16))}, timesteps=range(4))
+    found, expected = repeatability_for_page(index, queries, 3), rs.repeatability(index, queries, k=3)
+    assert isinstance(found, rs.Repeatability)
+    assert found.by_query.tolist() == expected.by_query.tolist()
+    assert (found.overlap, found.rank_correlation) == (expected.overlap, expected.rank_correlation)
+
+
+@pytest.mark.parametrize(("count", "rows"), [(1, 8), (2, 8), (3, 16), (5, 16)])
+def test_estimators_stand_side_by_side_in_the_readmes_picture_with_their_captions(count: int, rows: int) -> None:
+    store, queries, pictures = small(2)
+    queries = rs.take(store, range(16))
+    pictures = Pictures(pictures.images, store.ids, np.asarray(pictures.images)[:16])
+    answer = rs.build_index(store, rs.TracIn()).query(queries, 10)
+    answers = {f"Estimator{number}": answer for number in range(count)}
+    captions = dict.fromkeys(answers, "measured again, 8.3 of the 10 names would come again; unique fraction 0.883")
+    figure = attribution_figure(answers, pictures, norm_curve(store), captions, rows=rows)
+    assert figure.get_figwidth() < 10  # at a README's width, letters of 9 points stay legible
+    figure.canvas.draw()
+    boxes = {text.get_text(): text.get_window_extent() for text in figure.texts if text.get_text()}
+    assert "query" in boxes
+    assert {name for name in boxes if name.startswith("Estimator")} == set(answers)
+    assert sum(text.get_text().replace("\n", " ") in captions.values() for text in figure.texts) == count
+    every = [text.get_window_extent() for text in figure.texts if text.get_text()]
+    for place, box in enumerate(every):
+        assert box.x1 <= figure.bbox.x1 + 1
+        assert not any(box.overlaps(other) for other in every[place + 1 :])
 
 
 def test_it_holds_what_explains_each_result(folder: Path, text: str) -> None:
@@ -189,8 +304,19 @@ def test_a_page_of_several_indexes_or_answers_is_of_the_same_samples_and_queries
     turned = tracin.query(rs.take(queries, [1, 0]), 3)
     with pytest.raises(ValueError, match="turned is about other queries than TracIn, or has"):
         write_report(tmp_path / "p.html", {"TracIn": answers["TracIn"], "turned": turned}, pictures)
-    with pytest.raises(ValueError, match="queries= is about other queries than turned"):
+    with pytest.raises(ValueError, match="queries= of turned is about other queries than turned"):
         write_report(tmp_path / "p.html", {"turned": turned}, pictures, indexes={"turned": tracin}, queries=queries)
+    with pytest.raises(ValueError, match="queries= has stores for TracIn, but the indexes are turned; give one store"):
+        write_report(
+            tmp_path / "p.html",
+            {"turned": turned},
+            pictures,
+            indexes={"turned": tracin},
+            queries={"TracIn": queries},
+        )
+    store = rs.take(queries, [1, 0])
+    with pytest.raises(ValueError, match="indexes= has TracIn, but the answers are of turned"):
+        write_report(tmp_path / "p.html", {"turned": turned}, pictures, indexes={"TracIn": tracin}, queries=store)
     assert not (tmp_path / "p.html").exists()
 
 
@@ -215,6 +341,14 @@ def test_topk_writes_its_own_report_and_names_a_missing_picture(folder: Path) ->
     assert [query["id"] for query in held(own.read_text())["queries"]] == ["0", "1"]
     with pytest.raises(ValueError, match="no picture of sample"):
         answer.report(folder / "own.html", images[:1], queries, ids=[99])
+
+
+def test_one_store_of_queries_is_given_for_all_indexes_or_one_for_each(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    indexes = [str(folder / f"{name}.zarr") for name in ("tracin", "retrac", "retracridge")]
+    assert main(["report", *indexes, *[f"--queries={folder / 'q.zarr'}"] * 2]) == 1
+    assert "got 2 --queries for 3 indexes; give one for all, or one for each" in capsys.readouterr().err
 
 
 def test_ids_that_are_no_files_need_pictures(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,6 +31,7 @@ from starlette.testclient import TestClient
 
 import retrac_scale as rs
 from retrac_scale.cli import main
+from retrac_scale.cli.measured import measured_like
 from retrac_scale.datasets.base import pixels
 from retrac_scale.query import Question
 from retrac_scale.report.content import ranked
@@ -68,17 +69,34 @@ def png(size: tuple[int, int] = (8, 8), **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+class Named(list[torch.Tensor]):
+    """Images with ids."""
+
+    def __init__(self, images: list[torch.Tensor], ids: list[str]) -> None:
+        super().__init__(images)
+        self.ids = ids
+
+
+def sketched(library: Library, name: str, key: str) -> rs.SketchStore:
+    """The picture of `png()` under an upload's id, sketched like an index's store."""
+    store, measured = library.indexes[name].check_store(), library.measured
+    assert store is not None
+    assert measured is not None
+    image = torch.from_numpy(np.asarray(Image.open(io.BytesIO(png()))).astype(np.float32))[None] / 127.5 - 1
+    common: dict[str, Any] = {"checkpoints": measured.checkpoints, "dtype": "float32", "progress": False}
+    return rs.sketch(measured.task, Named([image], [key]), None, like=store, **common)
+
+
 def ids_of(lists: dict[str, Any]) -> list[int]:
     return [int(result["id"]) for side in ("proponents", "opponents") for result in lists[side]]
 
 
 def test_answers_are_those_of_the_index(client: TestClient, library: Library) -> None:
-    assert library.queries is not None
     where = "year < 2005 and artist == 'Anna'"
     ask = {"source": "queries", "ids": ["2", "0"], "k": 3, "where": where}
     found = client.post("/api/query", json=ask).json()
     for name, index in library.indexes.items():
-        answer = index.query(rs.take(library.queries, [2, 0]), 3, side="both", where=where)
+        answer = index.query(rs.take(library.queries[name], [2, 0]), 3, side="both", where=where)
         assert [ids_of(query["lists"][name]) for query in found["queries"]] == answer.ids.tolist()
         scores = [result["score"] for result in found["queries"][0]["lists"][name]["proponents"]]
         np.testing.assert_allclose(scores, answer.scores[0, :3], rtol=1e-4)
@@ -86,17 +104,17 @@ def test_answers_are_those_of_the_index(client: TestClient, library: Library) ->
 
 
 def test_training_samples_are_asked_without_themselves(client: TestClient, library: Library) -> None:
-    index, store = library.indexes["ReTrac"], library.store
-    assert store is not None
-    ask = {"source": "training", "ids": ["5"], "k": 2, "indexes": ["ReTrac"]}
+    ask = {"source": "training", "ids": ["5"], "k": 2}
     found = client.post("/api/query", json=ask).json()["queries"][0]
-    answer = index.query(rs.take(store, [5]), 2, side="both", exclude_self=True)
-    assert ids_of(found["lists"]["ReTrac"]) == answer.ids[0].tolist()
+    for name, index in library.indexes.items():
+        store = index.check_store()
+        assert store is not None
+        answer = index.query(rs.take(store, [5]), 2, side="both", exclude_self=True)
+        assert ids_of(found["lists"][name]) == answer.ids[0].tolist()
 
 
 def test_explanations_and_group_totals_are_those_of_the_index(client: TestClient, library: Library) -> None:
-    index, queries = library.indexes["TracIn"], library.queries
-    assert queries is not None
+    index, queries = library.indexes["TracIn"], library.queries["TracIn"]
     ask = {"source": "queries", "id": "1", "sample": "7", "index": "TracIn"}
     parts = client.post("/api/explain", json=ask).json()
     expected = index.explain(rs.take(queries, [1]), 7)
@@ -114,10 +132,13 @@ def test_an_uploaded_image_is_answered_as_if_sketched_here(client: TestClient, l
     assert ids_of(query["lists"]["TracIn"])
     again = client.post("/api/upload", files={"file": png()}, data={"k": "3", "where": "year > 1995"}).json()
     assert again == found
-    ask = {"source": "uploads", "id": query["id"], "index": "TracIn"}
-    best = query["lists"]["TracIn"]["proponents"][0]
-    parts = client.post("/api/explain", json={**ask, "sample": best["id"]}).json()
-    assert parts["score"] == pytest.approx(best["score"], rel=1e-3)
+    for name, index in library.indexes.items():  # of two stores, one of them under common noise
+        answer = index.query(sketched(library, name, query["id"]), 3, side="both", where="year > 1995")
+        assert ids_of(query["lists"][name]) == answer.ids[0].tolist()
+        best = query["lists"][name]["proponents"][0]
+        ask = {"source": "uploads", "id": query["id"], "index": name, "sample": best["id"]}
+        parts = client.post("/api/explain", json=ask).json()
+        assert parts["score"] == pytest.approx(best["score"], rel=1e-3)
     other = client.post("/api/upload", files={"file": png((20, 30))}).json()["queries"][0]
     assert other["note"] == "cropped and resized from 20 x 30 to 8 x 8"
 
@@ -289,6 +310,11 @@ def test_indexes_of_other_samples_are_not_served_together(library: Library) -> N
     other = rs.build_index(rs.write_store(None, sketches), rs.TracIn(), None)
     with pytest.raises(ValueError, match="other holds other samples than TracIn"):
         Library({"TracIn": library.indexes["TracIn"], "other": other}, library.pictures)
+    turned = {**library.queries, "ReTracRidge": rs.take(library.queries["ReTracRidge"], [1, 0, 2, 3])}
+    with pytest.raises(ValueError, match="queries of ReTracRidge are others"):
+        Library(library.indexes, library.pictures, queries=turned)
+    with pytest.raises(ValueError, match="give one store for all, or one for each"):
+        Library(library.indexes, library.pictures, queries={"TracIn": library.queries["TracIn"]})
 
 
 def test_files_that_are_gone_or_damaged_are_no_crash_and_deleted_samples_not_offered(tmp_path: Path) -> None:
@@ -324,7 +350,7 @@ def test_concurrent_queries_share_a_scan_and_each_gets_its_own_answer(library: L
         plain = [Question(k, "both", None, None, "sum", False) for k in (1, 5, SAMPLES)]
         asked = [(Asked("queries", str(i % QUERIES)), plain[i % 3]) for i in range(12)]
         wrong = Question(2, "both", "artist", None, "sum", False)
-        tasks = [batcher.ask("ReTrac", one, question) for one, question in [*asked, (asked[0][0], wrong)]]
+        tasks = [batcher.ask("ReTracRidge", one, question) for one, question in [*asked, (asked[0][0], wrong)]]
         found = await asyncio.gather(*tasks, return_exceptions=True)
         await batcher.close()
         return found
@@ -332,10 +358,9 @@ def test_concurrent_queries_share_a_scan_and_each_gets_its_own_answer(library: L
     *found, error = asyncio.run(ask_all())
     assert isinstance(error, ValueError)
     assert sorted(sizes) == [1, 12]
-    assert library.queries is not None
     for i, lists in enumerate(found):
-        query = rs.take(library.queries, [i % QUERIES])
-        answer = library.indexes["ReTrac"].query(query, (1, 5, SAMPLES)[i % 3], side="both")
+        query = rs.take(library.queries["ReTracRidge"], [i % QUERIES])
+        answer = library.indexes["ReTracRidge"].query(query, (1, 5, SAMPLES)[i % 3], side="both")
         assert ids_of(lists) == answer.ids[0].tolist()
         assert [x["resolved"] for side in lists.values() for x in side] == answer.resolved[0].tolist()  # type: ignore[index]
 
@@ -354,6 +379,117 @@ def test_a_query_that_cannot_be_answered_spoils_no_other(library: Library) -> No
     first, second = asyncio.run(ask_both())
     assert isinstance(first, ValueError)
     assert ids_of(second) == [3, 3]
+
+
+def halves_by_hand(library: Library, query: rs.SketchStore, k: int, samples: list[int]) -> float:
+    """Names that the lists of two halves of four timesteps share, from each score's parts, over all three splits."""
+    index = library.indexes["ReTracRidge"]
+    parts = np.array([index.explain(query, sample).contributions.sum(0).diagonal() for sample in samples])
+    shared = []
+    for one, other in (([0, 1], [2, 3]), ([0, 2], [1, 3]), ([0, 3], [1, 2])):
+        lists = [set(np.array(samples)[np.argsort(-parts[:, half].sum(1))[:k]]) for half in (one, other)]
+        shared.append(len(lists[0] & lists[1]))
+    return float(np.mean(shared))
+
+
+def test_an_answer_comes_with_what_two_halves_of_its_measurements_share(client: TestClient, library: Library) -> None:
+    every, queries = list(range(SAMPLES)), library.queries["ReTracRidge"]
+    store = library.indexes["ReTracRidge"].check_store()
+    assert store is not None
+    upload = client.post("/api/upload", files={"file": png()}, data={"k": "3"}).json()["queries"][0]["id"]
+    for ask, query, k, samples in (
+        ({"source": "queries", "id": "1"}, rs.take(queries, [1]), 5, every),
+        ({"source": "training", "id": "7"}, rs.take(store, [7]), 5, every[:7] + every[8:]),
+        ({"source": "uploads", "id": upload}, sketched(library, "ReTracRidge", upload), 4, every),
+        ({"source": "queries", "id": "2", "where": "artist == 'Bela'"}, rs.take(queries, [2]), 3, every[2::4]),
+        ({"source": "queries", "id": "2", "where": "id < 4"}, rs.take(queries, [2]), 10, every[:4]),
+    ):
+        found = client.post("/api/repeatability", json={**ask, "k": k}).json()
+        length = min(k, len(samples))
+        shared = pytest.approx(halves_by_hand(library, query, length, samples), abs=0.01)
+        assert found == {"ReTracRidge": {"k": length, "shared": shared}}  # means of timesteps cannot tell
+    gone = client.post("/api/repeatability", json={"source": "uploads", "id": "gone"})
+    assert (gone.status_code, gone.json()["detail"]) == (422, "there is no 'gone' among the uploads.")
+
+
+class Counting(Library):
+    """Counts how often it compares."""
+
+    compared_groups = 0
+
+    def repeatability(self, name: str, ids: Any) -> Any:
+        """See `Library`."""
+        self.compared_groups += 1
+        return super().repeatability(name, ids)
+
+
+def test_how_far_each_index_can_be_trusted_is_told_from_stored_queries_and_once(library: Library) -> None:
+    counting = Counting(library.indexes, library.pictures, queries=library.queries)
+    with TestClient(create_app(counting)) as client:
+        found = client.get("/api/repeatability").json()
+        assert client.get("/api/repeatability").json() == found
+    assert counting.compared_groups == len(library.indexes)
+    for name, index in library.indexes.items():
+        store = index.check_store()
+        assert store is not None
+        expected = rs.repeatability(store, library.queries[name], index.estimator)
+        assert found[name]["halves"] == pytest.approx([*vars(expected.halves).values()], abs=1e-3)
+        assert found[name]["measurements"] == (4 if name == "ReTracRidge" else 2)
+        assert f"{10 * expected.overlap.value:.1f} of the 10 names would come again" in found[name]["sentence"]
+        assert "chance alone, among 24 samples, would bring 4.2" in found[name]["sentence"]
+    with TestClient(create_app(Library(library.indexes, library.pictures))) as client:
+        assert client.get("/api/repeatability").json() == {}
+
+
+def test_many_stored_queries_are_compared_a_few_at_a_time(library: Library) -> None:
+    index = library.indexes["ReTracRidge"]
+    store = index.check_store()
+    assert store is not None
+    many = rs.take(store, range(20))
+    several = Library({"ReTracRidge": index}, library.pictures, queries=many)
+    groups = several.compared("ReTracRidge")
+    assert [len(group) for group in groups] == [4, 4, 4, 4, 4]
+    found = several.told("ReTracRidge", [several.repeatability("ReTracRidge", group) for group in groups])
+    assert found["halves"] == pytest.approx([*vars(rs.repeatability(index, many).halves).values()], abs=1e-4)
+
+
+def test_indexes_of_stores_that_differ_in_what_was_deleted_find_each_training_sample(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    sketches = rng.standard_normal((6, 2, 16))
+    one = rs.write_store(tmp_path / "one", {"c": sketches}, ids=range(6), timesteps=[4, 9])
+    other = rs.write_store(tmp_path / "other", {"c": sketches[1:]}, ids=range(1, 6), timesteps=[4, 9])
+    one.delete([0])
+    indexes = {"ReTrac": rs.build_index(one, rs.ReTrac()), "ReTracRidge": rs.build_index(other, rs.ReTracRidge())}
+    both = Library(indexes, Pictures(rng.random((5, 4, 4)), np.arange(1, 6), []))
+    with TestClient(create_app(both)) as client:
+        found = client.post("/api/query", json={"source": "training", "ids": ["3"], "k": 2}).json()["queries"][0]
+        part = client.post(
+            "/api/explain", json={"source": "training", "id": "3", "sample": "1", "index": "ReTracRidge"}
+        )
+    for name, store in (("ReTrac", one), ("ReTracRidge", other)):
+        answer = indexes[name].query(rs.take(store, [3]), 2, side="both", exclude_self=True)
+        assert ids_of(found["lists"][name]) == answer.ids[0].tolist()
+    expected = indexes["ReTracRidge"].explain(rs.take(other, [3]), 1).score
+    assert part.json()["score"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_images_are_measured_as_the_store_was_unless_timesteps_are_given(library: Library, tmp_path: Path) -> None:
+    assert library.measured is not None
+    model: Any = library.measured.task.model
+    model.save_pretrained(tmp_path / "model")
+    index, weights = library.indexes["ReTracRidge"], {"final": str(tmp_path / "model")}
+    ours = read_upload(png(), library.image_shape, LIMITS)
+    for steps, refused in ((None, False), (4, False), (2, True)):
+        measured = measured_like(index, str(tmp_path / "model"), weights, steps, "cpu")
+        served = Library({"ReTracRidge": index}, library.pictures, measured=measured)
+        asked = served.upload(ours)
+        question = Question(5, "both", None, None, "sum", False)
+        if refused:
+            with pytest.raises(ValueError, match="matched pairing needs the index's timesteps in the queries"):
+                served.ask("ReTracRidge", [asked], question)
+            continue
+        expected = library.ask("ReTracRidge", [library.upload(ours)], question)
+        assert served.ask("ReTracRidge", [asked], question).ids.tolist() == expected.ids.tolist()
 
 
 @pytest.mark.parametrize(
@@ -375,6 +511,21 @@ def test_serve_says_where_once_it_has_the_port_and_ends_after_what_it_has_begun(
     arguments = ["serve", str(folder / "TracIn.zarr"), "--queries", str(folder / "q.zarr"), "--port", str(port)]
     arguments += ["--images", str(tmp_path / "images.npy"), "--query-images", str(tmp_path / "made.npy")]
     assert main([*arguments, "--host", "0.0.0.0"]) == 1  # no token
+    ridge = [
+        "serve",
+        str(folder / "ReTracRidge.zarr"),
+        "--queries",
+        str(folder / "qc.zarr"),
+        *arguments[6:],
+        "--model",
+        "x",
+        "--timesteps",
+        "20",
+    ]
+    assert main(ridge) == 1
+    assert (
+        "ReTracRidge compares gradients at the timesteps of its store; leave --timesteps out" in capsys.readouterr().err
+    )
     with socket.create_server(("127.0.0.1", port)):
         capsys.readouterr()
         assert main(arguments) == 1

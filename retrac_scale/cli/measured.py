@@ -76,8 +76,17 @@ def image_files(paths: Sequence[str], task: DiffusionTask) -> ImageFiles:
     return files
 
 
-def measured_like(index: Index, model: str, checkpoints: Mapping[str, str], timesteps: int, device: str) -> Samples:
+def measured_like(
+    index: Index, model: str, checkpoints: Mapping[str, str], timesteps: int | None, device: str
+) -> Samples:
     """How images are measured as the index's store was; without a dataset.
+
+    Args:
+        index: whose store it is.
+        model: diffusers folder or hub name.
+        checkpoints: {name: weights}.
+        timesteps: evenly spaced; None for those of the store.
+        device: where to compute.
 
     Raises:
         ValueError: that store cannot be had, or was not made by `sketch`.
@@ -95,4 +104,4 @@ def measured_like(index: Index, model: str, checkpoints: Mapping[str, str], time
     scheduler = getattr(diffusers, config.pop("class"))(**config)
     measured = {**measure_named(store.fingerprint["measure"]), "autocast": store.fingerprint.get("autocast")}
     task = DiffusionTask(load_denoiser(model), scheduler, device=device, **measured)
-    return Samples((), task, dict(checkpoints), EvenlySpaced(timesteps))
+    return Samples((), task, dict(checkpoints), None if timesteps is None else EvenlySpaced(timesteps))

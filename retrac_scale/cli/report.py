@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from retrac_scale.cli.indexes import open_indexes
 from retrac_scale.cli.project import find
 from retrac_scale.cli.verb import Answer, Verb
+
+if TYPE_CHECKING:
+    from retrac_scale.index import Index
+    from retrac_scale.store import SketchStore
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +24,9 @@ def _options(parser: argparse.ArgumentParser) -> None:
 def add_sources(parser: argparse.ArgumentParser) -> None:
     """Options that say what a page shows."""
     parser.add_argument("index", nargs="*", help="paths or URLs of indexes of the same samples")
-    parser.add_argument("--queries", help="store of query sketches")
+    parser.add_argument(
+        "--queries", action="append", help="store of query sketches: once for all indexes, or once for each, in order"
+    )
     parser.add_argument(
         "--images", help=".npy of training images [n, h, w(, 3)], in the index's order; default: ids are paths"
     )
@@ -26,21 +34,37 @@ def add_sources(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--title", default="Attributions", help="heading of the page")
 
 
+def open_queries(urls: Sequence[str], indexes: Mapping[str, Index]) -> dict[str, SketchStore]:
+    """The store of queries of each index: one for all, or one for each in their order.
+
+    Raises:
+        ValueError: there are neither one nor as many.
+    """
+    from retrac_scale.store import open_store
+
+    stores = [open_store(url) for url in urls]
+    if len(stores) == 1:
+        stores *= len(indexes)
+    if stores and len(stores) != len(indexes):
+        raise ValueError(f"got {len(stores)} --queries for {len(indexes)} indexes; give one for all, or one for each.")
+    return dict(zip(indexes, stores, strict=False))
+
+
 def _run(arguments: argparse.Namespace) -> Answer:
     from retrac_scale.report import Pictures, norm_curve, read_images, write_report
     from retrac_scale.report.content import sides
-    from retrac_scale.store import open_store
 
     project = find(arguments.config)
     indexes = open_indexes(arguments.index, project)
     if arguments.index and not arguments.queries:
         raise ValueError("say what is asked: --queries STORE.")
-    queries = open_store(arguments.queries or project.queries)
+    queries = open_queries(arguments.queries or [project.queries], indexes)
     first = next(iter(indexes.values()))
     store = first.check_store()
     images = read_images(arguments.images, first.ids, project.folder)
-    pictures = Pictures(images, first.ids, read_images(arguments.query_images, queries.ids, project.folder))
-    answers = {name: index.query(queries, arguments.k, side=sides(index)) for name, index in indexes.items()}
+    asked = next(iter(queries.values())).ids
+    pictures = Pictures(images, first.ids, read_images(arguments.query_images, asked, project.folder))
+    answers = {name: index.query(queries[name], arguments.k, side=sides(index)) for name, index in indexes.items()}
     curve = norm_curve(store) if store is not None and store.has("timestep") else None
     out = arguments.out or ("report.html" if arguments.index else project.place("report.html"))
     common = {"title": arguments.title, "curve": curve, "indexes": indexes, "queries": queries}

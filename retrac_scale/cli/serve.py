@@ -10,7 +10,7 @@ from pathlib import Path
 from retrac_scale.cli.indexes import open_indexes
 from retrac_scale.cli.measured import measured_like
 from retrac_scale.cli.project import find, parse_checkpoints
-from retrac_scale.cli.report import add_sources
+from retrac_scale.cli.report import add_sources, open_queries
 from retrac_scale.cli.verb import Answer, Verb
 
 
@@ -18,7 +18,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add_sources(parser)
     parser.add_argument("--model", help="for uploads: diffusers folder or hub name")
     parser.add_argument("--checkpoint", action="append", default=[], help="for uploads: NAME=weights, for each")
-    parser.add_argument("--timesteps", type=int, help="for uploads: evenly spaced (default: the project's, or 20)")
+    parser.add_argument("--timesteps", type=int, help="for uploads: evenly spaced (default: those of the store)")
     parser.add_argument("--device", help="for uploads: where to sketch (default: the project's, or cpu)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="0 for any that is free (default: 8000)")
@@ -31,7 +31,6 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> Answer:
     from retrac_scale.report import Pictures, read_images
-    from retrac_scale.store import open_store
 
     try:
         from retrac_scale import serve
@@ -41,17 +40,20 @@ def _run(arguments: argparse.Namespace) -> Answer:
     project = find(arguments.config)
     indexes = open_indexes(arguments.index, project)
     first = next(iter(indexes.values()))
-    stored = arguments.queries or (None if arguments.index else project.queries)
-    queries = None if stored is None else open_store(stored)
-    shown = [] if queries is None else read_images(arguments.query_images, queries.ids, project.folder)
+    stored = arguments.queries or ([] if arguments.index else [project.queries])
+    queries = open_queries(stored, indexes)
+    ids = next(iter(queries.values())).ids if queries else None
+    shown = [] if ids is None else read_images(arguments.query_images, ids, project.folder)
     pictures = Pictures(read_images(arguments.images, first.ids, project.folder), first.ids, shown)
     own = not arguments.index and bool(project.model)
     model = arguments.model or (project.denoiser if own else None)
     weights = parse_checkpoints(arguments.checkpoint) or (project.weights if own else {})
     measured = None
+    matched = [name for name, index in indexes.items() if index.estimator.pairing == "matched"]
+    if arguments.timesteps is not None and matched:
+        raise ValueError(f"{matched[0]} compares gradients at the timesteps of its store; leave --timesteps out.")
     if model is not None:
-        steps = (project.timesteps if own else 20) if arguments.timesteps is None else arguments.timesteps
-        measured = measured_like(first, model, weights, steps, arguments.device or project.device)
+        measured = measured_like(first, model, weights, arguments.timesteps, arguments.device or project.device)
     token = os.environ.get("RETRAC_SCALE_TOKEN")
     if arguments.token_file is not None:
         token = Path(arguments.token_file).read_text(encoding="utf-8").strip()

@@ -10,8 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from retrac_scale.explain import Explanation, explain_lists
+from retrac_scale.halves import Repeatability
 from retrac_scale.index import Index, Side
 from retrac_scale.report.pictures import Pictures, data_uri
+from retrac_scale.report.trust import Told, check_given, repeatability_for_page, shared_by_halves, told
 from retrac_scale.store import SketchStore
 from retrac_scale.topk import TopK
 
@@ -31,14 +33,17 @@ def content(
     title: str,
     curve: tuple[Any, Any, Any] | None = None,
     indexes: Mapping[str, Index] | None = None,
-    queries: SketchStore | None = None,
+    queries: SketchStore | Mapping[str, SketchStore] | None = None,
+    repeatability: Mapping[str, Told] | None = None,
 ) -> Json:
     """All that a page holds; arguments as for `write_report`. Ids are strings, scores numbers or null."""
     first = next(iter(answers.values()))
-    _check_same_queries(answers, queries)
-    check_same_samples(indexes or {})
+    indexes = indexes or {}
+    sketched = queries_of_indexes(indexes, queries)
+    _check_same_queries(answers, sketched)
+    check_same_samples(indexes)
     lists = {name: ranked(answer) for name, answer in answers.items()}
-    asked = [
+    asked: list[Json] = [
         {
             "id": str(query),
             "picture": data_uri(pictures.query(place)),
@@ -47,13 +52,21 @@ def content(
         for place, query in enumerate(first.query_ids.tolist())
     ]
     notes: list[str] = []
-    if indexes is not None and queries is not None:
-        for name, index in indexes.items():
-            _add_groups(asked, name, index, queries)
-            try:
-                _add_explanations(asked, name, index, queries)
-            except ValueError as error:  # an estimator or a store that cannot be taken apart
-                notes.append(f"{name} has no explanations: {error}")
+    measured = dict(repeatability or {})
+    check_given(measured, answers, len(asked))
+    for name, own in sketched.items():
+        index = indexes[name]
+        _add_groups(asked, name, index, own)
+        try:
+            _add_explanations(asked, name, index, own)
+        except ValueError as error:  # an estimator or a store that cannot be taken apart
+            notes.append(f"{name} has no explanations: {error}")
+        if repeatability is None:
+            measured[name] = repeatability_for_page(index, own, list_length(answers[name]))
+    for name, found in measured.items():
+        if isinstance(found, Repeatability):
+            for query, shared in zip(asked, shared_by_halves(found), strict=True):
+                query.setdefault("shared", {})[name] = shared
     rows = Rows(next(iter(indexes.values()))) if indexes else None
     every = np.unique(np.concatenate([answer.ids.ravel() for answer in answers.values()]))
     return {
@@ -62,7 +75,30 @@ def content(
         "samples": samples(every, pictures, rows),
         "curve": None if curve is None else curve_of(curve),
         "notes": notes,
+        "repeatability": {
+            name: told(measured[name], indexes[name].shape[1] if name in indexes else None)
+            for name in answers
+            if name in measured
+        },
     }
+
+
+def queries_of_indexes(
+    indexes: Mapping[str, Index], queries: SketchStore | Mapping[str, SketchStore] | None
+) -> dict[str, SketchStore]:
+    """The store of queries that each index is asked with; none where there are no queries.
+
+    Raises:
+        ValueError: an index has none, or there is one for an index that is not there.
+    """
+    if queries is None or isinstance(queries, SketchStore):
+        return {} if queries is None else dict.fromkeys(indexes, queries)
+    if set(queries) != set(indexes):
+        raise ValueError(
+            f"queries= has stores for {', '.join(queries) or 'no index'}, but the indexes are "
+            f"{', '.join(indexes) or 'none'}; give one store for all, or one for each."
+        )
+    return {name: queries[name] for name in indexes}
 
 
 def check_same_samples(indexes: Mapping[str, Index]) -> None:
@@ -95,7 +131,7 @@ def sides(index: Index) -> Side:
 def ranked(answer: TopK) -> list[dict[str, list[Json]]]:
     """For each query the lists of each side, best first: id, score, and where known its error and whether resolved."""
     both = ["proponents", "opponents"] if answer.side == "both" else [answer.side]
-    k = answer.ids.shape[1] // len(both)
+    k = list_length(answer)
     known = {"id": answer.ids, "score": answer.scores, "error": answer.errors, "resolved": answer.resolved}
     fields = {name: values for name, values in known.items() if values is not None}
 
@@ -106,6 +142,12 @@ def ranked(answer: TopK) -> list[dict[str, list[Json]]]:
         {side: [result(query, part * k + rank) for rank in range(k)] for part, side in enumerate(both)}
         for query in range(len(answer.ids))
     ]
+
+
+def list_length(answer: TopK) -> int:
+    """Of the list of one side."""
+    width: int = answer.ids.shape[1]
+    return width // 2 if answer.side == "both" else width
 
 
 def samples(ids: npt.NDArray[Any], pictures: Pictures, rows: Rows | None) -> dict[str, Json]:
@@ -148,12 +190,16 @@ def plain(value: Any) -> Any:
     return str(value) if type(value) is int and abs(value) > EXACT_INTEGER else value
 
 
-def _check_same_queries(answers: Mapping[str, TopK], queries: SketchStore | None) -> None:
+def _check_same_queries(answers: Mapping[str, TopK], sketched: Mapping[str, SketchStore]) -> None:
     (first, answer), *others = answers.items()
-    asked = {name: other.query_ids for name, other in others} | ({} if queries is None else {"queries=": queries.ids})
-    for name, ids in asked.items():
+    asked = dict(others) | {f"queries= of {name}": store for name, store in sketched.items()}
+    for name, other in asked.items():
+        ids = other.query_ids if isinstance(other, TopK) else other.ids
         if not np.array_equal(ids, answer.query_ids):
             raise ValueError(f"{name} is about other queries than {first}, or has them in another order.")
+    for name in sketched:
+        if name not in answers:
+            raise ValueError(f"indexes= has {name}, but the answers are of {', '.join(answers)}.")
 
 
 def _add_groups(asked: list[Json], name: str, index: Index, queries: SketchStore) -> None:

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
+from retrac_scale.report.content import list_length
 from retrac_scale.report.pictures import Pictures
 from retrac_scale.store import SketchStore
 from retrac_scale.topk import TopK
 
 BINS = 25
+WIDTH, EDGE, CURVE, HEADING, LINE = 9.6, 0.06, 2.7, 0.27, 0.16
+"""Inches: of a figure, of its edge, of the curve's height with its labels, of a title, of a caption's line."""
+ACROSS, FEWEST = 18, 3
+"""Pictures side by side, in all and of one estimator."""
+LARGEST, GAP = 0.9, 0.35
+"""Inches of a picture; room between estimators, in pictures."""
+CHARACTERS = 14
+"""Of a caption, to the inch."""
+QUIET = "#5c5852"
 
 
 def norm_curve(store: SketchStore) -> tuple[Any, Any, Any]:
@@ -47,32 +59,48 @@ def attribution_figure(
     captions: Mapping[str, str],
     rows: int = 8,
 ) -> Figure:
-    """Queries down the side, top proponents under each estimator, the norm curve below.
+    """Queries down the side, top proponents under each estimator, the norm curve below; to be read at a README's width.
 
     Args:
-        answers: {title: TopK} for the same queries.
+        answers: {title: TopK} for the same queries, side by side.
         pictures: of samples and queries.
         curve: from `norm_curve`.
-        captions: one line per title.
+        captions: {title: a line}, broken where it is wider than the pictures below it; titles may be left out.
         rows: how many queries to show.
     """
     shown = min(rows, len(next(iter(answers.values())).ids))
-    columns = min(8, min(answer.ids.shape[1] for answer in answers.values()))
-    figure = Figure(figsize=(2 + len(answers) * columns * 0.62, shown * 0.66 + 3.4), layout="constrained")
-    subfigures: Any = figure.subfigures(2, 1, height_ratios=[shown * 0.66 + 0.6, 2.8])
-    top, bottom = subfigures
-    parts = top.subfigures(1, 1 + len(answers), width_ratios=[1.2] + [columns] * len(answers))
-    axes = parts[0].subplots(shown, 1, squeeze=False)
-    parts[0].suptitle("generated", fontsize=10)
-    for row in range(shown):
-        _show(axes[row, 0], pictures.query(row))
-    for part, (title, answer) in zip(parts[1:], answers.items(), strict=True):
-        axes = part.subplots(shown, columns, squeeze=False)
-        part.suptitle(f"{title}: {captions[title]}", fontsize=10)
-        for row in range(shown):
-            for column in range(columns):
-                _show(axes[row, column], pictures.image(answer.ids[row, column]))
-    _draw_curve(bottom.subplots(), curve)
+    columns = min(max(FEWEST, ACROSS // len(answers)), *map(list_length, answers.values()))
+    cell = min(LARGEST, (WIDTH - 2 * EDGE) / (1 + len(answers) * (columns + GAP)))
+    characters = max(8, int(columns * cell * CHARACTERS))
+    lines = {title: textwrap.wrap(captions.get(title, ""), characters) for title in answers}
+    heading = HEADING + LINE * max(map(len, lines.values()))
+    height = heading + shown * cell + CURVE
+    figure = Figure(figsize=(WIDTH, height))
+
+    def place(left: float, below: float) -> tuple[float, float]:
+        """A point so many inches from the left and the top."""
+        return (EDGE + left) / WIDTH, 1 - below / height
+
+    def panel(left: float, title: str, caption: list[str], grid: list[list[Any]]) -> None:
+        """Pictures `[row][column]` under their title."""
+        figure.text(*place(left, 0.05), title, fontsize=11, weight="bold", va="top", parse_math=False)
+        text = "\n".join(caption)
+        figure.text(*place(left, HEADING), text, fontsize=9, color=QUIET, va="top", linespacing=1.15, parse_math=False)
+        width = len(grid[0])
+        x, y = place(left, heading + shown * cell)
+        axes = figure.add_axes((x, y, width * cell / WIDTH, shown * cell / height))
+        axes.axis("off")
+        for row, images in enumerate(grid):
+            for column, image in enumerate(images):
+                _show(axes, image, column, row)
+        axes.set(xlim=(0, width), ylim=(shown, 0), aspect="auto")  # last: each picture sets them
+
+    panel(0, "", ["query"], [[pictures.query(row)] for row in range(shown)])
+    for number, (title, answer) in enumerate(answers.items()):
+        left = cell * (1 + GAP + number * (columns + GAP))
+        panel(left, title, lines[title], [[pictures.image(id) for id in ids[:columns]] for ids in answer.ids[:shown]])
+    bottom = figure.add_axes((0.75 / WIDTH, 0.5 / height, 1 - 0.9 / WIDTH, (CURVE - 0.75) / height))
+    _draw_curve(bottom, curve)
     return figure
 
 
@@ -84,7 +112,10 @@ def _draw_curve(axes: Axes, curve: tuple[Any, Any, Any]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _show(axes: Axes, image: Any) -> None:
-    axes.imshow(image, cmap="gray", vmin=0, vmax=255)
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set_color("#bbb")
+def _show(axes: Axes, image: Any, column: int, row: int) -> None:
+    """A picture in its cell, of its own shape, with a little room around it."""
+    height, width = image.shape[0] / max(image.shape[:2]), image.shape[1] / max(image.shape[:2])
+    across, down = (0.94 * width / 2, 0.94 * height / 2)
+    extent = (column + 0.5 - across, column + 0.5 + across, row + 0.5 + down, row + 0.5 - down)
+    axes.imshow(image, cmap="gray", vmin=0, vmax=255, extent=extent)
+    axes.add_patch(Rectangle((extent[0], extent[3]), 2 * across, 2 * down, fill=False, ec="#bbb", lw=0.6))

@@ -10,8 +10,12 @@ const MOST_CHOICES = 60;
 const HUBS = 8;
 const HUB_SHARE = 0.5;
 const shown = { search: "", columns: new Map(), sides: new Set(SIDES), hidden: new Set(), pages: 1 };
-// The live page replaces these: how an explanation or a query's group totals are had.
-const source = { explain: (query, estimator, result) => result.explanation, groups: (query, column) => query.groups[column] };
+// The live page replaces these: how an explanation, a query's group totals, and what its halves share are had.
+const source = {
+  explain: (query, estimator, result) => result.explanation,
+  groups: (query, column) => query.groups[column],
+  shared: (query) => query.shared || {},
+};
 
 const at = (id) => document.getElementById(id);
 
@@ -40,6 +44,52 @@ const valuesOf = (id) => samples.get(id)?.columns || {};
 
 function picture(uri, alt) {
   return h("img", { src: uri, alt, loading: "lazy", decoding: "async", className: uri.startsWith("data:image/png") ? "small" : "" });
+}
+
+// ---- trust ----------------------------------------------------------------------------------------------------------
+
+// Nothing to tell: hidden; null: still being measured, by the service.
+function drawTrust() {
+  const told = found.repeatability === null ? null : Object.entries(found.repeatability || {});
+  at("trust").hidden = told !== null && told.length === 0;
+  if (at("trust").hidden) return;
+  at("trust").replaceChildren(h("h2", { id: "trust-title" }, "How far to trust these lists"), ...(told === null
+    ? [h("p", { className: "hint" }, "Parts of the measurements are being compared …")]
+    : [h("ul", { className: "told" }, told.map(([name, { sentence }]) => h("li", {}, h("strong", {}, name), `: ${sentence}`))), ...halves(told.filter(([, one]) => one.halves))]));
+}
+
+function halves(told) {
+  if (!told.length) return [];
+  const range = (ends, k, digits) => {
+    const [value, low, high] = ends.map((x) => (k * x).toFixed(digits).replace(/^-(?=[0.]+$)/, ""));
+    return `${value} (${low} to ${high})`;
+  };
+  const rows = {
+    "measured": ({ measurements }) => `${measurements} times`,
+    "two halves share": ({ halves, k }) => range(halves, k, 1),
+    "two whole runs would share": ({ overlap, k }) => range(overlap, k, 1),
+    "rank correlation of their scores": ({ correlation }) => range(correlation, 1, 2),
+  };
+  return [
+    h("div", { className: "scroll" }, h("table", { id: "halves" },
+      h("thead", {}, h("tr", {}, h("td"), told.map(([name]) => h("th", { scope: "col" }, name)))),
+      h("tbody", {}, Object.entries(rows).map(([head, cell]) => h("tr", {}, h("th", { scope: "row" }, head), told.map(([, one]) => h("td", {}, cell(one)))))))),
+    h("p", { className: "hint" }, "Each half of the measurements answers by itself; from how far halves agree, the agreement of two whole runs is foretold. In brackets 95 % intervals over queries and halves."),
+  ];
+}
+
+// One line for each estimator that can tell; it may come later than the lists.
+async function tellShared(query, lines) {
+  try {
+    const shared = await source.shared(query);
+    for (const [name, line] of lines) {
+      const own = shared[name];
+      if (own) line.textContent = `Two halves of the measurements share ${Math.round(own.shared)} of the ${own.k} proponents.`;
+      line.hidden = !own;
+    }
+  } catch (error) {
+    for (const line of lines.values()) Object.assign(line, { textContent: error.message, hidden: false });
+  }
 }
 
 // ---- overview -------------------------------------------------------------------------------------------------------
@@ -218,14 +268,17 @@ function drawList() {
 }
 
 function article(query, lists) {
+  const lines = new Map();
   const columns = Object.entries(lists).map(([name, sides]) => {
     const every = Object.values(query.lists[name]).flat();
     const scale = Math.max(...every.map(({ score, error }) => Math.abs(score) + (error || 0))) || 1;
-    return h("section", {}, h("h3", {}, name), Object.entries(sides).map(([side, results]) => [
+    if (sides.proponents) lines.set(name, h("p", { className: "hint shared", hidden: true }));
+    return h("section", {}, h("h3", {}, name), lines.get(name), Object.entries(sides).map(([side, results]) => [
       h("h4", {}, side),
       results.length ? strip(query, name, side, results, scale) : h("p", { className: "hint" }, "none that match"),
     ]));
   });
+  if (lines.size) tellShared(query, lines);
   const groups = query.groupColumns || Object.keys(query.groups || {});
   return h("article", { className: "query card", ariaLabel: `Query ${query.id}` },
     h("figure", { className: "asked" }, picture(query.picture, `query ${query.id}`), h("figcaption", {}, query.label || `query ${query.id}`)),
@@ -371,6 +424,7 @@ function stepBars(values, label) {
 // ---- start ----------------------------------------------------------------------------------------------------------
 
 function draw() {
+  drawTrust();
   drawOverview();
   drawFilters();
   drawList();

@@ -13,6 +13,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from retrac_scale.halves import Repeatability
 from retrac_scale.index import Index
 from retrac_scale.report.content import content
 from retrac_scale.report.pictures import Pictures
@@ -28,7 +29,8 @@ def write_report(
     title: str = "Attributions",
     curve: tuple[Any, Any, Any] | None = None,
     indexes: Mapping[str, Index] | None = None,
-    queries: SketchStore | None = None,
+    queries: SketchStore | Mapping[str, SketchStore] | None = None,
+    repeatability: Mapping[str, Repeatability | str] | None = None,
 ) -> Path:
     """Write a self-contained page.
 
@@ -40,14 +42,22 @@ def write_report(
         curve: from `norm_curve`, shown when given.
         indexes: {estimator: index} that gave the answers; with `queries` they add the columns, group totals, and what
             each checkpoint and timestep contributes.
-        queries: the sketches that were asked.
+        queries: the sketches that were asked: one store for all indexes, or {estimator: store}, the same queries in the
+            same order, where the indexes were measured at different timesteps or under different noise.
+        repeatability: {estimator: what `rs.repeatability` found with these queries, or a sentence why it is not told};
+            None measures it where that is cheap: under matched pairing, and under cross pairing for small stores.
+
+    Raises:
+        ValueError: pictures, queries, indexes and repeatability do not belong together; says which.
     """
     counts = {len(answer.ids) for answer in answers.values()}
     if counts != {len(pictures.queries)}:
         raise ValueError(
             f"the answers are for {sorted(counts)} queries, but {len(pictures.queries)} pictures are given."
         )
-    found = content(answers, pictures, title=title, curve=curve, indexes=indexes, queries=queries)
+    found = content(
+        answers, pictures, title=title, curve=curve, indexes=indexes, queries=queries, repeatability=repeatability
+    )
     target = Path(path)
     target.write_text(page(title, found), encoding="utf-8")
     return target

@@ -73,6 +73,15 @@ class Groups(Body):
     where: Where | None = None
 
 
+class Halves(Body):
+    """How many names of this query's list do two halves of the measurements share?"""
+
+    source: Literal["queries", "training", "uploads"]
+    id: Name = Field(description="of the query in its source", examples=["0"])
+    k: int = Field(10, ge=1, description="length of the list of proponents")
+    where: Where | None = None
+
+
 class Problem(BaseModel):
     """Why a request was refused, in a sentence."""
 
@@ -131,6 +140,8 @@ def create_app(
         "scan_queries", "Queries answered by one scan.", registry=registry, buckets=(1, 2, 4, 8, 16, 32, 64)
     )
     about = library.about()
+    known: dict[str, Json] = {}
+    telling = asyncio.Lock()
     batcher: Batcher
 
     @asynccontextmanager
@@ -262,5 +273,22 @@ def create_app(
         every = library.indexes.items()
         found = await asyncio.gather(*(batcher.ask(name, asked, question(index)) for name, index in every))
         return dict(zip(library.indexes, found, strict=True))
+
+    @app.get("/api/repeatability", summary="How far each index's lists would come again, told from stored queries.")
+    async def repeatability() -> Json:
+        async with telling:
+            for name in library.queries:
+                if name not in known:
+                    groups = library.compared(name)
+                    found = [await batcher.run(library.repeatability, name, some) for some in groups]
+                    known[name] = library.told(name, found)
+        return known
+
+    @app.post("/api/repeatability", summary=Halves.__doc__)
+    async def halves(ask: Halves) -> Json:
+        asked = Asked(ask.source, ask.id)
+        check(ask.k, [asked], [])
+        every = {name: await batcher.run(library.shared, name, asked, ask.k, ask.where) for name in library.indexes}
+        return {name: shared for name, shared in every.items() if shared is not None}
 
     return app

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from retrac_scale.halves import MeasuredOnceError, repeatability_of_rows
 from retrac_scale.index import Index
 from retrac_scale.query import Question, answer_rows
 from retrac_scale.report import Pictures, norm_curve
-from retrac_scale.report.content import Json, Rows, check_same_samples, curve_of, explained, group_columns, plain
+from retrac_scale.report.content import (
+    Json,
+    Rows,
+    check_same_samples,
+    curve_of,
+    explained,
+    group_columns,
+    plain,
+    queries_of_indexes,
+)
 from retrac_scale.report.pictures import data_uri
+from retrac_scale.report.trust import Told, joined, repeatability_for_page, shared_by_halves, told
 from retrac_scale.samples import Samples, take
 from retrac_scale.scan import Bools
 from retrac_scale.serve.uploads import Upload
@@ -23,10 +34,16 @@ from retrac_scale.store.encoding import Float32
 from retrac_scale.topk import TopK
 from retrac_scale.where import which
 
+T = TypeVar("T")
 Source = Literal["queries", "training", "uploads"]
 MOST_CHOICES = 60
 """A column with more distinct values is searched, not chosen from."""
 CACHED_PICTURES, CACHED_ROWS, CACHED_MASKS = 16_384, 1024, 32
+COMPARED, COMPARED_AT_ONCE, COMPARED_LENGTH = 32, 4, 10
+"""Stored queries by which an index's repeatability is told, how many while other questions wait, and their lists'
+length."""
+SMALL = 2**24
+"""As for a report, but others wait: seconds."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +52,7 @@ class Asked:
 
     source: Source
     id: str
-    upload: tuple[Upload, SketchStore] | None = field(default=None, compare=False, repr=False)
+    upload: tuple[Upload, Mapping[str, SketchStore]] | None = field(default=None, compare=False, repr=False)
 
 
 class Library:
@@ -44,13 +61,14 @@ class Library:
     Args:
         indexes: {name: index}, of the same samples.
         pictures: of training samples, and of the queries in their order.
-        queries: a store of query sketches.
-        measured: how uploads are sketched: task, checkpoints and timesteps; its dataset is not used.
+        queries: a store of query sketches for all indexes, or {name: store} of the same queries in the same order.
+        measured: how uploads are sketched: task, checkpoints and, unless as each index's store was, timesteps; its
+            dataset is not used.
         kept_uploads: how many uploads are remembered.
 
     Raises:
-        ValueError: the indexes hold other samples, the queries fit one badly, or uploads cannot be sketched like its
-            store.
+        ValueError: the indexes hold other samples, the queries fit one badly or are not the same for all, or uploads
+            cannot be sketched like an index's store.
     """
 
     def __init__(
@@ -58,28 +76,40 @@ class Library:
         indexes: Mapping[str, Index],
         pictures: Pictures,
         *,
-        queries: SketchStore | None = None,
+        queries: SketchStore | Mapping[str, SketchStore] | None = None,
         measured: Samples | None = None,
         kept_uploads: int = 64,
     ) -> None:
-        self.indexes, self.pictures, self.queries, self.measured = dict(indexes), pictures, queries, measured
+        self.indexes, self.pictures, self.measured = dict(indexes), pictures, measured
         check_same_samples(self.indexes)
+        self.queries = queries_of_indexes(self.indexes, queries)
         first = next(iter(self.indexes.values()))
         self.store = first.check_store()
-        if measured is not None and (self.store is None or "scheduler" not in self.store.fingerprint):
-            raise ValueError("uploads can only be sketched like a store that sketch(...) made and that is still there.")
+        for name, index in self.indexes.items() if measured is not None else ():
+            store = index.check_store()
+            if store is None or "scheduler" not in store.fingerprint:
+                raise ValueError(
+                    f"uploads can only be sketched like a store that sketch(...) made and that is still there; that of "
+                    f"{name} is not."
+                )
         self.image_shape = (1, 1, 1) if measured is None else _image_shape(measured.task.model)
         self._ids = first.ids
         self._rows = Rows(first)
         self._places: dict[Source, dict[str, int]] = {"queries": {}}
-        if queries is not None:
-            self._places["queries"] = {str(name): place for place, name in enumerate(queries.ids.tolist())}
-            self._asked = {name: index.query_rows(queries) for name, index in self.indexes.items()}
-        self._stored: dict[str, int] = {}
-        if self.store is not None:
-            names = self.store.ids.tolist()
-            self._stored = {str(names[place]): place for place in np.flatnonzero(self.store.alive).tolist()}
-        self._uploads: OrderedDict[str, tuple[Upload, SketchStore]] = OrderedDict()
+        for name, own in self.queries.items():
+            places = {str(query): place for place, query in enumerate(own.ids.tolist())}
+            if list(self._places["queries"]) not in ([], list(places)):
+                raise ValueError(
+                    f"the queries of {name} are others than those of the first index, or in another order."
+                )
+            self._places["queries"] = places
+        self._asked = {name: self.indexes[name].query_rows(own) for name, own in self.queries.items()}
+        self._stored = self._by_store(_places_of)
+        if not all(self._stored.get(name) for name in self.indexes):
+            self._stored = {
+                name: {} for name in self.indexes
+            }  # a store is gone: training samples cannot be asked about
+        self._uploads: OrderedDict[str, tuple[Upload, Mapping[str, SketchStore]]] = OrderedDict()
         self._kept_uploads = kept_uploads
         self._training_rows = lru_cache(CACHED_ROWS)(self._read_training_rows)
         self._mask = lru_cache(CACHED_MASKS)(self._evaluate)
@@ -92,7 +122,7 @@ class Library:
         return {
             "estimators": list(self.indexes),
             "samples": len(self._ids),
-            "sources": [*(["queries"] if self.queries is not None else []), *(["training"] if self._stored else [])],
+            "sources": [*(["queries"] if self.queries else []), *(["training"] if self._training_ids else [])],
             "uploads": self.measured is not None,
             "columns": {
                 name: [plain(value) for value in values] if len(values) <= MOST_CHOICES else None
@@ -104,7 +134,7 @@ class Library:
 
     def ids(self, source: Source, contains: str, count: int) -> list[str]:
         """The first ids of a source that contain a text."""
-        names = self._stored if source == "training" else self._places.get(source, self._uploads)
+        names = self._training_ids if source == "training" else self._places.get(source, self._uploads)
         found: list[str] = []
         for name in names:
             if contains in name:
@@ -115,7 +145,7 @@ class Library:
 
     def check(self, asked: Asked) -> None:
         """ValueError unless there is such a query."""
-        names = self._stored if asked.source == "training" else self._places.get(asked.source, self._uploads)
+        names = self._training_ids if asked.source == "training" else self._places.get(asked.source, self._uploads)
         if asked.upload is None and asked.id not in names:
             raise ValueError(f"there is no {asked.id!r} among the {asked.source}.")
 
@@ -132,22 +162,47 @@ class Library:
         rows = np.stack([self._query_rows(name, one) for one in asked], axis=1)
         if isinstance(question.where, str):
             question = replace(question, where=self._mask(name, question.where))
-        ids = np.array([one.id for one in asked])
-        if question.exclude_self and self._ids.dtype.kind in "iu":
-            ids = ids.astype(np.int64)
-        return answer_rows(index, rows, ids, question)
+        return answer_rows(index, rows, self._query_ids(asked), question)
 
     def explain(self, name: str, asked: Asked, sample: str) -> Json:
         """A score of one index, taken apart."""
-        return explained(self.indexes[name].explain(self._sketches(asked), self._sample_id(sample)))
+        return explained(self.indexes[name].explain(self._sketches(name, asked), self._sample_id(sample)))
+
+    def compared(self, name: str) -> list[Any]:
+        """Some of the stored queries' ids, in the groups in which `repeatability` is to be asked about them."""
+        ids = self.queries[name].ids
+        some = ids[np.unique(np.linspace(0, len(ids) - 1, min(COMPARED, len(ids))).astype(int))]
+        matched = self.indexes[name].estimator.pairing == "matched"  # otherwise each call would build indexes anew
+        return np.split(some, range(COMPARED_AT_ONCE, len(some), COMPARED_AT_ONCE)) if matched else [some]
+
+    def repeatability(self, name: str, ids: Any) -> Told:
+        """How far an index's lists of some stored queries would come again, or why that is not told."""
+        return repeatability_for_page(self.indexes[name], take(self.queries[name], ids), COMPARED_LENGTH, SMALL)
+
+    def told(self, name: str, found: list[Told]) -> Json:
+        """What `repeatability` gave for all groups, as the page holds it."""
+        return told(joined(found), len(self._ids))
+
+    def shared(self, name: str, asked: Asked, k: int, where: str | None) -> Json | None:
+        """How many names of one query's list two halves of the measurements share; None where they cannot tell."""
+        index = self.indexes[name]
+        if index.estimator.pairing != "matched":
+            return None
+        index.check_store()
+        mask = None if where is None else self._mask(name, where)
+        rows, own = self._query_rows(name, asked)[:, None], asked.source == "training"
+        try:
+            found = repeatability_of_rows(index, rows, self._query_ids([asked]), k, exclude_self=own, where=mask)
+        except MeasuredOnceError:
+            return None
+        return shared_by_halves(found)[0]
 
     def upload(self, upload: Upload) -> Asked:
         """Sketch an upload, unless it was seen before; while it is remembered it can also be asked by its key."""
         if upload.key not in self._uploads:
             assert self.measured is not None
-            assert self.store is not None
-            sketches = replace(self.measured, dataset=upload.dataset).sketch(like=self.store)
-            self._uploads[upload.key] = upload, sketches
+            samples = replace(self.measured, dataset=upload.dataset)
+            self._uploads[upload.key] = upload, self._by_store(samples.sketch)
             if len(self._uploads) > self._kept_uploads:
                 self._uploads.popitem(last=False)
         self._uploads.move_to_end(upload.key)
@@ -179,7 +234,30 @@ class Library:
         upload, _ = self._upload(asked)
         return {"picture": data_uri(upload.pixels), "note": upload.note}
 
-    def _upload(self, asked: Asked) -> tuple[Upload, SketchStore]:
+    def _by_store(self, function: Callable[[SketchStore], T]) -> dict[str, T]:
+        """{index: what a function makes of its store}, once for indexes of the same one; none where it is gone."""
+        made: dict[Any, T] = {}
+        found = {}
+        for name, index in self.indexes.items():
+            store = index.check_store()
+            if store is not None:
+                place = index.meta["store"] or id(store)
+                if place not in made:
+                    made[place] = function(store)
+                found[name] = made[place]
+        return found
+
+    @property
+    def _training_ids(self) -> dict[str, int]:
+        return next(iter(self._stored.values()))
+
+    def _query_ids(self, asked: list[Asked]) -> Any:
+        """As the index has them, where a sample is to be left out of its own list."""
+        ids = np.array([one.id for one in asked])
+        numbers = asked[0].source == "training" and self._ids.dtype.kind in "iu"
+        return ids.astype(np.int64) if numbers else ids
+
+    def _upload(self, asked: Asked) -> tuple[Upload, Mapping[str, SketchStore]]:
         kept = asked.upload or self._uploads.get(asked.id)
         if kept is None:
             raise ValueError(f"the upload {asked.id!r} is no longer remembered; send it again.")
@@ -191,20 +269,25 @@ class Library:
             return rows
         if asked.source == "training":
             return self._training_rows(name, asked.id)
-        return self.indexes[name].query_rows(self._upload(asked)[1])[:, 0]
+        return self.indexes[name].query_rows(self._upload(asked)[1][name])[:, 0]
 
     def _read_training_rows(self, name: str, sample: str) -> Float32:
-        index, place = self.indexes[name], self._stored[sample]
-        store = index.check_store()
-        assert store is not None
-        return index.rows_of(store, slice(place, place + 1))[:, 0]
+        store, place = self._training(name, sample)
+        return self.indexes[name].rows_of(store, slice(place, place + 1))[:, 0]
 
-    def _sketches(self, asked: Asked) -> SketchStore:
-        if asked.source == "uploads":
-            return self._upload(asked)[1]
-        store = self.queries if asked.source == "queries" else self.store
+    def _training(self, name: str, sample: str) -> tuple[SketchStore, int]:
+        """An index's store, and where a sample stands in it."""
+        store = self.indexes[name].check_store()
         assert store is not None
-        place = (self._places["queries"] if asked.source == "queries" else self._stored)[asked.id]
+        return store, self._stored[name][sample]
+
+    def _sketches(self, name: str, asked: Asked) -> SketchStore:
+        if asked.source == "uploads":
+            return self._upload(asked)[1][name]
+        if asked.source == "training":
+            store, place = self._training(name, asked.id)
+        else:
+            store, place = self.queries[name], self._places["queries"][asked.id]
         return take(store, store.ids[place : place + 1])
 
     def _evaluate(self, name: str, where: str) -> Bools | None:
@@ -228,6 +311,12 @@ class Library:
             picture: str = self.sample(asked.id)["picture"]
             return picture
         return data_uri(self.pictures.query(self._places["queries"][asked.id]))
+
+
+def _places_of(store: SketchStore) -> dict[str, int]:
+    """Where each sample that is not deleted stands in a store."""
+    names = store.ids.tolist()
+    return {str(names[place]): place for place in np.flatnonzero(store.alive).tolist()}
 
 
 def _image_shape(model: Any) -> tuple[int, int, int]:

@@ -21,6 +21,24 @@ const post = (path, body) => call(path, { method: "POST", headers: { "Content-Ty
 
 source.explain = (query, estimator, { id }) => post("/api/explain", { source: query.source, id: query.id, sample: id, index: estimator });
 source.groups = (query, column) => post("/api/groups", { source: query.source, id: query.id, column, where: query.where });
+// Asked once for each answer; the lists are on the page by then.
+source.shared = (query) => {
+  const k = Object.values(query.lists)[0].proponents.length;
+  query.shared ??= post("/api/repeatability", { source: query.source, id: query.id, k, where: query.where });
+  return query.shared;
+};
+
+async function tellTrust() {
+  if (!about.sources.includes("queries")) return;
+  found.repeatability = null;
+  drawTrust();
+  try {
+    found.repeatability = await call("/api/repeatability");
+  } catch (error) {
+    found.repeatability = Object.fromEntries(about.estimators.map((name) => [name, { sentence: error.message }]));
+  }
+  drawTrust();
+}
 
 function take({ queries: answered, samples: shownSamples }, where) {
   for (const [id, sample] of Object.entries(shownSamples)) samples.set(id, sample);
@@ -114,6 +132,7 @@ async function begin() {
   found.curve = about.curve;
   drawAsk();
   draw();
+  tellTrust();
 }
 
 begin().catch((error) => {
