@@ -68,8 +68,8 @@ def test_three_commands_lead_from_folders_to_a_report(folder: Path, capsys: pyte
     (content,) = re.findall(r'<script type="application/json" id="content">(.*?)</script>', page, re.S)
     found = json.loads(content)
     queries = rs.open_store("attribution/queries.zarr")
-    expected = rs.open_index("attribution/retrac.zarr").query(queries, 3)
-    shown = [[result["id"] for result in query["lists"]["ReTrac"]["proponents"]] for query in found["queries"]]
+    expected = rs.open_index("attribution/retracridge.zarr").query(queries, 3)
+    shown = [[result["id"] for result in query["lists"]["ReTracRidge"]["proponents"]] for query in found["queries"]]
     assert shown == expected.ids.tolist()
     store = rs.open_store("attribution/sketches.zarr")
     assert store.fingerprint["scheduler"]["num_train_timesteps"] == 50
@@ -78,7 +78,7 @@ def test_three_commands_lead_from_folders_to_a_report(folder: Path, capsys: pyte
     capsys.readouterr()
     assert main(["query", "-k", "2", "--json"]) == 0
     assert [row["ids"] for row in json.loads(capsys.readouterr().out)["results"]] == expected.ids[:, :2].tolist()
-    assert main(["query", "attribution/retrac.zarr", "generated-images", "-k", "1", "--json"]) == 0
+    assert main(["query", "attribution/retracridge.zarr", "generated-images", "-k", "1", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["results"]
     assert [row["ids"] for row in rows] == expected.ids[:, :1].tolist()
     np.testing.assert_allclose([row["scores"] for row in rows], expected.scores[:, :1], rtol=0.02)  # queries in int8
@@ -131,7 +131,7 @@ def test_an_option_overrules_the_file(folder: Path) -> None:
 
 def test_init_writes_what_find_reads(tmp_path: Path) -> None:
     hostile = 'a "quoted" \\ back\tslash é'
-    project = Project(hostile, "b", "c", "d", {"early one": hostile}, 3, 0, 7, "l1", "cpu", ("ReTrac",), str(tmp_path))
+    project = Project(hostile, "b", "c", "d", {"early one": hostile}, 3, "own", 0, 7, "l1", "cpu", ("ReTrac",), str(tmp_path))
     (tmp_path / FILE).write_text(project.dumps(), encoding="utf-8")
     assert find(str(tmp_path / FILE)) == project
 

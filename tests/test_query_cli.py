@@ -52,7 +52,7 @@ def test_index_takes_a_damping_as_the_estimators_do(folder: Path, capsys: pytest
     for estimator, damping in (("ReTrac", "0.25"), ("DAS", "-1")):
         assert main(["index", store, str(folder / "n"), "--estimator", estimator, "--damping", damping]) == 1
     errors = capsys.readouterr().err
-    assert "ReTrac inverts no matrix, so it has no damping; TRAK, RelatIF, RenormIF, DTRAK, DAS have" in errors
+    assert "ReTrac inverts no matrix, so it has no damping; ReTracRidge, TRAK, RelatIF, RenormIF, DTRAK, DAS have" in errors
     assert 'damping must be "auto" or a number of 0 or more, got -1.0' in errors
     with pytest.raises(SystemExit, match="2"):
         main(["index", store, str(folder / "n"), "--estimator", "TRAK", "--damping", "some"])
