@@ -176,9 +176,7 @@ def _sizes(planned: _Run, dtype: Dtype) -> tuple[list[str], dict[str, Any]]:
     return lines, data
 
 
-def _timed(
-    planned: _Run, model: str, arguments: argparse.Namespace, lines: list[str], data: dict[str, Any]
-) -> Answer:
+def _timed(planned: _Run, model: str, arguments: argparse.Namespace, lines: list[str], data: dict[str, Any]) -> Answer:
     """With the time that sketching takes, and workers for a deadline."""
     from retrac_scale import planner
     from retrac_scale.projections import from_spec
