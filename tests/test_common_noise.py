@@ -290,7 +290,7 @@ def test_until_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
         until(tmp_path / "s", 0.99999, 8, dataset)
     begun = rs.open_store(tmp_path / "s")
     assert not begun.is_complete
-    assert len(plans_of(begun.fingerprint)) == 2
+    assert len(plans_of(begun.fingerprint)) == 3
     dataset.broken = False
     resumed = until(tmp_path / "s", 0.99999, 8, dataset)
     assert resumed.shape[1] == 8

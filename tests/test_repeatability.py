@@ -101,12 +101,30 @@ def test_checkpoints_are_compared_where_each_was_measured_once_under_noise_of_it
     np.testing.assert_allclose(found.overlaps[1], [shares(one, other, TOP)])
 
 
-def test_training_samples_that_are_asked_are_left_out_of_their_own_lists() -> None:
-    store = stored(noisy(4))
-    found = rs.repeatability(store, None, rs.TracIn(), k=100)
-    assert found.k == N - 1  # no more than there are
-    np.testing.assert_allclose(found.overlaps[2], 1.0)
+@pytest.mark.parametrize("estimator", [rs.TracIn(), rs.ReTracRidge(0.3)])
+def test_training_samples_that_are_asked_are_left_out_of_their_own_lists(estimator: Any) -> None:
+    train = noisy(4)
+    store = stored(train)
+    found = rs.repeatability(store, None, estimator, k=TOP)
+    parts = []
+    for part in pairs_of_parts(4)[2][0]:
+        some = {c: g[:, list(part)] for c, g in train.items()}
+        if isinstance(estimator, rs.TracIn):
+            scores = oracle.tracin(some, some, store.weights)
+        else:
+            scores = of_matched_ridge(some, some, store.weights, 0.3).sum(0)
+        parts.append(scores - np.diag(np.full(N, np.inf)))
+    np.testing.assert_allclose(found.overlaps[2][0], shares(*parts, TOP), atol=1 / TOP / 2)
     assert found.by_query.shape == (N,)
+
+
+def test_lists_that_would_agree_by_themselves_are_shortened() -> None:
+    assert rs.repeatability(stored(noisy(4)), None, rs.TracIn(), k=100).k == (N - 1) // 2
+    assert rs.repeatability(stored(noisy(4, n=9))).k == 4
+    for few in (1, 2):
+        for estimator in (rs.TracIn(), rs.ReTracRidge()):
+            with pytest.raises(ValueError, match="fewer than two samples are left to list"):
+                rs.repeatability(stored(noisy(4, n=few)), None, estimator)
 
 
 def test_parts_are_disjoint_halves_and_quarters_and_the_same_at_every_call() -> None:
@@ -157,7 +175,7 @@ def test_what_is_needed_is_the_least_number_that_is_foretold_to_do(overlaps: dic
             found.needed(wrong)
 
 
-def test_a_run_of_four_foretells_what_runs_of_four_eight_and_sixteen_share() -> None:
+def test_a_run_of_eight_foretells_what_runs_of_eight_and_sixteen_share() -> None:
     whole = noisy(32, n=200, c=1)
     asked = noisy(32, n=200, c=1)
 
@@ -191,12 +209,12 @@ def test_matched_pairing_over_noise_of_their_own_is_warned_of_once_with_the_repe
     store = sketched(4, "own")
     with pytest.warns(UserWarning, match=r"every sample has noise of its own there: of the top 10, \d") as told:
         index = rs.build_index(store, rs.ReTracRidge())
-        index.query(rs.take(store, [3]), 2)
     assert len(told) == 1
     with pytest.warns(UserWarning, match="measured once, so that nothing tells"):
         rs.build_index(sketched(1, "own"), rs.ReTracRidge())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        index.query(rs.take(store, [3]), 2)
         rs.build_index(sketched(4), rs.ReTracRidge())
         rs.build_index(store, rs.ReTrac())
         rs.build_index(stored(noisy(4)), rs.ReTracRidge())  # what is not sketched here does not say whose its noise is
