@@ -250,6 +250,8 @@ def warn_of_own_noise(index: Index) -> None:
         told = f": {repeatability_of_index(index, None)}"
     except MeasuredOnceError:
         told = ", and measured once, so that nothing tells how much of a score is luck"
+    except ValueError as error:  # too few samples
+        told = f"; {str(error).removesuffix('.')}"
     warnings.warn(
         f"matched pairing compares gradients at the same timestep, but every sample has noise of its own there{told}. "
         "Sketch with EvenlySpaced(4), whose noise is common.",

@@ -107,7 +107,7 @@ def test_info_tells_how_far_another_run_would_agree(
 def test_info_says_what_cannot_be_told_and_how_to_query(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sketched(tmp_path / "once", 1)
     rs.write_store(tmp_path / "alone", {"c": np.ones((1, 4, 8))}, timesteps=[1, 2, 3, 4])
-    for place, why in (("once", "measured once, which cannot tell"), ("alone", "fewer than two samples are left to list")):
+    for place, why in (("once", "measured once, which cannot tell"), ("alone", "fewer than two samples are left")):
         assert main(["info", str(tmp_path / place)]) == 0
         told = capsys.readouterr().out
         assert why in told

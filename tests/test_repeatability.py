@@ -66,7 +66,7 @@ def test_overlaps_under_matched_pairing_are_those_of_parts_answered_by_numpy(t: 
     assert found.measurements == t
     assert sorted(found.overlaps) == sorted({t // 2, t // 4, t // 8} - {0})
     for m, pairs in pairs_of_parts(t).items():
-        scores = [[by_part[list(part)].sum(0) for part in pair] for pair in pairs]
+        scores: Any = [[by_part[list(part)].sum(0) for part in pair] for pair in pairs]
         np.testing.assert_allclose(found.overlaps[m], [shares(one, other, TOP) for one, other in scores])
         if m == t // 2:
             expected = [[spearmanr(a, b).statistic for a, b in zip(*pair, strict=True)] for pair in scores]
@@ -82,13 +82,11 @@ def test_overlaps_under_cross_pairing_are_those_of_parts_answered_by_numpy(estim
     reference = {"TracIn": oracle.tracin, "ReTrac": oracle.retrac, "GradCos": oracle.grad_cos}[type(estimator).__name__]
     assert sorted(found.overlaps) == [1, 2]
     for m, pairs in pairs_of_parts(4).items():
-        expected = []
+        expected: Any = []
         for pair in pairs[: len(found.overlaps[m])]:
-            sides = [
-                reference(*({c: g[:, list(part)] for c, g in side.items()} for side in (train, asked)), store.weights)
-                for part in pair
-            ]
-            expected.append(shares(*sides, TOP))
+            parts = [[{c: g[:, list(part)] for c, g in side.items()} for side in (train, asked)] for part in pair]
+            one, other = (reference(*sides, store.weights) for sides in parts)
+            expected.append(shares(one, other, TOP))
         np.testing.assert_allclose(found.overlaps[m], expected)
 
 
@@ -106,15 +104,16 @@ def test_training_samples_that_are_asked_are_left_out_of_their_own_lists(estimat
     train = noisy(4)
     store = stored(train)
     found = rs.repeatability(store, None, estimator, k=TOP)
-    parts = []
+    answers = []
     for part in pairs_of_parts(4)[2][0]:
         some = {c: g[:, list(part)] for c, g in train.items()}
         if isinstance(estimator, rs.TracIn):
             scores = oracle.tracin(some, some, store.weights)
         else:
             scores = of_matched_ridge(some, some, store.weights, 0.3).sum(0)
-        parts.append(scores - np.diag(np.full(N, np.inf)))
-    np.testing.assert_allclose(found.overlaps[2][0], shares(*parts, TOP), atol=1 / TOP / 2)
+        answers.append(np.where(np.eye(N, dtype=bool), -np.inf, scores))
+    expected = shares(answers[0], answers[1], TOP)
+    np.testing.assert_allclose(found.overlaps[2][0], np.array(expected), atol=1 / TOP / 2)
     assert found.by_query.shape == (N,)
 
 
@@ -197,21 +196,23 @@ def test_one_measurement_cannot_tell() -> None:
                 rs.repeatability(store, estimator=estimator)
 
 
-def sketched(timesteps: int, noise: Any = "common") -> rs.SketchStore:
+def sketched(timesteps: int, noise: Any = "common", n: int = 20) -> rs.SketchStore:
     model = SmallDenoiser()
     state = {name: value.clone() for name, value in model.state_dict().items()}
     plan = rs.EvenlySpaced(timesteps, noise=noise)
     options: dict[str, Any] = {"checkpoints": {"c": state}, "projection": rs.CountSketch(16), "progress": False}
-    return rs.sketch(rs.DiffusionTask(model, SCHEDULER), images(20), None, timesteps=plan, **options)
+    return rs.sketch(rs.DiffusionTask(model, SCHEDULER), images(n), None, timesteps=plan, **options)
 
 
 def test_matched_pairing_over_noise_of_their_own_is_warned_of_once_with_the_repeatability() -> None:
     store = sketched(4, "own")
-    with pytest.warns(UserWarning, match=r"every sample has noise of its own there: of the top 10, \d") as told:
+    with pytest.warns(UserWarning, match=r"every sample has noise of its own there: of the top 9, \d") as told:
         index = rs.build_index(store, rs.ReTracRidge())
     assert len(told) == 1
     with pytest.warns(UserWarning, match="measured once, so that nothing tells"):
         rs.build_index(sketched(1, "own"), rs.ReTracRidge())
+    with pytest.warns(UserWarning, match="own there; fewer than two samples are left to list, which cannot tell"):
+        rs.build_index(sketched(4, "own", 2), rs.ReTracRidge())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         index.query(rs.take(store, [3]), 2)
