@@ -166,7 +166,7 @@ def repeatability_of_rows(
     """
     t = int(index.meta.get("slots", 1))
     pairs = pairs_of_parts(t)
-    k = min(k, index.shape[1] - exclude_self)
+    k = list_length(k, index.shape[1] - exclude_self)
     question = Question(k, "proponents", where, None, "sum", exclude_self)
     q = rows.shape[1]
     chosen = sorted({part for some in pairs.values() for pair in some for part in pair})
@@ -188,6 +188,17 @@ def _alone(rows: Float32, part: Places, t: int) -> Float32:
     alone = np.zeros_like(rows)
     alone.reshape(c, q, t, -1)[:, :, part] = rows.reshape(c, q, t, -1)[:, :, part]
     return alone
+
+
+def list_length(k: int, others: int) -> int:
+    """Length of the lists that are compared: k, or half of what there is to list, since longer ones agree anyway.
+
+    Raises:
+        ValueError: there are fewer than two samples to list.
+    """
+    if others < 2:
+        raise ValueError("fewer than two samples are left to list, which cannot tell how far two lists would agree.")
+    return min(k, others // 2)
 
 
 def pairs_of_parts(t: int) -> dict[int, list[tuple[Places, Places]]]:
@@ -249,6 +260,8 @@ def warn_of_own_noise(index: Index) -> None:
         told = f": {repeatability_of_index(index, None)}"
     except MeasuredOnceError:
         told = ", and measured once, so that nothing tells how much of a score is luck"
+    except ValueError as error:  # too few samples
+        told = f"; {str(error).removesuffix('.')}"
     warnings.warn(
         f"matched pairing compares gradients at the same timestep, but every sample has noise of its own there{told}. "
         "Sketch with EvenlySpaced(4), whose noise is common.",

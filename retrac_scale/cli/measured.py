@@ -82,10 +82,10 @@ def measured_like(
     """How images are measured as the index's store was; without a dataset.
 
     Args:
-        index: whose store it is.
-        model: diffusers folder or hub name.
+        index: of a store that `sketch` made.
+        model: folder or hub name of the denoiser.
         checkpoints: {name: weights}.
-        timesteps: evenly spaced; None for those of the store.
+        timesteps: None for those of the store, with its noise where that is common; else so many, evenly spaced.
         device: where to compute.
 
     Raises:
@@ -94,6 +94,7 @@ def measured_like(
     import diffusers
 
     from retrac_scale.samples import Samples
+    from retrac_scale.store.part import plans_of
     from retrac_scale.task.diffusion import DiffusionTask, measure_named
     from retrac_scale.timesteps import EvenlySpaced
 
@@ -102,6 +103,9 @@ def measured_like(
         raise ValueError("images can only be sketched like a store that sketch(...) made and that is still there.")
     config = dict(store.fingerprint["scheduler"])
     scheduler = getattr(diffusers, config.pop("class"))(**config)
-    measured = {**measure_named(store.fingerprint["measure"]), "autocast": store.fingerprint.get("autocast")}
+    forward = store.fingerprint.get("forward") or store.fingerprint  # as earlier releases told it
+    measured = {**measure_named(store.fingerprint["measure"]), "autocast": forward.get("autocast")}
     task = DiffusionTask(load_denoiser(model), scheduler, device=device, **measured)
-    return Samples((), task, dict(checkpoints), None if timesteps is None else EvenlySpaced(timesteps))
+    common = any(plan.get("noise") == "common" for plan in plans_of(store.fingerprint))
+    plan = None if timesteps is None else EvenlySpaced(timesteps, noise="common" if common else "own")
+    return Samples((), task, dict(checkpoints), plan)
