@@ -79,7 +79,7 @@ def test_overlaps_under_cross_pairing_are_those_of_parts_answered_by_numpy(estim
     train, asked = noisy(4), noisy(4, seed=1, n=Q)
     store, queries = stored(train), stored(asked)
     found = rs.repeatability(store, queries, estimator, k=TOP)
-    reference = {"TracIn": oracle.tracin, "ReTrac": oracle.retrac, "GradCos": oracle.grad_cos}[type(estimator).__name__]
+    reference: Any = {"TracIn": oracle.tracin, "ReTrac": oracle.retrac, "GradCos": oracle.grad_cos}[type(estimator).__name__]
     assert sorted(found.overlaps) == [1, 2]
     for m, pairs in pairs_of_parts(4).items():
         expected: Any = []
