@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, wait
@@ -336,10 +337,13 @@ def walk_with_kills(folder: Path, instant: str, victims: int, answer: Any) -> No
         killer.start()
         walk.enter("connect")
         with Client(cluster) as client:
-            found = walk.run(client)
-            took = walk.begun["end"] - walk.begun["connect"]
-            killer.join()
-    answer.send((where, took, digest(found)))
+            try:
+                found: Any = digest(walk.run(client))
+            except Exception as error:
+                traceback.print_exc()
+                found = error
+            took = time.monotonic() - walk.begun["connect"]
+            answer.send((where, took, found))
 
 
 def digest(found: dict[str, Any]) -> dict[str, bytes]:
@@ -362,16 +366,17 @@ def dying(instants: list[str], victims: list[int], companions: list[int], longes
             process.start()
             here.close()
             try:
-                where, took, found = there.recv() if there.poll(longest_s) else ("", longest_s, None)
-                outcome = "HANGS" if found is None else "same" if found == expected else "DIFFERENT"
+                where, took, found = there.recv() if there.poll(longest_s) else ("", longest_s, "HANGS")
             except EOFError:
-                where, took, outcome = "", float("nan"), "FAILS"
+                where, took, found = "", float("nan"), "DIES"
             finally:
                 for child in [*psutil.Process(process.pid).children(recursive=True), *hands] if process.pid else hands:
                     child.kill()
                 process.kill()
                 process.join()
-            print(f"| {instant} s | {where} | {killed} | {busy} | {took:.0f} s | {outcome} |", flush=True)
+            if isinstance(found, dict):
+                found = "same" if found == expected else "DIFFERENT"
+            print(f"| {instant} s | {where} | {killed} | {busy} | {took:.0f} s | {found!s:.200} |", flush=True)
 
 
 def many_chunks(folder: Path, chunks: int) -> None:

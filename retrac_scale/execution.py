@@ -6,13 +6,15 @@ import contextlib
 import errno
 import functools
 import itertools
+import logging
 import math
+import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import dask
@@ -26,6 +28,8 @@ from retrac_scale.sealed import Sealed, itself
 if TYPE_CHECKING:
     from distributed import Client
 
+logger = logging.getLogger(__name__)
+
 ATTEMPTS = 3
 """At a task whose failure may pass: one by the disk, the network or the death of workers. Dask itself runs a task again
 when its worker dies, up to `distributed.scheduler.allowed-failures` times in each attempt. What is lost by no fault of
@@ -34,7 +38,8 @@ GIVE_UP = 16
 """Failures in a row after which the rest would fail alike: a full disk, a model that is not what was said."""
 WAITING, PER_THREAD = 16, 2
 """Tasks at the scheduler: so many in any case, and so many per thread of the cluster."""
-LOOK_AGAIN_S = 1.0
+LOOK_AGAIN_S, PATIENCE_S = 1.0, 30.0
+"""Between two looks at the workers, and without any before the cluster is asked for them."""
 PASSING = (None, errno.EIO, errno.EBUSY, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.EPIPE)
 """Error numbers of the network and of object stores; a full or forbidden disk is none of them."""
 
@@ -189,14 +194,14 @@ def compute(tasks: list[Any], client: Client | None) -> list[Any]:
 
 def _compute_there(tasks: list[Any], client: Client) -> list[Any]:
     """`compute` on workers: a graph that is lost, or whose workers died again and again, is sent anew."""
-    killed = 0
+    killed, watch = 0, _Watch(client)
     while True:
-        asked = worker_threads(client)
+        asked = watch.look()
+        placed = any(layer.annotations for task in tasks for layer in task.dask.layers.values())
         with _however_large():
             futures = client.compute(tasks, retries=ATTEMPTS - 1)
         try:
-            if any(layer.annotations for task in tasks for layer in task.dask.layers.values()):
-                _watch(futures, client, asked.keys())
+            _await(futures, watch, homes=asked.keys() if placed else None)
             return list(client.gather(futures))
         except Exception as raised:
             error = _cause(raised, futures)
@@ -206,15 +211,16 @@ def _compute_there(tasks: list[Any], client: Client) -> list[Any]:
         tasks = clone(tasks)  # under other keys, and without homes
 
 
-def _watch(futures: list[Any], client: Client, asked: Iterable[str]) -> None:
-    """Wait for tasks that have a home among the workers asked: when none of those is left, Dask would wait for ever."""
+def _await(futures: list[Any], watch: _Watch, homes: Set[str] | None) -> None:
+    """Wait for tasks; those that were given a home would wait for ever when no worker is left, whoever comes then."""
     from distributed import wait
 
     while True:
         with contextlib.suppress(TimeoutError):
             wait(futures, timeout=LOOK_AGAIN_S)
             return
-        if not worker_threads(client).keys() & asked:
+        left = watch.look().keys()
+        if homes is not None and not homes & left:
             raise _LostError
 
 
@@ -270,11 +276,12 @@ class _There:
         self._function, self._shared, self._client, self._resources = Sealed(function), shared, client, resources
         self._finished: SimpleQueue[Any] = SimpleQueue()
         self._at_workers: Any = None
+        self._watch = _Watch(client)
         self._room, self._looked = 0, -math.inf
 
     def room(self) -> int:
         if time.monotonic() - self._looked > LOOK_AGAIN_S:
-            self._room = WAITING + PER_THREAD * sum(worker_threads(self._client).values())
+            self._room = WAITING + PER_THREAD * sum(self._watch.look().values())
             self._looked = time.monotonic()
         return self._room
 
@@ -292,7 +299,12 @@ class _There:
             return self._client.submit(function, *args, key=key, pure=False, **options)
 
     def finished(self) -> Outcome:
-        future = self._finished.get()
+        future = None
+        while future is None:
+            try:
+                future = self._finished.get(timeout=LOOK_AGAIN_S)
+            except Empty:
+                self._watch.look()
         try:
             return future, future.result(), None
         except Exception as error:
@@ -313,6 +325,30 @@ def worker_threads(client: Client) -> dict[str, int]:
         with contextlib.suppress(OSError):  # the connection broke while the scheduler was asked
             return dict(client.nthreads())
         time.sleep(0.1)
+
+
+class _Watch:
+    """Looks at the workers while their results are awaited."""
+
+    def __init__(self, client: Client) -> None:
+        self._client, self._seen = client, time.monotonic()
+
+    def look(self) -> dict[str, int]:
+        """`worker_threads`. When there have been none for a while, the cluster is asked for those that it gave up.
+
+        Dask's clusters close a worker that was killed and is not back after `distributed.deploy.lost-worker-timeout`,
+        15 s, in which one beside busy processes hardly starts, and then forget it until they are scaled.
+        """
+        found, now = worker_threads(self._client), time.monotonic()
+        if found:
+            self._seen = now
+        elif now - self._seen > PATIENCE_S:
+            self._seen = now
+            logger.warning("for %.0f s there has been no worker; the run goes on when one comes", PATIENCE_S)
+            cluster = self._client.cluster
+            if promised := getattr(cluster, "worker_spec", None):
+                cluster.scale(len(promised))
+        return found
 
 
 def _wait_for_connection(client: Client) -> None:
@@ -345,9 +381,14 @@ def _is_killed(error: BaseException) -> bool:
     return isinstance(error, KilledWorker)
 
 
-def _however_large() -> Any:
+_sending = threading.Lock()
+
+
+@contextlib.contextmanager
+def _however_large() -> Iterator[None]:
     """Dask warns of graphs above 10 MB; ours hold a model on purpose."""
-    return dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 PB"})
+    with _sending, dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 PB"}):
+        yield
 
 
 @functools.cache
