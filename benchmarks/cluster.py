@@ -243,12 +243,13 @@ def kills(samples: int, count: int) -> None:
 
 
 class Walk:
-    """All that workers are asked for, one after the other, on 500 digits; other threads may ask how far it is."""
+    """All that workers are asked for, one after the other, on some digits; other threads may ask how far it is.
 
-    PHASES = ("connect", "sketch", "index", "ridge", "query", "self-influence", "retrain")
+    Its phases are connect, sketch, index, ridge, query, self-influence and retrain.
+    """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.entered = folder, threading.Condition()
+    def __init__(self, folder: Path, digits: int) -> None:
+        self.folder, self.digits, self.entered = folder, digits, threading.Condition()
         self.begun: dict[str, float] = {}
 
     def enter(self, phase: str) -> None:
@@ -277,7 +278,8 @@ class Walk:
         self.enter("sketch")
         store = rs.sketch(
             rs.DiffusionTask(model, DDPMScheduler()),
-            torch.from_numpy(np.kron(load_digits().images[:500], np.ones((2, 2)))).float().unsqueeze(1) / 8 - 1,
+            torch.from_numpy(np.kron(load_digits().images[: self.digits], np.ones((2, 2)))).float().unsqueeze(1) / 8
+            - 1,
             folder / "s",
             checkpoints={"c": model.state_dict()},
             timesteps=rs.Explicit([200, 500, 800]),
@@ -292,12 +294,12 @@ class Walk:
         self.enter("ridge")
         ridge = build_index(store, rs.TRAK(damping=0.1), folder / "r", client=client)
         self.enter("query")
-        queries = rs.take(store, [3, 70, 411])
+        queries = rs.take(store, [3, 20, 77])
         tops = [each.query(queries, 10, client=client) for each in (index, ridge) * 10]
         self.enter("self-influence")
         own = rs.self_influence(store, rs.ReTrac(), client=client)
         self.enter("retrain")
-        subsets = np.random.default_rng(0).permuted(np.tile(np.arange(500), (20, 1)), axis=1)[:, :250]
+        subsets = np.random.default_rng(0).permuted(np.tile(np.arange(100), (20, 1)), axis=1)[:, :50]
         losses = rs.evaluate.retrain(
             list(subsets), slow_mean, losses_of_mean, folder / "l", client=client, progress=False
         )
@@ -314,13 +316,13 @@ def slow_mean(ids: Any, seed: int) -> float:
 
 def losses_of_mean(model: float) -> Any:
     """Losses of two queries."""
-    return np.array([0.0, 500.0]) - model
+    return np.array([0.0, 100.0]) - model
 
 
-def walk_with_kills(folder: Path, instant: str, victims: int, answer: Any) -> None:
+def walk_with_kills(folder: Path, digits: int, instant: str, victims: int, answer: Any) -> None:
     """A walk on two workers, some of which are killed at an instant; sends what it found, and where it was then."""
     phase, _, wait_s = instant.rpartition("+")
-    phase, walk, where = phase or "connect", Walk(folder), "over"
+    phase, walk, where = phase or "connect", Walk(folder, digits), "over"
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
 
         def kill() -> None:
@@ -351,18 +353,18 @@ def digest(found: dict[str, Any]) -> dict[str, bytes]:
     return {name: hashlib.sha256(pickle.dumps(part)).digest() for name, part in found.items()}
 
 
-def dying(instants: list[str], victims: list[int], companions: list[int], longest_s: float) -> None:
+def dying(digits: int, instants: list[str], victims: list[int], companions: list[int], longest_s: float) -> None:
     """Workers killed at chosen instants, some or all, alone or beside busy processes: the same store and answers."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "walk"  # the same for all: an index knows the path of its store
-        expected = digest(Walk(folder).run(None))
+        expected = digest(Walk(folder, digits).run(None))
         print("| killed at | in | workers killed | busy processes | took | outcome |\n|" + " --- |" * 6)
         for instant, killed, busy in itertools.product(instants, victims, companions):
             shutil.rmtree(folder)
             context = get_context("spawn")
             there, here = context.Pipe()
             hands = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
-            process = context.Process(target=walk_with_kills, args=(folder, instant, killed, here))
+            process = context.Process(target=walk_with_kills, args=(folder, digits, instant, killed, here))
             process.start()
             here.close()
             try:
@@ -437,6 +439,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--rate", type=float, default=200.0, help="pairs per second of one worker")
     parser.add_argument("--workers", type=int, default=1000)
+    parser.add_argument("--digits", type=int, default=500, help="at least 78")
     parser.add_argument("--instants", nargs="+", default=INSTANTS, help="seconds from the start, or PHASE+seconds")
     parser.add_argument("--victims", nargs="+", type=int, default=[1, 2], help="of two workers")
     parser.add_argument("--companions", nargs="+", type=int, default=[0, 2], help="busy processes beside")
@@ -450,7 +453,7 @@ def main() -> None:
     elif options.what == "kills":
         kills(options.samples, options.kills)
     elif options.what == "dying":
-        dying(options.instants, options.victims, options.companions, options.longest)
+        dying(options.digits, options.instants, options.victims, options.companions, options.longest)
     elif options.what == "memory":
         memory(options.tasks)
     else:
