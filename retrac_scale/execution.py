@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import functools
@@ -157,7 +158,8 @@ def _round(pool: _Here | _There, tasks: Iterable[Task], *, alone: bool) -> Itera
 
 def gpu_label(client: Client) -> dict[str, float] | None:
     """The resource by which tasks find a GPU, {"GPU": 1}, when workers declare it, as dask-cuda's can; else None."""
-    while not worker_threads(client):  # which of them do is known when one is there
+    watch = _Watch(client)
+    while not watch.look():  # what they declare is known when one is there
         time.sleep(LOOK_AGAIN_S)
     declared = client.scheduler_info(n_workers=-1)["workers"].values()
     return {"GPU": 1} if any(worker["resources"].get("GPU") for worker in declared) else None
@@ -201,27 +203,13 @@ def _compute_there(tasks: list[Any], client: Client) -> list[Any]:
         with _however_large():
             futures = client.compute(tasks, retries=ATTEMPTS - 1)
         try:
-            _await(futures, watch, homes=asked.keys() if placed else None)
-            return list(client.gather(futures))
+            return watch.gather(futures, homes=asked.keys() if placed else None)
         except Exception as raised:
             error = _cause(raised, futures)
             killed += _is_killed(error)
             if killed == ATTEMPTS or not (_is_killed(error) or isinstance(error, _LostError)):
                 raise
         tasks = clone(tasks)  # under other keys, and without homes
-
-
-def _await(futures: list[Any], watch: _Watch, homes: Set[str] | None) -> None:
-    """Wait for tasks; those that were given a home would wait for ever when no worker is left, whoever comes then."""
-    from distributed import wait
-
-    while True:
-        with contextlib.suppress(TimeoutError):
-            wait(futures, timeout=LOOK_AGAIN_S)
-            return
-        left = watch.look().keys()
-        if homes is not None and not homes & left:
-            raise _LostError
 
 
 class _Here:
@@ -306,7 +294,7 @@ class _There:
             except Empty:
                 self._watch.look()
         try:
-            return future, future.result(), None
+            return future, self._watch.gather([future])[0], None
         except Exception as error:
             return future, None, _cause(error, [future])
 
@@ -349,6 +337,20 @@ class _Watch:
             if promised := getattr(cluster, "worker_spec", None):
                 cluster.scale(len(promised))
         return found
+
+    def gather(self, futures: list[Any], homes: Set[str] | None = None) -> list[Any]:
+        """Results of tasks. Those that were given homes would never run when none of these is left, whoever comes."""
+        coming = self._client.gather(futures, asynchronous=True)
+        waiting = asyncio.run_coroutine_threadsafe(coming, self._client.loop.asyncio_loop)
+        while True:
+            try:
+                return list(waiting.result(LOOK_AGAIN_S))
+            except TimeoutError:
+                if waiting.done():  # a task's own
+                    raise
+            left = self.look().keys()
+            if homes is not None and not homes & left:
+                raise _LostError
 
 
 def _wait_for_connection(client: Client) -> None:
