@@ -1,9 +1,12 @@
-"""What a cluster costs and brings: python -m benchmarks.cluster scaling | overhead | kills | memory | plan"""
+"""What a cluster costs and brings: python -m benchmarks.cluster scaling | overhead | kills | dying | memory | plan"""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import itertools
 import os
+import pickle
 import shutil
 import signal
 import statistics
@@ -12,10 +15,11 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from pathlib import Path
 from types import MappingProxyType
@@ -24,7 +28,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from distributed import Client, get_task_stream
+from distributed import Client, LocalCluster, get_task_stream
 
 import retrac_scale as rs
 import retrac_scale.indexing
@@ -40,7 +44,7 @@ from tests.torture import contents
 DIM = 4096
 BATCH = 32
 QUERIES = 64
-
+INSTANTS = ["0", "1", "sketch+4", "sketch+8", "sketch+12", "index+0", "ridge+0.1", "query+0.2", "retrain+1"]
 
 CALM = {
     "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False",
@@ -238,6 +242,145 @@ def kills(samples: int, count: int) -> None:
         )
 
 
+class Walk:
+    """All that workers are asked for, one after the other, on some digits; other threads may ask how far it is.
+
+    Its phases are connect, sketch, index, ridge, query, self-influence and retrain.
+    """
+
+    def __init__(self, folder: Path, digits: int) -> None:
+        self.folder, self.digits, self.entered = folder, digits, threading.Condition()
+        self.begun: dict[str, float] = {}
+
+    def enter(self, phase: str) -> None:
+        """A phase begins."""
+        with self.entered:
+            self.begun[phase] = time.monotonic()
+            self.entered.notify_all()
+
+    def where(self) -> str:
+        """The phase, and how many blocks of the store are committed while it is being filled."""
+        phase = list(self.begun)[-1]
+        if phase == "sketch":
+            with suppress(FileNotFoundError, ValueError):
+                done = rs.open_store(self.folder / "s").committed("c")
+                return f"{phase}, {done.sum()} of {len(done)} blocks committed"
+        return phase
+
+    def run(self, client: Client | None) -> dict[str, Any]:
+        """The files of the store and of both indexes, and the answers."""
+        from diffusers import DDPMScheduler
+        from sklearn.datasets import load_digits
+
+        from benchmarks.models import build
+
+        folder, model = self.folder, build("u-small")
+        self.enter("sketch")
+        store = rs.sketch(
+            rs.DiffusionTask(model, DDPMScheduler()),
+            torch.from_numpy(np.kron(load_digits().images[: self.digits], np.ones((2, 2)))).float().unsqueeze(1) / 8
+            - 1,
+            folder / "s",
+            checkpoints={"c": model.state_dict()},
+            timesteps=rs.Explicit([200, 500, 800]),
+            projection=rs.LowRank(dim=1024),
+            batch_size=BATCH,
+            layout=Layout(25),
+            client=client,
+            progress=False,
+        )
+        self.enter("index")
+        index = build_index(store, rs.ReTrac(), folder / "i", client=client)
+        self.enter("ridge")
+        ridge = build_index(store, rs.TRAK(damping=0.1), folder / "r", client=client)
+        self.enter("query")
+        queries = rs.take(store, [3, 20, 77])
+        tops = [each.query(queries, 10, client=client) for each in (index, ridge) * 10]
+        self.enter("self-influence")
+        own = rs.self_influence(store, rs.ReTrac(), client=client)
+        self.enter("retrain")
+        subsets = np.random.default_rng(0).permuted(np.tile(np.arange(100), (20, 1)), axis=1)[:, :50]
+        losses = rs.evaluate.retrain(
+            list(subsets), slow_mean, losses_of_mean, folder / "l", client=client, progress=False
+        )
+        self.enter("end")
+        found = {name: contents(folder / name) for name in "sir"}
+        return found | {"answers": [(top.ids.tobytes(), top.scores.tobytes()) for top in tops], "own": [own, losses]}
+
+
+def slow_mean(ids: Any, seed: int) -> float:
+    """A model that takes 0.2 s to train."""
+    time.sleep(0.2)
+    return float(np.mean(ids) + seed)
+
+
+def losses_of_mean(model: float) -> Any:
+    """Losses of two queries."""
+    return np.array([0.0, 100.0]) - model
+
+
+def walk_with_kills(folder: Path, digits: int, instant: str, victims: int, answer: Any) -> None:
+    """A walk on two workers, some of which are killed at an instant; sends what it found, and where it was then."""
+    phase, _, wait_s = instant.rpartition("+")
+    phase, walk, where = phase or "connect", Walk(folder, digits), "over"
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+
+        def kill() -> None:
+            nonlocal where
+            with walk.entered:
+                walk.entered.wait_for(lambda: phase in walk.begun)
+            time.sleep(float(wait_s))
+            if "end" not in walk.begun:
+                where = walk.where()
+            for nanny in list(cluster.workers.values())[:victims]:
+                os.kill(nanny.pid, signal.SIGKILL)
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        walk.enter("connect")
+        with Client(cluster) as client:
+            try:
+                found: Any = digest(walk.run(client))
+            except Exception as error:
+                traceback.print_exc()
+                found = error
+            took = time.monotonic() - walk.begun["connect"]
+            answer.send((where, took, found))
+
+
+def digest(found: dict[str, Any]) -> dict[str, bytes]:
+    """A digest of each part of what a walk found."""
+    return {name: hashlib.sha256(pickle.dumps(part)).digest() for name, part in found.items()}
+
+
+def dying(digits: int, instants: list[str], victims: list[int], companions: list[int], longest_s: float) -> None:
+    """Workers killed at chosen instants, some or all, alone or beside busy processes: the same store and answers."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "walk"  # the same for all: an index knows the path of its store
+        expected = digest(Walk(folder, digits).run(None))
+        print("| killed at | in | workers killed | busy processes | took | outcome |\n|" + " --- |" * 6)
+        for instant, killed, busy in itertools.product(instants, victims, companions):
+            shutil.rmtree(folder)
+            context = get_context("spawn")
+            there, here = context.Pipe()
+            hands = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
+            process = context.Process(target=walk_with_kills, args=(folder, digits, instant, killed, here))
+            process.start()
+            here.close()
+            try:
+                where, took, found = there.recv() if there.poll(longest_s) else ("", longest_s, "HANGS")
+            except EOFError:
+                where, took, found = "", float("nan"), "DIES"
+            finally:
+                for child in [*psutil.Process(process.pid).children(recursive=True), *hands] if process.pid else hands:
+                    child.kill()
+                process.kill()
+                process.join()
+            if isinstance(found, dict):
+                found = "same" if found == expected else "DIFFERENT"
+            print(f"| {instant} s | {where} | {killed} | {busy} | {took:.0f} s | {found!s:.200} |", flush=True)
+
+
 def many_chunks(folder: Path, chunks: int) -> None:
     """An index of chunks of 64 rows of 64 bytes, as small as they get."""
     width = retrac_scale.indexing.MIN_CHUNK_SAMPLES
@@ -289,13 +432,18 @@ def plan(samples: int, pairs_per_s: float, workers: int) -> None:
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("scaling", "overhead", "kills", "memory", "plan"))
+    parser.add_argument("what", choices=("scaling", "overhead", "kills", "dying", "memory", "plan"))
     parser.add_argument("--samples", type=int, default=8192)
     parser.add_argument("--rows", type=int, default=2_000_000)
     parser.add_argument("--tasks", type=int, default=100_000)
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--rate", type=float, default=200.0, help="pairs per second of one worker")
     parser.add_argument("--workers", type=int, default=1000)
+    parser.add_argument("--digits", type=int, default=500, help="at least 78")
+    parser.add_argument("--instants", nargs="+", default=INSTANTS, help="seconds from the start, or PHASE+seconds")
+    parser.add_argument("--victims", nargs="+", type=int, default=[1, 2], help="of two workers")
+    parser.add_argument("--companions", nargs="+", type=int, default=[0, 2], help="busy processes beside")
+    parser.add_argument("--longest", type=float, default=600.0, help="seconds after which a run counts as hanging")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.what == "scaling":
@@ -304,6 +452,8 @@ def main() -> None:
         overhead(min(options.tasks, 2000))
     elif options.what == "kills":
         kills(options.samples, options.kills)
+    elif options.what == "dying":
+        dying(options.digits, options.instants, options.victims, options.companions, options.longest)
     elif options.what == "memory":
         memory(options.tasks)
     else:

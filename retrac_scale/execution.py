@@ -2,37 +2,45 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import functools
 import itertools
+import logging
 import math
+import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import dask
 import dask.threaded
 import torch
+from dask.graph_manipulation import clone
 from threadpoolctl import ThreadpoolController
 
-from retrac_scale.sealed import Sealed
+from retrac_scale.sealed import Sealed, itself
 
 if TYPE_CHECKING:
     from distributed import Client
 
+logger = logging.getLogger(__name__)
+
 ATTEMPTS = 3
 """At a task whose failure may pass: one by the disk, the network or the death of workers. Dask itself runs a task again
-when its worker dies, up to `distributed.scheduler.allowed-failures` times in each attempt."""
+when its worker dies, up to `distributed.scheduler.allowed-failures` times in each attempt. What is lost by no fault of
+its own, with the scheduler or its connection, begins again as often as it takes."""
 GIVE_UP = 16
 """Failures in a row after which the rest would fail alike: a full disk, a model that is not what was said."""
 WAITING, PER_THREAD = 16, 2
 """Tasks at the scheduler: so many in any case, and so many per thread of the cluster."""
-LOOK_AGAIN_S = 1.0
+LOOK_AGAIN_S, PATIENCE_S = 1.0, 30.0
+"""Between two looks at the workers, and without any before the cluster is asked for them."""
 PASSING = (None, errno.EIO, errno.EBUSY, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.EPIPE)
 """Error numbers of the network and of object stores; a full or forbidden disk is none of them."""
 
@@ -63,8 +71,8 @@ class FailedTasksError(RuntimeError):
         return "\n".join([self.message, *lines, *[f"  and {more} more, see .failures"] * bool(more)])
 
 
-class LostTaskError(ConnectionError):
-    """All workers that held what a task needs died, or the connection to the scheduler was lost."""
+class _LostError(Exception):
+    """The scheduler has forgotten a task, is another one, or the connection to it broke."""
 
 
 Outcome = tuple[Any, Any, BaseException | None]
@@ -84,7 +92,8 @@ def run(
     """Results of `function(shared, *task.args)`, as they come.
 
     Tasks are taken from their iterable no faster than they are done, so that a million of them fills neither this
-    process nor the scheduler. A failure that may pass is tried again; any other is kept for the end.
+    process nor the scheduler. A failure that may pass is tried again; any other is kept for the end. Workers may die at
+    any instant, and others come; while there are none, it waits.
 
     Args:
         function: of a module, so that a worker can import it.
@@ -113,7 +122,7 @@ def run(
                     continue
                 if isinstance(error, fatal):
                     raise error
-                in_a_row += not isinstance(error, LostTaskError)
+                in_a_row += 1
                 if attempt < ATTEMPTS and _may_pass(error):
                     again.append(task)
                 else:
@@ -138,15 +147,22 @@ def _round(pool: _Here | _There, tasks: Iterable[Task], *, alone: bool) -> Itera
             if not running:
                 return
             future, result, error = pool.finished()
-            yield running.pop(future), result, error
+            task = running.pop(future)
+            if isinstance(error, _LostError):
+                running[pool.start(task)] = task
+            else:
+                yield task, result, error
     finally:
         pool.cancel(list(running))
 
 
 def gpu_label(client: Client) -> dict[str, float] | None:
     """The resource by which tasks find a GPU, {"GPU": 1}, when workers declare it, as dask-cuda's can; else None."""
-    workers = client.scheduler_info(n_workers=-1)["workers"].values()
-    return {"GPU": 1} if any(worker["resources"].get("GPU") for worker in workers) else None
+    watch = _Watch(client)
+    while not watch.look():  # what they declare is known when one is there
+        time.sleep(LOOK_AGAIN_S)
+    declared = client.scheduler_info(n_workers=-1)["workers"].values()
+    return {"GPU": 1} if any(worker["resources"].get("GPU") for worker in declared) else None
 
 
 def results(
@@ -163,14 +179,37 @@ def delayed(function: Callable[..., Any]) -> Any:
     return dask.delayed(Sealed(function), pure=False)
 
 
+def constant(value: Any) -> Any:
+    """A delayed task that brings a value to those that depend on it; a worker gets it once."""
+    return dask.delayed(itself, pure=False)(Sealed(value))
+
+
 def compute(tasks: list[Any], client: Client | None) -> list[Any]:
     """Results of a few delayed tasks with all that they depend on, on the client's workers, or here on threads."""
     if client is not None:
-        return list(client.gather(client.compute(tasks, retries=ATTEMPTS - 1)))
+        return _compute_there(tasks, client)
     threads = torch.get_num_threads()
     with _one_thread_each():
         # not "threads": for a name, dask loads distributed to see whether there is a client
         return list(dask.compute(*tasks, scheduler=dask.threaded.get, num_workers=threads))
+
+
+def _compute_there(tasks: list[Any], client: Client) -> list[Any]:
+    """`compute` on workers: a graph that is lost, or whose workers died again and again, is sent anew."""
+    killed, watch = 0, _Watch(client)
+    while True:
+        asked = watch.look()
+        placed = any(layer.annotations for task in tasks for layer in task.dask.layers.values())
+        with _however_large():
+            futures = client.compute(tasks, retries=ATTEMPTS - 1)
+        try:
+            return watch.gather(futures, homes=asked.keys() if placed else None)
+        except Exception as raised:
+            error = _cause(raised, futures)
+            killed += _is_killed(error)
+            if killed == ATTEMPTS or not (_is_killed(error) or isinstance(error, _LostError)):
+                raise
+        tasks = clone(tasks)  # under other keys, and without homes
 
 
 class _Here:
@@ -222,39 +261,42 @@ class _There:
     def __init__(
         self, function: Callable[..., Any], shared: Any, client: Client, resources: Mapping[str, float] | None
     ) -> None:
-        from distributed import as_completed
-
         self._function, self._shared, self._client, self._resources = Sealed(function), shared, client, resources
-        self._completed = as_completed(loop=client.loop, with_results=True, raise_errors=False)
+        self._finished: SimpleQueue[Any] = SimpleQueue()
         self._at_workers: Any = None
+        self._watch = _Watch(client)
         self._room, self._looked = 0, -math.inf
 
     def room(self) -> int:
         if time.monotonic() - self._looked > LOOK_AGAIN_S:
-            _wait_for_connection(self._client)
-            self._room = WAITING + PER_THREAD * sum(self._client.nthreads().values())
+            self._room = WAITING + PER_THREAD * sum(self._watch.look().values())
             self._looked = time.monotonic()
         return self._room
 
     def start(self, task: Task) -> Any:
         _wait_for_connection(self._client)
-        if self._at_workers is None or self._at_workers.status != "finished":  # all that held it died
-            self._client.wait_for_workers(1)
-            (self._at_workers,) = self._client.scatter([self._shared], broadcast=True, hash=False)
-        key = f"{task.name}-{uuid.uuid4().hex[:8]}"  # of its own: never the result of an earlier run
-        future = self._client.submit(
-            self._function, self._at_workers, *task.args, key=key, pure=False, resources=self._resources
-        )
-        self._completed.add(future)
+        if self._at_workers is None or _is_lost(self._at_workers):
+            self._at_workers = self._submit("shared", itself, Sealed(self._shared))
+        future = self._submit(task.name, self._function, self._at_workers, *task.args, resources=self._resources)
+        future.add_done_callback(self._finished.put)
         return future
 
+    def _submit(self, name: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        key = f"{name}-{uuid.uuid4().hex[:8]}"  # of its own: never the result of an earlier run
+        with _however_large():
+            return self._client.submit(function, *args, key=key, pure=False, **options)
+
     def finished(self) -> Outcome:
-        future, result = next(self._completed)
-        if future.status == "error":
-            return future, None, result[1]
-        if isinstance(result, CancelledError):  # the scheduler has forgotten it, or is another one
-            return future, None, LostTaskError("its workers died, or the connection to the scheduler was lost")
-        return future, result, None
+        future = None
+        while future is None:
+            try:
+                future = self._finished.get(timeout=LOOK_AGAIN_S)
+            except Empty:
+                self._watch.look()
+        try:
+            return future, self._watch.gather([future])[0], None
+        except Exception as error:
+            return future, None, _cause(error, [future])
 
     def cancel(self, futures: list[Any]) -> None:
         if futures and self._client.status == "running":
@@ -262,6 +304,53 @@ class _There:
 
     def close(self) -> None:
         self._at_workers = None
+
+
+def worker_threads(client: Client) -> dict[str, int]:
+    """Threads of the workers that are there, by address."""
+    while True:
+        _wait_for_connection(client)
+        with contextlib.suppress(OSError):  # the connection broke while the scheduler was asked
+            return dict(client.nthreads())
+        time.sleep(0.1)
+
+
+class _Watch:
+    """Looks at the workers while their results are awaited."""
+
+    def __init__(self, client: Client) -> None:
+        self._client, self._seen = client, time.monotonic()
+
+    def look(self) -> dict[str, int]:
+        """`worker_threads`. When there have been none for a while, the cluster is asked for those that it gave up.
+
+        Dask's clusters close a worker that was killed and is not back after `distributed.deploy.lost-worker-timeout`,
+        15 s, in which one beside busy processes hardly starts, and then forget it until they are scaled.
+        """
+        found, now = worker_threads(self._client), time.monotonic()
+        if found:
+            self._seen = now
+        elif now - self._seen > PATIENCE_S:
+            self._seen = now
+            logger.warning("for %.0f s there has been no worker; the run goes on when one comes", PATIENCE_S)
+            cluster = self._client.cluster
+            if promised := getattr(cluster, "worker_spec", None):
+                cluster.scale(len(promised))
+        return found
+
+    def gather(self, futures: list[Any], homes: Set[str] | None = None) -> list[Any]:
+        """Results of tasks. Those that were given homes would never run when none of these is left, whoever comes."""
+        coming = self._client.gather(futures, asynchronous=True)
+        waiting = asyncio.run_coroutine_threadsafe(coming, self._client.loop.asyncio_loop)
+        while True:
+            try:
+                return list(waiting.result(LOOK_AGAIN_S))
+            except TimeoutError:
+                if waiting.done():  # a task's own
+                    raise
+            left = self.look().keys()
+            if homes is not None and not homes & left:
+                raise _LostError
 
 
 def _wait_for_connection(client: Client) -> None:
@@ -274,12 +363,34 @@ def _wait_for_connection(client: Client) -> None:
         )
 
 
+def _cause(raised: Exception, futures: list[Any]) -> Exception:
+    """Why results of futures could not be had: the task's own exception, or that they are lost."""
+    failed = any(future.status == "error" for future in futures)
+    return _LostError() if not failed and isinstance(raised, (CancelledError, OSError)) else raised
+
+
+def _is_lost(held: Any) -> bool:
+    return held.status == "cancelled" or (held.status == "error" and _may_pass(held.exception()))
+
+
 def _may_pass(error: BaseException) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in PASSING
+    return error.errno in PASSING if isinstance(error, OSError) else _is_killed(error)
+
+
+def _is_killed(error: BaseException) -> bool:
     from distributed import KilledWorker
 
     return isinstance(error, KilledWorker)
+
+
+_sending = threading.Lock()
+
+
+@contextlib.contextmanager
+def _however_large() -> Iterator[None]:
+    """Dask warns of graphs above 10 MB; ours hold a model on purpose."""
+    with _sending, dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 PB"}):
+        yield
 
 
 @functools.cache

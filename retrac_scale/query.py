@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from retrac_scale.execution import compute, delayed
+from retrac_scale.execution import compute, constant, delayed, worker_threads
 from retrac_scale.index import Index, Reduce, Side, open_on_worker
 from retrac_scale.rerank import as_measured, exact_scores
 from retrac_scale.samples import Samples
@@ -159,7 +159,7 @@ class _Scan:
 
     def _best(self, k: int, signs: tuple[int, ...]) -> Found:
         question, chunks = self.question, self._matching
-        workers = torch.get_num_threads() if self.client is None else sum(self.client.nthreads().values())
+        workers = torch.get_num_threads() if self.client is None else sum(worker_threads(self.client).values())
         count = min(len(chunks), max(workers, -(-len(chunks) // RUN_CHUNKS) if self.client else 1))
         floor = None if self.client else np.full(len(signs) * self.rows.shape[1], -np.inf)
         excluded = self.query_ids if question.exclude_self else None
@@ -202,8 +202,7 @@ class _Scan:
     ) -> list[Any]:
         """One delayed task per run of chunks, with its share of the mask and of the group codes."""
         source = self.index if self.client is None else _for_workers(self.index)
-        # a key of its own: one by content is lost when an earlier query's release of it arrives late
-        rows: Any = self.rows if self.client is None else self.client.scatter(self.rows, broadcast=True, hash=False)
+        rows: Any = self.rows if self.client is None else constant(self.rows)
         task, share = delayed(function), self._share
 
         made = []
@@ -218,7 +217,9 @@ class _Scan:
         """Sends a task to the same worker for every query, if that is there: it has mapped and verified its chunks."""
         if self.client is None:
             return nullcontext()
-        homes = [address for address, threads in sorted(self.client.nthreads().items()) for _ in range(threads)]
+        homes = [address for address, threads in sorted(worker_threads(self.client).items()) for _ in range(threads)]
+        if not homes:
+            return nullcontext()
         home = homes[run[len(run) // 2] * len(homes) // len(self.index.chunks)]
         placed: AbstractContextManager[Any] = dask.annotate(workers=[home], allow_other_workers=True)
         return placed

@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import dask
 import numpy as np
 import pytest
 import torch
@@ -18,7 +23,7 @@ from distributed import Client
 from distributed.deploy.subprocess import SubprocessCluster
 
 import retrac_scale as rs
-from retrac_scale.execution import GIVE_UP, Task, gpu_label, run
+from retrac_scale.execution import GIVE_UP, Task, compute, constant, delayed, gpu_label, run
 from retrac_scale.store import Layout
 from tests.conftest import tiny_unet
 from tests.torture import contents
@@ -122,6 +127,49 @@ def test_after_workers_were_killed_the_store_is_the_same_and_no_block_ran_more_o
     assert (
         len(deadly) <= surplus <= 2 * len(deadly)
     )  # a kill takes the block along, and if no worker is left the other's
+
+
+def test_calls_whose_workers_were_all_killed_finish(client: Client) -> None:
+    shared, numbers = np.ones(2 * 10**6), range(6)  # so large that Dask would warn
+    pids, homes = client.run(os.getpid).values(), list(client.nthreads())
+
+    def slow_sum(values: Any, number: int) -> float:  # in here: it travels by value, and no worker imports torch
+        time.sleep(0.5)
+        return float(values.sum() + number)
+
+    def graph(*places: str) -> list[Any]:
+        values, parts = constant(shared), []
+        for number in numbers:
+            with dask.annotate(workers=[places[number % 2]], allow_other_workers=True) if places else nullcontext():
+                parts.append(delayed(slow_sum)(values, number))
+        return compute([delayed(sum)(parts)], client)
+
+    def many() -> list[float]:
+        tasks = [Task(f"sum-{number}", (number,)) for number in numbers]
+        return sorted(result for _, result in run(slow_sum, tasks, client, shared=shared))
+
+    with ThreadPoolExecutor() as calls:
+        found = [calls.submit(call) for call in (graph, partial(graph, *homes), many)]
+        time.sleep(1.2)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        once, placed, single = [each.result(timeout=120) for each in found]
+    assert once == placed == [6 * 2e6 + 15]
+    assert single == [2e6 + number for number in numbers]
+
+
+def test_what_a_task_does_to_what_is_shared_stays_on_its_worker(client: Client) -> None:
+    client.wait_for_workers(2)
+
+    def visit(visitors: list[int]) -> tuple[int, set[int]]:
+        before = set(visitors)
+        visitors.append(os.getpid())
+        time.sleep(0.05)
+        return os.getpid(), before
+
+    found = [result for _, result in run(visit, [Task(f"visit-{i}", ()) for i in range(20)], client, shared=[])]
+    assert len({here for here, _ in found}) == 2
+    assert all(before <= {here} for here, before in found)
 
 
 def test_a_block_that_always_fails_is_named_at_the_end_and_the_next_call_does_only_the_rest(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm.auto import tqdm
 
+from retrac_scale.execution import Task, run
 from retrac_scale.scan import Bools
 from retrac_scale.store.encoding import Float64
 
@@ -69,6 +71,8 @@ def retrain(
 
     Raises:
         ValueError: a subset is empty, or `measure` gave something else than one finite number per query.
+        FailedTasksError: some models could not be trained; all others are done, and the same call trains the rest.
+        ConnectionError: the scheduler is gone; what was trained until then stands.
     """
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,21 +82,10 @@ def retrain(
         raise ValueError(f"subset {empty[0]} has no samples; there is nothing to train on.")
     files = [folder / f"{_name(subset, seed, key)}.npy" for subset in chosen]
     todo = {file: subset for file, subset in zip(files, chosen, strict=True) if not file.exists()}
+    tasks = (Task(f"retrain-{file.stem}", (subset, seed, file)) for file, subset in todo.items())
     with tqdm(total=len(todo), unit="model", desc="retrain", disable=not progress) as bar:
-        if client is None:
-            for file, subset in todo.items():
-                _one(subset, seed, train, measure, file)
-                bar.update()
-        else:
-            from distributed import as_completed
-
-            shared = client.scatter((train, measure), broadcast=True, hash=False)
-            futures = [
-                client.submit(_remotely, subset, seed, shared, file, pure=False) for file, subset in todo.items()
-            ]
-            for future in as_completed(futures):
-                future.result()
-                bar.update()
+        for _ in run(_one, tasks, client, shared=(train, measure), threads=1, fatal=(ValueError,)):
+            bar.update()
     measured = [np.load(file) for file in files]
     different = [number for number, values in enumerate(measured) if values.shape != measured[0].shape]
     if different:
@@ -150,7 +143,8 @@ def counterfactual(
     return change
 
 
-def _one(subset: Ids, seed: int, train: Train, measure: Measure, file: Path) -> None:
+def _one(shared: tuple[Train, Measure], subset: Ids, seed: int, file: Path) -> None:
+    train, measure = shared
     values = np.asarray(measure(train(subset, seed)), dtype=np.float64)
     if values.ndim != 1 or not np.isfinite(values).all():
         raise ValueError(
@@ -159,16 +153,12 @@ def _one(subset: Ids, seed: int, train: Train, measure: Measure, file: Path) -> 
             + "; "
             "it must give one finite number per query."
         )
-    partial = file.with_suffix(f".{os.getpid()}.partial")
+    partial = file.with_suffix(f".{uuid.uuid4().hex}.partial")
     with open(partial, "wb") as target:
         np.save(target, values)
         target.flush()
         os.fsync(target.fileno())
     os.replace(partial, file)
-
-
-def _remotely(subset: Ids, seed: int, shared: tuple[Train, Measure], file: Path) -> None:
-    _one(subset, seed, *shared, file)
 
 
 def _name(subset: Ids, seed: int, key: str) -> str:
