@@ -540,7 +540,7 @@ def test_serve_says_where_once_it_has_the_port_and_ends_after_what_it_has_begun(
         try:
             assert process.stdout is not None
             url = json.loads(process.stdout.readline())["url"]
-            with httpx2.Client(base_url=url, headers={"authorization": "Bearer t"}) as client:
+            with httpx2.Client(base_url=url, headers={"authorization": "Bearer t"}, timeout=60) as client:
                 assert client.get("/health").status_code == 200  # whoever reads the address can ask at once
 
                 def body() -> Iterator[bytes]:  # the signal comes while the request is being sent

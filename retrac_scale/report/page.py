@@ -45,7 +45,8 @@ def write_report(
         queries: the sketches that were asked: one store for all indexes, or {estimator: store}, the same queries in the
             same order, where the indexes were measured at different timesteps or under different noise.
         repeatability: {estimator: what `rs.repeatability` found with these queries, or a sentence why it is not told};
-            None measures it where that is cheap: under matched pairing, and under cross pairing for small stores.
+            None measures it where that is cheap: under matched pairing, and under cross pairing for small stores, of
+            lists of all samples, so that answers under `where=` need it given.
 
     Raises:
         ValueError: pictures, queries, indexes and repeatability do not belong together; says which.
