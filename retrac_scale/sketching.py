@@ -530,8 +530,11 @@ def _plans(
 ) -> list[TimestepPlan]:
     """The plans that are asked for, or those of another store, one after the other."""
     stored = [] if like is None else plans_of(like.fingerprint)
+    of_like = grids_for_queries(stored)
     if timesteps is None and there is not None:
         grids = [grid_from_spec(spec) for spec in plans_of(there.fingerprint)]
+        if grids and grids == of_like[: len(grids)]:
+            return [*of_like]  # the store that they are compared with may have grown since
         if None in grids or not grids:
             raise ValueError(
                 f"{there.url} was not measured at the same timesteps for every sample; say where to measure: "
@@ -539,7 +542,7 @@ def _plans(
             )
         return [grid for grid in grids if grid is not None]
     if timesteps is None:
-        return [RECOMMENDED] if like is None else [*grids_for_queries(stored)] or [QUERY_PLAN]
+        return [RECOMMENDED] if like is None else [*of_like] or [QUERY_PLAN]
     given: list[TimestepPlan] = list(timesteps) if isinstance(timesteps, Sequence) else [timesteps]
     for plan in given:
         if not hasattr(plan, "pairs") or isinstance(plan, type):
@@ -574,20 +577,23 @@ def _grown_until(
     from retrac_scale.repeatability import repeatability  # at call time: the street runs from sketches to answers
 
     assert isinstance(plan, Grid)
-    each, times = store.parts[0].shape[1], len(plans_of(store.fingerprint))
-    for number in range(2, times + 1) if not store.is_complete else ():  # of a call that was interrupted
-        store = measured(further(plan, number))
+    stored = plans_of(store.fingerprint)
+    if not store.is_complete:  # a call that was interrupted
+        for begun in map(grid_from_spec, stored[1:]):
+            store = store if begun is None else measured(begun)
+    each, number = store.parts[0].shape[1], 1
     while True:
-        times = len(plans_of(store.fingerprint))
-        room = (at_most - store.shape[1]) // each
+        times, room = len(stored), (at_most - store.shape[1]) // each
         wanted = 2 if store.shape[1] == 1 else repeatability(store).needed(until)
-        more = min(
-            room, max(0, -(-(wanted - store.shape[1]) // each)), times
-        )  # what is foretold is measured on the way
+        # no more than double: what is foretold is measured on the way
+        more = min(room, max(0, -(-(wanted - store.shape[1]) // each)), times)
         if more <= 0:
             return store
-        for number in range(times + 1, times + more + 1):
-            store = measured(further(plan, number))
+        while len(stored) < times + more:
+            number += 1
+            if (another := further(plan, number)).spec() not in stored:
+                store = measured(another)
+                stored = plans_of(store.fingerprint)
 
 
 def _fastest_batch(job: _Job, sketcher: GradientSketcher, checkpoint: str) -> int:
