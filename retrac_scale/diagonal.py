@@ -13,7 +13,7 @@ from retrac_scale.estimators.fitting import fit
 from retrac_scale.estimators.ridge import Ridge
 from retrac_scale.execution import Task, results
 from retrac_scale.store import SketchStore, open_store
-from retrac_scale.store.compatibility import check_compatible
+from retrac_scale.store.compatibility import check_compatible, slots
 from retrac_scale.store.encoding import Float32
 from retrac_scale.store.schema import Url
 
@@ -45,8 +45,12 @@ def self_influence(
         check_compatible(store.fingerprint, store.checkpoints, queries.fingerprint, queries.checkpoints)
         if not np.array_equal(store.ids, queries.ids):
             raise ValueError("self_influence needs queries with the same ids in the same order as the store.")
-        if estimator.pairing == "matched" and common_timesteps(store) != common_timesteps(queries):
-            raise ValueError("matched pairing needs the same timesteps on both sides; use pairing='cross'.")
+        if estimator.pairing == "matched":
+            if common_timesteps(store) != common_timesteps(queries):
+                raise ValueError("matched pairing needs the same timesteps on both sides; use pairing='cross'.")
+            here = slots(store.fingerprint)
+            if any(here) and here != slots(queries.fingerprint):
+                raise ValueError("matched pairing needs the same noise on both sides, in the same order.")
     if client is not None and (store.url is None or (queries is not None and queries.url is None)):
         raise ValueError("workers cannot reach this process's memory; give the stores paths or URLs.")
     measure = store.fingerprint.get("measure")
