@@ -166,7 +166,7 @@ def repeatability_of_rows(
     for place, part in enumerate(chosen):
         asked[:, place, :, list(part)] = rows.reshape(c, q, t, -1)[:, :, list(part)].transpose(2, 0, 1, 3)
     every = asked.reshape(c, len(chosen) * q, -1)
-    k = min(k, index.shape[1] - exclude_self)
+    k = list_length(k, index.shape[1] - exclude_self)
     question = Question(k, "proponents", None, None, "sum", exclude_self)
     lists = answer_rows(index, every, np.tile(query_ids, len(chosen)), question, client).ids.reshape(len(chosen), q, k)
     place_of = {part: place for place, part in enumerate(chosen)}
@@ -178,6 +178,17 @@ def repeatability_of_rows(
     values = all_scores_of(index, asked[:, halves].reshape(c, len(halves) * q, -1), CORRELATED)
     values = values.reshape(len(halves) // 2, 2, q, -1)
     return Repeatability(k, t, overlaps, np.stack([correlation(one, other) for one, other in values]))
+
+
+def list_length(k: int, others: int) -> int:
+    """Length of the lists that are compared: k, or half of what there is to list, since longer ones agree anyway.
+
+    Raises:
+        ValueError: there are fewer than two samples to list.
+    """
+    if others < 2:
+        raise ValueError("fewer than two samples are left to list, which cannot tell how far two lists would agree.")
+    return min(k, others // 2)
 
 
 def pairs_of_parts(t: int) -> dict[int, list[tuple[Places, Places]]]:
@@ -239,6 +250,8 @@ def warn_of_own_noise(index: Index) -> None:
         told = f": {repeatability_of_index(index, None)}"
     except MeasuredOnceError:
         told = ", and measured once, so that nothing tells how much of a score is luck"
+    except ValueError as error:  # too few samples
+        told = f"; {str(error).removesuffix('.')}"
     warnings.warn(
         f"matched pairing compares gradients at the same timestep, but every sample has noise of its own there{told}. "
         "Sketch with EvenlySpaced(4), whose noise is common.",

@@ -12,6 +12,7 @@ from retrac_scale.halves import (
     Places,
     Repeatability,
     correlation,
+    list_length,
     pairs_of_parts,
     repeatability_of_index,
     shared,
@@ -51,7 +52,7 @@ def repeatability(
         store: the training side; or an index of it with matched pairing, which saves building one.
         queries: a store of queries; None asks with a few training samples, each left out of its own list.
         estimator: None for the recommended one, or that of the index.
-        k: length of the lists.
+        k: length of the lists, at most half of the samples that there are to list.
         client: a `distributed.Client`, for matched pairing.
 
     Returns:
@@ -59,7 +60,7 @@ def repeatability(
 
     Raises:
         MeasuredOnceError: there is one measurement, which cannot tell.
-        ValueError: the queries do not fit.
+        ValueError: the queries do not fit, or there are fewer than two samples to list.
     """
     if isinstance(store, Index):
         return repeatability_of_index(store, queries, k, client=client)
@@ -82,7 +83,7 @@ def _of_excerpts(
     by_checkpoint = t == 1 and not common
     units = len(names) if by_checkpoint else t
     pairs = {m: some[:CROSS_SPLITS] for m, some in list(pairs_of_parts(units).items())[:CROSS_SIZES]}
-    k = min(k, int(store.alive.sum()) - exclude_self)
+    k = list_length(k, int(store.alive.sum()) - exclude_self)
     answers: dict[tuple[Places, int], tuple[Ints, Float64]] = {}
 
     def answered(part: Places, side: int) -> tuple[Ints, Float64]:
