@@ -35,8 +35,9 @@ class Estimator(ABC):
     squared: bool = False
     damping: Damping | None = None
 
-    def __init_subclass__(cls) -> None:
-        Estimator.kinds[cls.__name__] = cls
+    def __init_subclass__(cls, named: bool = True) -> None:
+        if named:
+            Estimator.kinds[cls.__name__] = cls
 
     @abstractmethod
     def vectors(self, sketches: Float32, norms: Float32) -> Float32:

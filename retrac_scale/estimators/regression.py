@@ -20,7 +20,7 @@ ALL = slice(None)
 
 
 @dataclass(frozen=True)
-class Ridged(Estimator):
+class Ridged(Estimator, named=False):
     """Estimators that precondition training rows: by one ridge per checkpoint, or, matched, one for each timestep too.
 
     Args:
