@@ -105,10 +105,18 @@ def store_size(
     )
 
 
-def index_bytes(samples: int, checkpoints: int, dim: int) -> int:
-    """Bytes of all chunks of an int8 index with cross pairing and integer ids, without columns: to the byte."""
-    size = chunk_samples(samples, dim)  # the last chunk is as long as the others
-    planes = checkpoints * (size * dim + 2 * 4 * size + 3 * CRC_BYTES)  # rows, scales, norms
+def index_bytes(samples: int, checkpoints: int, dim: int, timesteps: int = 1) -> int:
+    """Bytes of all chunks of an int8 index with integer ids, without columns: to the byte.
+
+    Args:
+        samples: n.
+        checkpoints: c.
+        dim: k.
+        timesteps: t under matched pairing, whose rows hold t x k entries; 1 under cross pairing, whose rows are means.
+    """
+    width = timesteps * dim
+    size = chunk_samples(samples, width)  # the last chunk is as long as the others
+    planes = checkpoints * (size * width + 2 * 4 * size + 3 * CRC_BYTES)  # rows, scales, norms
     return -(-samples // size) * (planes + 8 * size + CRC_BYTES)
 
 

@@ -54,7 +54,7 @@ def test_query_prints_a_table_or_json(folder: Path, capsys: pytest.CaptureFixtur
     arguments = ["query", str(folder / "retrac.zarr"), str(folder / "q.zarr"), "-k", "3"]
     assert main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["query", "rank", "id", "score", "error", "resolved", "side"]
+    assert lines[0].split() == ["query", "rank", "id", "score", "side"]
     assert [int(line.split()[2]) for line in lines[1:]] == expected.ids.ravel().tolist()
     assert main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["results"][0]["ids"] == expected.ids[0].tolist()

@@ -16,9 +16,11 @@ from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 
 import retrac_scale as rs
+from retrac_scale import planner
 from retrac_scale.cli import main
 from retrac_scale.cli.project import FILE, Project, find
 from retrac_scale.report.pictures import PictureFiles
+from retrac_scale.store.part import plans_of
 from tests.conftest import tiny_unet
 
 
@@ -68,8 +70,8 @@ def test_three_commands_lead_from_folders_to_a_report(folder: Path, capsys: pyte
     (content,) = re.findall(r'<script type="application/json" id="content">(.*?)</script>', page, re.S)
     found = json.loads(content)
     queries = rs.open_store("attribution/queries.zarr")
-    expected = rs.open_index("attribution/retrac.zarr").query(queries, 3)
-    shown = [[result["id"] for result in query["lists"]["ReTrac"]["proponents"]] for query in found["queries"]]
+    expected = rs.open_index("attribution/retracridge.zarr").query(queries, 3)
+    shown = [[result["id"] for result in query["lists"]["ReTracRidge"]["proponents"]] for query in found["queries"]]
     assert shown == expected.ids.tolist()
     store = rs.open_store("attribution/sketches.zarr")
     assert store.fingerprint["scheduler"]["num_train_timesteps"] == 50
@@ -78,7 +80,7 @@ def test_three_commands_lead_from_folders_to_a_report(folder: Path, capsys: pyte
     capsys.readouterr()
     assert main(["query", "-k", "2", "--json"]) == 0
     assert [row["ids"] for row in json.loads(capsys.readouterr().out)["results"]] == expected.ids[:, :2].tolist()
-    assert main(["query", "attribution/retrac.zarr", "generated-images", "-k", "1", "--json"]) == 0
+    assert main(["query", "attribution/retracridge.zarr", "generated-images", "-k", "1", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["results"]
     assert [row["ids"] for row in rows] == expected.ids[:, :1].tolist()
     np.testing.assert_allclose([row["scores"] for row in rows], expected.scores[:, :1], rtol=0.02)  # queries in int8
@@ -129,9 +131,109 @@ def test_an_option_overrules_the_file(folder: Path) -> None:
     assert not Path("elsewhere/queries.zarr").exists()
 
 
+def test_the_recipe_of_a_new_project_is_the_recommended_one(folder: Path) -> None:
+    assert main(INIT) == 0
+    text = Path(FILE).read_text()
+    for line in (
+        "timesteps = 4",
+        'noise = "common"',
+        "dim = 512",
+        'estimators = ["ReTracRidge"]',
+        '"ReTrac", "TracIn"',
+    ):
+        assert line in text
+    found = find(None)
+    assert (found.timesteps, found.noise, found.rank, found.dim) == (4, "common", -1, 512)
+    assert main([*INIT, "--noise", "own", "--force"]) == 0
+    assert (find(None).noise, find(None).estimators) == ("own", ("TracIn", "ReTrac"))
+    assert (found.estimators, found.stated) == (("ReTracRidge",), frozenset(found.__dict__) - {"folder", "stated"})
+
+
+OLD = """model = "model"
+images = "training-images"
+query_images = "generated-images"
+out = "attribution"
+timesteps = 2
+rank = 0
+dim = 64
+measure = "mse"
+device = "cpu"
+estimators = ["TracIn", "ReTrac"]
+"""
+
+
+def test_a_store_that_is_there_goes_on_as_it_began(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path(FILE).write_text(OLD + 'noise = "own"\n')
+    assert main(["sketch"]) == 0
+    before = rs.open_store("attribution/sketches.zarr").sketches("final")
+    for text in (OLD, "\n".join(line for line in OLD.splitlines() if line[:4] not in ("time", "rank", "dim "))):
+        Path(FILE).write_text(text)  # as files were before they said whose the noise is; and one that says less
+        assert main(["sketch"]) == 0
+        store = rs.open_store("attribution/sketches.zarr")
+        assert plans_of(store.fingerprint) == [{"kind": "EvenlySpaced", "count": 2, "draws": 1}]
+        np.testing.assert_array_equal(store.sketches("final"), before)
+    assert main(["index"]) == 0
+    assert rs.open_index("attribution/tracin.zarr").estimator == rs.TracIn()
+    Path(FILE).write_text("\n".join(OLD.splitlines()[:4]))
+    assert main(["query", "-k", "2"]) == 0  # the estimator that suits its noise
+    capsys.readouterr()
+    for option, why in (
+        (["--timesteps", "4"], "was sketched with timesteps = 2, but"),
+        (["--noise", "common"], "was sketched with noise = 'own', but"),
+        (["--dim", "512"], "was sketched with dim = 64, but"),
+        (["--rank", "-1"], "was sketched with rank = 0, but"),
+    ):
+        assert main(["sketch", *option]) == 1
+        told = capsys.readouterr().err
+        assert f"attribution/sketches.zarr {why} {FILE} or an option says" in told
+        assert "begin another store with another out (--out)" in told
+    assert main(["sketch", "--noise", "common", "--out", "another"]) == 0
+    assert plans_of(rs.open_store("another/sketches.zarr").fingerprint)[0]["noise"] == "common"
+
+
+def test_a_store_of_recorded_timesteps_is_no_commands(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rs.write_store("attribution/sketches.zarr", {"final": np.ones((9, 1, 64))})
+    assert main([*INIT, *SMALL]) == 0
+    assert main(["sketch"]) == 1
+    assert "was not measured at the same timesteps for every image" in capsys.readouterr().err
+
+
+def test_until_measures_again_and_queries_with_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*INIT, *SMALL]) == 0
+    assert main(["sketch"]) == 0
+    assert main(["report", "-k", "2"]) == 0
+    capsys.readouterr()
+    assert main(["sketch", "--until", "0.99999", "--at-most", "4", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    store, queries = (rs.open_store(f"attribution/{name}.zarr") for name in ("sketches", "queries"))
+    assert store.shape[1] == queries.shape[1] == 4
+    assert plans_of(queries.fingerprint) == plans_of(store.fingerprint)
+    overlap = rs.repeatability(store).overlap.value
+    assert (told["repeatability"]["overlap"]["value"], told["reached"]) == (overlap, overlap >= 0.99999)
+    assert main(["query", "-k", "2"]) == 0  # of an index of the grown store
+    assert main(["sketch"]) == 0
+    assert rs.open_store("attribution/sketches.zarr").shape[1] == 4
+    assert main(["sketch", "--at-most", "4"]) == 1
+    assert "--at-most is the budget of --until" in capsys.readouterr().err
+
+
+def test_plan_counts_the_recipe_of_the_project(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--samples", "1000", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["store_bytes"] == planner.store_size(1000, 4, 1, 512).array_bytes
+    assert found["index_bytes"] == planner.index_bytes(1000, 1, 512, 4)
+    Path(FILE).write_text(OLD)
+    assert main(["plan", "--model", "model/unet", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["index_bytes"] == 2 * planner.index_bytes(9, 1, 64)
+    assert found["sketch_seconds"] > 0
+
+
 def test_init_writes_what_find_reads(tmp_path: Path) -> None:
     hostile = 'a "quoted" \\ back\tslash é'
-    project = Project(hostile, "b", "c", "d", {"early one": hostile}, 3, 0, 7, "l1", "cpu", ("ReTrac",), str(tmp_path))
+    project = Project(
+        hostile, "b", "c", "d", {"early one": hostile}, 3, "own", 0, 7, "l1", "cpu", ("ReTrac",), str(tmp_path)
+    )
     (tmp_path / FILE).write_text(project.dumps(), encoding="utf-8")
     assert find(str(tmp_path / FILE)) == project
 
@@ -151,6 +253,8 @@ def test_init_asks_for_what_it_is_not_told(folder: Path, monkeypatch: pytest.Mon
     [
         ("model = ", "is no TOML"),
         ("modle = 'x'", "unknown entry 'modle'"),
+        ("noise = 4", "noise must be like 'common', got 4"),
+        ("model = 'model'\nimages = 'training-images'\nnoise = 'shared'", "noise must be one of ('common', 'own')"),
         ("rank = '16'", "rank must be like -1, got '16'"),
         ("rank = true", "rank must be like -1, got True"),
         ("checkpoints = ['a']", "checkpoints must be like {}"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,9 +14,11 @@ from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 
 import retrac_scale as rs
+from retrac_scale import planner
 from retrac_scale.cli import main
 from retrac_scale.datasets import ImageFiles
 from tests.conftest import tiny_unet
+from tests.small_denoiser import SCHEDULER, SmallDenoiser, images
 
 
 @pytest.fixture
@@ -39,6 +42,110 @@ def test_index_builds_what_build_index_builds(folder: Path, capsys: pytest.Captu
     assert "GradCos has no matched pairing" in errors
 
 
+def sketched(out: Path, timesteps: int, noise: Any = "common") -> rs.SketchStore:
+    model = SmallDenoiser()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    plan = rs.EvenlySpaced(timesteps, noise=noise)
+    options: dict[str, Any] = {"checkpoints": {"c": state}, "projection": rs.CountSketch(16), "progress": False}
+    return rs.sketch(rs.DiffusionTask(model, SCHEDULER), images(40), out, timesteps=plan, **options)
+
+
+def test_index_takes_the_estimator_that_is_recommended_for_the_store(tmp_path: Path) -> None:
+    for noise, expected in (("common", rs.ReTracRidge()), ("own", rs.ReTrac())):
+        sketched(tmp_path / noise, 2, noise)
+        assert main(["index", str(tmp_path / noise), str(tmp_path / "i" / noise)]) == 0
+        assert rs.open_index(tmp_path / "i" / noise).estimator == expected
+    assert main(["index", str(tmp_path / "common"), str(tmp_path / "damped"), "--damping", "2"]) == 0
+    assert rs.open_index(tmp_path / "damped").estimator == rs.ReTracRidge(2.0)
+
+
+def test_options_of_ridges_and_names_in_any_case(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    matched = ["--pairing", "matched", "--directions"]
+    for given, expected in (
+        (["trak", *matched, "--damping", "0.25"], rs.TRAK(0.25, pairing="matched", directions=True)),
+        (["RENORMIF", "--directions"], rs.RenormIF(directions=True)),
+        (["retracridge", *matched], rs.ReTracRidge()),  # as it is anyway
+        (["tracin"], rs.TracIn()),
+    ):
+        assert main(["index", str(folder / "s"), str(folder / given[0]), "--estimator", *given]) == 0
+        assert rs.open_index(folder / given[0]).estimator == expected
+    capsys.readouterr()
+    for given, why in (
+        (["ReTracRidge", "--pairing", "cross"], "ReTracRidge has no cross pairing"),
+        (["retrac", "--directions"], "ReTrac has no directions; TRAK, RelatIF, RenormIF, DTRAK, DAS have"),
+        (["Ridged"], "there is no estimator 'Ridged'; choose one of TracIn, ReTrac"),
+    ):
+        assert main(["index", str(folder / "s"), str(folder / "n"), "--estimator", *given]) == 1
+        assert why in capsys.readouterr().err
+    assert main(["index", "--directions"]) == 1
+    assert "--directions is for one index" in capsys.readouterr().err
+
+
+def test_info_tells_how_far_another_run_would_agree(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = sketched(tmp_path / "s", 4)
+    index = rs.build_index(store, None, tmp_path / "i")
+    for of, place in ((store, "s"), (index, "i")):
+        expected = rs.repeatability(of)
+        assert main(["info", str(tmp_path / place)]) == 0
+        assert f"repeatability: {expected}" in capsys.readouterr().out
+        assert main(["info", str(tmp_path / place), "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        told = (told["measurements"][0] if place == "s" else told)["repeatability"]
+        assert (told["k"], told["measurements"]) == (10, 4)
+        assert told["overlap"]["value"] == expected.overlap.value
+        assert told["rank_correlation"]["low"] == expected.rank_correlation.low
+    monkeypatch.setattr("retrac_scale.cli.repeated.SMALL", 40 * 4 * 16 - 1)
+    for place in ("s", "i"):
+        assert main(["info", str(tmp_path / place)]) == 0
+        assert f"retrac-scale info {tmp_path / place} --repeatability does" in capsys.readouterr().out
+        assert main(["info", str(tmp_path / place), "--repeatability"]) == 0
+        assert f"repeatability: {expected}" in capsys.readouterr().out
+
+
+def test_info_says_what_cannot_be_told_and_how_to_query(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sketched(tmp_path / "once", 1)
+    rs.write_store(tmp_path / "alone", {"c": np.ones((1, 4, 8))}, timesteps=[1, 2, 3, 4])
+    for place, why in (("once", "measured once, which cannot tell"), ("alone", "fewer than two samples are left")):
+        assert main(["info", str(tmp_path / place)]) == 0
+        told = capsys.readouterr().out
+        assert why in told
+        assert f"to query it: retrac-scale index {tmp_path / place} index.zarr" in told
+        assert main(["info", str(tmp_path / place), "--json"]) == 0
+        assert why in json.loads(capsys.readouterr().out)["measurements"][0]["repeatability"]["unknown"]
+
+
+def test_plan_tells_what_answers_that_repeat_so_far_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = sketched(tmp_path / "s", 4)
+    share = 0.97
+    needed = rs.repeatability(store).needed(share)
+    total = max(4, -(-needed // 4) * 4)
+    command = ["plan", "--store", str(tmp_path / "s"), "--repeatability", str(share)]
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["needed"], found["timesteps"]) == (needed, total)
+    assert found["foretold"]["value"] == rs.repeatability(store).foretold(total).value >= share
+    assert found["store_bytes"] == planner.store_size(40, total, 1, 16).array_bytes
+    assert found["index_bytes"] == planner.index_bytes(40, 1, 16, total)
+    assert main([*command, "--samples", "1000000"]) == 0
+    told = capsys.readouterr().out
+    assert f"for {share}: {total} timesteps" in told
+    assert (
+        f"index: {planner.index_bytes(1_000_000, 1, 16, total)} bytes (int8, ReTracRidge with matched pairing)" in told
+    )
+    for wrong, why in (
+        (["--store", str(tmp_path / "none")], "`retrac-scale sketch` first, or sketch a sample"),
+        (["--timesteps", "3"], "--timesteps is what the store has"),
+        (["--repeatability", "1"], "lies between 0 and 1"),
+    ):
+        assert main([*command, *wrong]) == 1
+        assert why in capsys.readouterr().err
+    sketched(tmp_path / "once", 1)
+    assert main(["plan", "--store", str(tmp_path / "once"), "--repeatability", "0.9"]) == 1
+    assert "measured once, which cannot tell" in capsys.readouterr().err
+
+
 def test_index_takes_a_damping_as_the_estimators_do(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = str(folder / "s")
     for name, given, expected in (
@@ -52,7 +159,10 @@ def test_index_takes_a_damping_as_the_estimators_do(folder: Path, capsys: pytest
     for estimator, damping in (("ReTrac", "0.25"), ("DAS", "-1")):
         assert main(["index", store, str(folder / "n"), "--estimator", estimator, "--damping", damping]) == 1
     errors = capsys.readouterr().err
-    assert "ReTrac inverts no matrix, so it has no damping; TRAK, RelatIF, RenormIF, DTRAK, DAS have" in errors
+    assert (
+        "ReTrac inverts no matrix, so it has no damping; ReTracRidge, TRAK, RelatIF, RenormIF, DTRAK, DAS have"
+        in errors
+    )
     assert 'damping must be "auto" or a number of 0 or more, got -1.0' in errors
     with pytest.raises(SystemExit, match="2"):
         main(["index", store, str(folder / "n"), "--estimator", "TRAK", "--damping", "some"])
@@ -82,31 +192,53 @@ def test_stored_ids_are_queries_and_answers_go_to_files(folder: Path, capsys: py
     assert set(capsys.readouterr().out.split()) >= {"x", "y"}
 
 
-def test_image_files_are_sketched_and_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("noise", ["common", "own"])
+def test_image_files_are_sketched_and_asked(noise: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rng = np.random.default_rng(0)
     (tmp_path / "pictures").mkdir()
-    for number in range(3):
+    for number in range(5):
         Image.fromarray(rng.integers(0, 255, (8, 8), dtype=np.uint8)).save(tmp_path / "pictures" / f"{number}.png")
     model = tiny_unet()
     assert isinstance(model, UNet2DModel)
     model.save_pretrained(tmp_path / "model" / "unet")
     pictures = ImageFiles([str(tmp_path / "pictures")], 1)
     task = rs.DiffusionTask(model, DDPMScheduler(num_train_timesteps=100))
-    options = {"checkpoints": {"final": model.state_dict()}, "timesteps": rs.EvenlySpaced(2), "progress": False}
-    store = rs.sketch(task, pictures, tmp_path / "s", projection=rs.CountSketch(64), **options)  # type: ignore[arg-type]
-    rs.build_index(store, rs.ReTrac(), tmp_path / "i")
+    plans = [rs.EvenlySpaced(2, noise=noise), rs.EvenlySpaced(2, seed=7, noise=noise)]
+    checkpoints = {"final": model.state_dict()}
+    store = rs.sketch(
+        task,
+        pictures,
+        tmp_path / "s",
+        checkpoints=checkpoints,
+        timesteps=plans if noise == "common" else plans[0],
+        projection=rs.CountSketch(64),
+        progress=False,
+    )
+    rs.build_index(store, None, tmp_path / "i")
     files = [str(tmp_path / "pictures" / "1.png")]
-    weights = f"final={tmp_path / 'model' / 'unet'}"
-    arguments = ["query", str(tmp_path / "i"), *files, "-k", "3", "--timesteps", "2", "--json"]
-    assert main([*arguments, "--model", str(tmp_path / "model" / "unet"), "--checkpoint", weights]) == 0
+    arguments = ["query", str(tmp_path / "i"), *files, "-k", "3", "--json"]
+    weights = ["--model", str(tmp_path / "model" / "unet"), "--checkpoint", f"final={tmp_path / 'model' / 'unet'}"]
+    assert main([*arguments, *weights]) == 0
     (result,) = json.loads(capsys.readouterr().out)["results"]
-    asked = rs.Samples(ImageFiles(files, 1), task, {"final": model.state_dict()}, rs.EvenlySpaced(2)).sketch(store)
-    expected = rs.open_index(tmp_path / "i").query(asked, 3)  # with other noise than the training image's
+    asked = rs.Samples(ImageFiles(files, 1), task, checkpoints).sketch(store)
+    expected = rs.open_index(tmp_path / "i").query(asked, 3)
     assert result["query"] == files[0]
     assert result["ids"] == expected.ids[0].tolist()
     np.testing.assert_allclose(result["scores"], expected.scores[0], rtol=1e-4)
-    own = dict(zip(result["ids"], result["scores"], strict=True))[files[0]]
-    assert own < 0.99 * rs.self_influence(store, rs.ReTrac())[1]
+    assert main(["query", str(tmp_path / "i"), "--ids", files[0], "-k", "3", "--json"]) == 0
+    assert files[0] not in json.loads(capsys.readouterr().out)["results"][0]["ids"]
+    if noise == "common":  # the training image's gradients: it explains itself best
+        assert result["ids"][0] == files[0]
+        own = np.asarray(rs.open_index(tmp_path / "i").scores(rs.take(store, files)))[0, 1]
+        assert result["scores"][0] == pytest.approx(own, rel=0.02)
+        assert main([*arguments, *weights, "--timesteps", "2"]) == 1
+        assert "needs the index's timesteps in the queries" in capsys.readouterr().err
+    else:  # of another noise than the training image's
+        assert (
+            dict(zip(result["ids"], result["scores"], strict=True))[files[0]] < rs.self_influence(store, rs.ReTrac())[1]
+        )
+        assert main([*arguments, *weights, "--timesteps", "2"]) == 0
+        assert json.loads(capsys.readouterr().out)["results"] == [result]
     assert main(arguments) == 1
     assert "give --model and a --checkpoint" in capsys.readouterr().err
 

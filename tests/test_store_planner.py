@@ -57,6 +57,14 @@ def test_the_size_of_an_index_is_predicted_to_the_byte(tmp_path: Path, n: int, c
     assert planner.index_bytes(n, c, k) == array_bytes(tmp_path / "i")[0]
 
 
+@pytest.mark.parametrize(("n", "t", "k"), [(1000, 4, 16), (70, 3, 5)])
+def test_an_index_with_matched_pairing_holds_every_timesteps_entries(tmp_path: Path, n: int, t: int, k: int) -> None:
+    sketches = {"c": np.random.default_rng(0).standard_normal((n, t, k))}
+    store = rs.write_store(None, sketches, timesteps=list(range(t)))
+    rs.build_index(store, rs.ReTracRidge(), tmp_path / "i")
+    assert planner.index_bytes(n, 1, k, t) == array_bytes(tmp_path / "i")[0]
+
+
 def test_workers_for_a_deadline_share_the_blocks() -> None:
     assert planner.workers_needed(100.0, 30.0) == 4
     with pytest.raises(ValueError, match="must be in the future"):

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import argparse
 
-from retrac_scale.cli.indexes import build_indexes, make_estimator
+from retrac_scale.cli.indexes import build_indexes, make_estimator, with_options
 from retrac_scale.cli.project import find
 from retrac_scale.cli.verb import Answer, Verb
 
-DAMPING_HELP = """of TRAK, RelatIF, RenormIF, DTRAK, DAS: what is added to the Gram matrix before it is inverted, in
-units of its mean eigenvalue, so that the scale of gradients does not matter; the more, the nearer the scores come to
-plain inner products; auto chooses by how well the samples determine the matrix, without labels or retraining; where
-you have retrained models to judge by, try 0.01 to 10 (default: auto)"""
+DAMPING_HELP = """of ReTracRidge, TRAK, RelatIF, RenormIF, DTRAK, DAS: what is added to a Gram matrix before it is
+inverted, in units of its mean eigenvalue, so that the scale of gradients does not matter; the more, the nearer the
+scores come to plain inner products; auto is 0.5, where two halves of the measurements agree best; where you have
+retrained models to judge by, try 0.01 to 10 (default: auto)"""
+OPTIONS = ("pairing", "damping", "directions")
+"""Of an estimator."""
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", nargs="?", help="path or URL of a complete store")
     parser.add_argument("out", nargs="?", help="path or URL of the index to make")
-    parser.add_argument("--estimator", help="TracIn, TRAK, ... (default: ReTrac)")
+    parser.add_argument(
+        "--estimator",
+        help="ReTracRidge, ReTrac, TracIn, TRAK, ... (default: what the store is made for, ReTracRidge where its noise "
+        "is common, else ReTrac)",
+    )
     parser.add_argument("--measure", help="of a store that was measured in several ways (default: its first)")
-    parser.add_argument("--pairing", choices=("cross", "matched"), help="of timesteps (default: cross)")
+    parser.add_argument("--pairing", choices=("cross", "matched"), help="of timesteps (default: the estimator's)")
     parser.add_argument("--damping", type=_damping, metavar="auto|NUMBER", help=DAMPING_HELP)
+    parser.add_argument("--directions", action="store_true", default=None, help="of TRAK and its kin: unit gradients")
     parser.add_argument("--dtype", choices=("int8", "float16", "float32"), help="default: int8")
 
 
@@ -32,12 +39,12 @@ def _damping(given: str) -> float | str:
 
 
 def _run(arguments: argparse.Namespace) -> Answer:
+    from retrac_scale.estimators import recommended
     from retrac_scale.indexing import build_index
     from retrac_scale.store import open_store
 
-    given = [
-        name for name in ("estimator", "measure", "pairing", "damping", "dtype") if getattr(arguments, name) is not None
-    ]
+    every = ("estimator", "measure", *OPTIONS, "dtype")
+    given = [name for name in every if getattr(arguments, name) is not None]
     if arguments.store is None and given:
         raise ValueError(f"--{given[0]} is for one index: index STORE OUT --{given[0]} ...")
     if arguments.store is None:
@@ -45,11 +52,11 @@ def _run(arguments: argparse.Namespace) -> Answer:
     elif arguments.out is None:
         raise ValueError("say where the index shall be made: index STORE OUT.")
     else:
-        name = arguments.estimator or "ReTrac"
-        estimator = make_estimator(name, arguments.pairing or "cross", arguments.damping)
         store = open_store(arguments.store, measure=arguments.measure)
+        plain = make_estimator(arguments.estimator) if arguments.estimator else recommended(store)
+        estimator = with_options(plain, {name: getattr(arguments, name) for name in OPTIONS})
         built = build_index(store, estimator, arguments.out, dtype=arguments.dtype or "int8")
-        indexes = {name: built}
+        indexes = {type(estimator).__name__: built}
     places = {name: str(index.url) for name, index in indexes.items()}
     return Answer("\n".join(str(index) for index in indexes.values()), {"indexes": places})
 
@@ -58,9 +65,10 @@ VERB = Verb(
     "index",
     "Collapse a store for one estimator, ready for queries.",
     """  retrac-scale index                                                 those of retrac-scale.toml
+  retrac-scale index sketches.zarr index.zarr                        by the estimator recommended for the store
   retrac-scale index demo/sketches.zarr demo/retrac.zarr --estimator ReTrac
   retrac-scale index sketches.zarr matched.zarr --estimator ReTrac --pairing matched --dtype float16
-  retrac-scale index sketches.zarr trak.zarr --estimator TRAK --damping 0.5
+  retrac-scale index sketches.zarr trak.zarr --estimator TRAK --pairing matched --directions --damping 0.5
   retrac-scale index sketches.zarr d-trak.zarr --estimator DTRAK --measure mean_squared_output""",
     _options,
     _run,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
 
 from retrac_scale.cli.project import Project
 
@@ -30,29 +31,55 @@ def open_indexes(urls: Sequence[str], project: Project) -> dict[str, Index]:
 
 
 def build_indexes(project: Project) -> dict[str, Index]:
-    """The project's indexes; what stands already is kept."""
+    """The project's indexes; what stands already is kept. Of a store alone, that of the recommended estimator."""
+    from retrac_scale.estimators import recommended
     from retrac_scale.indexing import build_index
     from retrac_scale.store import open_store
 
     store = open_store(project.store)
-    return {name: build_index(store, make_estimator(name), url) for name, url in project.indexes.items()}
+    wanted = [make_estimator(name) for name in project.estimators]
+    if "estimators" not in project.stated:
+        wanted = [recommended(store)]
+    named = {type(estimator).__name__: estimator for estimator in wanted}
+    return {name: build_index(store, one, project.place(f"{name.lower()}.zarr")) for name, one in named.items()}
 
 
-def make_estimator(name: str, pairing: str = "cross", damping: float | str | None = None) -> Estimator:
-    """An estimator by its name; None leaves the damping at its default.
+def make_estimator(name: str) -> Estimator:
+    """An estimator by its name in upper or lower case.
 
     Raises:
-        ValueError: there is none of that name, or it has no such pairing or no damping.
+        ValueError: there is none of that name.
     """
-    from retrac_scale.estimators import Estimator, estimator_from_spec
+    from retrac_scale.estimators import Estimator
 
-    if name not in Estimator.kinds:
+    kinds = {kind.lower(): estimator for kind, estimator in Estimator.kinds.items()}
+    if name.lower() not in kinds:
         raise ValueError(f"there is no estimator {name!r}; choose one of {', '.join(Estimator.kinds)}.")
-    damped = [kind for kind, estimator in Estimator.kinds.items() if estimator.damping is not None]
-    if damping is not None and name not in damped:
-        raise ValueError(f"{name} inverts no matrix, so it has no damping; {', '.join(damped)} have.")
-    given = {"pairing": pairing} if pairing != "cross" else {}
-    try:
-        return estimator_from_spec({"kind": name} | given | ({} if damping is None else {"damping": damping}))
-    except TypeError:
-        raise ValueError(f"{name} has no {pairing} pairing.") from None
+    return kinds[name.lower()]()
+
+
+def with_options(estimator: Estimator, options: Mapping[str, Any]) -> Estimator:
+    """An estimator with other options; those that are None stay as they are.
+
+    Raises:
+        ValueError: it has no such option, or not with that value.
+    """
+    from retrac_scale.estimators import Estimator
+
+    kind = type(estimator).__name__
+    given = {
+        key: value for key, value in options.items() if value is not None and getattr(estimator, key, None) != value
+    }
+    having = {key: [name for name, one in Estimator.kinds.items() if _has(one, key)] for key in given}
+    for key, value in given.items():
+        if kind in having[key]:
+            continue
+        if key == "pairing":
+            raise ValueError(f"{kind} has no {value} pairing.")
+        why = "inverts no matrix, so it has no damping" if key == "damping" else f"has no {key}"
+        raise ValueError(f"{kind} {why}; {', '.join(having[key])} have.")
+    return replace(estimator, **given)  # type: ignore[type-var]
+
+
+def _has(kind: type[Estimator], option: str) -> bool:
+    return option in {one.name for one in fields(kind)}  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from retrac_scale.cli.project import find
+from retrac_scale.cli.repeated import told
 from retrac_scale.cli.verb import Answer, Verb
 
 if TYPE_CHECKING:
@@ -18,6 +19,9 @@ SAMPLED_BLOCKS = 32
 
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("url", nargs="?", help="path or fsspec URL")
+    parser.add_argument(
+        "--repeatability", action="store_true", help="tell how far another run would agree, however large this one is"
+    )
 
 
 def _run(arguments: argparse.Namespace) -> Answer:
@@ -42,13 +46,16 @@ def _run(arguments: argparse.Namespace) -> Answer:
         ]
         shape = {"checkpoints": c, "samples": n, "entries": k}
         kept = {name: index.meta[name] for name in ("estimator", "dtype", "store")}
+        if index.estimator.pairing == "matched":
+            line, kept["repeatability"] = told(index, c * n * k, arguments.repeatability, url)
+            lines.append(line)
         return Answer("\n".join(lines), {"what": "index", **shape, **kept})
     stores = [open_store(url, measure=measure) for measure in open_store(url).measurements]
-    told = [_describe(store) for store in stores]
-    return Answer("\n".join(text for text, _ in told), {"what": "store", "measurements": [data for _, data in told]})
+    every = [_describe(store, url, arguments.repeatability) for store in stores]
+    return Answer("\n".join(text for text, _ in every), {"what": "store", "measurements": [data for _, data in every]})
 
 
-def _describe(store: SketchStore) -> tuple[str, dict[str, Any]]:
+def _describe(store: SketchStore, url: str, repeatability: bool) -> tuple[str, dict[str, Any]]:
     import numpy as np
 
     n, t, k = store.shape
@@ -84,20 +91,22 @@ def _describe(store: SketchStore) -> tuple[str, dict[str, Any]]:
             if inside.any():
                 curve.append({"from": low, "to": high - 1, "mean_norm": float(norm[inside].mean())})
                 lines.append(f"mean gradient norm, timesteps {low} .. {high - 1}: {norm[inside].mean():.4g}")
-    if store.is_complete:
-        lines.append("to query it: rs.build_index(rs.open_store(url), rs.ReTrac(), 'index.zarr').query(queries)")
-    else:
-        lines.append("not complete: repeat the sketch(...) that began it, it computes only what is missing")
     data = {"samples": n, "timesteps": t, "entries": k, "dtype": store.meta["dtype"], "about": about}
     data |= {"columns": list(store.columns), "deleted": int(store.deleted.sum()), "revision": store.revision}
     data |= {"checkpoints": checkpoints, "pairs": pairs, "pairs_written": written, "norms": curve}
+    if store.is_complete:
+        line, data["repeatability"] = told(store, n * t * k * len(store.checkpoints), repeatability, url)
+        lines += [line, f"to query it: retrac-scale index {url} index.zarr, then retrac-scale query index.zarr QUERIES"]
+    else:
+        lines.append("not complete: repeat the sketch that began it, it computes only what is missing")
     return "\n".join(lines), data | {"complete": store.is_complete}
 
 
 VERB = Verb(
     "info",
     "Say what is in a store or an index.",
-    """  retrac-scale info demo/sketches.zarr          a store: checkpoints, samples, timesteps, what is committed
+    """  retrac-scale info demo/sketches.zarr          a store: checkpoints, samples, timesteps, what is committed,
+                                                and how far another run would agree with it
   retrac-scale info demo/retrac.zarr            an index: its estimator and size
   retrac-scale info s3://bucket/sketches.zarr   any fsspec URL""",
     _options,

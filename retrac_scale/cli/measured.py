@@ -47,8 +47,17 @@ def image_files(paths: Sequence[str], task: DiffusionTask) -> ImageFiles:
     return ImageFiles(paths, int(task.model.config.in_channels))  # type: ignore[union-attr, arg-type]
 
 
-def measured_like(index: Index, model: str, checkpoints: Mapping[str, str], timesteps: int, device: str) -> Samples:
+def measured_like(
+    index: Index, model: str, checkpoints: Mapping[str, str], timesteps: int | None, device: str
+) -> Samples:
     """How images are measured as the index's store was; without a dataset.
+
+    Args:
+        index: of a store that `sketch` made.
+        model: folder or hub name of the denoiser.
+        checkpoints: {name: weights}.
+        timesteps: None for those of the store, with its noise where that is common; else so many, evenly spaced.
+        device: where to compute.
 
     Raises:
         ValueError: that store cannot be had, or was not made by `sketch`.
@@ -56,6 +65,7 @@ def measured_like(index: Index, model: str, checkpoints: Mapping[str, str], time
     import diffusers
 
     from retrac_scale.samples import Samples
+    from retrac_scale.store.part import plans_of
     from retrac_scale.task.diffusion import DiffusionTask, measure_named
     from retrac_scale.timesteps import EvenlySpaced
 
@@ -66,4 +76,6 @@ def measured_like(index: Index, model: str, checkpoints: Mapping[str, str], time
     scheduler = getattr(diffusers, config.pop("class"))(**config)
     measured = {**measure_named(store.fingerprint["measure"]), "autocast": store.fingerprint["autocast"]}
     task = DiffusionTask(load_denoiser(model), scheduler, device=device, **measured)
-    return Samples((), task, dict(checkpoints), EvenlySpaced(timesteps))
+    common = any(plan.get("noise") == "common" for plan in plans_of(store.fingerprint))
+    plan = None if timesteps is None else EvenlySpaced(timesteps, noise="common" if common else "own")
+    return Samples((), task, dict(checkpoints), plan)

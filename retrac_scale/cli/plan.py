@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
-from retrac_scale.cli.project import find, projection_of
+from retrac_scale.cli.indexes import make_estimator
+from retrac_scale.cli.project import Project, find, projection_of
+from retrac_scale.cli.repeated import as_json
 from retrac_scale.cli.verb import Answer, Verb
+
+if TYPE_CHECKING:
+    from retrac_scale.estimators import Estimator
+    from retrac_scale.store import Dtype
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
-    for name, what in (("samples", "N"), ("timesteps", "T per sample"), ("checkpoints", "C"), ("dim", "K per sketch")):
-        parser.add_argument(f"--{name}", type=int, help=what)
+    parser.add_argument("--samples", type=int, help="N")
+    parser.add_argument("--timesteps", type=int, help="T per sample (default: 4)")
+    parser.add_argument("--checkpoints", type=int, help="C (default: 1)")
+    parser.add_argument("--dim", type=int, help="K per timestep's sketch (default: 512)")
     parser.add_argument("--dtype", default="int8", choices=("int8", "float16", "bfloat16", "float32"))
     parser.add_argument("--model", help="diffusers folder or hub name, or 'demo': times sketching it here")
     parser.add_argument(
@@ -19,54 +29,167 @@ def _options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="cpu", help="where to time (default: cpu)")
     parser.add_argument("--hours", type=float, help="deadline: says how many such workers meet it")
+    parser.add_argument(
+        "--repeatability",
+        type=float,
+        metavar="SHARE",
+        help="how many timesteps it takes, told from a complete store, that two runs share so much of their top-10 "
+        "lists, such as 0.9",
+    )
+    parser.add_argument("--store", help="with --repeatability: of these or a sample of these images")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What is planned: sizes, projection, the estimators of its indexes, ids and columns where they are known."""
+
+    samples: int
+    timesteps: int
+    checkpoints: int
+    dim: int
+    projection: Mapping[str, Any]
+    """Its description."""
+    estimators: Sequence[Estimator]
+    known: Mapping[str, Any]
+    measured: int = 0
+    """Pairs of it that are there already."""
 
 
 def _run(arguments: argparse.Namespace) -> Answer:
-    from retrac_scale import demo, planner
+    project = find(arguments.config)
+    if arguments.repeatability is None:
+        planned, told = _described(arguments, project), Answer("", {})
+    else:
+        planned, told = _repeated(arguments, project)
+    sizes, size_data = _sizes(planned, arguments.dtype)
+    lines, data = [*told.text.splitlines(), *sizes], {**told.data, **size_data}
+    model = arguments.model or (project.denoiser if project.model else None)
+    if model is None:
+        return Answer("\n".join([*lines, "time:  give --model to have it measured"]), data)
+    return _timed(planned, model, arguments, lines, data)
+
+
+def _described(arguments: argparse.Namespace, project: Project) -> _Run:
+    """The run that options and the file describe."""
+    from retrac_scale import demo
     from retrac_scale.datasets import ImageFiles
     from retrac_scale.task.items import brought
 
-    project = find(arguments.config)
-    n, t, c = arguments.samples, arguments.timesteps, arguments.checkpoints
-    k, rank, model = arguments.dim, arguments.rank, arguments.model
     dataset: Any = None
+    usual = {"timesteps": project.timesteps, "checkpoints": len(project.weights), "dim": project.dim}
+    estimators, rank = project.estimators, project.rank
     if project.images:  # what the file says, where the options say nothing
         dataset = ImageFiles([project.path(project.images)], 3)
-        n = n or len(dataset)
-        t, c, k = t or project.timesteps, c or len(project.weights), k or project.dim
-        model = model or project.denoiser
-    elif model == "demo" and n is None:
+    elif arguments.model == "demo" and arguments.samples is None:
         dataset = demo.load_scans()
-        n, t, c, k = len(dataset), t or 1, c or len(demo.KEPT_EPOCHS), k or demo.DIM
-        rank = 0 if rank is None else rank
-    if min(n or 0, t or 0, c or 0, k or 0) < 1:
+        usual = {"timesteps": 1, "checkpoints": len(demo.KEPT_EPOCHS), "dim": demo.DIM}
+        estimators, rank = ("TracIn", "ReTrac"), 0
+    given = {"samples": None if dataset is None else len(dataset), **usual}
+    sizes = {name: given[name] if (said := getattr(arguments, name)) is None else said for name in given}
+    if min(size or 0 for size in sizes.values()) < 1:
         raise ValueError("give --samples, --timesteps, --checkpoints and --dim, each 1 or more.")
-    known = {name: brought(dataset, name) for name in ("ids", "columns")} if dataset and len(dataset) == n else {}
-    size = planner.store_size(n, t, c, k, dtype=arguments.dtype, **known)
-    named = "ids and columns as in the data" if known else "integer ids, no columns"
-    index = planner.index_bytes(n, c, k)
-    speed = planner.measure_scanning(k)
+    whole = dataset is not None and len(dataset) == sizes["samples"]
+    known = {name: brought(dataset, name) for name in ("ids", "columns")} if whole else {}
+    projection = projection_of(rank if arguments.rank is None else arguments.rank, sizes["dim"] or 0).spec()
+    made = [make_estimator(name) for name in estimators]
+    return _Run(**sizes, projection=projection, estimators=made, known=known)  # type: ignore[arg-type]
+
+
+def _repeated(arguments: argparse.Namespace, project: Project) -> tuple[_Run, Answer]:
+    """The run that makes the answers of a store repeat so far, and what tells it.
+
+    Raises:
+        ValueError: there is no complete store, or it was measured once.
+    """
+    from retrac_scale.estimators import recommended
+    from retrac_scale.halves import NEVER
+    from retrac_scale.repeatability import repeatability
+    from retrac_scale.store import open_store
+
+    url = arguments.store or project.store
+    try:
+        store = open_store(url)
+    except FileNotFoundError:
+        store = None
+    if store is None or not store.is_complete:
+        raise ValueError(
+            f"how many measurements it takes is told from a complete store, and {url} is none; `retrac-scale sketch` "
+            "first, or sketch a sample of the images and give it by --store."
+        )
+    if given := [name for name in ("timesteps", "checkpoints", "dim", "rank") if getattr(arguments, name) is not None]:
+        raise ValueError(f"--{given[0]} is what the store has; leave it out with --repeatability.")
+    found, share = repeatability(store), arguments.repeatability
+    needed = found.needed(share)
+    if needed >= NEVER:
+        raise ValueError(f"{found}; no number of measurements is foretold to reach {share:g}.")
+    held, t, k = store.shape
+    c, n, each = len(store.checkpoints), arguments.samples or held, store.parts[0].shape[1]
+    lines = [f"repeatability: {found}"]
+    if found.measurements == t:
+        what, total = "timesteps", max(t, -(-needed // each) * each)
+        budget = f"--until {share:g} --at-most {total}"
+        lines += [f"       retrac-scale sketch {budget} adds what a project's store lacks"] if total > t else []
+    else:  # each checkpoint is a measurement
+        what, total = "checkpoints", max(c, needed)
+    there = found.foretold(total)
+    reached = f"foretold {there.value:.2f} ({there.low:.2f} to {there.high:.2f})"
+    lines.insert(1, f"for {share:g}: {total} {what}, {reached}")
+    alike = n == held
+    planned = _Run(
+        n,
+        total if what == "timesteps" else t,
+        total if what == "checkpoints" else c,
+        k,
+        store.fingerprint["projection"],
+        [recommended(store)],
+        {"ids": store.ids, "columns": store.columns} if alike else {},
+        measured=held * t * c if alike else 0,
+    )
+    data = {"repeatability": as_json(found), "target": share, "needed": needed, what: total, "foretold": asdict(there)}
+    return planned, Answer("\n".join(lines), data)
+
+
+def _sizes(planned: _Run, dtype: Dtype) -> tuple[list[str], dict[str, Any]]:
+    """Bytes of the store and of the indexes, and the time of a query."""
+    from retrac_scale import planner
+
+    n, t, c, k = planned.samples, planned.timesteps, planned.checkpoints, planned.dim
+    size = planner.store_size(n, t, c, k, dtype=dtype, **planned.known)
+    named = "ids and columns as in the data" if planned.known else "integer ids, no columns"
+    parts = [t if one.pairing == "matched" else 1 for one in planned.estimators]
+    index = sum(planner.index_bytes(n, c, k, own) for own in parts)
+    width = max(parts) * k
+    speed = planner.measure_scanning(width)
+    kinds = ", ".join(f"{type(one).__name__} with {one.pairing} pairing" for one in planned.estimators)
     lines = [
         f"store: {size.array_bytes} bytes in {size.files} chunk files, {size.blocks} blocks",
         f"       and about {size.metadata_bytes} bytes of metadata ({named}, unsharded)",
-        f"index: {index} bytes (int8, cross pairing)",
-        f"scan:  {n * c * k / speed:.3g} s per query ({speed / 1e9:.2f} GB/s measured here, index in memory)",
+        f"index: {index} bytes (int8, {kinds})",
+        f"scan:  {n * c * width / speed:.3g} s per query ({speed / 1e9:.2f} GB/s measured here, index in memory)",
     ]
-    data: dict[str, Any] = {
+    data = {
         "store_bytes": size.array_bytes,
         "store_files": size.files,
         "metadata_bytes": size.metadata_bytes,
         "index_bytes": index,
-        "scan_seconds": n * c * k / speed,
+        "scan_seconds": n * c * width / speed,
     }
-    if model is None:
-        return Answer("\n".join([*lines, "time:  give --model to have it measured"]), data)
-    projection = projection_of(project.rank if rank is None else rank, k)
+    return lines, data
+
+
+def _timed(planned: _Run, model: str, arguments: argparse.Namespace, lines: list[str], data: dict[str, Any]) -> Answer:
+    """With the time that sketching takes, and workers for a deadline."""
+    from retrac_scale import planner
+    from retrac_scale.projections import from_spec
+
+    projection = from_spec(planned.projection)
     task, item = planner.example_task(model, arguments.device)
     rate = planner.measure_sketching(task, item, projection)
-    seconds = rate.seconds(n * t * c)
+    seconds = rate.seconds(planned.samples * planned.timesteps * planned.checkpoints - planned.measured)
+    missing = ", what is there already left out" if planned.measured else ""
     lines.append(
-        f"time:  {seconds:.0f} s on one worker like this ({1 / rate.pair_s:.1f} pairs/s, 1 noise draw, {projection})"
+        f"time:  {seconds:.0f} s on one worker like this ({1 / rate.pair_s:.1f} pairs/s, 1 noise draw, "
+        f"{projection}{missing})"
     )
     data["sketch_seconds"] = seconds
     if arguments.hours:
@@ -79,10 +202,10 @@ VERB = Verb(
     "plan",
     "Predict bytes, time and workers of a run.",
     """  retrac-scale plan                             the run that retrac-scale.toml describes
+  retrac-scale plan --repeatability 0.9         from its store: how many timesteps answers need that repeat so far
   retrac-scale plan --samples 1000000 --timesteps 1 --checkpoints 4 --dim 4096
   retrac-scale plan --model demo                the demo's run, its columns included
-  retrac-scale plan --samples 50000 --timesteps 10 --checkpoints 4 --dim 2048 \\
-      --model google/ddpm-cifar10-32 --device cuda --hours 12""",
+  retrac-scale plan --samples 50000 --model google/ddpm-cifar10-32 --device cuda --hours 12""",
     _options,
     _run,
 )

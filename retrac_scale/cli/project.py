@@ -29,12 +29,14 @@ class Project:
         out: folder for stores, indexes and the report.
         checkpoints: {name: weights}; default: the model's own.
         timesteps: at how many evenly spaced timesteps each image is measured.
+        noise: "common" to all images and queries at a timestep, or each image's "own".
         rank: of the projection; -1 chooses it, 0 keeps the full gradient (CountSketch).
         dim: entries of a sketch.
         measure: "mse" or "l1".
         device: where to compute.
         estimators: which indexes are built.
         folder: of the file.
+        stated: entries that the file or an option gives; of a store that is there the others are what it has.
     """
 
     model: str = ""
@@ -42,13 +44,15 @@ class Project:
     query_images: str = ""
     out: str = "attribution"
     checkpoints: Mapping[str, str] = field(default_factory=dict)
-    timesteps: int = 10
+    timesteps: int = 4
+    noise: str = "common"
     rank: int = -1
-    dim: int = 2048
+    dim: int = 512
     measure: str = "mse"
     device: str = "cpu"
-    estimators: tuple[str, ...] = ("TracIn", "ReTrac")
+    estimators: tuple[str, ...] = ("ReTracRidge",)
     folder: str = ""
+    stated: frozenset[str] = field(default=frozenset(), compare=False)
 
     def path(self, name: str) -> str:
         """A path of the file, as it is from here; a hub's name stays."""
@@ -73,11 +77,6 @@ class Project:
     def queries(self) -> str:
         """The store of query sketches."""
         return self.place("queries.zarr")
-
-    @property
-    def indexes(self) -> dict[str, str]:
-        """{estimator: where its index stands}."""
-        return {name: self.place(f"{name.lower()}.zarr") for name in self.estimators}
 
     @property
     def denoiser(self) -> str:
@@ -105,11 +104,13 @@ class Project:
             f"images = {_toml(self.images)}  # folder of training images",
             f"query_images = {_toml(self.query_images)}  # folder of images to ask about",
             f"out = {_toml(self.out)}  # folder for stores, indexes and the report",
-            f"timesteps = {self.timesteps}  # evenly spaced, at which each image is measured",
+            f"timesteps = {self.timesteps}  # evenly spaced, at each of which every image is measured",
+            f'noise = {_toml(self.noise)}  # of a timestep: the same for all images and queries, or "own" for each',
             f"rank = {self.rank}  # of the projection; -1 chooses it, 0 keeps the full gradient",
-            f"dim = {self.dim}  # numbers kept of each gradient",
+            f"dim = {self.dim}  # numbers kept of each gradient: {self.timesteps} x {self.dim} bytes of an image",
             f"measure = {_toml(self.measure)}  # the training loss: mse or l1",
             f"device = {_toml(self.device)}",
+            '# for the inner products of arXiv 2401.09031 beside the recommended: ["ReTracRidge", "ReTrac", "TracIn"]',
             f"estimators = {_toml(list(self.estimators))}",
             "",
             "[checkpoints]  # name = weights; with none, the model's own",
@@ -134,10 +135,12 @@ def find(config: str | None) -> Project:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is no TOML: {error}.") from None
     _check(found, file)
+    stated = frozenset(found)
     if found.get("estimators") == []:
         raise ValueError(f"{file} names no estimator; leave the entry out, or name one such as 'ReTrac'.")
     estimators = tuple(found.pop("estimators", Project.estimators))
-    return Project(**found, estimators=estimators, folder=str(file.parent) if file.parent != Path() else "")
+    folder = str(file.parent) if file.parent != Path() else ""
+    return Project(**found, estimators=estimators, folder=folder, stated=stated)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -147,21 +150,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--query-images", help="folder of images to ask about")
     parser.add_argument("--out", help="folder for stores, indexes and the report (default: attribution)")
     parser.add_argument("--checkpoint", action="append", help="NAME=weights, for each (default: the model's own)")
-    parser.add_argument("--timesteps", type=int, help="evenly spaced, at which each image is measured (default: 10)")
+    parser.add_argument("--timesteps", type=int, help="evenly spaced, at which each image is measured (default: 4)")
+    parser.add_argument(
+        "--noise",
+        choices=("common", "own"),
+        help="of a timestep: the same for all images and queries (the default), or every image's own",
+    )
     parser.add_argument(
         "--rank", type=int, help="of the projection; 0 keeps the full gradient (default: -1, chosen for dim)"
     )
-    parser.add_argument("--dim", type=int, help="numbers kept of each gradient (default: 2048)")
+    parser.add_argument("--dim", type=int, help="numbers kept of each gradient at a timestep (default: 512)")
     parser.add_argument("--measure", choices=("mse", "l1"), help="the training loss (default: mse)")
     parser.add_argument("--device", help="where to compute (default: cpu)")
 
 
 def overruled(project: Project, arguments: argparse.Namespace) -> Project:
     """The project with what the options of `add_options` say."""
-    names = ("model", "images", "query_images", "out", "timesteps", "rank", "dim", "measure", "device")
+    names = ("model", "images", "query_images", "out", "timesteps", "noise", "rank", "dim", "measure", "device")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     checkpoints = parse_checkpoints(arguments.checkpoint) if arguments.checkpoint else project.checkpoints
-    return replace(project, **given, checkpoints=checkpoints)
+    return replace(project, **given, checkpoints=checkpoints, stated=project.stated | given.keys())
 
 
 def parse_checkpoints(items: list[str]) -> dict[str, str]:
@@ -195,7 +203,7 @@ def need(value: Any, what: str) -> Any:
 
 
 def _check(found: Mapping[str, Any], file: Path) -> None:
-    default, known = Project(), {one.name for one in fields(Project)} - {"folder"}
+    default, known = Project(), {one.name for one in fields(Project)} - {"folder", "stated"}
     for name, value in found.items():
         if name not in known:
             raise ValueError(f"{file} has an unknown entry {name!r}; known are {', '.join(sorted(known))}.")

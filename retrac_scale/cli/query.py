@@ -25,7 +25,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ids", nargs="+", help="ids of training samples, to query with them")
     parser.add_argument("--model", help="for images: diffusers folder or hub name")
     parser.add_argument("--checkpoint", action="append", default=[], help="for images: NAME=weights, for each")
-    parser.add_argument("--timesteps", type=int, help="for images: evenly spaced (default: the project's, or 20)")
+    parser.add_argument("--timesteps", type=int, help="for images: evenly spaced (default: those of the store)")
     parser.add_argument("--device", help="for images: where to sketch (default: the project's, or cpu)")
     parser.add_argument("-k", type=int, default=10, help="results per query (default: 10)")
     parser.add_argument("--side", choices=("proponents", "opponents", "both"), default="proponents")
@@ -92,8 +92,7 @@ def _queries(index: Index, arguments: argparse.Namespace, project: Project) -> S
     checkpoints = parse_checkpoints(arguments.checkpoint) or (project.weights if project.model else {})
     if model is None or not checkpoints:
         raise ValueError("to query with images give --model and a --checkpoint NAME=weights for each checkpoint.")
-    steps = (project.timesteps if project.model else 20) if arguments.timesteps is None else arguments.timesteps
-    measured = measured_like(index, model, checkpoints, steps, arguments.device or project.device)
+    measured = measured_like(index, model, checkpoints, arguments.timesteps, arguments.device or project.device)
     return replace(measured, dataset=image_files(arguments.queries, measured.task))
 
 
@@ -103,8 +102,8 @@ VERB = Verb(
     """  retrac-scale query demo/retrac.zarr demo/queries.zarr           a table of the top 10 of every query
   retrac-scale query demo/retrac.zarr demo/queries.zarr -k 3 --side both --where "id < 1000"
   retrac-scale query demo/retrac.zarr --ids 3 1800                training samples as queries, themselves left out
-  retrac-scale query retrac.zarr a.png folder/ --model google/ddpm-cifar10-32 --timesteps 20 \\
-      --checkpoint final=google/ddpm-cifar10-32                   image files, sketched here
+  retrac-scale query retrac.zarr a.png folder/ --model google/ddpm-cifar10-32 \\
+      --checkpoint final=google/ddpm-cifar10-32                   image files, sketched here as the store was
   retrac-scale query demo/retrac.zarr demo/queries.zarr --group-by artist --reduce mean
   retrac-scale query demo/retrac.zarr demo/queries.zarr --out answers.parquet    or .json, or --json to print it""",
     _options,

@@ -1,0 +1,41 @@
+"""How far two runs would agree, as a verb tells it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from retrac_scale.halves import Repeatability
+    from retrac_scale.index import Index
+    from retrac_scale.store import SketchStore
+
+SMALL = 2**28
+"""Entries of sketches up to which it is told without being asked for."""
+
+
+def told(store: SketchStore | Index, entries: int, asked: bool, url: str) -> tuple[str, dict[str, Any]]:
+    """A line and JSON data: the repeatability under the recommended estimator, or why it is not told.
+
+    Args:
+        store: a complete store, or an index with matched pairing.
+        entries: of all its rows.
+        asked: tell it however large it is.
+        url: of it.
+    """
+    from retrac_scale.repeatability import repeatability
+
+    if entries > SMALL and not asked:
+        why = f"not computed for so large a one; retrac-scale info {url} --repeatability does"
+        return f"repeatability: {why}", {"unknown": why}
+    try:
+        found = repeatability(store)
+    except ValueError as error:  # measured once, too few samples, or nothing to compare
+        return f"repeatability: {error}", {"unknown": str(error)}
+    return f"repeatability: {found}", as_json(found)
+
+
+def as_json(found: Repeatability) -> dict[str, Any]:
+    """Its figures with their intervals."""
+    figures = ("halves", "overlap", "rank_correlation")
+    return {"k": found.k, "measurements": found.measurements} | {key: asdict(getattr(found, key)) for key in figures}
