@@ -144,6 +144,8 @@ def test_the_recipe_of_a_new_project_is_the_recommended_one(folder: Path) -> Non
         assert line in text
     found = find(None)
     assert (found.timesteps, found.noise, found.rank, found.dim) == (4, "common", -1, 512)
+    assert main([*INIT, "--noise", "own", "--force"]) == 0
+    assert (find(None).noise, find(None).estimators) == ("own", ("TracIn", "ReTrac"))
     assert (found.estimators, found.stated) == (("ReTracRidge",), frozenset(found.__dict__) - {"folder", "stated"})
 
 

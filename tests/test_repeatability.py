@@ -79,13 +79,14 @@ def test_overlaps_under_cross_pairing_are_those_of_parts_answered_by_numpy(estim
     train, asked = noisy(4), noisy(4, seed=1, n=Q)
     store, queries = stored(train), stored(asked)
     found = rs.repeatability(store, queries, estimator, k=TOP)
-    reference: Any = {"TracIn": oracle.tracin, "ReTrac": oracle.retrac, "GradCos": oracle.grad_cos}[type(estimator).__name__]
+    references: Any = {"TracIn": oracle.tracin, "ReTrac": oracle.retrac, "GradCos": oracle.grad_cos}
+    reference = references[type(estimator).__name__]
     assert sorted(found.overlaps) == [1, 2]
     for m, pairs in pairs_of_parts(4).items():
         expected: Any = []
         for pair in pairs[: len(found.overlaps[m])]:
             parts = [[{c: g[:, list(part)] for c, g in side.items()} for side in (train, asked)] for part in pair]
-            one, other = (reference(*sides, store.weights) for sides in parts)
+            one, other = (reference(sides[0], sides[1], store.weights) for sides in parts)
             expected.append(shares(one, other, TOP))
         np.testing.assert_allclose(found.overlaps[m], expected)
 

@@ -27,6 +27,8 @@ def _run(arguments: argparse.Namespace) -> Answer:
     project = overruled(Project(folder=str(file.parent) if file.parent != Path() else ""), arguments)
     if sys.stdin.isatty():
         project = _ask(project, _prompt)
+    if project.noise == "own":  # products at the same timestep would be the luck of two draws
+        project = replace(project, estimators=("TracIn", "ReTrac"))
     need(project.model, "--model")
     need(project.images, "--images")
     told = _look(project)

@@ -127,7 +127,8 @@ def _repeated(arguments: argparse.Namespace, project: Project) -> tuple[_Run, An
     lines = [f"repeatability: {found}"]
     if found.measurements == t:
         what, total = "timesteps", max(t, -(-needed // each) * each)
-        lines += [f"       retrac-scale sketch --until {share:g} --at-most {total} adds them"] if total > t else []
+        budget = f"--until {share:g} --at-most {total}"
+        lines += [f"       retrac-scale sketch {budget} adds what a project's store lacks"] if total > t else []
     else:  # each checkpoint is a measurement
         what, total = "checkpoints", max(c, needed)
     there = found.foretold(total)
