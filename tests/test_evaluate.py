@@ -193,7 +193,7 @@ EXPECTED = [[0.5**2, 6.5**2], [4.5**2, 2.5**2], [4.5**2, 2.5**2]]
 def test_retraining_continues_where_it_stopped(tmp_path: Path) -> None:
     run = functools.partial(train, tmp_path)
     (tmp_path / "fails").touch()
-    with pytest.raises(rs.FailedTasksError, match="1 task failed, all others are done(.|\n)*out of memory"):
+    with pytest.raises(rs.FailedTasksError, match=r"1 task failed, all others are done(.|\n)*out of memory"):
         evaluate.retrain(SUBSETS, run, measure, tmp_path / "out", progress=False)
     (tmp_path / "fails").unlink()
     losses = evaluate.retrain(SUBSETS, run, measure, tmp_path / "out", progress=False)
