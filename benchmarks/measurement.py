@@ -259,7 +259,7 @@ def cost(bench: Bench, row: Row, store: rs.SketchStore) -> dict[str, Any]:
 
 
 def repeated(store: rs.SketchStore, queries: rs.SketchStore, estimator: Estimator, tag: str) -> dict[str, Any]:
-    """What two halves share, and what is foretold for two whole runs; nothing for rows that are too wide to ask often."""
+    """What two halves share, and what is foretold for two whole runs; nothing where rows are too wide."""
     if estimator.width(store) > WIDEST:
         return {}
     try:
