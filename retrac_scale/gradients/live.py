@@ -53,8 +53,7 @@ class LiveCapture(GradientCapture):
         """
         self._begin, self._mixers, self._unformed = begin, mixers, unformed
         self._handles.append(self.model.register_forward_pre_hook(self._count, with_kwargs=True))
-        for layer in self._layers:
-            self._handles.append(layer.module.register_forward_hook(self._hook(layer), with_kwargs=True))
+        self._watch()
 
     def detach(self) -> None:
         """Leave the model as it was."""

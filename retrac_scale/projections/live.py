@@ -59,7 +59,7 @@ class LiveSketcher(GradientSketcher):
     def _begin(self, n: int) -> tuple[Sink, Callable[[], None]]:
         projector = self._projector
         accumulator = projector.start(n)
-        squares = torch.zeros(n, device=accumulator.device)
+        squares = torch.zeros(n, dtype=torch.float64, device=accumulator.device)
 
         def add(name: str, gradient: Tensor | OuterProducts, samples: slice) -> None:
             self._half |= not isinstance(gradient, OuterProducts) and gradient.itemsize < 4
