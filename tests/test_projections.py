@@ -280,11 +280,11 @@ def test_check_names_the_parameters_of_a_layer_that_puts_samples_on_another_axis
     def losses(rows: int = 2) -> Tensor:
         return model(x[:rows]).square().sum((1, 2))  # type: ignore[no-any-return]
 
-    sketcher = rs.GradientSketcher(model, rs.CountSketch(64))
+    sketcher = rs.GradientSketcher(model, rs.CountSketch(64), check=False)
     with sketcher:
         sketched = sketcher(losses())
     with pytest.raises(
-        rs.projections.GradientMismatchError, match=r"sample 7: .* differs in inner\.weight, inner\.bias\."
+        rs.projections.GradientMismatchError, match=r"sample 7: .* they differ in inner\.weight, inner\.bias \("
     ):
         sketcher.check(sketched, losses, lambda: losses(1), "sample 7")
 

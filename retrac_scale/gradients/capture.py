@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +17,7 @@ from retrac_scale.gradients.mixing import SETS, mix, mix_outputs, one_set_each
 from retrac_scale.gradients.nested import detached, mapped, tensors
 from retrac_scale.gradients.outer import OuterProducts
 from retrac_scale.gradients.recompute import recomputed
-from retrac_scale.gradients.reference import Reference, weighted
+from retrac_scale.gradients.reference import Reference
 from retrac_scale.gradients.registry import Gradients, LayerRule, Seen, computed, why_alone
 from retrac_scale.gradients.seams import Hook, seam
 
@@ -59,6 +58,8 @@ class GradientCapture:
         """Weights of the linear layers that saw every row of the last batch as one vector."""
         self.half: set[str] = set()
         """Parameters that are of 16 bits themselves, or whose layers' output gradients were."""
+        self.coarse = any(parameter.itemsize < 4 for parameter in model.parameters())
+        """Whether 16 bits are anywhere on the way: in the model's weights, or by autocast in the last forward pass."""
         self._to_compare = (1 if self._why_alone else 2) if check else 0
         self._compared = 0
         self._thawed = False  # whether forward passes leave the weights trainable
@@ -161,19 +162,27 @@ class GradientCapture:
         reference = self._reference(losses)
         if reference is not None:
             sink = reference.beside(sink)
-        with self._freezing_all(retain_graph):
-            self._differentiate(losses, sink, mixers or {}, unformed, retain_graph)
+        called = {name for layer in self._layers if layer.calls for name in layer.parameters.values()}
+        self._differentiate(losses, sink, mixers or {}, unformed, retain_graph)
         if reference is not None:
             reference.compare(mixers or {}, self.single_position, self.half, type(self.model).__name__)
+            self._compared = len(losses)
+        if self._thawed and not retain_graph and self._compared >= self._to_compare:
+            self._thawed = False  # and as frozen as the forward pass would have left them
+            for name in called:
+                self.model.get_parameter(name).requires_grad_(False)
         return reference
 
     def _reference(self, losses: Tensor) -> Reference | None:
-        """Plain autograd's word on a batch, if it is to be checked."""
+        """Plain autograd's word on a batch, if it is to be checked and there is one."""
         if not self._thawed or self._compared >= min(len(losses), self._to_compare):
             return None
+        parameters = {name: self.model.get_parameter(name) for name in self.shapes}
+        reference = Reference(len(losses), parameters)
         self._plain = True
         try:
-            reference = weighted(losses, {name: self.model.get_parameter(name) for name in self.shapes})
+            weighted = (losses * reference.factors.to(losses.dtype)).sum()
+            reference.expect(weighted, None, parameters)
         except RuntimeError:
             for layer in self._layers:
                 for call in layer.calls:
@@ -181,27 +190,7 @@ class GradientCapture:
             raise
         finally:
             self._plain = False
-        if not reference.finite:
-            return None
-        self._compared = len(losses)
-        return reference
-
-    @contextlib.contextmanager
-    def _freezing_all(self, retain_graph: bool) -> Iterator[None]:
-        """Have no gradients of the weights added up, and leave frozen what forward passes would have frozen."""
-        if not self._thawed:
-            yield
-            return
-        called = {name for layer in self._layers if layer.calls for name in layer.parameters.values()}
-        parameters = {name: self.model.get_parameter(name) for name in self.shapes}
-        try:
-            for parameter in parameters.values():
-                parameter.requires_grad_(False)
-            yield
-        finally:
-            self._thawed = retain_graph or self._compared < self._to_compare
-            for name, parameter in parameters.items():
-                parameter.requires_grad_(self._thawed or name not in called)
+        return reference if reference.finite else None
 
     def _differentiate(
         self, losses: Tensor, sink: Sink, mixers: Mapping[str, Tensor], unformed: bool, retain_graph: bool
@@ -210,7 +199,11 @@ class GradientCapture:
             len(losses), sink, mixers, self._shared, self.single_position, self.half, unformed, retain_graph
         )
         try:
-            torch.autograd.backward(losses.sum(), retain_graph=retain_graph)
+            if self._thawed:  # their gradients would be added up in the parameters
+                weights = [self.model.get_parameter(name) for name in self.shapes]
+                torch.autograd.grad(losses.sum(), weights, retain_graph=retain_graph, allow_unused=True)
+            else:
+                torch.autograd.backward(losses.sum(), retain_graph=retain_graph)
             self._recording = False
             with torch.no_grad():
                 for layer in self._layers:
@@ -221,6 +214,11 @@ class GradientCapture:
             self._backward = None
             if not retain_graph:
                 self._forget()
+
+    @property
+    def _backwards(self) -> bool:
+        """Whether a backward pass is going on: a layer called then is one that was noted before, recomputed for it."""
+        return self._plain or self._backward is not None
 
     def check_samples(self, n: int) -> None:
         """Raise UncapturableError when the model cannot tell n samples of a forward pass apart."""
@@ -252,15 +250,17 @@ class GradientCapture:
 
     def _hook(self, layer: Layer) -> Hook:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if not self._recording or not torch.is_grad_enabled():
+            if not self._recording or self._backwards or not torch.is_grad_enabled():
                 return None
+            precision = _precision(output)
+            self.coarse |= precision[2]
             own_args, own_kwargs = detached(args), detached(kwargs)
             versions = [(tensor, tensor._version) for tensor in tensors((own_args, own_kwargs))]
             call = Call(own_args, own_kwargs, versions)
             layer.calls.append(call)
             if layer.rule is None:
                 call.outputs.extend((tensor, tensor._version) for tensor in detached(list(tensors(output))))
-                call.precision = _precision(output)
+                call.precision = precision
             places = itertools.count()
 
             def seen_outside(tensor: Tensor) -> Tensor:
@@ -452,10 +452,13 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def _precision(output: Any) -> Precision | None:
+def _precision(output: Any) -> Precision:
     """Of the autocast that a layer was called under."""
-    kind = next((tensor.device.type for tensor in tensors(output)), "cpu")
+    kind = next(tensors(output), _NO_TENSOR).device.type
     return kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+
+
+_NO_TENSOR = torch.empty(0)
 
 
 def _check_unchanged(layer: Layer, call: Call) -> None:

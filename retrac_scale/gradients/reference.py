@@ -15,11 +15,15 @@ from retrac_scale.gradients.mixing import mix
 from retrac_scale.gradients.norms import squared_norm
 from retrac_scale.gradients.outer import OuterProducts
 
-FLOAT32_TOLERANCE, HALF_TOLERANCE = 1e-3, 2e-2
-"""Relative, in L2 norm, of a parameter's gradient, by whether anything on its way came in 16 bits."""
+TOLERANCE, TENSOR_FLOAT_TOLERANCE, HALF_TOLERANCE = 1e-4, 1e-3, 2e-2
+"""Relative, in L2 norm, of a parameter's gradient against plain autograd's in the same batch: on a CPU in 32 bits or
+more, on accelerators, which may round factors to 10 bits, and where anything on its way came in 16 bits."""
 
-NEGLIGIBLE = 1e-2
-"""A parameter whose gradient is smaller than this share of the whole is held to the tolerance of that share."""
+ALONE_TOLERANCE, ALONE_HALF_TOLERANCE = 1e-3, 1e-1
+"""Of a sample in a batch against the same sample in a forward pass of its own, which is rounded otherwise."""
+
+NEGLIGIBLE = 1e-5, 1e-4
+"""Differences below this share of the whole gradient's norm count as none; the second one for 16 bits."""
 
 PIECE_BYTES = 64 << 20
 """Products are formed for as many samples at a time as keep to this."""
@@ -43,20 +47,34 @@ class Reference:
     counted to another sample, or if a parameter is used where no layer is seen to use it.
 
     Args:
-        factors: `[n]`, see `told_apart`.
-        expected: parameter name -> plain autograd's gradient.
+        n: samples of the batch.
+        parameters: that are captured, by name.
     """
 
-    def __init__(self, factors: Tensor, expected: Mapping[str, Tensor | None], shapes: Mapping[str, Any]) -> None:
-        self.factors = factors
-        self.expected = {
-            name: torch.zeros(shapes[name], device=factors.device) if one is None else one.to_dense().detach()
-            for name, one in expected.items()
-        }
-        self.squares = torch.zeros(len(factors), dtype=torch.float64, device=factors.device)
+    def __init__(self, n: int, parameters: Mapping[str, nn.Parameter]) -> None:
+        device = next(iter(parameters.values())).device
+        self.factors = told_apart(n).to(device)
+        """`[n]`."""
+        self.expected = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+        """Parameter name -> plain autograd's gradient."""
+        self.squares = torch.zeros(n, dtype=torch.float64, device=device)
         """Squared norms `[n]` of what was captured."""
         self._found: dict[str, Tensor] = {}
         self._sizes: dict[str, Tensor] = {}
+
+    def expect(self, output: Tensor, grad: Tensor | None, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Add what autograd makes of an output's gradient; keeps the graph."""
+        given = [parameter for parameter in parameters.values() if parameter.requires_grad]
+        found = torch.autograd.grad(output, given, grad, retain_graph=True, allow_unused=True)
+        gradients = {id(parameter): one for parameter, one in zip(given, found, strict=True) if one is not None}
+        for name, parameter in parameters.items():
+            if id(parameter) in gradients:
+                self.expected[name] += gradients[id(parameter)].to_dense()
+
+    def spread(self, grad: Tensor) -> Tensor:
+        """The gradient of an output that holds the samples' rows one after another, each times its sample's factor."""
+        each = self.factors.repeat_interleave(len(grad) // len(self.factors)).to(grad.dtype)
+        return grad * each.view(-1, *[1] * (grad.ndim - 1))
 
     @property
     def finite(self) -> bool:
@@ -96,25 +114,30 @@ class Reference:
             UncapturableError: a parameter has a gradient, and no layer that was seen to use it.
             GradientMismatchError: captured gradients are others; names their parameters.
         """
-        off: dict[str, tuple[float, float]] = {}
+        off: dict[str, float] = {}
+        sizes: dict[str, float] = {}
         for name, plain in self.expected.items():
             if name not in self._found and plain.any():
                 raise used_elsewhere(name)
             expected = mix(mixers[name], plain[None])[0] if name in mixers.keys() - whole else plain
             found = self._found.get(name, torch.zeros_like(expected))
-            size = max(float(expected.double().norm()), float(self._sizes.get(name, torch.zeros(())).sqrt()))
-            off[name] = float((found.double() - expected.double()).norm()), size
-        floor = NEGLIGIBLE * sum(size**2 for _, size in off.values()) ** 0.5
-        tolerances = {name: HALF_TOLERANCE if name in half else FLOAT32_TOLERANCE for name in off}
-        wrong = [name for name, (by, size) in off.items() if not by <= tolerances[name] * max(size, floor)]
+            sizes[name] = max(float(expected.double().norm()), float(self._sizes.get(name, torch.zeros(())).sqrt()))
+            off[name] = float((found.double() - expected.double()).norm())
+        whole_norm = sum(size**2 for size in sizes.values()) ** 0.5
+        full = TOLERANCE if self.factors.device.type == "cpu" else TENSOR_FLOAT_TOLERANCE
+        wrong = []
+        for name, size in sizes.items():
+            tolerance, least = (HALF_TOLERANCE, NEGLIGIBLE[1]) if name in half else (full, NEGLIGIBLE[0])
+            if not off[name] <= max(tolerance * size, least * whole_norm):
+                wrong.append(name)
         if wrong:
-            worst = max(wrong, key=lambda name: off[name][0] / max(off[name][1], floor))
+            worst = max(off[name] / sizes[name] for name in wrong)
             raise GradientMismatchError(
                 f"{where}: gradients in a batch of {len(self.factors)} are not those of plain autograd; they differ in "
-                f"{', '.join(wrong)} (by up to {off[worst][0] / max(off[worst][1], floor):.1%}). Either samples meet on "
-                "the way from there to the losses, or a layer lays them out along another axis than the first, or a "
-                "parameter is used outside its own layer's forward: leave these out with parameters=, register a rule, "
-                "or call rs.gradients.recompute_whole for the module that does it."
+                f"{', '.join(wrong)} (by up to {worst:.1%}). Either samples meet on the way from there to the losses, "
+                "or a layer lays them out along another axis than the first, or a parameter is used outside its own "
+                "layer's forward: leave these out with parameters=, register a rule, or call "
+                "rs.gradients.recompute_whole for the module that does it."
             )
 
 
@@ -132,12 +155,3 @@ def _pieces(name: str, gradient: Any, samples: slice) -> Iterator[tuple[str, Ten
         yield name, piece.formed(), of_all
         if gradient.with_bias:
             yield name.removesuffix("weight") + "bias", piece.bias(), of_all
-
-
-def weighted(losses: Tensor, parameters: Mapping[str, nn.Parameter]) -> Reference:
-    """The reference for a batch whose graph reaches the parameters; keeps the graph."""
-    factors = told_apart(len(losses)).to(losses.device)
-    summed = (losses * factors.to(losses.dtype)).sum()
-    found = torch.autograd.grad(summed, list(parameters.values()), retain_graph=True, allow_unused=True)
-    shapes = {name: parameter.shape for name, parameter in parameters.items()}
-    return Reference(factors, dict(zip(parameters, found, strict=True)), shapes)

@@ -23,6 +23,7 @@ class Hook:
         self._module, self._act = module, act
 
     def __call__(self, module: nn.Module, *given: Any) -> Any:
+        """Called by torch."""
         return self._act(module, *given) if self._act is not None and module is self._module else None
 
     def __reduce__(self) -> Any:

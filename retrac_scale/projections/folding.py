@@ -13,7 +13,6 @@ from numba.extending import overload
 from torch import Tensor
 
 from retrac_scale.compiled import compiled
-from retrac_scale.gradients.norms import BLOCK
 from retrac_scale.gradients.outer import (
     OuterProducts,
     columns_of,
@@ -24,6 +23,9 @@ from retrac_scale.gradients.outer import (
     sum_positions,
 )
 from retrac_scale.threads import Shared, SharedPass, over_rows
+
+BLOCK = 2048
+"""Entries whose squares are added up in float32; these sums are added up in float64."""
 
 Signs = tuple[npt.NDArray[np.int8], npt.NDArray[np.int64]]
 """Of a parameter's entries `[p]`, and by how much each block of k of them is rotated."""
@@ -134,7 +136,7 @@ def _fold_from(start: Any, accumulator: Any, entries: Any, signs: Any, scale: An
     """Fold entries that begin at `start` of all; gives their squared norm."""
     signs, shifts = signs
     k = len(accumulator) // 2
-    total = 0.0
+    total: Any = 0.0
     stop = start + len(entries)
     for block in range(start // k, (stop + k - 1) // k):
         last = min(stop, (block + 1) * k)

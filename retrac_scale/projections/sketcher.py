@@ -10,11 +10,16 @@ from torch import Tensor, nn
 
 from retrac_scale.gradients import GradientCapture, ParameterFilter
 from retrac_scale.gradients.errors import GradientMismatchError
-from retrac_scale.gradients.reference import FLOAT32_TOLERANCE, HALF_TOLERANCE, Reference
 from retrac_scale.gradients.norms import squared_norm
+from retrac_scale.gradients.reference import (
+    ALONE_HALF_TOLERANCE,
+    ALONE_TOLERANCE,
+    HALF_TOLERANCE,
+    TENSOR_FLOAT_TOLERANCE,
+    Reference,
+)
 from retrac_scale.preconditioning import Divisors, Kronecker, check_divisors, divided
 from retrac_scale.projections.base import Projection
-
 
 NORM_TOLERANCE = 1e-5
 """Relative, of an exact norm against the float64 norm of the same gradient."""
@@ -135,7 +140,7 @@ class GradientSketcher:
         expected, _ = self._sketch_of(reference.expected)
         found = (reference.factors.to(sketch.dtype)[:, None] * sketch).sum(0)
         size = torch.linalg.vector_norm(reference.factors * torch.linalg.vector_norm(sketch, dim=1))
-        tolerance = HALF_TOLERANCE if self._capture.half else FLOAT32_TOLERANCE
+        tolerance = HALF_TOLERANCE if self._capture.coarse else TENSOR_FLOAT_TOLERANCE
         off = float((found - expected).norm()) / max(float(size), 1e-30)
         if not off <= tolerance:
             raise GradientMismatchError(
@@ -176,20 +181,29 @@ class GradientSketcher:
         batch: Callable[[], Tensor],
         alone: Callable[[], Tensor],
         where: str,
-        tolerance: float = FLOAT32_TOLERANCE,
     ) -> None:
-        """Recompute the first sample of a batch alone, by plain autograd; call it outside the context.
+        """Compare a batch with plain autograd, and its first sample with that sample alone; outside the context.
+
+        Whatever is random shows, and batches that a sample is not the same in; where one of the two is in 16 bits, up
+        to their rounding.
 
         Args:
             sketched: sketches `[n, k]` and norms `[n]` of the batch.
-            batch: runs the model forward and gives the losses `[n]` again, or those of its first few samples.
+            batch: runs the model forward and gives the losses `[n]` again, or those of some samples with the first one
+                first, in full precision if it can be.
             alone: gives the loss `[1]` of the first sample in a batch of its own.
             where: names that sample, for the error.
-            tolerance: relative, in L2 norm.
 
         Raises:
-            GradientMismatchError: sketch or norm differ by more; names the parameters whose gradients do.
+            GradientMismatchError: gradients, sketch or norm are others; names the parameters whose gradients are.
         """
+        capture = GradientCapture(self._capture.model, parameters=self.shapes.__contains__, check=True)
+        try:
+            with capture:
+                capture.backward(batch(), lambda name, gradient, samples: None)
+        except GradientMismatchError as error:
+            raise GradientMismatchError(f"{where}: {error}") from error
+        tolerance = ALONE_HALF_TOLERANCE if self._capture.coarse else ALONE_TOLERANCE
         names = list(self.shapes)
         parameters = [self._capture.model.get_parameter(name) for name in names]
         plain = torch.autograd.grad(alone().sum(), parameters, allow_unused=True, materialize_grads=True)
@@ -200,9 +214,9 @@ class GradientSketcher:
             culprits = self._differing(expected, batch, tolerance)
             named = ", ".join(culprits) or "the sum over all parameters"
             raise GradientMismatchError(
-                f"{where}: its gradient in the batch is not that of plain autograd alone; it differs in {named}. "
-                "Layers in which samples meet, or that lay them out along another axis than the first, cannot be "
-                "sketched: leave them out with parameters=, or register a rule."
+                f"{where}: its gradient in the batch is not that of plain autograd alone; it differs in {named}. The "
+                "model is random (dropout in training mode), or samples meet in it or lie along another axis than the "
+                "first: call eval(), leave these out with parameters=, or register a rule."
             )
 
     def _differing(self, expected: dict[str, Tensor], batch: Callable[[], Tensor], tolerance: float) -> list[str]:
