@@ -165,7 +165,12 @@ def main() -> None:
     parser.add_argument("--setting", choices=SETTINGS, required=True)
     parser.add_argument("--folder", type=Path, help="of the data, where they are not installed")
     parser.add_argument("--subsets", type=int, default=32, help="how many models are retrained (default: 32)")
-    parser.add_argument("--work", type=Path, default=HERE / ".cache" / "truths", help="folder for models (default: benchmarks/.cache/truths)")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=HERE / ".cache" / "truths",
+        help="folder for models (default: benchmarks/.cache/truths)",
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     truth = Truth(arguments.setting, arguments.folder, arguments.work)

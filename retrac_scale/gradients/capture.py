@@ -93,7 +93,7 @@ class GradientCapture:
             else:
                 parameter.requires_grad_(False)
         for layer in self._layers:
-            self._handles.append(layer.module.register_forward_pre_hook(self._freeze(layer)))
+            self._handles.append(layer.module.register_forward_pre_hook(self._freeze(layer), prepend=True))
         self._watch()
         self._thawed = self._compared < self._to_compare
         self._recording = True

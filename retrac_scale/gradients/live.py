@@ -136,13 +136,16 @@ class LiveCapture(GradientCapture):
 
     def _finish(self) -> None:
         """Run by the autograd engine when a backward pass is through."""
-        backward, self._backward = self._backward, None
+        backward = self._backward
         assert backward is not None
-        with torch.no_grad():
-            for layer in self._layers:
-                backward.finish(layer)
-            backward.flush()
-        self._forget()
+        try:  # still going on for the hooks, which layers that are recomputed would call
+            with torch.no_grad():
+                for layer in self._layers:
+                    backward.finish(layer)
+                backward.flush()
+        finally:
+            self._backward = None
+            self._forget()
         self._compare()
         self._end()
 

@@ -33,11 +33,15 @@ def told_apart(n: int) -> Tensor:
     """Factors `[n]` by which the gradients of samples are told apart in their sum.
 
     Signs and powers of two: every float takes them without rounding, so that what goes back through the network is,
-    sample by sample, what went back without them.
+    sample by sample, what went back without them. They differ, and do not add up to nothing, so that errors which
+    cancel between samples show as well as those which all samples have in common.
     """
     generator = torch.Generator().manual_seed(n)
-    signs = 1 - 2 * (torch.arange(n) % 2)
-    return signs * 2.0 ** torch.randint(0, 3, (n,), generator=generator)
+    while True:
+        signs = 1 - 2 * torch.randint(0, 2, (n,), generator=generator)
+        factors = signs * 2.0 ** torch.randint(0, 3, (n,), generator=generator)
+        if n == 1 or (factors[0] != factors[1] and 2 * factors.sum().abs() >= factors.norm()):
+            return factors
 
 
 class Reference:
