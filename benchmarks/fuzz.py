@@ -3,10 +3,10 @@
     python -m benchmarks.fuzz --models 500
     python -m benchmarks.fuzz --seed 17        # one of them again
 
-A model is a chain of random layers in one of three layouts (vectors, tokens, images), in-place activations, ties and
-functional reuse, modules of the user's own, hooks, wrappers, precisions. `GradientSketcher` sketches a batch of it three
+A model is a chain of random layers in one of three layouts (vectors, tokens, images), with in-place activations, ties,
+functional reuse, modules of the user's own, hooks, wrappers and precisions. `GradientSketcher` sketches a batch three
 times, the first time with its check; a training step sketches it as a training loop would. What is right is told by
-autograd, one sample at a time, in float64. Rows of the result: what was right, what was refused, what was wrong.
+autograd, one sample at a time, in float64; with 16 bits on the way, by autograd of each loss in the same precision.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class Apply(nn.Module):
         self.inner, self.use = inner, use
 
     def forward(self, x: Tensor) -> Tensor:
+        """`[n, ...]` -> the same shape."""
         return self.use(self.inner, x)
 
 
@@ -73,34 +74,44 @@ class Gain(nn.Module):
         self.inner, self.gain = inner, nn.Parameter(1 + 0.3 * torch.randn(shape))
 
     def forward(self, x: Tensor) -> Tensor:
+        """`[n, ...]` -> the same shape."""
         return self.inner(x) * self.gain  # type: ignore[no-any-return]
 
 
 class Bilinear(nn.Module):
+    """Multiplies its input with a function of it."""
+
     def __init__(self) -> None:
         super().__init__()
         self.inner = nn.Bilinear(WIDTH, WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`[n, ...]` -> the same shape."""
         return self.inner(x, x.tanh())  # type: ignore[no-any-return]
 
 
 class Recurrent(nn.Module):
+    """An LSTM or GRU."""
+
     def __init__(self, kind: type[nn.RNNBase], batch_first: bool) -> None:
         super().__init__()
         self.inner, self.flip = kind(WIDTH, WIDTH, batch_first=batch_first), not batch_first  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
+        """`[n, ...]` -> the same shape."""
         y = self.inner(x.transpose(0, 1) if self.flip else x)[0]
         return y.transpose(0, 1) if self.flip else y  # type: ignore[no-any-return]
 
 
 class Attention(nn.Module):
+    """Over tokens, with a way around it."""
+
     def __init__(self) -> None:
         super().__init__()
         self.inner = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`[n, ...]` -> the same shape."""
         return x + self.inner(x, x, x)[0]  # type: ignore[no-any-return]
 
 
@@ -112,6 +123,7 @@ class Positions(nn.Module):
         self.table = nn.Embedding(TOKENS, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`[n, ...]` -> the same shape."""
         return x + self.table(torch.arange(x.shape[1]))  # type: ignore[no-any-return]
 
 

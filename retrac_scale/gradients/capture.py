@@ -6,6 +6,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -103,6 +104,9 @@ class GradientCapture:
         """Have every layer's calls noted: what its rule is for, before hooks of the model's own change it."""
         for layer in self._layers:
             hook, first = self._hook(layer), layer.rule is not None
+            if not first:  # it will be called again, and its hooks with it
+                keep = Hook(layer.module, partial(_keep_given, layer))
+                self._handles.append(layer.module.register_forward_pre_hook(keep, prepend=True, with_kwargs=True))
             self._handles.append(layer.module.register_forward_hook(hook, prepend=first, with_kwargs=True))
 
     def __exit__(self, *exc: object) -> None:
@@ -232,6 +236,7 @@ class GradientCapture:
     def _forget(self) -> None:
         for layer in self._layers:
             layer.calls.clear()
+            layer.given = (), {}
 
     def _freeze(self, layer: Layer) -> Hook:
         def freeze(module: nn.Module, args: Any) -> None:
@@ -254,6 +259,8 @@ class GradientCapture:
                 return None
             precision = _precision(output)
             self.coarse |= precision[2]
+            if layer.rule is None:
+                args, kwargs = layer.given
             own_args, own_kwargs = detached(args), detached(kwargs)
             versions = [(tensor, tensor._version) for tensor in tensors((own_args, own_kwargs))]
             call = Call(own_args, own_kwargs, versions)
@@ -459,6 +466,10 @@ def _precision(output: Any) -> Precision:
 
 
 _NO_TENSOR = torch.empty(0)
+
+
+def _keep_given(layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    layer.given = args, kwargs
 
 
 def _check_unchanged(layer: Layer, call: Call) -> None:

@@ -32,6 +32,8 @@ class Layer:
     rule: LayerRule | None
     numel: int
     calls: list[Call] = field(default_factory=list)
+    given: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+    """To a layer without a rule, in its last call, before hooks of its own changed it."""
 
     @property
     def mixable(self) -> bool:
