@@ -237,9 +237,8 @@ def test_measures_of_one_forward_pass_equal_separate_runs_bit_for_bit(
         assert_same(
             rs.open_store(tmp_path / "s", measure=measure), run(model, dataset, plan, projection, measure=measure)
         )
-    assert shared == len(passes) + 2 * (
-        len(MEASURES) - 1
-    )  # of each measure some pairs are checked, and the first alone
+    checks = 2 * (len(MEASURES) - 1)  # of some pairs of each measure, and of the first one alone
+    assert shared == len(passes) + checks
 
 
 def test_several_measures_resume_where_any_of_them_stopped(tmp_path: Path) -> None:
