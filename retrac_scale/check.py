@@ -13,10 +13,14 @@ from torch import Tensor, nn
 from retrac_scale.gradients import GradientCapture, ParameterFilter, UncapturableError
 from retrac_scale.gradients.nested import tensors
 from retrac_scale.gradients.recompute import alone_by, batched_sizes
+from retrac_scale.gradients.reference import ALONE_HALF_TOLERANCE, ALONE_TOLERANCE, HALF_TOLERANCE
 from retrac_scale.gradients.registry import why_alone
-from retrac_scale.sketching import BFLOAT16_TOLERANCE, FLOAT32_TOLERANCE, measured_pairs
+from retrac_scale.sketching import in_float32, measured_pairs
 from retrac_scale.task.diffusion import DiffusionTask
 from retrac_scale.timesteps import EvenlySpaced
+
+NEGLIGIBLE = 1e-3
+"""Gradients below this share of the tolerated error of the whole count as none."""
 
 FALLBACK, REFUSED = "per-sample autograd", "refused"
 
@@ -31,7 +35,7 @@ class ParameterCheck:
         rule: the rule's name, "per-sample autograd" (exact, slow), or "refused".
         size: entries.
         error: relative L2 error of its gradient against autograd of one sample alone, the largest over the samples
-            (entries below 1e-6 of the whole gradient's norm count as none); None when refused.
+            (below 1e-6 of the whole gradient's norm it counts as none, 2e-5 in 16 bits); None when refused.
         reached: whether the example gives it a gradient that could have come out wrong.
         reason: why it is refused, else empty.
     """
@@ -116,8 +120,9 @@ def check_model(
     """Before any long run: what covers each parameter, how much of the model that is, and whether gradients are right.
 
     The gradients of every sample of the example, captured in one batch, are compared with plain autograd of that sample
-    alone, parameter by parameter. It takes one backward pass per sample more than training on the example would, and
-    memory for one more gradient. The model is left as it was.
+    alone, parameter by parameter; where weights are of 16 bits, whose rounding depends on the batch, with plain
+    autograd of its loss in the batch. A task's mixed precision is left out. It takes one backward pass per sample more
+    than training on the example would, and memory for one more gradient. The model is left as it was.
 
     Args:
         model: a DiffusionTask, or any torch module.
@@ -131,25 +136,28 @@ def check_model(
             output than in the batch; or nothing can be differentiated.
     """
     if isinstance(model, DiffusionTask):
-        network, tolerance = model.model, BFLOAT16_TOLERANCE if model.autocast else FLOAT32_TOLERANCE
+        network = model.model
         batch, alone, n = _of_task(model, example)
     else:
-        network, tolerance = model, FLOAT32_TOLERANCE
+        network = model
         batch, alone, n = _of_module(model, example, samples)
+    half = any(parameter.itemsize < 4 for parameter in network.parameters())
+    tolerance, between_runs = (HALF_TOLERANCE, ALONE_HALF_TOLERANCE) if half else (ALONE_TOLERANCE, ALONE_TOLERANCE)
     if n < 2 and not why_alone(network):
         raise ValueError(f"check_model compares samples within a batch and needs two or more, got {n}.")
     with torch.no_grad():
         together = batch()
         for sample in range(n):
-            if not torch.allclose(alone(sample), together[sample : sample + 1], rtol=tolerance, atol=1e-6):
+            if not torch.allclose(alone(sample), together[sample : sample + 1], rtol=between_runs, atol=1e-6):
                 raise ValueError(
                     f"sample {sample} of the example alone gives another output than in the batch, so samples meet "
                     "somewhere in the model (or samples= is wrong); such a model has no per-sample gradients."
                 )
+    single = (lambda sample: batch()[sample : sample + 1]) if half else alone
     capture, reasons = _capturable(network, parameters, batch)
     errors, reached = dict.fromkeys(capture.shapes, 0.0), dict.fromkeys(capture.shapes, False)
     for sample in range(n):
-        for name, error in _errors(capture, batch, alone, sample):
+        for name, error in _errors(capture, batch, single, sample, tolerance):
             errors[name], reached[name] = max(errors[name], error), True
     users = GradientCapture(network, parameters=parameters).users
     checks = [
@@ -171,7 +179,8 @@ def check_model(
 def _of_task(task: DiffusionTask, items: Any) -> tuple[Callable[[], Tensor], Callable[[int], Tensor], int]:
     """The values of dataset items at two timesteps each, the value of one pair alone, and how many there are."""
     ids = np.arange(len(items))
-    checked = [task.check_item(sample, item) for sample, item in zip(ids, items, strict=True)]
+    items = [task.check_item(sample, item) for sample, item in zip(ids, items, strict=True)]
+    task, checked = in_float32(task, items)
     plan = EvenlySpaced(2).pairs("check", ids, task.num_train_timesteps)
     pairs = np.arange(plan.timesteps.size)
     return (
@@ -237,13 +246,17 @@ def _capturable(
 
 
 def _errors(
-    capture: GradientCapture, batch: Callable[[], Tensor], alone: Callable[[int], Tensor], sample: int
+    capture: GradientCapture,
+    batch: Callable[[], Tensor],
+    single: Callable[[int], Tensor],
+    sample: int,
+    tolerance: float,
 ) -> Iterator[tuple[str, float]]:
     """Relative errors of one sample's gradients, of the parameters that have any."""
     names = list(capture.shapes)
     with torch.enable_grad():
         plain = torch.autograd.grad(
-            alone(sample).sum(),
+            single(sample).sum(),
             [capture.model.get_parameter(name) for name in names],
             allow_unused=True,
             materialize_grads=True,
@@ -261,7 +274,7 @@ def _errors(
     with capture:
         capture.backward(batch(), compare)
     differences |= {name: float(gradient.norm()) for name, gradient in missing.items()}
-    floor = 1e-6 * float(torch.stack([gradient.norm() for gradient in plain]).norm())
+    floor = NEGLIGIBLE * tolerance * float(torch.stack([gradient.norm() for gradient in plain]).norm())
     for name, difference in differences.items():
         norm = float(expected[name].norm())
         if max(norm, difference) > floor:

@@ -97,7 +97,7 @@ def _at_checkpoints(
     """What `make` makes of the means of moments over all pairs, for each checkpoint."""
     task = samples.task
     before = {name: value.detach().clone() for name, value in task.model.state_dict().items()}
-    capture = GradientCapture(task.model, parameters=parameters)
+    capture = GradientCapture(task.model, parameters=parameters, check=True)
     made = {}
     try:
         for checkpoint, weights in samples.checkpoints.items():

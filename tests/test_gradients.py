@@ -306,6 +306,142 @@ def test_batch_norm_in_training_mode_is_refused() -> None:
         rs.GradientSketcher(nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)).train(), rs.Identity())
 
 
+@pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}])
+def test_batch_norm_over_the_batch_is_refused_whatever_is_selected(options: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2, **options), nn.Conv2d(2, 1, 1))
+    model.train("affine" in options)
+    with pytest.raises(ValueError, match="layer '1' is a batch norm"):
+        rs.GradientSketcher(model, rs.Identity(), parameters=["2.*"])
+    check(nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.ReLU(inplace=True)), torch.randn(3, 1, 4, 4))
+
+
+def test_complex_parameters_are_refused_by_name_unless_left_out() -> None:
+    class Spectral(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.filter = nn.Parameter(torch.randn(4, 5, dtype=torch.cfloat))
+            self.inner = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(torch.fft.irfft(torch.fft.rfft(x) * self.filter))  # type: ignore[no-any-return]
+
+    for refused in (lambda: rs.GradientSketcher(Spectral(), rs.Identity()), lambda: rs.check_model(Spectral(), ONE)):
+        with pytest.raises(rs.gradients.UncapturableError, match="'filter' is complex"):
+            refused()
+    model = Spectral()
+    with rs.GradientSketcher(model, rs.Identity(), parameters=["inner.*"]) as sketcher:
+        assert sketcher(model(ONE).square().sum((1, 2)))[0].isfinite().all()
+
+
+ONE = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
+
+
+IN_PLACE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mul_": lambda y, h: y.mul_(2),
+    "relu": lambda y, h: F.relu(y, inplace=True),
+    "add": lambda y, h: y.add_(h),
+    "slice": lambda y, h: y[..., :2].mul_(3) * 0 + y[..., :2],
+    "view": lambda y, h: y.view(-1).mul_(2).view_as(y),
+    "twice": lambda y, h: F.relu(y.mul_(2), inplace=True),
+}
+
+
+@pytest.mark.parametrize("change", IN_PLACE.values(), ids=IN_PLACE.keys())
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(6, 6), (3, 6)),
+        (nn.Linear(6, 6), (3, 4, 6)),
+        (nn.Linear(6, 6, bias=False), (3, 2, 4, 6)),
+        (nn.LayerNorm(6), (3, 4, 6)),
+        (nn.Conv1d(6, 6, 1), (3, 6, 6)),
+        (nn.GroupNorm(2, 6), (3, 6, 6)),
+        (nn.BatchNorm1d(6), (3, 6, 6)),
+        (nn.InstanceNorm1d(6, affine=True), (3, 6, 6)),
+        (nn.PReLU(6), (3, 6, 6)),
+    ],
+)
+def test_a_layers_output_may_be_changed_in_place(
+    layer: nn.Module, shape: tuple[int, ...], change: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    class Changing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.layer, self.after = nn.Linear(6, 6), copy.deepcopy(layer), nn.LazyLinear(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.before(x).tanh()
+            return self.after(change(self.layer(hidden), hidden))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model = Changing()
+    model.eval()(torch.randn(shape))
+    check(model, torch.randn(shape))
+
+
+def test_an_output_that_its_own_module_has_saved_is_guarded_by_autograd_as_ever() -> None:
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.gain = nn.Linear(6, 6), nn.Parameter(torch.ones(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.inner(x) * self.gain).sigmoid()  # type: ignore[no-any-return]
+
+    check(Gate(), torch.randn(3, 6))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        check(nn.Sequential(Gate(), nn.ReLU(inplace=True)), torch.randn(3, 6))
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (nn.Sequential(nn.Linear(6, 8), nn.GroupNorm(2, 8), nn.Linear(8, 3)), (3, 6)),
+        (nn.LSTM(6, 5, batch_first=True), (4, 3, 6)),
+        (nn.GRU(6, 5, 2, batch_first=True), (4, 3, 6)),
+        (nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 8, 3)), (3, 4, 6)),
+        (nn.utils.parametrizations.spectral_norm(nn.Linear(6, 5)), (4, 6)),
+        (nn.utils.parametrizations.orthogonal(nn.Linear(6, 6)), (4, 6)),
+    ],
+)
+def test_vectors_recurrent_and_parametrized_layers_equal_autograd(model: nn.Module, shape: tuple[int, ...]) -> None:
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.inner(x)
+            return y[0] if isinstance(y, tuple) else y  # type: ignore[no-any-return]
+
+    check(First(), torch.randn(shape))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+def test_a_weight_that_a_hook_computes_is_recomputed_with_it_and_leaves_no_graph() -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.utils.weight_norm(nn.Linear(6, 8)), nn.Tanh(), nn.Linear(8, 3))
+
+    model, x = build(), torch.randn(4, 6)
+    for check_first in (True, False):  # with trainable weights, with frozen ones
+        with rs.GradientSketcher(model, rs.Identity(), check=check_first) as sketcher:
+            found, _norm = sketcher(model(x).sin().square().mean(1))
+        reference = build().double()
+        for sample in range(4):
+            expected = gradient(reference, reference(x[sample].double()).sin().square().mean())
+            torch.testing.assert_close(found[sample].double(), expected, rtol=1e-4, atol=1e-6)
+    copy.deepcopy(model)  # which a graph would not allow
+
+
+def test_hooks_of_the_model_see_what_they_saw_and_their_changes_count() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.PReLU(), nn.Linear(4, 2))
+    for layer in model:
+        layer.register_forward_hook(lambda module, args, output: 0.5 * output)
+        layer.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    check(model, torch.randn(3, 5, 4))
+
+
 def test_losses_made_outside_the_context_are_refused() -> None:
     model = nn.Linear(3, 2)
     losses = F.relu(model(torch.randn(2, 3))).sum(1).detach()

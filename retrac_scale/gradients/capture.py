@@ -6,19 +6,21 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from retrac_scale.gradients.errors import UncapturableError
-from retrac_scale.gradients.layers import Call, Layer, ParameterFilter, layers_of, selected_parameters
+from retrac_scale.gradients.errors import UncapturableError, used_elsewhere
+from retrac_scale.gradients.layers import Call, Layer, ParameterFilter, Precision, layers_of, selected_parameters
 from retrac_scale.gradients.mixing import SETS, mix, mix_outputs, one_set_each
 from retrac_scale.gradients.nested import detached, mapped, tensors
 from retrac_scale.gradients.outer import OuterProducts
 from retrac_scale.gradients.recompute import recomputed
-from retrac_scale.gradients.registry import Gradients, LayerRule, Seen, why_alone
-from retrac_scale.memory import keep_freed_pages
+from retrac_scale.gradients.reference import Reference
+from retrac_scale.gradients.registry import Gradients, LayerRule, Seen, computed, why_alone
+from retrac_scale.gradients.seams import Hook, seam
 
 Sink = Callable[[str, Any, slice], None]
 """sink(name, gradient, samples): a parameter's gradient `[m, ...]` of some samples; see `GradientCapture.backward`."""
@@ -38,10 +40,11 @@ class GradientCapture:
     Args:
         model: any torch module whose samples do not interact.
         parameters: glob patterns, or a predicate on parameter names; None takes all that require a gradient.
+        check: compare the first batch's gradients with plain autograd's, which costs one batch once, more only where
+            the first ones hold a single sample each: as long as that is so, weights are not frozen either.
     """
 
-    def __init__(self, model: nn.Module, *, parameters: ParameterFilter = None) -> None:
-        keep_freed_pages()
+    def __init__(self, model: nn.Module, *, parameters: ParameterFilter = None, check: bool = False) -> None:
         self.model = model
         names = selected_parameters(model, parameters)
         self.shapes = {name: tuple(model.get_parameter(name).shape) for name in names}
@@ -54,6 +57,14 @@ class GradientCapture:
         self._shared = {name for name, count in users.items() if count > 1}
         self.single_position: set[str] = set()
         """Weights of the linear layers that saw every row of the last batch as one vector."""
+        self.half: set[str] = set()
+        """Parameters that are of 16 bits themselves, or whose layers' output gradients were."""
+        self.coarse = any(parameter.itemsize < 4 for parameter in model.parameters())
+        """Whether 16 bits are anywhere on the way: in the model's weights, or by autocast in the last forward pass."""
+        self._to_compare = (1 if self._why_alone else 2) if check else 0
+        self._compared = 0
+        self._thawed = False  # whether forward passes leave the weights trainable
+        self._plain = False  # whether a backward pass is autograd's alone
         self._handles: list[Any] = []
         self._frozen: list[nn.Parameter] = []
         self._recording = False
@@ -79,14 +90,24 @@ class GradientCapture:
             if parameter.requires_grad:
                 self._frozen.append(parameter)
             if name in self.shapes:  # frozen when its layer is called: a gradient that reaches it went around the layer
-                self._handles.append(parameter.register_hook(_refuse(name)))  # type: ignore[no-untyped-call]
+                self._handles.append(parameter.register_hook(self._refuse(name)))  # type: ignore[no-untyped-call]
             else:
                 parameter.requires_grad_(False)
         for layer in self._layers:
-            self._handles.append(layer.module.register_forward_pre_hook(self._freeze(layer)))
-            self._handles.append(layer.module.register_forward_hook(self._hook(layer), with_kwargs=True))
+            self._handles.append(layer.module.register_forward_pre_hook(self._freeze(layer), prepend=True))
+        self._watch()
+        self._thawed = self._compared < self._to_compare
         self._recording = True
         return self
+
+    def _watch(self) -> None:
+        """Have every layer's calls noted: what its rule is for, before hooks of the model's own change it."""
+        for layer in self._layers:
+            hook, first = self._hook(layer), layer.rule is not None
+            if not first:  # it will be called again, and its hooks with it
+                keep = Hook(layer.module, partial(_keep_given, layer))
+                self._handles.append(layer.module.register_forward_pre_hook(keep, prepend=True, with_kwargs=True))
+            self._handles.append(layer.module.register_forward_hook(hook, prepend=first, with_kwargs=True))
 
     def __exit__(self, *exc: object) -> None:
         self._recording = False
@@ -96,6 +117,8 @@ class GradientCapture:
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._frozen.clear()
+        for layer in self._layers:  # what hooks have computed holds the last forward pass
+            vars(layer.module).update({own: value.detach() for own, value in computed(layer.module).items()})
         self._forget()
         if isinstance(error := exc[1], NotImplementedError):
             names = list(self.shapes)
@@ -113,7 +136,7 @@ class GradientCapture:
         *,
         unformed: bool = False,
         retain_graph: bool = False,
-    ) -> None:
+    ) -> Reference | None:
         """Differentiate one loss per sample and hand every parameter's gradients to `sink`, once each.
 
         Args:
@@ -124,6 +147,13 @@ class GradientCapture:
                 `gradients.mixing`; layers in `single_position` are left as they are.
             unformed: let the sink have `OuterProducts` in place of gradients that are sums of such.
             retain_graph: keep the forward pass, to differentiate another function of it next.
+
+        Returns:
+            What the gradients were compared with, if this was the batch that is checked.
+
+        Raises:
+            UncapturableError: gradients cannot be told apart by sample, or not be formed.
+            GradientMismatchError: those of the batch that is checked are not plain autograd's.
         """
         if losses.ndim != 1:
             raise ValueError(f"losses must hold one value per sample, shape [n]; got shape {tuple(losses.shape)}.")
@@ -133,11 +163,51 @@ class GradientCapture:
                 "gradients enabled."
             )
         self.check_samples(len(losses))
+        reference = self._reference(losses)
+        if reference is not None:
+            sink = reference.beside(sink)
+        called = {name for layer in self._layers if layer.calls for name in layer.parameters.values()}
+        self._differentiate(losses, sink, mixers or {}, unformed, retain_graph)
+        if reference is not None:
+            reference.compare(mixers or {}, self.single_position, self.half, type(self.model).__name__)
+            self._compared = len(losses)
+        if self._thawed and not retain_graph and self._compared >= self._to_compare:
+            self._thawed = False  # and as frozen as the forward pass would have left them
+            for name in called:
+                self.model.get_parameter(name).requires_grad_(False)
+        return reference
+
+    def _reference(self, losses: Tensor) -> Reference | None:
+        """Plain autograd's word on a batch, if it is to be checked and there is one."""
+        if not self._thawed or self._compared >= min(len(losses), self._to_compare):
+            return None
+        parameters = {name: self.model.get_parameter(name) for name in self.shapes}
+        reference = Reference(len(losses), parameters)
+        self._plain = True
+        try:
+            weighted = (losses * reference.factors.to(losses.dtype)).sum()
+            reference.expect(weighted, None, parameters)
+        except RuntimeError:
+            for layer in self._layers:
+                for call in layer.calls:
+                    _check_unchanged(layer, call)
+            raise
+        finally:
+            self._plain = False
+        return reference if reference.finite else None
+
+    def _differentiate(
+        self, losses: Tensor, sink: Sink, mixers: Mapping[str, Tensor], unformed: bool, retain_graph: bool
+    ) -> None:
         self._backward = _Backward(
-            len(losses), sink, mixers or {}, self._shared, self.single_position, unformed, retain_graph
+            len(losses), sink, mixers, self._shared, self.single_position, self.half, unformed, retain_graph
         )
         try:
-            torch.autograd.backward(losses.sum(), retain_graph=retain_graph)
+            if self._thawed:  # their gradients would be added up in the parameters
+                weights = [self.model.get_parameter(name) for name in self.shapes]
+                torch.autograd.grad(losses.sum(), weights, retain_graph=retain_graph, allow_unused=True)
+            else:
+                torch.autograd.backward(losses.sum(), retain_graph=retain_graph)
             self._recording = False
             with torch.no_grad():
                 for layer in self._layers:
@@ -148,6 +218,11 @@ class GradientCapture:
             self._backward = None
             if not retain_graph:
                 self._forget()
+
+    @property
+    def _backwards(self) -> bool:
+        """Whether a backward pass is going on: a layer called then is one that was noted before, recomputed for it."""
+        return self._plain or self._backward is not None
 
     def check_samples(self, n: int) -> None:
         """Raise UncapturableError when the model cannot tell n samples of a forward pass apart."""
@@ -161,47 +236,60 @@ class GradientCapture:
     def _forget(self) -> None:
         for layer in self._layers:
             layer.calls.clear()
+            layer.given = (), {}
 
-    def _freeze(self, layer: Layer) -> Callable[[nn.Module, Any], None]:
+    def _freeze(self, layer: Layer) -> Hook:
         def freeze(module: nn.Module, args: Any) -> None:
-            if self._recording:
+            if self._recording and not self._thawed:
                 for own in layer.parameters:
                     module.get_parameter(own).requires_grad_(False)
 
-        return freeze
+        return Hook(layer.module, freeze)
 
-    def _hook(self, layer: Layer) -> Callable[..., Any]:
+    def _refuse(self, name: str) -> Callable[[Tensor], None]:
+        def refuse(grad: Tensor) -> None:
+            if not self._thawed:
+                raise used_elsewhere(name)
+
+        return refuse
+
+    def _hook(self, layer: Layer) -> Hook:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if not self._recording or not torch.is_grad_enabled():
+            if not self._recording or self._backwards or not torch.is_grad_enabled():
                 return None
+            precision = _precision(output)
+            self.coarse |= precision[2]
+            if layer.rule is None:
+                args, kwargs = layer.given
             own_args, own_kwargs = detached(args), detached(kwargs)
             versions = [(tensor, tensor._version) for tensor in tensors((own_args, own_kwargs))]
             call = Call(own_args, own_kwargs, versions)
             layer.calls.append(call)
             if layer.rule is None:
-                call.outputs.extend(detached(list(tensors(output))))
+                call.outputs.extend((tensor, tensor._version) for tensor in detached(list(tensors(output))))
+                call.precision = precision
             places = itertools.count()
 
-            def seam(tensor: Tensor) -> Tensor:
+            def seen_outside(tensor: Tensor) -> Tensor:
                 """The tensor as users outside the module see it, so that uses inside do not reach the hook."""
-                if not tensor.is_floating_point():
+                if not (tensor.is_floating_point() or tensor.is_complex()):
                     return tensor
+                place = next(places)
                 if not tensor.requires_grad:
                     tensor = tensor.detach().requires_grad_().clone()  # never a leaf: the model may change it in place
-                elif layer.rule is None:
-                    tensor = tensor.view_as(tensor)
-                seen = self._on_gradient(layer, call, next(places))
+                seen = self._on_gradient(layer, call, place)
                 if layer.rule is not None and layer.rule.watch is not None:
                     return layer.rule.watch(module, _first(args, kwargs), tensor, seen)
-                tensor.register_hook(seen)  # type: ignore[no-untyped-call]
-                return tensor
+                return seam(tensor, seen, apart=layer.rule is None)
 
-            return mapped(output, seam)
+            return mapped(output, seen_outside)
 
-        return hook
+        return Hook(layer.module, hook)
 
     def _on_gradient(self, layer: Layer, call: Call, place: int) -> Seen:
         def on_gradient(grad: Tensor, *kept: Tensor) -> None:
+            if self._plain:
+                return
             if self._backward is None:
                 raise RuntimeError("differentiate with the sketcher, not with losses.backward(), inside its context.")
             call.grads[place], call.kept = grad, kept
@@ -220,6 +308,7 @@ class _Backward:
     mixers: Mapping[str, Tensor]
     shared: set[str]
     single_position: set[str]
+    half: set[str]
     unformed: bool = False
     retain_graph: bool = False
     waiting: dict[str, Tensor] = field(default_factory=dict)
@@ -232,13 +321,9 @@ class _Backward:
         if not calls:
             return
         for call in calls:
-            if any(tensor._version != version for tensor, version in call.versions):
-                raise UncapturableError(
-                    f"an input of layer {layer.name!r} was changed in place after the layer had used it, so its "
-                    "gradient cannot be formed; use the out-of-place operation in the model's forward.",
-                    layer.parameters.values(),
-                )
+            _check_unchanged(layer, call)
             _check_rows(layer, call, self.n)
+        self._note_precision(layer, calls)
         mixer = self._mixer(layer, calls)
         if mixer is not None or layer.narrow:
             for call in calls:
@@ -262,6 +347,14 @@ class _Backward:
                     )
         for call in calls:
             call.grads.clear()
+
+    def _note_precision(self, layer: Layer, calls: list[Call]) -> None:
+        """Which parameters' gradients are rounded to 16 bits somewhere."""
+        coarse = any(grad.itemsize < 4 for call in calls for grad in call.grads.values())
+        coarse |= any(call.precision is not None and call.precision[2] for call in calls)
+        for own, name in layer.parameters.items():
+            if coarse or layer.module.get_parameter(own).itemsize < 4:
+                self.half.add(name)
 
     def _mixer(self, layer: Layer, calls: list[Call]) -> Tensor | None:
         """What the layer's output gradients are to be multiplied with; also notes whether it is `single_position`."""
@@ -301,10 +394,7 @@ class _Backward:
 
     def _form(self, layer: Layer, call: Call, samples: slice, mixer: Tensor | None) -> Gradients:
         if layer.rule is None:
-            own, numbers = list(layer.parameters), range(samples.start, samples.stop)
-            return recomputed(
-                layer.name, layer.module, own, call.args, call.kwargs, call.outputs, call.grads, self.n, numbers
-            )
+            return recomputed(layer, call, self.n, range(samples.start, samples.stop))
         values = [_first(call.args, call.kwargs), call.grads[0], *call.kept]
         n = samples.stop - samples.start
         if n < self.n:
@@ -365,19 +455,30 @@ def _goes_along(gradients: Gradients, own: str) -> bool:
     return own == "bias" and isinstance(products, OuterProducts) and products.with_bias
 
 
-def _refuse(name: str) -> Callable[[Tensor], None]:
-    def hook(grad: Tensor) -> None:
-        raise UncapturableError(
-            f"parameter {name!r} is used outside its own layer's forward, where its per-sample gradient cannot be "
-            "captured; leave it out with parameters=, or call its layer.",
-            [name],
-        )
-
-    return hook
-
-
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()))
+
+
+def _precision(output: Any) -> Precision:
+    """Of the autocast that a layer was called under."""
+    kind = next(tensors(output), _NO_TENSOR).device.type
+    return kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+
+
+_NO_TENSOR = torch.empty(0)
+
+
+def _keep_given(layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    layer.given = args, kwargs
+
+
+def _check_unchanged(layer: Layer, call: Call) -> None:
+    if any(tensor._version != version for tensor, version in call.versions):
+        raise UncapturableError(
+            f"an input of layer {layer.name!r} was changed in place after the layer had used it, so its "
+            "gradient cannot be formed; use the out-of-place operation in the model's forward.",
+            layer.parameters.values(),
+        )
 
 
 def _check_rows(layer: Layer, call: Call, n: int) -> None:

@@ -19,4 +19,4 @@ def embedding(layer: nn.Embedding, activation: Tensor, grad_output: Tensor, n: i
     return {"weight": weight}
 
 
-register(nn.Embedding, embedding)
+register(nn.Embedding, embedding, suits=lambda layer: not layer.scale_grad_by_freq)

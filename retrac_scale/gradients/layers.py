@@ -7,11 +7,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from retrac_scale.gradients.errors import UncapturableError
 from retrac_scale.gradients.registry import LayerRule, is_whole, rule_for
 
 ParameterFilter = Iterable[str] | Callable[[str], bool] | None
+
+Precision = tuple[str, torch.dtype, bool]
+"""Of autocast: kind of device, type, and whether it was enabled."""
 
 NARROW = 128
 """Outputs below which the products of 16-bit gradients take less time compiled in float32 on a CPU."""
@@ -27,6 +32,8 @@ class Layer:
     rule: LayerRule | None
     numel: int
     calls: list[Call] = field(default_factory=list)
+    given: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+    """To a layer without a rule, in its last call, before hooks of its own changed it."""
 
     @property
     def mixable(self) -> bool:
@@ -47,7 +54,8 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     versions: list[tuple[Tensor, int]]  # of the tensors among them: how often each has been changed in place
-    outputs: list[Tensor] = field(default_factory=list)
+    outputs: list[tuple[Tensor, int]] = field(default_factory=list)  # for layers that are recomputed, with versions
+    precision: Precision | None = None  # likewise
     grads: dict[int, Tensor] = field(default_factory=dict)
     kept: tuple[Tensor, ...] = ()
 
@@ -56,12 +64,25 @@ def layers_of(model: nn.Module, names: list[str]) -> list[Layer]:
     """The layers that use these parameters, in the model's order; a module taken whole is one.
 
     Raises:
-        ValueError: one is a batch norm in training mode.
+        UncapturableError: a parameter is complex, or a batch norm anywhere in the model normalises over the batch.
     """
     canonical = {id(model.get_parameter(name)): name for name in names}
+    if complex_ones := [name for name in names if model.get_parameter(name).is_complex()]:
+        raise UncapturableError(
+            f"parameter {complex_ones[0]!r} is complex, and sketches are of real gradients; leave it out with "
+            "parameters=, or hold its real and imaginary parts in a real parameter, see torch.view_as_complex.",
+            complex_ones,
+        )
     layers = []
     whole: list[str] = []
     for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+            why = "in training mode" if module.training else "without running statistics"
+            raise UncapturableError(
+                f"layer {name!r} is a batch norm {why}, which mixes samples, whether its own parameters are selected "
+                "or not; call eval(), or take it from a checkpoint with running statistics.",
+                names,
+            )
         if any(name.startswith(container) for container in whole):
             continue
         if is_whole(module):
@@ -72,8 +93,6 @@ def layers_of(model: nn.Module, names: list[str]) -> list[Layer]:
             if id(value) in canonical
         }
         if own:
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-                raise ValueError(f"layer {name!r} is a batch norm in training mode, which mixes samples; call eval().")
             numel = sum(module.get_parameter(key).numel() for key in own)
             layers.append(Layer(name, module, own, None if is_whole(module) else rule_for(module), numel))
     return layers

@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
-    """The floating point tensors in a nest of tuples, lists and mappings, in order."""
+    """The floating point and complex tensors in a nest of tuples, lists and mappings, in order."""
     if isinstance(value, Tensor):
-        if value.is_floating_point():
+        if value.is_floating_point() or value.is_complex():
             yield value
     elif isinstance(value, Mapping):
         for item in value.values():

@@ -31,7 +31,7 @@ def group_norm(
         variance, mean = torch.var_mean(x.reshape(rows, groups, -1), 2, correction=0)
         statistics = mean, torch.rsqrt(variance + layer.eps)
     mean, rstd = (value.to(dtype) for value in statistics)
-    product, bias = sums or _sums(x.flatten(2), grad.flatten(2))
+    product, bias = sums or _sums(*(each.reshape(rows, channels, -1) for each in (x, grad)))
     centred = product.view(rows, groups, -1) - mean.view(rows, groups, 1) * bias.view(rows, groups, -1)
     weight = (centred * rstd.view(rows, groups, 1)).view(rows, channels)
     return {"weight": by_sample(weight, n).sum(1), "bias": by_sample(bias, n).sum(1)}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from retrac_scale.gradients.outer import OuterProducts
 
@@ -36,6 +37,7 @@ class LayerRule:
     mixable: bool
     unformed: Callable[[Any, Tensor], bool] | None
     watch: Callable[[Any, Tensor, Tensor, Seen], Tensor] | None
+    suits: Callable[[Any], bool] | None = None
 
     def suits_products(self, layer: nn.Module, grad_output: Tensor) -> bool:
         """Whether the weight's gradients come as `OuterProducts`."""
@@ -54,6 +56,7 @@ def register(
     mixable: bool = False,
     unformed: Callable[[Any, Tensor], bool] | None = None,
     watch: Callable[[Any, Tensor, Tensor, Seen], Tensor] | None = None,
+    suits: Callable[[Any], bool] | None = None,
 ) -> None:
     """Use `rule` for layers of exactly this type.
 
@@ -69,8 +72,11 @@ def register(
         watch: called in the forward pass with the layer, its activation, its output and a `Seen`; gives the output to
             go on with, and has `Seen` called when that one's gradient is known. The tensors that it hands on are
             further arguments of the rule. Without it, the rule gets none.
+        suits: whether the rule holds for a layer, by its options; others are recomputed. Without it, for all.
     """
-    _rules[layer_type if isinstance(layer_type, str) else _name(layer_type)] = LayerRule(rule, mixable, unformed, watch)
+    _rules[layer_type if isinstance(layer_type, str) else _name(layer_type)] = LayerRule(
+        rule, mixable, unformed, watch, suits
+    )
 
 
 def recompute_whole(layer_type: type[nn.Module] | str) -> None:
@@ -86,8 +92,8 @@ def recompute_whole(layer_type: type[nn.Module] | str) -> None:
 
 
 def is_whole(module: nn.Module) -> bool:
-    """Whether `recompute_whole` was called for the module's type."""
-    return _name(type(module)) in _whole
+    """Whether `recompute_whole` was called for the module's type, or weights of it are computed by parametrizations."""
+    return _name(type(module)) in _whole or is_parametrized(module)
 
 
 def one_at_a_time(layer_type: type[nn.Module] | str, why: str) -> None:
@@ -110,7 +116,15 @@ def why_alone(model: nn.Module) -> str:
 
 def rule_for(layer: nn.Module) -> LayerRule | None:
     """The rule of a layer, or None when its gradients come from the per-sample autograd fallback."""
-    return _rules.get(_name(type(layer)))
+    rule = _rules.get(_name(type(layer)))
+    if rule is None or computed(layer) or (rule.suits is not None and not rule.suits(layer)):
+        return None
+    return rule
+
+
+def computed(layer: nn.Module) -> dict[str, Tensor]:
+    """Weight and bias, if a hook computes them from other parameters, as `nn.utils.weight_norm` and pruning do."""
+    return {own: vars(layer)[own] for own in ("weight", "bias") if isinstance(vars(layer).get(own), Tensor)}
 
 
 def _name(layer_type: type[nn.Module]) -> str:

@@ -33,7 +33,7 @@ class Projector(ABC):
 
     @abstractmethod
     def add(self, accumulator: Tensor, name: str, gradient: Any) -> Tensor | None:
-        """Add one parameter's gradients `[n, *shape]`; returns their squared norms `[n]` if `exact_norm`."""
+        """Add one parameter's gradients `[n, *shape]`; returns their squared norms `[n]`, float64, if `exact_norm`."""
 
     @abstractmethod
     def finish(self, accumulator: Tensor) -> Tensor:
@@ -96,12 +96,6 @@ def from_spec(spec: Mapping[str, Any]) -> Projection:
             "made it."
         )
     return kind(**arguments)
-
-
-def squared_norm(rows: Tensor) -> Tensor:
-    """`[n, p]` -> `[n]`, float32."""
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
-    return norms.square()
 
 
 def check_dim(dim: int) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from retrac_scale.gradients.norms import squared_norm
 from retrac_scale.gradients.outer import OuterProducts
 from retrac_scale.projections import random
 from retrac_scale.projections.base import (
@@ -21,7 +22,6 @@ from retrac_scale.projections.base import (
     bias_beside,
     check_dim,
     inputs_last,
-    squared_norm,
 )
 from retrac_scale.projections.folding import fold, fold_by_block
 

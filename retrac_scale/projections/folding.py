@@ -24,6 +24,9 @@ from retrac_scale.gradients.outer import (
 )
 from retrac_scale.threads import Shared, SharedPass, over_rows
 
+BLOCK = 2048
+"""Entries whose squares are added up in float32; these sums are added up in float64."""
+
 Signs = tuple[npt.NDArray[np.int8], npt.NDArray[np.int64]]
 """Of a parameter's entries `[p]`, and by how much each block of k of them is rotated."""
 
@@ -45,10 +48,10 @@ def fold(
         of_bias: of the bias that goes along with `OuterProducts`, whose scale is 1.
 
     Returns:
-        Squared norms of the entries `[n]`, float32.
+        Squared norms of the entries `[n]`, float64.
     """
     sums = accumulator.numpy()
-    squares = np.zeros(len(sums), np.float32)
+    squares = np.zeros(len(sums))
     if isinstance(entries, OuterProducts):
         arguments = (entries.sides(), sums, (signs, of_bias or _NONE), np.float32(scale), squares)
         _formed_and_folded(arguments, len(sums), entries.nbytes)
@@ -107,7 +110,7 @@ def _form_and_fold(sides: Any, accumulator: Any, signs: Any, scale: Any, squares
 _numbers, _table = np.zeros(1, np.float32), np.zeros((1, 1), np.int64)
 _side = _numbers, (0, 0, 0, 0), (0, 0, 0)
 _sides = _side, _side, (_table, _table, _table[0]), _numbers[None]
-_shared = Shared((_sides, _numbers[None], (_NONE, _NONE), np.float32(0), _numbers))
+_shared = Shared((_sides, _numbers[None], (_NONE, _NONE), np.float32(0), np.zeros(1)))
 _run, _taken, _after = _shared.run, _shared.taken, _shared.after
 
 
@@ -133,18 +136,22 @@ def _fold_from(start: Any, accumulator: Any, entries: Any, signs: Any, scale: An
     """Fold entries that begin at `start` of all; gives their squared norm."""
     signs, shifts = signs
     k = len(accumulator) // 2
-    square = np.float32(0)
+    total: Any = 0.0
     stop = start + len(entries)
     for block in range(start // k, (stop + k - 1) // k):
-        begin, end = max(start, block * k), min(stop, (block + 1) * k)
-        given, sign = entries[begin - start : end - start], signs[begin:end]
-        bucket = shifts[block] + begin - block * k
-        sums = accumulator[bucket : bucket + len(given)]
-        for place in range(len(given)):
-            entry = _widened(given[place])
-            sums[place] += scale * np.float32(sign[place]) * entry
-            square += entry * entry
-    return square
+        last = min(stop, (block + 1) * k)
+        for begin in range(max(start, block * k), last, BLOCK):
+            end = min(begin + BLOCK, last)
+            given, sign = entries[begin - start : end - start], signs[begin:end]
+            bucket = shifts[block] + begin - block * k
+            sums = accumulator[bucket : bucket + len(given)]
+            square = np.float32(0)
+            for place in range(len(given)):
+                entry = _widened(given[place])
+                sums[place] += scale * np.float32(sign[place]) * entry
+                square += entry * entry
+            total += square
+    return total
 
 
 def _widened(entry: Any) -> Any:

@@ -9,7 +9,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from retrac_scale.projections.base import Projection, Projector, Shapes, squared_norm
+from retrac_scale.gradients.norms import squared_norm
+from retrac_scale.projections.base import Projection, Projector, Shapes
 
 
 class _Concatenation(Projector):

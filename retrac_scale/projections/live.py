@@ -11,18 +11,19 @@ from torch import Tensor, nn
 
 from retrac_scale.gradients import ParameterFilter
 from retrac_scale.gradients.capture import Sink
+from retrac_scale.gradients.errors import GradientMismatchError
 from retrac_scale.gradients.live import LiveCapture
 from retrac_scale.gradients.outer import OuterProducts
+from retrac_scale.gradients.reference import HALF_TOLERANCE, TENSOR_FLOAT_TOLERANCE
 from retrac_scale.projections.base import Projection
-from retrac_scale.projections.sketcher import GradientMismatchError, GradientSketcher
-
-FLOAT32_TOLERANCE, BFLOAT16_TOLERANCE = 1e-3, 0.1
+from retrac_scale.projections.sketcher import GradientSketcher
 
 
 class LiveSketcher(GradientSketcher):
     """Sketches of every sample's part in the gradient that a training step computes anyway.
 
-    The first backward pass is checked: its samples' sketches must add up to the sketch of the weights' gradient.
+    The first backward pass is checked: every parameter's gradients, each sample's times a factor of its own, must be
+    what plain autograd has through the model's output, and the sketches must add up to that of the step's own gradient.
 
     Args:
         model: any torch module whose samples do not interact.
@@ -39,7 +40,6 @@ class LiveSketcher(GradientSketcher):
         """Sketches `[n, k]` and norms `[n]` of the backward passes since this was last emptied."""
         self._gradients: dict[str, Tensor] = {}
         self._handles: list[Any] = []
-        self._half = False  # whether gradients came in 16 bits
         self._watch()
         self._live.attach(self._begin, self._projector.mixers, unformed=self._projector.unformed)
 
@@ -59,10 +59,9 @@ class LiveSketcher(GradientSketcher):
     def _begin(self, n: int) -> tuple[Sink, Callable[[], None]]:
         projector = self._projector
         accumulator = projector.start(n)
-        squares = torch.zeros(n, device=accumulator.device)
+        squares = torch.zeros(n, dtype=torch.float64, device=accumulator.device)
 
         def add(name: str, gradient: Tensor | OuterProducts, samples: slice) -> None:
-            self._half |= not isinstance(gradient, OuterProducts) and gradient.itemsize < 4
             added = projector.add(accumulator[samples], name, gradient)
             if added is not None:
                 squares[samples] += added
@@ -70,7 +69,7 @@ class LiveSketcher(GradientSketcher):
         def end() -> None:
             self.passes.append(self._finished(accumulator, squares))
             if self._handles:
-                self._compare(self.passes[-1][0].sum(0))
+                self._compare_sum(self.passes[-1][0].sum(0))
 
         return add, end
 
@@ -85,7 +84,7 @@ class LiveSketcher(GradientSketcher):
             parameter = self._live.model.get_parameter(name)
             self._handles.append(parameter.register_hook(partial(keep, name)))  # type: ignore[no-untyped-call]
 
-    def _compare(self, summed: Tensor) -> None:
+    def _compare_sum(self, summed: Tensor) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -94,7 +93,7 @@ class LiveSketcher(GradientSketcher):
             self._projector.add(whole, name, self._projector.mixed(name, gradient[None]))
         self._gradients.clear()
         expected = self._projector.finish(whole)[0]
-        tolerance = BFLOAT16_TOLERANCE if self._half else FLOAT32_TOLERANCE
+        tolerance = HALF_TOLERANCE if self._live.coarse else TENSOR_FLOAT_TOLERANCE
         off = float((summed - expected).norm() / expected.norm().clamp_min(1e-30))
         if off > tolerance:
             raise GradientMismatchError(

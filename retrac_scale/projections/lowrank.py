@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from retrac_scale.gradients.mixing import SETS, mix
+from retrac_scale.gradients.norms import squared_norm
 from retrac_scale.gradients.tiles import ROWS_BY_SETS
 from retrac_scale.projections import random
-from retrac_scale.projections.base import Projection, Projector, Shapes, check_dim, squared_norm
+from retrac_scale.projections.base import Projection, Projector, Shapes, check_dim, inputs_last
 from retrac_scale.projections.countsketch import SignedFold
 
 LEAST_RANK = ROWS_BY_SETS
@@ -102,4 +103,4 @@ class _ExactNorm(SignedFold):
         """Mix, then fold."""
         mixer = None if name in self.whole else self.own_mixers.get(name)
         super().add(accumulator, name, gradient if mixer is None else mix(mixer, gradient))
-        return squared_norm(gradient.flatten(1))
+        return squared_norm(inputs_last(gradient).flatten(1))

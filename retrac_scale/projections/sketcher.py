@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from retrac_scale.gradients import GradientCapture, ParameterFilter
+from retrac_scale.gradients.errors import GradientMismatchError
+from retrac_scale.gradients.norms import squared_norm
+from retrac_scale.gradients.reference import (
+    ALONE_HALF_TOLERANCE,
+    ALONE_TOLERANCE,
+    HALF_TOLERANCE,
+    TENSOR_FLOAT_TOLERANCE,
+    Reference,
+)
 from retrac_scale.preconditioning import Divisors, Kronecker, check_divisors, divided
 from retrac_scale.projections.base import Projection
 
-
-class GradientMismatchError(RuntimeError):
-    """The gradient of a sample in a batch is not its gradient alone."""
+NORM_TOLERANCE = 1e-5
+"""Relative, of an exact norm against the float64 norm of the same gradient."""
 
 
 class GradientSketcher:
@@ -27,11 +35,21 @@ class GradientSketcher:
     Weights are frozen inside and restored after; forward passes are ordinary ones. A batch may hold several
     consecutive rows per loss: the gradient is that of the loss, whatever rows it is made of.
 
+    The first batch is checked: every parameter's gradient, sketch and norm must be those of plain autograd. That tells
+    whether samples meet, lie along another axis than the first, or a parameter is used where no layer is seen to use
+    it. It costs one batch once. A batch of one sample shows only part of it, so that the first one of several is
+    checked too, and until then weights stay trainable inside.
+
     Args:
         model: any torch module whose samples do not interact.
         projection: CountSketch, LowRank, ...
         parameters: glob patterns or a predicate on names; None for all that require a gradient.
         precondition: parameter name -> divisors of its gradients, see `precondition`.
+        check: whether to check the first batch; leave it out for a model that has been checked as it is.
+
+    Raises:
+        ValueError: no parameter is selected; or, an UncapturableError, one is complex, or a batch norm in the model
+            normalises over the batch.
     """
 
     def __init__(
@@ -41,8 +59,9 @@ class GradientSketcher:
         *,
         parameters: ParameterFilter = None,
         precondition: Divisors | None = None,
+        check: bool = True,
     ) -> None:
-        self._capture = GradientCapture(model, parameters=parameters)
+        self._capture = GradientCapture(model, parameters=parameters, check=check)
         self._device = next(model.parameters()).device
         self._projector = projection.bind(self._capture.shapes, self._capture.mixable, self._device)
         self._projector.whole = self._capture.single_position
@@ -94,10 +113,14 @@ class GradientSketcher:
         Args:
             losses: functions of the last forward pass, `[n]`.
             retain_graph: keep that forward pass, to sketch another function of it next.
+
+        Raises:
+            UncapturableError: gradients of some parameters cannot be told apart by sample, or not be formed.
+            GradientMismatchError: in the batch that is checked, some are not those of plain autograd; names them.
         """
         projector = self._projector
         accumulator = projector.start(len(losses) if losses.ndim else 0)
-        squares = torch.zeros(len(accumulator), device=accumulator.device)
+        squares = torch.zeros(len(accumulator), dtype=torch.float64, device=accumulator.device)
 
         def add(name: str, gradient: Any, samples: slice) -> None:
             added = projector.add(accumulator[samples], name, self._divided(name, gradient))
@@ -105,15 +128,52 @@ class GradientSketcher:
                 squares[samples] += added
 
         unformed = projector.unformed and not self._divisors
-        self._capture.backward(losses, add, projector.mixers, unformed=unformed, retain_graph=retain_graph)
-        return self._finished(accumulator, squares)
+        given = losses, add, projector.mixers
+        reference = self._capture.backward(*given, unformed=unformed, retain_graph=retain_graph)
+        sketch, norm = self._finished(accumulator, squares)
+        if reference is not None:
+            self._compare(reference, sketch, norm)
+        return sketch, norm
+
+    def _compare(self, reference: Reference, sketch: Tensor, norm: Tensor) -> None:
+        """The sketches, each times its sample's factor, must add up to that of plain autograd's gradient."""
+        expected, _ = self._sketch_of(reference.expected)
+        found = (reference.factors.to(sketch.dtype)[:, None] * sketch).sum(0)
+        size = torch.linalg.vector_norm(reference.factors * torch.linalg.vector_norm(sketch, dim=1))
+        tolerance = HALF_TOLERANCE if self._capture.coarse else TENSOR_FLOAT_TOLERANCE
+        off = float((found - expected).norm()) / max(float(size), 1e-30)
+        if not off <= tolerance:
+            raise GradientMismatchError(
+                f"the gradients of a batch are right, their sketches by {type(self._projector).__name__} are not (off "
+                f"by {off:.1e}): its add() must be linear, and the same for every sample."
+            )
+        if self._projector.exact_norm and not self._divisors:
+            full = reference.squares.sqrt()
+            far = float(((norm.double() - full).abs() / full.clamp_min(1e-30)).max())
+            if not far <= NORM_TOLERANCE:
+                raise GradientMismatchError(
+                    f"norms by {type(self._projector).__name__} are not those of the gradients (off by {far:.1e})."
+                )
+
+    def _sketch_of(self, gradients: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The sketch `[k]` of one whole gradient, and its norm; exact, or the sketch's own."""
+        projector = self._projector
+        accumulator = projector.start(1)
+        squares = torch.zeros(1, dtype=torch.float64, device=accumulator.device)
+        for name, gradient in gradients.items():
+            whole = self._divided(name, gradient[None])
+            projector.add(accumulator, name, projector.mixed(name, whole))
+            squares += squared_norm(whole.flatten(1))
+        sketch, norm = self._finished(accumulator, squares)
+        return sketch[0], norm[0]
 
     def _divided(self, name: str, gradient: Any) -> Any:
         return divided(gradient, self._divisors[name]) if self._divisors else gradient
 
     def _finished(self, accumulator: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
         sketch = self._projector.finish(accumulator)
-        return sketch, squares.sqrt() if self._projector.exact_norm else torch.linalg.vector_norm(sketch, dim=1)
+        exact = squares.sqrt().to(sketch.dtype)
+        return sketch, exact if self._projector.exact_norm else torch.linalg.vector_norm(sketch, dim=1)
 
     def check(
         self,
@@ -121,40 +181,42 @@ class GradientSketcher:
         batch: Callable[[], Tensor],
         alone: Callable[[], Tensor],
         where: str,
-        tolerance: float = 1e-3,
     ) -> None:
-        """Recompute the first sample of a batch by plain autograd; call it outside the context.
+        """Compare a batch with plain autograd, and its first sample with that sample alone; outside the context.
+
+        Whatever is random shows, and batches that a sample is not the same in; where one of the two is in 16 bits, up
+        to their rounding.
 
         Args:
             sketched: sketches `[n, k]` and norms `[n]` of the batch.
-            batch: runs the model forward and gives the losses `[n]` again.
+            batch: runs the model forward and gives the losses `[n]` again, or those of some samples with the first one
+                first, in full precision if it can be.
             alone: gives the loss `[1]` of the first sample in a batch of its own.
             where: names that sample, for the error.
-            tolerance: relative, in L2 norm.
 
         Raises:
-            GradientMismatchError: sketch or norm differ by more; names the parameters whose gradients do.
+            GradientMismatchError: gradients, sketch or norm are others; names the parameters whose gradients are.
         """
+        capture = GradientCapture(self._capture.model, parameters=self.shapes.__contains__, check=True)
+        try:
+            with capture:
+                capture.backward(batch(), lambda name, gradient, samples: None)
+        except GradientMismatchError as error:
+            raise GradientMismatchError(f"{where}: {error}") from error
+        tolerance = ALONE_HALF_TOLERANCE if self._capture.coarse else ALONE_TOLERANCE
         names = list(self.shapes)
         parameters = [self._capture.model.get_parameter(name) for name in names]
         plain = torch.autograd.grad(alone().sum(), parameters, allow_unused=True, materialize_grads=True)
         expected = dict(zip(names, plain, strict=True))
-        accumulator = self._projector.start(1)
-        squares = torch.zeros(1, device=accumulator.device)
-        for name, gradient in expected.items():
-            whole = self._divided(name, gradient[None])
-            added = self._projector.add(accumulator, name, self._projector.mixed(name, whole))
-            if added is not None:
-                squares += added
-        sketch, norm = self._finished(accumulator, squares)
+        sketch, norm = self._sketch_of(expected)
         found = torch.cat([sketched[0][0], sketched[1][:1]])
-        if _differ(found, torch.cat([sketch[0], norm]), tolerance):
+        if _differ(found, torch.cat([sketch, norm[None]]), tolerance):
             culprits = self._differing(expected, batch, tolerance)
             named = ", ".join(culprits) or "the sum over all parameters"
             raise GradientMismatchError(
-                f"{where}: its gradient in the batch is not that of plain autograd alone; it differs in {named}. "
-                "Layers in which samples meet, or that lay them out along another axis than the first, cannot be "
-                "sketched: leave them out with parameters=, or register a rule."
+                f"{where}: its gradient in the batch is not that of plain autograd alone; it differs in {named}. The "
+                "model is random (dropout in training mode), or samples meet in it or lie along another axis than the "
+                "first: call eval(), leave these out with parameters=, or register a rule."
             )
 
     def _differing(self, expected: dict[str, Tensor], batch: Callable[[], Tensor], tolerance: float) -> list[str]:
@@ -177,4 +239,6 @@ class GradientSketcher:
 
 
 def _differ(found: Tensor, expected: Tensor, tolerance: float) -> bool:
-    return float((found - expected).norm()) > tolerance * float(expected.norm())
+    if not expected.isfinite().all():  # as plain autograd has it; named where it would be written
+        return False
+    return not float((found - expected).norm()) <= tolerance * float(expected.norm())
