@@ -66,7 +66,7 @@ def browser() -> Iterator[Any]:
 def page(browser: Any) -> Iterator[Any]:
     """A page on which nothing may go wrong unseen: no message on the console, no request to elsewhere."""
     page = browser.new_page(viewport={"width": 1280, "height": 900})
-    page.set_default_timeout(5000)
+    page.set_default_timeout(20_000)
     page.allowed = []
     seen, asked = [], []
     page.on("console", lambda message: seen.append(message.text))

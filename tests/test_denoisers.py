@@ -129,7 +129,7 @@ def labelled_norms(model: nn.Module, step: int = STEP) -> list[float]:
     model, found = copy.deepcopy(model).double(), []
     for i, image in enumerate(IMAGES.double()):
         a = SCHEDULER.alphas_cumprod[step].double()
-        noise = rs.draw_noise(image.shape, [i], [step], 0).double()
+        noise = rs.draw_noise(image.shape, None, [step], 0).double()
         out = model(a.sqrt() * image[None] + (1 - a).sqrt() * noise, torch.tensor([step]), torch.tensor([i]))
         out = out if isinstance(out, Tensor) else out[0]
         found.append(float(gradient(model, (out - noise).square().mean()).norm()))
@@ -301,7 +301,7 @@ def test_a_subclass_is_told_time_as_its_base_is(kind: Any, wrap: Any) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(1000, shift=1.73)
     found = norms(wrap(aura(kind)), [{"latents": latents, "encoder_hidden_states": text}], scheduler, 500)
     model, s = aura(kind).double(), float(scheduler.timesteps[999 - 500]) / 1000
-    noise = rs.draw_noise((4, 8, 8), [0], [500], 0).double()
+    noise = rs.draw_noise((4, 8, 8), None, [500], 0).double()
     noisy, level = (1 - s) * latents.double() + s * noise, torch.tensor([s], dtype=torch.float64)
     out = model(noisy, encoder_hidden_states=text[None].double(), timestep=level, return_dict=False)[0]
     expected = gradient(model, (out - (noise - latents)).square().mean()).norm()
@@ -360,9 +360,9 @@ def test_continuous_timesteps_are_those_of_karras_et_al() -> None:
     told = rs.DiffusionTask(tiny_unet(), scheduler).noising.times(torch.arange(100))
     torch.testing.assert_close(told, scheduler.timesteps.flip(0).float(), rtol=1e-5, atol=1e-6)
     found, expected = norms(tiny_unet(), list(IMAGES), scheduler), []
-    for i, image in enumerate(IMAGES.double()):
+    for image in IMAGES.double():
         model, a = tiny_unet().double(), scheduler.alphas_cumprod[STEP].double()
-        s, noise = ((1 - a) / a).sqrt(), rs.draw_noise(image.shape, [i], [STEP], 0).double()
+        s, noise = ((1 - a) / a).sqrt(), rs.draw_noise(image.shape, None, [STEP], 0).double()
         out = model((image + s * noise) / (s**2 + 1).sqrt(), (s.log() / 4)[None], return_dict=False)[0]
         loss = (out - (noise - s * image) / (s**2 + 1).sqrt()).square().mean()
         expected.append(float(gradient(model, loss).norm()))

@@ -216,12 +216,12 @@ def test_image_files_are_sketched_and_asked(noise: Any, tmp_path: Path, capsys: 
     )
     rs.build_index(store, None, tmp_path / "i")
     files = [str(tmp_path / "pictures" / "1.png")]
-    arguments = ["query", str(tmp_path / "i"), *files, "-k", "3", "--json"]
+    arguments = ["query", str(tmp_path / "i"), *files, "-k", "5", "--json"]
     weights = ["--model", str(tmp_path / "model" / "unet"), "--checkpoint", f"final={tmp_path / 'model' / 'unet'}"]
     assert main([*arguments, *weights]) == 0
     (result,) = json.loads(capsys.readouterr().out)["results"]
     asked = rs.Samples(ImageFiles(files, 1), task, checkpoints).sketch(store)
-    expected = rs.open_index(tmp_path / "i").query(asked, 3)
+    expected = rs.open_index(tmp_path / "i").query(asked, 5)
     assert result["query"] == files[0]
     assert result["ids"] == expected.ids[0].tolist()
     np.testing.assert_allclose(result["scores"], expected.scores[0], rtol=1e-4)

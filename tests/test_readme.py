@@ -48,7 +48,7 @@ def test_the_commands_for_ones_own_images_lead_to_a_report(folder: Path) -> None
     assert len(commands) <= 3
     for command in commands:
         assert main(shlex.split(command)) == 0
-    assert rs.open_index("attribution/retrac.zarr").shape[1] == 500
+    assert rs.open_index("attribution/retracridge.zarr").shape[1] == 500
     shown = set(re.findall(r"training-images/\d+\.png", (folder / "attribution" / "report.html").read_text()))
     assert len(shown) >= 10
     assert shown <= {f"training-images/{number}.png" for number in range(500)}

@@ -378,13 +378,6 @@ def test_items_that_bring_no_numbers_or_not_all_the_same_are_named() -> None:
         rs.sketch(task, items, None, projection=rs.Identity(), batch_size=2, progress=False, **options)
 
 
-@pytest.mark.parametrize("autocast", [None, "bfloat16"])
-def test_in_float32_a_cpu_has_the_model_channels_last(autocast: Any) -> None:
-    model = rs.DiffusionTask(tiny_unet(), DDPMScheduler(), autocast=autocast).model
-    weight = model.get_parameter("down_blocks.0.resnets.0.conv1.weight")
-    assert weight.is_contiguous(memory_format=torch.channels_last) == (autocast is None)
-
-
 def test_a_schedulers_betas_may_be_an_array() -> None:
     betas = np.linspace(1e-4, 0.02, 10)
     model, images = tiny_unet(), random_images(2)
