@@ -40,6 +40,8 @@ from retrac_scale.evaluate import Interval
 
 RECIPE = "common, 4 x 512, ReTracRidge"
 DAMPINGS = [factor * 10.0**power for power in range(-6, 3) for factor in (1, 2, 5)]
+OWN = {"digits8": (10, 32, 100), "emoji16": (10, 32)}
+"""Timesteps under own noise, at 4096 entries."""
 BOOTSTRAP = 300
 WIDEST = 2**16
 ALTERED = ("shifted", "darker", "noisy", "JPEG", "mirrored")
@@ -74,10 +76,7 @@ class Row:
 
 def measurements(setting: str) -> dict[str, Measurement]:
     """All that is sketched, by name."""
-    own = {
-        count: Measurement(rs.EvenlySpaced(count, noise="own"), rs.CountSketch(4096))
-        for count in (10, 32, 100 if setting == "digits8" else 64)
-    }
+    own = {count: Measurement(rs.EvenlySpaced(count, noise="own"), rs.CountSketch(4096)) for count in OWN[setting]}
     return {
         "common 4 x 512": Measurement(rs.EvenlySpaced(4)),
         **{
@@ -99,7 +98,7 @@ def measurements(setting: str) -> dict[str, Measurement]:
 
 def rows(setting: str) -> list[Row]:
     """The table."""
-    ridge, most = rs.ReTracRidge(), 100 if setting == "digits8" else 64
+    ridge = rs.ReTracRidge()
     return [
         Row("common", RECIPE, "common 4 x 512", ridge),
         Row("common", "ridge over gradients, matched", "common 4 x 512", rs.TRAK(pairing="matched")),
@@ -123,7 +122,7 @@ def rows(setting: str) -> list[Row]:
         Row("own", "10 x 4096, ReTracRidge", "own 10 x 4096", ridge),
         *(
             Row("own", f"{t} x 4096, {name}", f"own {t} x 4096", estimator)
-            for t in (32, most)
+            for t in OWN[setting][1:]
             for name, estimator in (("ReTrac", rs.ReTrac()), ("TRAK", rs.TRAK()))
         ),
         Row("own", "32 x 4096, ReTracRidge", "own 32 x 4096", ridge),
