@@ -319,33 +319,9 @@ def losses_of_mean(model: float) -> Any:
     return np.array([0.0, 100.0]) - model
 
 
-def walk_with_kills(folder: Path, digits: int, instant: str, victims: int, answer: Any) -> None:
-    """A walk on two workers, some of which are killed at an instant; sends what it found, and where it was then."""
-    phase, _, wait_s = instant.rpartition("+")
-    phase, walk, where = phase or "connect", Walk(folder, digits), "over"
-    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
-
-        def kill() -> None:
-            nonlocal where
-            with walk.entered:
-                walk.entered.wait_for(lambda: phase in walk.begun)
-            time.sleep(float(wait_s))
-            if "end" not in walk.begun:
-                where = walk.where()
-            for nanny in list(cluster.workers.values())[:victims]:
-                os.kill(nanny.pid, signal.SIGKILL)
-
-        killer = threading.Thread(target=kill)
-        killer.start()
-        walk.enter("connect")
-        with Client(cluster) as client:
-            try:
-                found: Any = digest(walk.run(client))
-            except Exception as error:
-                traceback.print_exc()
-                found = error
-            took = time.monotonic() - walk.begun["connect"]
-            answer.send((where, took, found))
+def workers_here() -> LocalCluster:
+    """Two worker processes, and the scheduler in this one."""
+    return LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None)
 
 
 def digest(found: dict[str, Any]) -> dict[str, bytes]:
@@ -354,31 +330,53 @@ def digest(found: dict[str, Any]) -> dict[str, bytes]:
 
 
 def dying(digits: int, instants: list[str], victims: list[int], companions: list[int], longest_s: float) -> None:
-    """Workers killed at chosen instants, some or all, alone or beside busy processes: the same store and answers."""
-    with tempfile.TemporaryDirectory() as name:
+    """Workers killed at chosen instants, one or both, alone or beside busy processes: the same store and answers."""
+    with tempfile.TemporaryDirectory() as name, workers_here() as cluster:
         folder = Path(name) / "walk"  # the same for all: an index knows the path of its store
         expected = digest(Walk(folder, digits).run(None))
         print("| killed at | in | workers killed | busy processes | took | outcome |\n|" + " --- |" * 6)
         for instant, killed, busy in itertools.product(instants, victims, companions):
             shutil.rmtree(folder)
-            context = get_context("spawn")
-            there, here = context.Pipe()
+            cluster.scale(2)  # those that it gave up
+            cluster.wait_for_workers(2)
             hands = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
-            process = context.Process(target=walk_with_kills, args=(folder, digits, instant, killed, here))
-            process.start()
-            here.close()
-            try:
-                where, took, found = there.recv() if there.poll(longest_s) else ("", longest_s, "HANGS")
-            except EOFError:
-                where, took, found = "", float("nan"), "DIES"
-            finally:
-                for child in [*psutil.Process(process.pid).children(recursive=True), *hands] if process.pid else hands:
-                    child.kill()
-                process.kill()
-                process.join()
+            where, took, found = killed_walk(Walk(folder, digits), cluster, instant, killed, longest_s)
+            for hand in hands:
+                hand.kill()
             if isinstance(found, dict):
                 found = "same" if found == expected else "DIFFERENT"
             print(f"| {instant} s | {where} | {killed} | {busy} | {took:.0f} s | {found!s:.200} |", flush=True)
+            if found is None:
+                raise SystemExit("it hangs")
+
+
+def killed_walk(
+    walk: Walk, cluster: LocalCluster, instant: str, victims: int, longest_s: float
+) -> tuple[str, float, Any]:
+    """Where a walk was when workers were killed, how long it took, and what it found: an exception, or None as yet."""
+    phase, _, wait_s = instant.rpartition("+")
+    found: list[Any] = []
+
+    def go() -> None:
+        try:
+            with Client(cluster) as client:
+                found.append(digest(walk.run(client)))
+        except Exception as error:
+            traceback.print_exc()
+            found.append(error)
+
+    walk.enter("connect")
+    walker = threading.Thread(target=go, daemon=True)
+    walker.start()
+    with walk.entered:
+        walk.entered.wait_for(lambda: (phase or "connect") in walk.begun, longest_s)
+    time.sleep(float(wait_s))
+    where = walk.where()
+    for nanny in list(cluster.workers.values())[:victims]:
+        with suppress(ProcessLookupError, TypeError):
+            os.kill(nanny.pid, signal.SIGKILL)
+    walker.join(longest_s)
+    return where, time.monotonic() - walk.begun["connect"], found[0] if found else None
 
 
 def many_chunks(folder: Path, chunks: int) -> None:
