@@ -364,6 +364,13 @@ class _Share:
         self._loaded: str | None = None
         self._checked: set[str] = set()
 
+    def pairs_if_committed(self, checkpoint: str, block: int, parts: Sequence[str]) -> int | None:
+        """The pairs of a block that is committed to all of the parts, else None."""
+        stores = [self._stores[name] for name in parts]
+        if any(store.only_part.record(checkpoint, block) is None for store in stores):
+            return None
+        return sum(_pairs_in(store, block) for store in stores)
+
     def sketch(self, checkpoint: str, block: int, parts: Sequence[str]) -> int:
         """Compute one block as the store's plan says and commit it to parts, one for each measure; returns its pairs.
 
@@ -442,7 +449,9 @@ def _sketch_there(
 ) -> int:
     with _model_in_use:
         job, url, parts = shared
-        return _share(job, url, parts).sketch(checkpoint, block, lacking)
+        share = _share(job, url, parts)
+        # a task runs again when the worker that holds its result dies: what it committed stands
+        return share.pairs_if_committed(checkpoint, block, lacking) or share.sketch(checkpoint, block, lacking)
 
 
 def _fastest_batch_there(job: _Job, checkpoint: str) -> int:

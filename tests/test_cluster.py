@@ -124,9 +124,8 @@ def test_after_workers_were_killed_the_store_is_the_same_and_no_block_ran_more_o
     sketch(dataset, tmp_path / "s", client)
     assert contents(tmp_path / "s") == contents(whole)
     surplus = sum(dataset.reads()[block] - 2 for block in range(0, N, BLOCK))  # two checkpoints read each block once
-    assert (
-        len(deadly) <= surplus <= 2 * len(deadly)
-    )  # a kill takes the block along, and if no worker is left the other's
+    # a kill takes the block along that was being computed, and if no worker is left the other's
+    assert len(deadly) <= surplus <= 2 * len(deadly)
 
 
 def test_calls_whose_workers_were_all_killed_finish(client: Client) -> None:
