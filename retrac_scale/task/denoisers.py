@@ -103,6 +103,12 @@ def forward_of_diffusers(model: nn.Module) -> bool:
     return _package(inspect.unwrap(model.forward)) == "diffusers"
 
 
+def class_of_diffusers(model: object) -> str | None:
+    """The class of diffusers that a model is an instance of, by the nearest forward that diffusers wrote; else None."""
+    bases = (kind for kind in type(model).__mro__ if _package(kind) == "diffusers" and "forward" in vars(kind))
+    return next((kind.__name__ for kind in bases), None)
+
+
 def settings(model: object) -> Mapping[str, Any]:
     """The configuration of a class of diffusers or made in its manner; empty for others."""
     config = getattr(model, "config", None)

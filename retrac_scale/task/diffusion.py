@@ -74,7 +74,7 @@ class DiffusionTask:
             raise ValueError(f"autocast must be None or 'bfloat16', got {autocast!r}.")
         model = unwrapped(model)
         if call is call_model:
-            check_callable(model)
+            check_callable(model, None if encoder is None else encoder.pipeline)
         self.model = model.to(device).eval()
         # a few per cent faster; mixed precision is slower
         self._channels_last = torch.device(device).type == "cpu" and autocast is None and takes_any_order(model)
@@ -170,6 +170,7 @@ class DiffusionTask:
         *,
         component: str | None = None,
         lora: str | os.PathLike[str] | None = None,
+        variant: str | None = None,
         **options: Any,
     ) -> DiffusionTask:
         """The task of a diffusers folder: its denoiser and scheduler, with VAE and text encoders for the items.
@@ -180,12 +181,14 @@ class DiffusionTask:
                 "transformer_2"; None takes the U-Net or the transformer.
             lora: a file or folder of LoRA adapters; they alone are differentiated, and checkpoints may be such files.
                 As in diffusers, alpha is the rank where the file's metadata do not tell it.
+            variant: of the weights, "fp16" say, where a folder holds several; None takes those without one, or the one
+                that is there.
             options: as for `DiffusionTask`.
 
         Raises:
             ValueError: the folder holds no pipeline, or it has no such component.
         """
-        pipeline = load_pipeline(path)
+        pipeline = load_pipeline(path, variant)
         parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
         name = component or next((name for name in COMPONENTS if name in parts), "")
         if name not in parts:
