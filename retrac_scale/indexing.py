@@ -235,7 +235,8 @@ def write_rows(
     stored, scale = encode(rows, dtype)
     scale = scale * np.float32(weight)
     tiles = range(0, len(stored), NORM_ROWS)
-    length = np.concatenate([np.linalg.norm(stored[i : i + NORM_ROWS].astype(np.float32), axis=1) for i in tiles])
+    # in float64: the squares of faint gradients are below float32's range
+    length = np.concatenate([np.linalg.norm(stored[i : i + NORM_ROWS].astype(np.float64), axis=1) for i in tiles])
     get_array(root, "row")[checkpoint, samples] = stored
     get_array(root, "scale")[checkpoint, samples] = scale
     get_array(root, "norm")[checkpoint, samples] = (length * np.abs(scale) * (1 + 1e-5)).astype(np.float32)

@@ -312,7 +312,7 @@ def write_store(
             f"weights are given for {sorted(weight_of)}, sketches for {sorted(arrays)}; give one for each."
         )
     planes = {
-        "norms": {name: np.linalg.norm(array, axis=2) for name, array in arrays.items()} if norms is None else norms,
+        "norms": {name: _lengths(array) for name, array in arrays.items()} if norms is None else norms,
         "losses": losses,
         "timesteps": _timestep_tables(timesteps, arrays, n),
     }
@@ -357,6 +357,12 @@ def _timestep_tables(timesteps: Any, arrays: Mapping[str, Any], n: int) -> Mappi
         return timesteps
     table = np.asarray(timesteps)
     return {name: np.tile(table, (n, 1)) if table.ndim == 1 else table for name in arrays}
+
+
+def _lengths(rows: Float32) -> npt.NDArray[np.float64]:
+    """Of the last axis, without a copy in float64, beyond whose range no square falls."""
+    lengths: npt.NDArray[np.float64] = np.sqrt(np.einsum("ntk,ntk->nt", rows, rows, dtype=np.float64))
+    return lengths
 
 
 def _planes(
