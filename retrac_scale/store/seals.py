@@ -14,7 +14,8 @@ from retrac_scale.store import objects
 from retrac_scale.store.errors import DamagedStoreError
 from retrac_scale.store.mapping import CRC_BYTES, crc32c
 from retrac_scale.store.part import NO_DIGEST, ROOT, check_root, sealed
-from retrac_scale.store.schema import ATTRIBUTE
+from retrac_scale.store.reader import open_root
+from retrac_scale.store.schema import ATTRIBUTE, Url
 
 Seals = Mapping[str, int]
 """For each object below a group, by key: the CRC-32C that a chunk ends with, that of the whole of any other."""
@@ -44,6 +45,25 @@ def description(root: zarr.Group, place: Any) -> dict[str, Any]:
         return attribute
     content = objects.read(root, ROOT) or b""
     return check_root(content, str(place)) if b'"digest"' in content else attribute
+
+
+def verify_index(url: Url) -> list[str]:
+    """Read every object of an index and compare it with its seal; what is wrong, a line for each object.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        DamagedStoreError: the description is damaged.
+        ValueError: something else is there, an unfinished index, or one of an earlier release without seals.
+    """
+    root = open_root(url, "index")
+    meta = description(root, url)
+    if not meta.get("complete"):
+        raise ValueError(f"the index at {url} was not finished; run its build_index(...) again.")
+    if "seals" not in meta:
+        raise ValueError(f"the index at {url} is of an earlier release, which did not seal it; build the index again.")
+    strays = sorted(set(objects.all_keys(root)) - meta["seals"].keys() - {ROOT})
+    found = [f"{key}: {problem}" for key, problem in problems(root, meta["seals"])]
+    return found + [f"{key}: belongs to nothing; a killed process may have left it" for key in strays]
 
 
 def check(root: zarr.Group, seals: Seals, keys: list[str], place: Any) -> None:
