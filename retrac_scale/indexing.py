@@ -19,10 +19,10 @@ from retrac_scale.estimators.ridge import Ridge
 from retrac_scale.execution import Task, results
 from retrac_scale.halves import warn_of_own_noise
 from retrac_scale.index import Index
-from retrac_scale.store import IncompleteStoreError, SketchStore, objects, open_store
+from retrac_scale.store import IncompleteStoreError, SketchStore, objects, open_store, seals
 from retrac_scale.store.compatibility import COMPARED
 from retrac_scale.store.encoding import Float32, encode
-from retrac_scale.store.part import plans_of
+from retrac_scale.store.part import ROOT, group_json, plans_of
 from retrac_scale.store.reader import open_root
 from retrac_scale.store.schema import (
     ATTRIBUTE,
@@ -51,7 +51,7 @@ UNWRITTEN = -128
 """Fill value of int8 rows, which no row holds; those of floats are NaN: a missing chunk is never data."""
 ASKED = ("format", "store", "measure", "estimator", "dtype")
 """What of an index's description was asked for; the rest is what its store was when it was built."""
-FOUND = ("complete", "fit", "gains")
+FOUND = ("complete", "fit", "gains", "seals", "digest")
 """What came out of building."""
 
 
@@ -120,11 +120,7 @@ def build_index(
     if "precondition" in store.fingerprint:
         meta["precondition"] = store.fingerprint["precondition"]
     location = zarr_location(out)
-    try:
-        stored = zarr.open_group(location, mode="r").attrs.get(ATTRIBUTE)
-    except FileNotFoundError:
-        stored = None
-    else:
+    if (stored := _stored(location, out)) is not None:
         if not isinstance(stored, dict) or stored.get("what") != "index":
             raise ValueError(f"{out} holds something that is no index; choose another path.")
         if stored.get("complete"):
@@ -135,8 +131,9 @@ def build_index(
             if other or (found and meta["store"] is None):
                 what = "; ".join(other or found)
                 raise ValueError(f"{out} already holds a different index: {what}; choose another path.")
-    root = zarr.open_group(location, mode="a")
-    root.attrs[ATTRIBUTE] = {"what": "index", "format": FORMAT_VERSION}
+    begun = group_json({"what": "index", "format": FORMAT_VERSION})
+    objects.write_all(objects.place_of(location), {ROOT: begun})  # first: what is there is no longer complete
+    root = zarr.open_group(location, mode="r+")
     chunks = create_arrays(root, len(store.checkpoints), store.ids[kept], estimator.width(store), dtype)
     columns = root.create_group("column", overwrite=True)
     for name, values in store.columns.items():
@@ -154,12 +151,25 @@ def build_index(
     results(_build_chunk, tasks, client, shared=common)
     described = {name: _described(own, meta["slots"]) for name, own in ridges.items()}
     objects.force_all(root)  # first: what is called complete survives a power cut
-    root.attrs[ATTRIBUTE] = {**meta, "fit": described, "gains": gains, "complete": True}
-    objects.force_all(root)
-    index = Index(root, out, store)
+    seals.seal(root, {**meta, "fit": described, "gains": gains, "complete": True})
+    index = Index(zarr.open_group(location, mode="r+"), out, store)
     if estimator.pairing == "matched":
         warn_of_own_noise(index)
     return index
+
+
+def _stored(location: Any, out: Url) -> Any:
+    """The description of what is at `out`: None when nothing is, or an index whose description cannot be read."""
+    try:
+        return zarr.open_group(location, mode="r").attrs.get(ATTRIBUTE, {})
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        place = objects.place_of(location)
+        if None in objects.read_all(place, [f"{name}/{ROOT}" for name in ("row", "scale", "norm")]).values():
+            raise ValueError(f"{out} holds something damaged that is no index: {error}; choose another path.") from None
+        logger.warning("%s is damaged and built again: %s", out, error)
+        return None
 
 
 def _described(ridges: Sequence[Ridge], slots: int) -> Any:
@@ -203,6 +213,9 @@ def _if_sound(url: Url, store: SketchStore) -> Index | None:
             _ = index.columns
     except (KeyError, ValueError) as error:
         logger.warning("%s is damaged and built again: %s", url, error)
+        return None
+    if "seals" not in index.meta:
+        logger.warning("%s is of an earlier release, which did not seal it, and built again", url)
         return None
     return index
 

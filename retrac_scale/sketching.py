@@ -128,7 +128,7 @@ def sketch(
             timesteps takes its seed; where noise is own, it has other noise than the store's, unless a seed is given.
         grow: add what the store at `out` lacks: samples with new ids, checkpoints, timesteps, another first measure.
             Without it a call that differs from the one that began the store is refused.
-        until: measure all samples again under new noise, until the overlap of the top-10 lists of two such runs is
+        until: measure all samples again at further timesteps, until the overlap of the top-10 lists of two such runs is
             foretold to be so much (`repeatability`, of the recommended estimator), or `at_most` is spent.
         at_most: timesteps of a sample in all, with `until`.
         layout: how samples are cut into blocks; None chooses.
@@ -189,7 +189,11 @@ def sketch(
     store = measured(plans[0], grow)
     for plan in plans[1:]:
         store = measured(plan, True)
-    return store if until is None else _grown_until(store, until, at_most, plans[0], partial(measured, grow=True))
+    if until is None:
+        return store
+    assert isinstance(plans[0], Grid)
+    again = partial(further, plans[0], num_train_timesteps=task.num_train_timesteps)
+    return _grown_until(store, until, at_most, again, partial(measured, grow=True))
 
 
 def _sketch_by_one_plan(
@@ -598,12 +602,15 @@ def _check_until(until: float, at_most: int, plans: Sequence[TimestepPlan], out:
 
 
 def _grown_until(
-    store: SketchStore, until: float, at_most: int, plan: TimestepPlan, measured: Callable[[TimestepPlan], SketchStore]
+    store: SketchStore,
+    until: float,
+    at_most: int,
+    again: Callable[[int], Grid],
+    measured: Callable[[TimestepPlan], SketchStore],
 ) -> SketchStore:
-    """Measure a store again under new noise until its answers repeat."""
+    """Measure a store again and again until its answers repeat."""
     from retrac_scale.repeatability import repeatability  # at call time: the street runs from sketches to answers
 
-    assert isinstance(plan, Grid)
     stored = plans_of(store.fingerprint)
     if not store.is_complete:  # a call that was interrupted
         for begun in map(grid_from_spec, stored[1:]):
@@ -618,7 +625,7 @@ def _grown_until(
             return store
         while len(stored) < times + more:
             number += 1
-            if (another := further(plan, number)).spec() not in stored:
+            if (another := again(number)).spec() not in stored:
                 store = measured(another)
                 stored = plans_of(store.fingerprint)
 
