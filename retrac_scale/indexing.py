@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,8 +30,8 @@ from retrac_scale.store.schema import (
     blocks,
     differences,
     get_array,
-    is_remote,
     new_array,
+    whereabouts,
     zarr_location,
 )
 
@@ -112,7 +111,7 @@ def build_index(
         "timesteps": common_timesteps(store) if estimator.pairing == "matched" else None,
         "slots": estimator.parts(store),
         "noise": plans_of(store.fingerprint),
-        "store": _whereabouts(store.url),
+        "store": place if isinstance(place := whereabouts(store.url), str) else None,
         "revision": store.revision,
         "measure": store.fingerprint.get("measure"),
         "fingerprint": {key: store.fingerprint.get(key) for key in COMPARED},
@@ -138,8 +137,8 @@ def build_index(
     columns = root.create_group("column", overwrite=True)
     for name, values in store.columns.items():
         _write_list(columns, name, values[kept])
-    source: SketchStore | Url = store if client is None else store.url
-    target: zarr.Group | Url = root if client is None else out
+    source: SketchStore | Url = store if client is None else whereabouts(store.url)
+    target: zarr.Group | Url = root if client is None else whereabouts(out)
     ridges = fit(store, estimator, kept, client)
     gains = _gains(store, estimator, ridges, kept) if ridges and estimator.parts(store) > 1 else {}
     common = source, meta["measure"], target, estimator, ridges, gains, dtype
@@ -280,13 +279,6 @@ def _build_chunk(
     if name in gains:
         rows.reshape(len(kept), len(gains[name]), -1)[:] *= np.array(gains[name], np.float32)[:, None]
     write_rows(root, checkpoint, samples, rows, store.weights[name], dtype)
-
-
-def _whereabouts(url: Url) -> str | None:
-    """A URL that is good from any working directory, None for memory and for zarr's own stores."""
-    if url is None or not isinstance(url, str | os.PathLike):
-        return None
-    return os.fspath(url) if is_remote(url) else os.path.abspath(os.fspath(url).removeprefix("file://"))
 
 
 def _write_list(group: zarr.Group, name: str, values: npt.NDArray[Any], size: int | None = None) -> None:

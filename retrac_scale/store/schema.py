@@ -48,8 +48,10 @@ def zarr_location(url: Url) -> Any:
     return zarr.storage.FsspecStore.from_url(place, storage_options={**fresh, **inner})
 
 
-def whereabouts(url: str | os.PathLike[str]) -> str:
-    """A path made absolute, `~` expanded, as workers that run in another folder see it too; a remote URL as it is."""
+def whereabouts(url: Url) -> Any:
+    """A path made absolute, `~` expanded, as workers that run in another folder see it too; anything else as it is."""
+    if url is None or isinstance(url, Store):
+        return url
     text = os.fspath(url)
     return text if is_remote(text) else os.path.abspath(os.path.expanduser(text.removeprefix("file://")))
 
