@@ -416,7 +416,8 @@ class _Share:
                         one = task.only(measure)
                         alone = partial(_values, one, items, ids, plan, pairs[:1])
                         few = partial(_values, *in_float32(one, items), ids, plan, pairs[:CHECKED_PAIRS])
-                        self._sketcher.check((sketched, norm), few, alone, where)
+                        with one.in_full_precision():
+                            self._sketcher.check((sketched, norm), few, alone, where)
                         self._checked.add(measure)
             for row, (sketched, norm, loss) in enumerate(found):
                 sketches[row, part], norms[row, part], losses[row, part] = sketched.cpu(), norm.cpu(), loss.cpu()

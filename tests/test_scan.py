@@ -217,4 +217,6 @@ def test_products_below_float32s_range_keep_their_order(dtype: Any, length: floa
     found = index.query(queries, k=20)
     np.testing.assert_array_equal(found.ids, np.argsort(-expected, axis=1)[:, :20])
     np.testing.assert_allclose(found.scores, -np.sort(-expected, axis=1)[:, :20], rtol=1e-9)
-    np.testing.assert_allclose(store.norms("a")[:, 0], np.linalg.norm(train[:, 0].astype(np.float64), axis=1), rtol=1e-6)
+    np.testing.assert_allclose(
+        store.norms("a")[:, 0], np.linalg.norm(train[:, 0].astype(np.float64), axis=1), rtol=1e-6
+    )

@@ -511,3 +511,26 @@ def test_numbers_and_estimators_of_the_wrong_kind_are_refused(wrong: Any) -> Non
 @pytest.mark.parametrize("weighting", [None, rs.MinSNR(3), rs.SD3Weighting("cosmap", True)])
 def test_a_measure_is_read_back_from_its_name(measure: Any, weighting: Any) -> None:
     assert measure_named(measure_name(measure, weighting)) == {"measure": measure, "weighting": weighting}
+
+
+class Reused(SmallDenoiser):
+    """Uses a weight once more, faintly, where no layer is called."""
+
+    share = 0.01
+
+    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, return_dict: bool = True) -> Any:
+        found = super().forward(noisy, timesteps)[0]
+        return (found + self.share * self.last.weight.mean() * noisy,)
+
+
+def test_weights_of_16_bits_are_checked_in_32(tmp_path: Path) -> None:
+    """What rounding to 8 bits would hide is seen, and the model's own tensors are left in their places."""
+    model = SmallDenoiser().bfloat16()
+    places = [parameter.data_ptr() for parameter in model.parameters()]
+    given = images(4).bfloat16()
+    found, full = (run(one, given, rs.Explicit([5])) for one in (model, SmallDenoiser()))
+    np.testing.assert_allclose(found.norms("last"), full.norms("last"), rtol=0.02)
+    assert [parameter.data_ptr() for parameter in model.parameters()] == places
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    with pytest.raises(rs.GradientMismatchError, match=r"differ in last\.weight"):
+        run(Reused().bfloat16(), given, rs.Explicit([5]), out=tmp_path / "s")

@@ -225,7 +225,9 @@ def check_columns(columns: Mapping[str, Any] | None, n_samples: int) -> dict[str
                 f"column {name!r} has shape {array.shape} for {n_samples} samples; give one value for each."
             )
         if array.dtype.kind not in "biufU":
-            raise ValueError(f"column {name!r} has dtype {array.dtype}; give booleans, numbers or strings.")
+            dates = "write dates and times as strings, values.astype(str)"
+            advice = dates if array.dtype.kind in "mM" else "give booleans, numbers or strings"
+            raise ValueError(f"column {name!r} has dtype {array.dtype}; {advice}.")
         checked[name] = array
     return checked
 

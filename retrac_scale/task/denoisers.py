@@ -74,12 +74,14 @@ class Takes:
         time: the name of the one that tells of time, None where it is the second one, whatever its name.
         reserved: names that are taken: of the noisy sample, the time, `return_dict`.
         names: all others.
+        needed: those of them that have no default.
         anything: it takes arguments of any name.
     """
 
     time: str | None
     reserved: frozenset[str]
     names: tuple[str, ...]
+    needed: tuple[str, ...]
     anything: bool
 
     def take(self, name: str) -> bool:
@@ -95,7 +97,9 @@ def takes(model: nn.Module) -> Takes:
     time = next((name for name in TIMES if name in named), None)
     reserved = {*named[: 2 if time is None else 1], "return_dict", *(() if time is None else (time,))}
     anything = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters)
-    return Takes(time, frozenset(reserved), tuple(name for name in named if name not in reserved), anything)
+    names = tuple(name for name in named if name not in reserved)
+    needed = tuple(one.name for one in parameters if one.name in names and one.default is inspect.Parameter.empty)
+    return Takes(time, frozenset(reserved), names, needed, anything)
 
 
 def forward_of_diffusers(model: nn.Module) -> bool:

@@ -141,4 +141,6 @@ def own_way(model: nn.Module) -> str:
 
 def time_factor(model: nn.Module) -> float:
     """What the pipeline of a model multiplies its time by: Sana's alone do, by an entry of the configuration."""
-    return float(settings(model).get("timestep_scale", 1)) if is_a(model, "diffusers", "SanaTransformer2DModel") else 1.0
+    return (
+        float(settings(model).get("timestep_scale", 1)) if is_a(model, "diffusers", "SanaTransformer2DModel") else 1.0
+    )
