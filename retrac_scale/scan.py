@@ -89,7 +89,7 @@ def top(
 ) -> Found:
     """The k largest sign x sum_c scale[c,n] <row[c,n], query[c,q]> of each query over all chunks, ties by smaller id.
 
-    Scores are float64 sums of the stored rows with unquantised queries, and the order is exact, however small they are: a sample is passed over
+    Scores are float64 sums of the stored rows with unquantised queries, and the order is exact: a sample is passed over
     only when its approximate score plus a bound on the approximation's error falls below k scores already seen. For
     int8 products the bound holds with a probability of 1 - 1e-21 per row and query, otherwise always.
 

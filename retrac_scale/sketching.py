@@ -26,7 +26,7 @@ from retrac_scale.memory import keep_freed_pages
 from retrac_scale.preconditioning import Divisors, digest_of
 from retrac_scale.projections import GradientMismatchError, GradientSketcher, LowRank, Projection, from_spec
 from retrac_scale.store import Dtype, Layout, SketchStore, create_store, grow_store, open_store, write_block
-from retrac_scale.store.compatibility import check_compatible
+from retrac_scale.store.compatibility import check_compatible, warn_of_versions
 from retrac_scale.store.encoding import check_dtype
 from retrac_scale.store.part import plans_of
 from retrac_scale.store.schema import Url, check_columns, check_ids, whereabouts
@@ -146,6 +146,9 @@ def sketch(
     """
     check_dtype(dtype)
     there = _existing(out)
+    for known in (like, there):
+        if known is not None:
+            warn_of_versions(known)
     plans = _plans(timesteps, like, there)
     if not checkpoints or not isinstance(checkpoints, Mapping):
         raise ValueError(f"sketch needs checkpoints={{'name': path or state dict}}, got {checkpoints!r}.")

@@ -34,24 +34,12 @@ from torch.optim.swa_utils import AveragedModel
 import retrac_scale as rs
 from retrac_scale.task.calling import call_model
 from retrac_scale.task.denoisers import unwrapped
-from tests.conftest import random_images, tiny_dit, tiny_unet
+from tests.conftest import CONDITIONAL, random_images, tiny_dit, tiny_unet
 from tests.oracle import gradient
 
 N, STEP = 3, 40
 IMAGES = random_images(N)
 SCHEDULER: Any = DDPMScheduler(num_train_timesteps=100)
-CONDITIONAL: dict[str, Any] = {
-    "sample_size": 8,
-    "in_channels": 1,
-    "out_channels": 1,
-    "block_out_channels": (8, 16),
-    "layers_per_block": 1,
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "norm_num_groups": 4,
-    "cross_attention_dim": 8,
-    "attention_head_dim": 2,
-}
 
 
 class Net(nn.Module):

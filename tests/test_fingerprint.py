@@ -15,15 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler
+from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention, IPAdapterAttnProcessor2_0
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import retrac_scale as rs
 from retrac_scale.store import create_store, write_block
-from retrac_scale.store.compatibility import FIELDS
+from retrac_scale.store.compatibility import FIELDS, warn_of_versions
 from retrac_scale.task.identity import code_of, known_by
-from tests.conftest import random_images
+from retrac_scale.task.state import state_of
+from tests.conftest import CONDITIONAL, random_images
 
 N = 4
 BETAS: dict[str, Any] = {"num_train_timesteps": 100, "beta_start": 0.00085, "beta_end": 0.012}
@@ -184,6 +186,18 @@ def own_table() -> Any:
 
 def call(scale: float) -> dict[str, Any]:
     return {"call": partial(scaled, scale=scale)}
+
+
+class Gained(nn.Module):
+    """Computes with a number that its maker gave it."""
+
+    def __init__(self, model: Any, gain: float) -> None:
+        super().__init__()
+        self.model, self.gain, self.calls = model, gain, 0
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        self.calls += 1
+        return self.model(sample, timestep) * self.gain  # type: ignore[no-any-return]
 
 
 CHANGES: dict[str, tuple[str, Callable[[], Run]]] = {
@@ -382,3 +396,47 @@ def test_names_and_digests_are_the_same_in_another_process() -> None:
         check=True,
     ).stdout
     assert found == f"{known_by(Scaled({'a', 'b', 'c'}))} {Run().samples().task.forward}\n"
+
+
+def test_numbers_that_stand_in_attributes_are_told_and_counters_are_not() -> None:
+    model = Gained(denoiser_of(1.0), 2.0)
+    plain = state_of(model)
+    assert plain["Gained.gain"] == "2.0 in 1"
+    model.calls = 9
+    assert state_of(model) == plain
+    model.gain = 3.0
+    assert state_of(model) != plain
+    norm = nn.Sequential(nn.LayerNorm(4), nn.LayerNorm(4))
+    told = state_of(norm)
+    norm[1].eps = 0.1
+    assert {name for name, value in state_of(norm).items() if value != told[name]} == {"torch.eps"}
+
+
+def test_what_diffusers_keeps_in_attributes_is_told() -> None:
+    """FreeU's factors and the scales of IP adapters, of which no state dict and no configuration knows."""
+    model: Any = UNet2DConditionModel(**CONDITIONAL)
+    plain = state_of(model)
+    model.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    assert {name: value for name, value in state_of(model).items() if value != plain.get(name)} == {
+        "freeu.b1": "1.2 in 2",
+        "freeu.b2": "1.4 in 2",
+        "freeu.s1": "0.9 in 2",
+        "freeu.s2": "0.2 in 2",
+    }
+    model.disable_freeu()
+    assert state_of(model) == plain
+    attention = next(
+        module for module in model.modules() if isinstance(module, Attention) and module.is_cross_attention
+    )
+    attention.set_processor(IPAdapterAttnProcessor2_0(8, 8, scale=0.5))
+    half = state_of(model)
+    attention.processor.scale = [1.0]
+    assert (half["ip_adapter.scale"], state_of(model)["ip_adapter.scale"]) == ("[0.5] in 1", "[1.0] in 1")
+
+
+def test_other_versions_of_libraries_are_named_in_a_warning(store: rs.SketchStore, monkeypatch: Any) -> None:
+    assert set(store.meta["written_by"]) >= {"torch", "diffusers", "peft"}
+    meta = {**store.meta, "written_by": {**store.meta["written_by"], "diffusers": "0.1.0"}}
+    monkeypatch.setattr(type(store), "meta", meta)
+    with pytest.warns(UserWarning, match="was written under diffusers 0.1.0, here is"):
+        warn_of_versions(store)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 import retrac_scale as rs
+from retrac_scale.gradients.errors import GradientMismatchError
 from retrac_scale.task.diffusion import measure_name, measure_named
 from tests import oracle
 from tests.conftest import MODELS, Labelled, random_images, tiny_dit, tiny_unet
@@ -532,5 +533,5 @@ def test_weights_of_16_bits_are_checked_in_32(tmp_path: Path) -> None:
     np.testing.assert_allclose(found.norms("last"), full.norms("last"), rtol=0.02)
     assert [parameter.data_ptr() for parameter in model.parameters()] == places
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    with pytest.raises(rs.GradientMismatchError, match=r"differ in last\.weight"):
+    with pytest.raises(GradientMismatchError, match=r"differ in last\.weight"):
         run(Reused().bfloat16(), given, rs.Explicit([5]), out=tmp_path / "s")

@@ -87,7 +87,7 @@ class Own(nn.Module):
     ],
 )
 def test_the_scheduler_of_diffusers_samples_what_the_target_says(model: Any, inverted: bool, scale: float) -> None:
-    """A model that always gives its training target, told what it is told there, is led from the noise to the sample."""
+    """A model that always gives its training target, told what it is told there, is led from noise to the sample."""
     sample, noise = torch.randn(1, 2, 4, 4), torch.randn(1, 2, 4, 4)
     steps = torch.tensor([999, 749, 499, 249])
     scheduler: Any = FlowMatchEulerDiscreteScheduler(T, invert_sigmas=inverted)

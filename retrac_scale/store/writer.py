@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,7 +12,7 @@ import numpy.typing as npt
 import zarr
 
 from retrac_scale.store import commits, objects
-from retrac_scale.store.compatibility import as_told_by
+from retrac_scale.store.compatibility import as_told_by, library_versions
 from retrac_scale.store.encoding import Dtype, Float32, array_dtype, check_dtype, encode
 from retrac_scale.store.errors import DamagedStoreError
 from retrac_scale.store.part import ROOT, NewChunk, group_json, lay_out
@@ -156,16 +154,10 @@ def describe(
         "columns": dict(columns),
         "fingerprint": dict(fingerprint),
         "plan": dict(plan or {}),
-        "written_by": _library_versions(),
+        "written_by": library_versions(),
     }
     readable: dict[str, Any] = json.loads(json.dumps(meta))
     return readable
-
-
-@cache
-def _library_versions() -> dict[str, str]:
-    """Read once: a process that has dropped its privileges may no longer reach the packages' files."""
-    return {name: importlib.metadata.version(name) for name in ("retrac_scale", "zarr", "numpy", "torch")}
 
 
 def write_block(

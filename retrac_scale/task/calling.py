@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from retrac_scale.task.checkpoints import adapter_scales, weights_digest
 from retrac_scale.task.denoisers import class_of_diffusers, is_a, settings, takes
 from retrac_scale.task.identity import adapters_of
+from retrac_scale.task.state import state_of
 from retrac_scale.task.told_time import OWN_PIPELINES, OWN_WAY, TIMES_T, TO_DATA, UNIT_TIME, own_way
 
 Call = Callable[[nn.Module, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
@@ -187,9 +188,11 @@ class ThroughUNet:
 
     @cached_property
     def digest(self) -> str:
-        """Hex digest of the U-Net's weights and adapters."""
+        """Hex digest of the U-Net's weights, adapters and FreeU's factors or an IP adapter's scales."""
         adapters = adapters_of(self.unet)
-        return weights_digest(self.unet.state_dict(), f"{adapter_scales(self.unet)} {adapters}" if adapters else "")
+        beside = f"{adapter_scales(self.unet)} {adapters}" if adapters else ""
+        state = {name: value for name, value in state_of(self.unet).items() if not name.startswith("torch.")}
+        return weights_digest(self.unet.state_dict(), f"{beside}{state}" if state else beside)
 
     def __call__(self, model: nn.Module, noisy: Tensor, times: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
         """See `Call`."""

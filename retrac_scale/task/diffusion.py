@@ -22,6 +22,7 @@ from retrac_scale.task.items import CLASS_LABELS, Item, take_apart
 from retrac_scale.task.measures import OUTPUTS
 from retrac_scale.task.memory_order import channels_last, takes_any_order
 from retrac_scale.task.noising import noising_of, table_digest
+from retrac_scale.task.state import state_of
 from retrac_scale.task.weighting import Huber, MinSNR, PseudoHuber, SD3Weighting, Weighting, check_weighting
 
 Measure = Literal["mse", "l1", "mean_output", "mean_squared_output", "output_l1", "output_l2", "output_linf"]
@@ -226,6 +227,7 @@ class DiffusionTask:
             "call": known_by(self.call, without=[*self.model.modules()]),
             "code": {**code_of(self.model), **code_known(self.weighting)},
             "adapters": adapters_of(self.model),
+            "state": state_of(self.model),
             "autocast": self.autocast,
             "noising": f"{self.noising.described} {table_digest(self.scheduler)}".strip(),
         }
