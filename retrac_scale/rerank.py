@@ -122,6 +122,9 @@ def _full_rows(
         if task.load(checkpoint, samples.checkpoints[checkpoint]) != fingerprint["checkpoints"][checkpoint]:
             raise ValueError(f"checkpoint {checkpoint!r} has other weights than the one that the index was made with.")
         sketcher = GradientSketcher(task.model, Identity(), parameters=list(fingerprint["parameters"]).__contains__)
+        shapes = {name: list(shape) for name, shape in sketcher.shapes.items()}
+        if found := differences({"parameters": fingerprint["parameters"]}, {"parameters": shapes}):
+            raise ValueError(f"rerank needs the parameters that the index is of: {'; '.join(found)}; use the same.")
         ids = samples.ids[chosen]
         plans = [plan.pairs(checkpoint, ids, task.num_train_timesteps) for plan in samples.plans]
         t = sum(plan.timesteps.shape[1] for plan in plans)
