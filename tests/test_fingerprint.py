@@ -476,7 +476,7 @@ def test_names_and_digests_are_the_same_in_another_process() -> None:
 def test_a_service_refuses_uploads_that_are_measured_otherwise(index: rs.Index) -> None:
     for run, error in (
         (Run(), nullcontext()),
-        (Run(options=call(1.5)), pytest.raises(ValueError, match="forward.call")),
+        (Run(options=call(1.5)), pytest.raises(ValueError, match=r"forward\.call")),
     ):
         model = run.model.base_model.model
         model.config = {**model.config, "in_channels": 1, "sample_size": 8}

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dis
 import hashlib
+import inspect
+import os
 from collections.abc import Iterator
+from functools import lru_cache
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -13,7 +17,7 @@ from retrac_scale.task.identity import is_installed
 
 FREE_U = ("s1", "s2", "b1", "b2")
 """Attributes of up blocks by which diffusers scales backbone and skip features; None where it does not."""
-OF_NO_EFFECT = ("training", "gradient_checkpointing", "inplace")
+OF_NO_EFFECT = ("device", "gradient_checkpointing", "inplace", "training")
 
 
 def state_of(model: nn.Module) -> dict[str, str]:
@@ -37,8 +41,8 @@ def _told(module: nn.Module) -> Iterator[tuple[str, Any]]:
         constants = {name: getattr(module, name, None) for name in getattr(kind, "__constants__", ())}
         yield from ((f"torch.{name}", value) for name, value in _plain(constants))
     elif not is_installed(kind):
-        set_by_forward = {one.argval for one in dis.get_instructions(kind.forward) if one.opname == "STORE_ATTR"}
-        own = {name: value for name, value in vars(module).items() if name not in set_by_forward}
+        changing = _set_by_forward(kind)
+        own = {name: value for name, value in vars(module).items() if name not in changing}
         yield from ((f"{kind.__qualname__}.{name}", value) for name, value in _plain(own))
     else:
         held = [module, *(value for value in vars(module).values() if hasattr(value, "__dict__"))]
@@ -46,6 +50,15 @@ def _told(module: nn.Module) -> Iterator[tuple[str, Any]]:
         yield from (("ip_adapter.scale", scale) for scale in scales)
         factors = {name: vars(module).get(name) for name in FREE_U}
         yield from ((f"freeu.{name}", value) for name, value in _plain(factors) if value is not None)
+
+
+@lru_cache(maxsize=1024)
+def _set_by_forward(kind: type[nn.Module]) -> frozenset[str]:
+    """Attributes that a class's forward writes."""
+    function = inspect.unwrap(kind.forward)
+    if not isinstance(function, FunctionType):
+        return frozenset()
+    return frozenset(one.argval for one in dis.get_instructions(function) if one.opname == "STORE_ATTR")
 
 
 def _plain(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -57,7 +70,9 @@ def _plain(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(_is_plain(one) for one in value)
-    return value is None or isinstance(value, (bool, int, float, complex, str))
+    if isinstance(value, str):
+        return os.sep not in value  # a path says nothing of what is computed
+    return value is None or isinstance(value, (bool, int, float, complex))
 
 
 def _short(values: list[tuple[str, str]]) -> str:
