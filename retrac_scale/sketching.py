@@ -419,8 +419,7 @@ class _Share:
                         one = task.only(measure)
                         alone = partial(_values, one, items, ids, plan, pairs[:1])
                         few = partial(_values, *in_float32(one, items), ids, plan, pairs[:CHECKED_PAIRS])
-                        with one.in_full_precision():
-                            self._sketcher.check((sketched, norm), few, alone, where)
+                        _check(self._sketcher, one, (sketched, norm), few, alone, where)
                         self._checked.add(measure)
             for row, (sketched, norm, loss) in enumerate(found):
                 sketches[row, part], norms[row, part], losses[row, part] = sketched.cpu(), norm.cpu(), loss.cpu()
@@ -493,6 +492,17 @@ def in_float32(task: DiffusionTask, items: Items) -> tuple[DiffusionTask, Items]
     full.autocast = None
     numbered = items.items() if isinstance(items, Mapping) else enumerate(items)
     return full, {row: mapped(item, lambda x: x.float() if x.is_floating_point() else x) for row, item in numbered}
+
+
+def _check(sketcher: GradientSketcher, task: DiffusionTask, *given: Any) -> None:
+    """In full precision, unless torch cannot differentiate the model there: kernels differ in what they allow."""
+    try:
+        with task.in_full_precision():
+            sketcher.check(*given)
+    except GradientMismatchError:
+        raise
+    except RuntimeError:
+        sketcher.check(*given)
 
 
 def _values(task: DiffusionTask, items: Items, ids: Ids, plan: Pairs, pairs: Any) -> torch.Tensor:
