@@ -553,10 +553,10 @@ class InPlaceOnLSTM(SmallDenoiser):
 
 def test_a_model_that_torch_cannot_differentiate_in_32_bits_is_checked_in_16() -> None:
     """Seed 314 of benchmarks.fuzz."""
-    model, given = InPlaceOnLSTM().bfloat16(), images(3).bfloat16()
+    model, given = InPlaceOnLSTM().half(), images(3).half()
     norms = run(model, given, rs.Explicit([5])).norms("last")[:, 0]
     task = rs.DiffusionTask(model, DDPMScheduler(num_train_timesteps=100))
-    losses = task.losses(given, torch.full((3,), 5), rs.draw_noise((1, 6, 6), None, [5] * 3, 0).bfloat16(), {})
+    losses = task.losses(given, torch.full((3,), 5), rs.draw_noise((1, 6, 6), None, [5] * 3, 0).half(), {})
     for norm, loss in zip(norms, losses, strict=True):
         parameters = list(model.parameters())
         alone = torch.autograd.grad(loss, parameters, retain_graph=True)
