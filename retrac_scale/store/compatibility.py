@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from retrac_scale.store.part import plans_of
-from retrac_scale.store.schema import differences
+from retrac_scale.store.schema import CONTENT, differences
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,11 @@ def of_both(train: Mapping[str, Any], queries: Mapping[str, Any]) -> tuple[dict[
 def as_told_by(stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """A fingerprint without what the stored one, of an earlier release, cannot tell."""
     return {key: value for key, value in given.items() if key in stored or key != "forward"}
+
+
+def kept_alike(stored: Sequence[str], given: Sequence[str]) -> list[str]:
+    """Quantities to be kept, without what a store of an earlier release does not keep."""
+    return [name for name in given if name in stored or name != CONTENT]
 
 
 def _told(fingerprint: Mapping[str, Any], field: str) -> Mapping[str, Any]:

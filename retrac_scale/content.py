@@ -1,0 +1,189 @@
+"""What the items of a dataset hold, as words that tell another item under the same id."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+from torch.nn import functional as F
+
+from retrac_scale.store.reader import Words
+from retrac_scale.store.schema import CONTENT_WORDS
+from retrac_scale.task.diffusion import DiffusionTask
+from retrac_scale.task.items import Item, brought
+
+if TYPE_CHECKING:
+    from retrac_scale.store import SketchStore
+
+logger = logging.getLogger(__name__)
+
+ITEM, LOOKS, STAMP = 0, slice(1, 3), 3
+"""Words of a sample: a digest of all that its gradient is a function of, what it looks like, and the stamp of its file.
+
+A word is 0 where it is not known.
+"""
+FIELDS = 4
+"""A picture is seen as the means of so many rows and columns of fields, in 1 .. 255."""
+SEVERAL = np.uint64(2**64 - 1)
+"""In place of an item's digest, where blocks were computed from several items under one id."""
+NEAR = 3
+"""Levels of 255 by which such means may differ: those of one picture do, by rounding."""
+FULL_CHECK_SAMPLES = 10_000
+NAMED = 5
+
+
+class ChangedItemsError(ValueError):
+    """Items are not those that were sketched, or not the same twice.
+
+    Attributes:
+        ids: of the samples.
+    """
+
+    def __init__(self, message: str, ids: Sequence[Any] = ()) -> None:
+        super().__init__(message)
+        self.ids = list(ids)
+
+
+def content_of(item: Item) -> Words:
+    """The words of an item, `[4]`, without a stamp: another type alone, or order of the keys, is no change."""
+    digest = hashlib.blake2b(f"{item.encoded} {item.prompt!r}".encode(), digest_size=8)
+    given = {"": item.sample, **item.conditioning} | ({} if item.label is None else {" label": item.label})
+    for name, value in sorted(given.items()):
+        plain = value.detach().cpu()
+        if not plain.is_complex():
+            plain = plain.float() if plain.is_floating_point() else plain.long()
+        digest.update(f"{name} {tuple(plain.shape)} ".encode())
+        digest.update(memoryview(plain.contiguous().reshape(-1).numpy()))
+    words = np.zeros(CONTENT_WORDS, np.uint64)
+    words[ITEM] = int.from_bytes(digest.digest(), "little") or 1
+    if not item.encoded and item.sample.ndim == 3 and item.sample.shape[0] in (1, 3):
+        words[LOOKS] = _looks(item.sample)
+    return words
+
+
+def _looks(sample: Tensor) -> Words:
+    """Two words of the sixteen means of a sample in -1 .. 1, `[c, h, w]`; zeros outside that range."""
+    grey = sample.detach().cpu().float().mean(0, keepdim=True)
+    if not -1.001 <= float(sample.min()) <= float(sample.max()) <= 1.001:
+        return np.zeros(2, np.uint64)
+    means = (F.adaptive_avg_pool2d(grey, FIELDS) + 1) * 127.5
+    return means.round().clamp(1, 255).byte().numpy().reshape(-1).view("<u8").astype(np.uint64)
+
+
+def looks_like(picture: Tensor, words: Words) -> bool | None:
+    """Whether a picture, `[c, h, w]` in -1 .. 1, is what a sample looked like; None where that is not known."""
+    if not words[LOOKS].any():
+        return None
+    shown, sketched = (two.astype("<u8").view(np.uint8).astype(int) for two in (_looks(picture), words[LOOKS]))
+    in_unit_range = 2 * sketched - 255  # the means of samples whose range is 0 .. 1
+    return bool(np.abs(shown - sketched).max() <= NEAR or np.abs(shown - in_unit_range).max() <= 2 * NEAR)
+
+
+def stamps_of(dataset: Any, n: int) -> Words:
+    """The stamps that a dataset brings of the files of its items `[n]`, zeros where it brings none."""
+    stamps = brought(dataset, "stamps")
+    return np.zeros(n, np.uint64) if stamps is None else np.asarray(stamps, np.uint64)
+
+
+def look_through(
+    task: DiffusionTask, dataset: Any, ids: npt.NDArray[Any], stored: Words | None = None, *, every: bool = False
+) -> tuple[Words, tuple[int, ...]]:
+    """Read and check all items of a small dataset, an even sample of a large one, and those whose file has changed.
+
+    Args:
+        task: that the items are for.
+        dataset: map-style.
+        ids: of its samples, `[n]`.
+        stored: what was sketched of them, from `stored_contents`.
+        every: read all of a large one too.
+
+    Returns:
+        the words of all items `[n, 4]`, of those not read but the stamp zeros, and the shape of a sample.
+
+    Raises:
+        ValueError: an item is not as the task takes it, or of another shape than the first.
+    """
+    words = np.zeros((len(ids), CONTENT_WORDS), np.uint64)
+    words[:, STAMP] = stamps_of(dataset, len(ids))
+    wanted = np.zeros(len(ids), bool)
+    wanted[:: 1 if every else max(1, len(ids) // FULL_CHECK_SAMPLES)] = True
+    if stored is not None:
+        touched = (words[:, STAMP] != stored[:, STAMP]) & (words[:, STAMP] > 0) & (stored[:, ITEM] > 0)
+        wanted |= touched | (stored[:, ITEM] == SEVERAL)
+    shape: tuple[int, ...] = ()
+    for row in np.flatnonzero(wanted).tolist():
+        item = task.read_item(ids[row], dataset[row])
+        shape = shape or tuple(item.sample.shape)
+        if tuple(item.sample.shape) != shape:
+            raise ValueError(
+                f"dataset item {ids[row]} has shape {tuple(item.sample.shape)}, but item {ids[0]} has {shape}; "
+                "resize or crop all items to one shape in the dataset."
+            )
+        words[row, :STAMP] = content_of(item)[:STAMP]
+    return words, shape
+
+
+def stored_contents(store: SketchStore, ids: npt.NDArray[Any]) -> Words:
+    """What was sketched of some samples, `[n, 4]`, zeros where nothing was; warns where that is not kept."""
+    row_of = {sample: row for row, sample in enumerate(ids.tolist())}
+    found = np.zeros((len(ids), CONTENT_WORDS), np.uint64)
+    untold = False
+    for written, words in store.written_contents():
+        rows = np.array([row_of.get(sample, -1) for sample in written.tolist()], np.int64)
+        if words is None:
+            untold = untold or bool((rows >= 0).any())
+            continue
+        rows, words = rows[rows >= 0], words[rows >= 0]
+        several = (found[rows, ITEM] > 0) & (found[rows, ITEM] != words[:, ITEM])
+        found[rows] = words
+        found[rows[several], ITEM] = SEVERAL
+    if untold:
+        logger.warning(
+            "%s was sketched by an earlier release, which kept nothing of the items: whether they are the same cannot "
+            "be told.",
+            store.url or "the store",
+        )
+    return found
+
+
+def changed_items(task: DiffusionTask, dataset: Any, ids: npt.NDArray[Any], now: Words, stored: Words) -> list[Any]:
+    """Ids of the samples that are known on both sides, and are others.
+
+    Raises:
+        ChangedItemsError: the first of them is another one each time that it is read.
+    """
+    differs = (now[:, ITEM] != stored[:, ITEM]) & (now[:, ITEM] > 0) & (stored[:, ITEM] > 0)
+    rows = np.flatnonzero(differs)
+    if len(rows):
+        read_again(task, ids[rows[0]], dataset[int(rows[0])], now[rows[0]])
+    changed: list[Any] = ids[rows].tolist()
+    return changed
+
+
+def read_again(task: DiffusionTask, number: Any, item: Any, known: Words) -> tuple[Item, Words]:
+    """An item, checked and taken apart, and its words; it may have been read before.
+
+    Raises:
+        ChangedItemsError: it is another one this time.
+    """
+    found = task.read_item(number, item)
+    words = content_of(found)
+    if known[ITEM] not in (0, words[ITEM]):
+        raise ChangedItemsError(
+            f"dataset item {number} differs between two readings: turn off random augmentation (flips, crops, random "
+            "captions, images drawn anew), and leave the files alone while they are sketched.",
+            [number],
+        )
+    words[STAMP] = known[STAMP]
+    return found, words
+
+
+def listed(ids: Sequence[Any]) -> str:
+    """The first of some ids, and how many others there are."""
+    some = ", ".join(repr(name) for name in ids[:NAMED])
+    return some if len(ids) <= NAMED else f"{some} and {len(ids) - NAMED} more"
