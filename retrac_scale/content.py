@@ -84,10 +84,10 @@ def looks_like(picture: Tensor, words: Words) -> bool | None:
     return bool(np.abs(shown - sketched).max() <= NEAR or np.abs(shown - in_unit_range).max() <= 2 * NEAR)
 
 
-def stamps_of(dataset: Any, n: int) -> Words:
+def stamps_of(dataset: Any) -> Words:
     """The stamps that a dataset brings of the files of its items `[n]`, zeros where it brings none."""
     stamps = brought(dataset, "stamps")
-    return np.zeros(n, np.uint64) if stamps is None else np.asarray(stamps, np.uint64)
+    return np.zeros(len(dataset), np.uint64) if stamps is None else np.asarray(stamps, np.uint64)
 
 
 def look_through(
@@ -98,7 +98,7 @@ def look_through(
     Args:
         task: that the items are for.
         dataset: map-style.
-        ids: of its samples, `[n]`.
+        ids: of its samples, or of the first of them, `[n]`.
         stored: what was sketched of them, from `stored_contents`.
         every: read all of a large one too.
 
@@ -109,7 +109,7 @@ def look_through(
         ValueError: an item is not as the task takes it, or of another shape than the first.
     """
     words = np.zeros((len(ids), CONTENT_WORDS), np.uint64)
-    words[:, STAMP] = stamps_of(dataset, len(ids))
+    words[:, STAMP] = stamps_of(dataset)[: len(ids)]
     wanted = np.zeros(len(ids), bool)
     wanted[:: 1 if every else max(1, len(ids) // FULL_CHECK_SAMPLES)] = True
     if stored is not None:
@@ -149,6 +149,16 @@ def stored_contents(store: SketchStore, ids: npt.NDArray[Any]) -> Words:
             store.url or "the store",
         )
     return found
+
+
+def refuse(place: Any, verb: str, changed: Sequence[Any], now: Words) -> None:
+    """Raise ChangedItemsError: items are others than those that something was made of."""
+    compared = np.count_nonzero(now[:, ITEM])
+    raise ChangedItemsError(
+        f"{place} was made of other items under the same ids: {len(changed)} of {compared} that were compared differ, "
+        f"{listed(changed)}; {verb} them anew with replace=True (--replace), or choose another path.",
+        changed,
+    )
 
 
 def changed_items(task: DiffusionTask, dataset: Any, ids: npt.NDArray[Any], now: Words, stored: Words) -> list[Any]:

@@ -111,7 +111,7 @@ def answer(index: Index, queries: SketchStore | Samples, question: Question, cli
     if samples is not None and train is not None:
         scan = _Scan(index, rows, queries.ids, question, which(question.where, index), client)
         found = scan.samples(max(question.rerank or 0, question.k + 1))
-        found, ranks = _rerank(scan, found, samples, train)
+        found, ranks = _rerank(scan, found, samples, train, None if store is None else (queries, store))
         return _topk(scan, found, question.k, ranks)
     return answer_rows(index, rows, queries.ids, question, client)
 
@@ -301,13 +301,15 @@ def _merge_groups(
     return totals, counts
 
 
-def _rerank(scan: _Scan, found: Found, queries: Samples, train: Samples) -> tuple[Found, npt.NDArray[np.int64]]:
+def _rerank(
+    scan: _Scan, found: Found, queries: Samples, train: Samples, sketched: tuple[SketchStore, SketchStore] | None
+) -> tuple[Found, npt.NDArray[np.int64]]:
     """The m best by sketch in the order of their exact scores, and their ranks by sketch."""
     index, signs = scan.index, scan.question.signs
     found = _filled(found, scan.question.k)
     candidates = np.unique(found.ids)
     exact = exact_scores(
-        queries, train, candidates, index.estimator, index.meta["checkpoints"], index.meta["fingerprint"]
+        queries, train, candidates, index.estimator, index.meta["checkpoints"], index.meta["fingerprint"], sketched
     )
     values = np.repeat(signs, len(exact))[:, None] * np.tile(exact, (len(signs), 1))
     values = np.take_along_axis(values, np.searchsorted(candidates, found.ids), 1)

@@ -24,9 +24,9 @@ from retrac_scale.content import (
     ITEM,
     ChangedItemsError,
     changed_items,
-    listed,
     look_through,
     read_again,
+    refuse,
     stored_contents,
 )
 from retrac_scale.execution import Task, gpu_label, run
@@ -323,12 +323,7 @@ def _sketch_by_one_plan(
         parts = [] if grow else [create_store(out, shape=(len(ids), *pairs), fingerprint=fingerprint, **kept)]
         changed = [] if stored is None else changed_items(task, dataset, ids, content, stored)
         if changed and not replace:
-            looked_at = np.count_nonzero(content[:, ITEM])
-            raise ChangedItemsError(
-                f"{out} was made of other items under the same ids: {len(changed)} of {looked_at} that were compared "
-                f"differ, {listed(changed)}; sketch them anew with replace=True (--replace), or choose another path.",
-                changed,
-            )
+            refuse(out, "sketch", changed, content)
         for measure in task.measures if grow else task.measures[1:]:
             parts += grow_store(out, pairs=pairs, describe_part=partial(describe_part, measure), **kept)
         if changed:

@@ -13,6 +13,7 @@ from retrac_scale.explain import Explanation, explain_lists
 from retrac_scale.halves import Repeatability
 from retrac_scale.index import Index, Side
 from retrac_scale.report.pictures import Pictures, data_uri
+from retrac_scale.report.shown import Sketched, check_shown
 from retrac_scale.report.trust import Told, check_given, repeatability_for_page, shared_by_halves, told
 from retrac_scale.store import SketchStore
 from retrac_scale.topk import TopK
@@ -69,6 +70,7 @@ def content(
                 query.setdefault("shared", {})[name] = shared
     rows = Rows(next(iter(indexes.values()))) if indexes else None
     every = np.unique(np.concatenate([answer.ids.ravel() for answer in answers.values()]))
+    notes += _notes_of_pictures(every, pictures, indexes, sketched)
     return {
         "title": title,
         "queries": asked,
@@ -81,6 +83,21 @@ def content(
             if name in measured
         },
     }
+
+
+def _notes_of_pictures(
+    every: npt.NDArray[Any], pictures: Pictures, indexes: Mapping[str, Index], queries: Mapping[str, SketchStore]
+) -> list[str]:
+    """Sentences about the pictures that may not be those that were sketched; those that surely are not are refused."""
+    told = {}
+    for name, index in indexes.items():
+        if (store := index.check_store()) is not None:
+            shown = ((sample, pictures.image(sample)) for sample in every.tolist())
+            told[f"Training samples ({name})"] = check_shown(Sketched(store, every), shown)
+    for name, own in queries.items():
+        shown = ((query, pictures.query(place)) for place, query in enumerate(own.ids.tolist()))
+        told[f"Queries ({name})"] = check_shown(Sketched(own, own.ids), shown)
+    return [f"{who}: {note}." for who, note in told.items() if note]
 
 
 def queries_of_indexes(
