@@ -238,7 +238,7 @@ def test_encoding_goes_on_where_it_was_stopped_and_refuses_other_samples(tmp_pat
             return super().__getitem__(row)
 
     encoded = rs.encode(task, Counts(images), out, progress=False)
-    assert asked == list(range(64, 100))
+    assert asked == list(range(100))  # those that were encoded are compared
     assert all(torch.equal(encoded[row]["latents"], images[row]) for row in range(100))
     with pytest.raises(ValueError, match="encoded from other samples"):
         rs.encode(task, Items(images[:50]), out, progress=False)
