@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from retrac_scale.store.reader import Words
 from retrac_scale.store.schema import CONTENT_WORDS
@@ -49,37 +50,58 @@ class ChangedItemsError(ValueError):
         self.ids = list(ids)
 
 
-def content_of(item: Item) -> Words:
-    """The words of an item, `[4]`, without a stamp: another type alone, or order of the keys, is no change."""
+def digest_of(item: Item) -> int:
+    """A digest, 64 bits, of an item: another type of its numbers, or order of its keys, is no change."""
     digest = hashlib.blake2b(f"{item.encoded} {item.prompt!r}".encode(), digest_size=8)
     given = {"": item.sample, **item.conditioning} | ({} if item.label is None else {" label": item.label})
     for name, value in sorted(given.items()):
-        plain = value.detach().cpu()
-        if not plain.is_complex():
-            plain = plain.float() if plain.is_floating_point() else plain.long()
-        digest.update(f"{name} {tuple(plain.shape)} ".encode())
-        digest.update(memoryview(plain.contiguous().reshape(-1).numpy()))
+        array = _array(value)
+        if array.dtype.kind != "c":
+            array = np.ascontiguousarray(array, np.float32 if array.dtype.kind == "f" else np.int64)
+        digest.update(f"{name} {array.shape} ".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return int.from_bytes(digest.digest(), "little") or 1
+
+
+def content_of(item: Item) -> Words:
+    """The words of an item, `[4]`, without a stamp."""
     words = np.zeros(CONTENT_WORDS, np.uint64)
-    words[ITEM] = int.from_bytes(digest.digest(), "little") or 1
+    words[ITEM] = digest_of(item)
     if not item.encoded and item.sample.ndim == 3 and item.sample.shape[0] in (1, 3):
-        words[LOOKS] = _looks(item.sample)
+        words[LOOKS] = _looks(_array(item.sample))
     return words
 
 
-def _looks(sample: Tensor) -> Words:
+def _array(value: Tensor) -> npt.NDArray[Any]:
+    plain = value.detach().cpu()
+    return (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy()
+
+
+def _looks(sample: npt.NDArray[Any]) -> Words:
     """Two words of the sixteen means of a sample in -1 .. 1, `[c, h, w]`; zeros outside that range."""
-    grey = sample.detach().cpu().float().mean(0, keepdim=True)
-    if not -1.001 <= float(sample.min()) <= float(sample.max()) <= 1.001:
+    if not -1.001 <= sample.min() <= sample.max() <= 1.001:
         return np.zeros(2, np.uint64)
-    means = (F.adaptive_avg_pool2d(grey, FIELDS) + 1) * 127.5
-    return means.round().clamp(1, 255).byte().numpy().reshape(-1).view("<u8").astype(np.uint64)
+    _, height, width = sample.shape
+    means = _fields(height) @ sample.mean(0, dtype=np.float32) @ _fields(width).T
+    levels = np.rint((means + 1) * 127.5).clip(1, 255).astype(np.uint8)
+    return levels.reshape(-1).view("<u8").astype(np.uint64)
+
+
+@lru_cache(maxsize=16)
+def _fields(size: int) -> npt.NDArray[np.float32]:
+    """What makes means of fields out of rows or columns, `[4, size]`; those of fewer stand in several fields."""
+    first = np.arange(FIELDS)[:, None] * size // FIELDS
+    last = np.maximum((np.arange(FIELDS)[:, None] + 1) * size // FIELDS, first + 1)
+    inside = (np.arange(size) >= first) & (np.arange(size) < last)
+    return (inside / inside.sum(1, keepdims=True)).astype(np.float32)
 
 
 def looks_like(picture: Tensor, words: Words) -> bool | None:
     """Whether a picture, `[c, h, w]` in -1 .. 1, is what a sample looked like; None where that is not known."""
     if not words[LOOKS].any():
         return None
-    shown, sketched = (two.astype("<u8").view(np.uint8).astype(int) for two in (_looks(picture), words[LOOKS]))
+    both = (_looks(_array(picture)), words[LOOKS])
+    shown, sketched = (two.astype("<u8").view(np.uint8).astype(int) for two in both)
     in_unit_range = 2 * sketched - 255  # the means of samples whose range is 0 .. 1
     return bool(np.abs(shown - sketched).max() <= NEAR or np.abs(shown - in_unit_range).max() <= 2 * NEAR)
 
@@ -182,15 +204,17 @@ def read_again(task: DiffusionTask, number: Any, item: Any, known: Words) -> tup
         ChangedItemsError: it is another one this time.
     """
     found = task.read_item(number, item)
-    words = content_of(found)
-    if known[ITEM] not in (0, words[ITEM]):
+    if known[ITEM] == 0:
+        words = content_of(found)
+        words[STAMP] = known[STAMP]
+        return found, words
+    if known[ITEM] != digest_of(found):
         raise ChangedItemsError(
             f"dataset item {number} differs between two readings: turn off random augmentation (flips, crops, random "
             "captions, images drawn anew), and leave the files alone while they are sketched.",
             [number],
         )
-    words[STAMP] = known[STAMP]
-    return found, words
+    return found, known
 
 
 def listed(ids: Sequence[Any]) -> str:

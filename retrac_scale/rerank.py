@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from retrac_scale.content import ITEM, ChangedItemsError, content_of, stored_contents
+from retrac_scale.content import ITEM, ChangedItemsError, digest_of, stored_contents
 from retrac_scale.estimators import Estimator
 from retrac_scale.projections import GradientSketcher, Identity
 from retrac_scale.samples import Samples
@@ -159,7 +159,7 @@ def _full_rows(
 def _same_item(task: DiffusionTask, number: Any, given: Any, known: Words | None) -> Item:
     """An item, which is the one that was sketched, as far as that is known."""
     item = task.read_item(number, given)
-    if known is not None and known[ITEM] not in (0, content_of(item)[ITEM]):
+    if known is not None and known[ITEM] not in (0, digest_of(item)):
         raise ChangedItemsError(
             f"sample {number!s} is another item here than the one that was sketched; give the data set that was, or "
             "sketch it anew with replace=True and build the index again.",
