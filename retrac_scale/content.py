@@ -166,8 +166,8 @@ def stored_contents(store: SketchStore, ids: npt.NDArray[Any]) -> Words:
         found[rows[several], ITEM] = SEVERAL
     if untold:
         logger.warning(
-            "%s was sketched by an earlier release, which kept nothing of the items: whether they are the same cannot "
-            "be told.",
+            "%s keeps nothing of the items that it was made of, as an earlier release or a training wrote it: whether "
+            "they are the same cannot be told.",
             store.url or "the store",
         )
     return found

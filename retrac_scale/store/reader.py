@@ -243,7 +243,7 @@ class SketchStore:
     def written_contents(self) -> Iterator[tuple[npt.NDArray[Any], Words | None]]:
         """Ids and contents of each committed block of every measure, without deleted samples.
 
-        Contents are None where an earlier release wrote the block.
+        Contents are None where they were not kept, by an earlier release for one.
         """
         for part in open_parts(self._whole, self.url):
             alive = ~part.deleted
