@@ -84,7 +84,8 @@ def _looks(sample: npt.NDArray[Any]) -> Words:
     _, height, width = sample.shape
     means = _fields(height) @ sample.mean(0, dtype=np.float32) @ _fields(width).T
     levels = np.rint((means + 1) * 127.5).clip(1, 255).astype(np.uint8)
-    return levels.reshape(-1).view("<u8").astype(np.uint64)
+    words: Words = levels.reshape(-1).view("<u8").astype(np.uint64)
+    return words
 
 
 @lru_cache(maxsize=16)
@@ -93,7 +94,8 @@ def _fields(size: int) -> npt.NDArray[np.float32]:
     first = np.arange(FIELDS)[:, None] * size // FIELDS
     last = np.maximum((np.arange(FIELDS)[:, None] + 1) * size // FIELDS, first + 1)
     inside = (np.arange(size) >= first) & (np.arange(size) < last)
-    return (inside / inside.sum(1, keepdims=True)).astype(np.float32)
+    means: npt.NDArray[np.float32] = (inside / inside.sum(1, keepdims=True)).astype(np.float32)
+    return means
 
 
 def looks_like(picture: Tensor, words: Words) -> bool | None:

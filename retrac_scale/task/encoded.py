@@ -98,8 +98,8 @@ def encode(
             shape = tuple(value.shape)
             dtype = value.numpy().dtype
             group.create_array(name, shape=(len(ids), *shape), chunks=(BLOCK, *shape), dtype=dtype, overwrite=True)
-        words_of = {"shape": (len(ids), CONTENT_WORDS), "chunks": (BLOCK, CONTENT_WORDS), "dtype": "uint64"}
-        group.create_array(WORDS, **words_of, overwrite=True)
+        shape, chunks = (len(ids), CONTENT_WORDS), (BLOCK, CONTENT_WORDS)
+        group.create_array(WORDS, shape=shape, chunks=chunks, dtype="uint64", overwrite=True)
         group.attrs.update(described | {"names": list(example)})
     for key, expected in described.items():
         if group.attrs[key] != expected:
