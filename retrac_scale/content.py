@@ -175,12 +175,12 @@ def stored_contents(store: SketchStore, ids: npt.NDArray[Any]) -> Words:
     return found
 
 
-def refuse(place: Any, verb: str, changed: Sequence[Any], now: Words) -> None:
+def refuse(place: Any, remedy: str, changed: Sequence[Any], now: Words) -> None:
     """Raise ChangedItemsError: items are others than those that something was made of."""
     compared = np.count_nonzero(now[:, ITEM])
     raise ChangedItemsError(
         f"{place} was made of other items under the same ids: {len(changed)} of {compared} that were compared differ, "
-        f"{listed(changed)}; {verb} them anew with replace=True (--replace), or choose another path.",
+        f"{listed(changed)}; {remedy}, or choose another path.",
         changed,
     )
 

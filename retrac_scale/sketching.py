@@ -323,7 +323,7 @@ def _sketch_by_one_plan(
         parts = [] if grow else [create_store(out, shape=(len(ids), *pairs), fingerprint=fingerprint, **kept)]
         changed = [] if stored is None else changed_items(task, dataset, ids, content, stored)
         if changed and not replace:
-            refuse(out, "sketch", changed, content)
+            refuse(out, "sketch them anew with replace=True (--replace)", changed, content)
         for measure in task.measures if grow else task.measures[1:]:
             parts += grow_store(out, pairs=pairs, describe_part=partial(describe_part, measure), **kept)
         if changed:
