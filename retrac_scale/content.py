@@ -157,7 +157,7 @@ def stored_contents(store: SketchStore, ids: npt.NDArray[Any]) -> Words:
     row_of = {sample: row for row, sample in enumerate(ids.tolist())}
     found = np.zeros((len(ids), CONTENT_WORDS), np.uint64)
     untold = False
-    for written, words in store.written_contents():
+    for written, words in store.written_contents(ids):
         rows = np.array([row_of.get(sample, -1) for sample in written.tolist()], np.int64)
         if words is None:
             untold = untold or bool((rows >= 0).any())
@@ -167,12 +167,17 @@ def stored_contents(store: SketchStore, ids: npt.NDArray[Any]) -> Words:
         found[rows] = words
         found[rows[several], ITEM] = SEVERAL
     if untold:
-        logger.warning(
-            "%s keeps nothing of the items that it was made of, as an earlier release or a training wrote it: whether "
-            "they are the same cannot be told.",
-            store.url or "the store",
-        )
+        _say_untold(str(store.url or "the store"))
     return found
+
+
+@lru_cache
+def _say_untold(place: str) -> None:
+    logger.warning(
+        "%s keeps nothing of the items that it was made of, as an earlier release or a training wrote it: whether they "
+        "are the same cannot be told.",
+        place,
+    )
 
 
 def refuse(place: Any, remedy: str, changed: Sequence[Any], now: Words) -> None:

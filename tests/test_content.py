@@ -113,6 +113,7 @@ def test_a_changed_item_is_refused_by_its_id_and_sketched_anew_on_request(what: 
     before = sketch(dataset, tmp_path / "s")
     np.testing.assert_allclose(before.norms("last"), true_norms(dataset), rtol=1e-5)
     old = before.sketches("last")
+    index = rs.build_index(before, rs.TracIn(), None)
     CHANGES[what](dataset, 5)
     with pytest.raises(ChangedItemsError, match=r"1 of 9 that were compared differ, 5; .*replace=True") as refused:
         sketch(dataset, tmp_path / "s")
@@ -127,6 +128,8 @@ def test_a_changed_item_is_refused_by_its_id_and_sketched_anew_on_request(what: 
     others = np.arange(N) != 5
     np.testing.assert_array_equal(now.sketches("last")[others], old[others])
     assert now.ids.tolist() == list(range(N))
+    with pytest.raises(rs.StaleIndexError):
+        index.query(rs.take(now, [0]))
     assert verify_store(tmp_path / "s").is_whole
     written = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()}
     sketch(dataset, tmp_path / "s", replace=True)

@@ -74,13 +74,13 @@ def _run(arguments: argparse.Namespace) -> Answer:
 def _check_pictures(store: SketchStore, folder: str) -> None:
     """Raise ChangedItemsError where the files that the ids of queries name are not those that were sketched."""
     from retrac_scale.report import read_images
-    from retrac_scale.report.shown import Sketched, check_shown
+    from retrac_scale.report.shown import check_shown
 
     try:
         images = read_images(None, store.ids, folder)
     except ValueError:  # the ids name no files
         return
-    check_shown(Sketched(store, store.ids), zip(store.ids.tolist(), images, strict=True))
+    check_shown(store, store.ids.tolist(), images)
 
 
 def _queries(index: Index, arguments: argparse.Namespace, project: Project) -> SketchStore | Samples:

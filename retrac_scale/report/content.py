@@ -13,7 +13,7 @@ from retrac_scale.explain import Explanation, explain_lists
 from retrac_scale.halves import Repeatability
 from retrac_scale.index import Index, Side
 from retrac_scale.report.pictures import Pictures, data_uri
-from retrac_scale.report.shown import Sketched, check_shown
+from retrac_scale.report.shown import check_shown
 from retrac_scale.report.trust import Told, check_given, repeatability_for_page, shared_by_halves, told
 from retrac_scale.store import SketchStore
 from retrac_scale.topk import TopK
@@ -92,11 +92,11 @@ def _notes_of_pictures(
     told = {}
     for name, index in indexes.items():
         if (store := index.check_store()) is not None:
-            shown = ((sample, pictures.image(sample)) for sample in every.tolist())
-            told[f"Training samples ({name})"] = check_shown(Sketched(store, every), shown)
+            shown = (pictures.image(sample) for sample in every.tolist())
+            told[f"Training samples ({name})"] = check_shown(store, every.tolist(), shown)
     for name, own in queries.items():
-        shown = ((query, pictures.query(place)) for place, query in enumerate(own.ids.tolist()))
-        told[f"Queries ({name})"] = check_shown(Sketched(own, own.ids), shown)
+        shown = (pictures.query(place) for place in range(len(own.ids)))
+        told[f"Queries ({name})"] = check_shown(own, own.ids.tolist(), shown)
     return [f"{who}: {note}." for who, note in told.items() if note]
 
 

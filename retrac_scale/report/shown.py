@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,53 +16,45 @@ from retrac_scale.store.reader import Words
 Picture = npt.NDArray[np.uint8]
 
 
-class Sketched:
-    """What the samples of a store looked like when they were sketched.
-
-    Args:
-        store: from `sketch`; of others nothing is known.
-        ids: of the samples that may be shown, `[n]`.
-    """
-
-    def __init__(self, store: SketchStore, ids: npt.NDArray[Any]) -> None:
-        self.expected = "scheduler" in store.fingerprint
-        self._shape: list[int] = store.plan.get("sample", [])
-        self._words = dict(zip(ids.tolist(), stored_contents(store, ids), strict=True)) if self.expected else {}
-
-    def shows(self, sample: Any, picture: Picture) -> bool | None:
-        """Whether a picture is what was sketched of a sample; None where that is not known.
-
-        A picture of another size is cut and resized as `ImageDataset` does it; if it then looks otherwise, it may have
-        been cut in another way.
-        """
-        words: Words | None = self._words.get(sample)
-        if words is None or len(self._shape) != 3 or self._shape[0] not in (1, 3):
-            return None
-        channels, height, width = self._shape
-        whole = picture.shape[:2] == (height, width)
-        like = looks_like(pixels(picture, channels, None if whole or height != width else height), words)
-        return like if like or whole else None
-
-
-def check_shown(sketched: Sketched, shown: Iterable[tuple[Any, Picture]]) -> str:
+def check_shown(store: SketchStore, ids: Sequence[Any], pictures: Iterable[Picture]) -> str:
     """A sentence where it is not known of some pictures whether they are what was sketched; empty otherwise.
 
+    Nothing is expected of stores that were made of arrays.
+
     Args:
-        sketched: the store's samples.
-        shown: ids and pictures.
+        store: whose samples are shown.
+        ids: of those shown.
+        pictures: of each of them.
 
     Raises:
         ChangedItemsError: pictures are not what was sketched.
     """
-    found = [(sample, sketched.shows(sample, picture)) for sample, picture in shown]
-    changed = [sample for sample, same in found if same is False]
+    if "scheduler" not in store.fingerprint:
+        return ""
+    shape, words = store.plan.get("sample", []), stored_contents(store, np.asarray(ids))
+    found = [_same(picture, shape, its) for picture, its in zip(pictures, words, strict=True)]
+    changed = [sample for sample, same in zip(ids, found, strict=True) if same is False]
     if changed:
         raise ChangedItemsError(
             f"{len(changed)} of {len(found)} pictures are not what was sketched under their ids: {listed(changed)}; "
             "sketch them anew with replace=True (--replace), or give the pictures that were sketched.",
             changed,
         )
-    unknown = sum(same is None for _, same in found)
-    if not unknown or not sketched.expected:
+    unknown = found.count(None)
+    if not unknown:
         return ""
     return f"of {unknown} of {len(found)} it cannot be told whether they are the pictures that were sketched"
+
+
+def _same(picture: Picture, shape: Sequence[int], words: Words) -> bool | None:
+    """Whether a picture is what was sketched of a sample; None where that is not known.
+
+    A picture of another size is cut and resized as `ImageDataset` does it; if it then looks otherwise, it may have been
+    cut in another way.
+    """
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        return None
+    channels, height, width = shape
+    whole = picture.shape[:2] == (height, width)
+    like = looks_like(pixels(picture, channels, None if whole or height != width else height), words)
+    return like if like or whole else None

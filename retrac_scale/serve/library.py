@@ -25,7 +25,7 @@ from retrac_scale.report.content import (
     queries_of_indexes,
 )
 from retrac_scale.report.pictures import data_uri
-from retrac_scale.report.shown import Sketched, check_shown
+from retrac_scale.report.shown import check_shown
 from retrac_scale.report.trust import Told, joined, repeatability_for_page, shared_by_halves, told
 from retrac_scale.samples import Samples, take
 from retrac_scale.scan import Bools
@@ -95,8 +95,6 @@ class Library:
                 )
         self.image_shape = (1, 1, 1) if measured is None else _image_shape(measured.task.model)
         self._ids = first.ids
-        self._sketched = None if self.store is None else Sketched(self.store, self._ids)
-        self._sketched_queries = {name: Sketched(own, own.ids) for name, own in self.queries.items()}
         self._rows = Rows(first)
         self._places: dict[Source, dict[str, int]] = {"queries": {}}
         for name, own in self.queries.items():
@@ -308,8 +306,8 @@ class Library:
     def _describe(self, sample: str) -> Json:
         name = self._sample_id(sample)
         picture = self.pictures.image(name)
-        if self._sketched is not None:
-            check_shown(self._sketched, [(name, picture)])
+        if self.store is not None:
+            check_shown(self.store, [name], [picture])
         return {"picture": data_uri(picture), "columns": self._rows[name]}
 
     def _query_picture(self, asked: Asked) -> str:
@@ -318,8 +316,8 @@ class Library:
             return picture
         place = self._places["queries"][asked.id]
         shown = self.pictures.query(place)
-        for name, own in self.queries.items():
-            check_shown(self._sketched_queries[name], [(own.ids[place].item(), shown)])
+        for own in self.queries.values():
+            check_shown(own, [own.ids[place].item()], [shown])
         return data_uri(shown)
 
 

@@ -240,16 +240,17 @@ class SketchStore:
         (contents,) = self._gather(checkpoint, samples, CONTENT)
         return contents
 
-    def written_contents(self) -> Iterator[tuple[npt.NDArray[Any], Words | None]]:
-        """Ids and contents of each committed block of every measure, without deleted samples.
+    def written_contents(self, ids: npt.NDArray[Any]) -> Iterator[tuple[npt.NDArray[Any], Words | None]]:
+        """Ids and contents of each committed block, of every measure, that holds some samples; without deleted ones.
 
         Contents are None where they were not kept, by an earlier release for one.
         """
         for part in open_parts(self._whole, self.url):
             alive = ~part.deleted
+            asked = np.isin(part.ids, ids)
             for checkpoint in part.meta["checkpoints"]:
                 for block, samples in enumerate(part.blocks):
-                    record = part.record(checkpoint, block)
+                    record = part.record(checkpoint, block) if asked[samples].any() else None
                     if record is not None:
                         told = (
                             part.read(checkpoint, CONTENT, block, record)[alive[samples]] if CONTENT in record else None
