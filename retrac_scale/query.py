@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from retrac_scale.columns import Texts
 from retrac_scale.execution import compute, constant, delayed, worker_threads
 from retrac_scale.index import Index, Reduce, Side, open_on_worker
 from retrac_scale.rerank import as_measured, exact_scores
@@ -178,7 +179,7 @@ class _Scan:
 
         Sums are formed in an order that depends on the index's chunks and the mask alone.
         """
-        labels, codes = np.unique(_labels(group_by, self.index), return_inverse=True)
+        labels, codes = _labels(group_by, self.index)
         chunks = self._matching
         runs = [chunks[i : i + GROUP_CHUNKS] for i in range(0, len(chunks), GROUP_CHUNKS)]
         question = self.question
@@ -377,16 +378,18 @@ def _uncertainty(found: Found, squared: bool) -> tuple[Float64 | None, Bools | N
     return error(parts), resolved
 
 
-def _labels(group_by: str | npt.ArrayLike, index: Index) -> npt.NDArray[Any]:
+def _labels(group_by: str | npt.ArrayLike, index: Index) -> tuple[npt.NDArray[Any], npt.NDArray[np.integer]]:
+    """The groups' sorted labels, and of which label each sample is."""
     if isinstance(group_by, str):
-        columns = index.columns
-        if group_by not in columns:
-            raise ValueError(f"group_by={group_by!r} is no column of the index; it has {', '.join(columns) or 'none'}.")
-        return columns[group_by]
+        names = index.column_names
+        if group_by not in names:
+            raise ValueError(f"group_by={group_by!r} is no column of the index; it has {', '.join(names) or 'none'}.")
+        column = index.column(group_by)
+        return (column.values, column.codes) if isinstance(column, Texts) else np.unique(column, return_inverse=True)
     labels = np.asarray(group_by)
     if labels.shape != (index.shape[1],):
         raise ValueError(f"group_by= has shape {labels.shape}; give one label for each of {index.shape[1]} samples.")
-    return labels
+    return np.unique(labels, return_inverse=True)
 
 
 def all_scores(index: Index, queries: SketchStore) -> dask.array.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -332,9 +333,27 @@ def grids_for_queries(stored: Sequence[Mapping[str, Any]]) -> list[Grid]:
     ]
 
 
-def further(plan: Grid, number: int) -> Grid:
-    """The plan by which a store that began with another one is measured for the `number`-th time, from 1 on."""
-    return plan if number == 1 else replace(plan, seed=(plan.seed or 0) + number - 1)
+def further(plan: Grid, number: int, num_train_timesteps: int) -> Grid:
+    """The plan by which a store that began with another one is measured for the `number`-th time, from 1 on.
+
+    Common noise on even timesteps goes on at timesteps between those that there are, in van der Corput's order of
+    offsets: 1/2 of an interval, 1/4, 3/4, 1/8, ... Where these are used up, and for other grids, seeds follow.
+
+    >>> further(EvenlySpaced(4), 2, 1000)
+    Explicit(timesteps=(62, 312, 562, 812), draws=1, seed=None, noise='common')
+    """
+    grids = 1
+    if isinstance(plan, EvenlySpaced) and plan.noise == "common":
+        grids = max(1, 2 ** int(math.log2(num_train_timesteps / plan.count)) - 1)
+    seeds, within = divmod(number - 1, grids)
+    again = plan if not seeds else replace(plan, seed=(plan.seed or 0) + seeds)
+    if not within or not isinstance(plan, EvenlySpaced):
+        return again
+    bits = f"{within + 1:b}"
+    parts = 2 ** len(bits)
+    starts = np.arange(plan.count) * parts + int(bits[::-1], 2)
+    steps = starts * num_train_timesteps // (plan.count * parts)
+    return Explicit(steps.tolist(), again.draws, again.seed, again.noise)
 
 
 def _noise_spec(plan: Grid) -> dict[str, Any]:

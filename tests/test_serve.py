@@ -215,8 +215,9 @@ def deep() -> bytes:
         (png(format="GIF"), 422, "no image"),
         (b"\x89PNG" + bytes(30_000), 413, "larger than 20000 bytes"),
         (deep(), 422, "the image has more than 8 bits"),
+        (png((1, 17)), 422, "1 x 17 pixels; one side may be 16 times the other"),
     ],
-    ids=["empty", "pickle", "cut", "bomb", "large", "gif", "long", "deep"],
+    ids=["empty", "pickle", "cut", "bomb", "large", "gif", "long", "deep", "thin"],
 )
 def test_bad_uploads_are_refused(client: TestClient, content: bytes, status: int, why: str) -> None:
     response = client.post("/api/upload", files={"file": content})

@@ -23,7 +23,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
         "--until",
         type=float,
         metavar="SHARE",
-        help="measure all images again under new noise, until two such runs are foretold to share so much of their "
+        help="measure all images again at further timesteps until two such runs are foretold to share so much of their "
         "top-10 lists, such as 0.9",
     )
     parser.add_argument(

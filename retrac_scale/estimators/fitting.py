@@ -19,7 +19,7 @@ from retrac_scale.store.schema import Url, blocks
 if TYPE_CHECKING:
     from distributed import Client
 
-PIECE_BYTES = 64 * 2**20
+PIECE_BYTES = 16 * 2**20
 RUN_ROWS = 16384
 """Rows whose moments one task adds up, however many workers there are, so that the sums are the same everywhere."""
 
@@ -73,7 +73,7 @@ def _moments_of_run(
 ) -> list[Moments]:
     store = source if isinstance(source, SketchStore) else open_store(source, measure=measure)
     pieces = (
-        [Moments.of(part, dual=dual) for part in np.split(rows, estimator.parts(store), axis=1)]
+        [Moments.of(part, estimator.damping or 0, dual=dual) for part in np.split(rows, estimator.parts(store), axis=1)]
         for _, rows in rows_at(store, places, lambda samples: estimator.rows(store, name, samples))
     )
     return reduce(_add, pieces)

@@ -55,9 +55,8 @@ class ReTrac(Estimator):
 
     def vectors(self, sketches: Float32, norms: Float32) -> Float32:
         """Directions."""
-        long = (norms > 0)[..., None]
-        directions: Float32 = np.divide(sketches, norms[..., None], out=np.zeros_like(sketches), where=long)
-        return directions
+        lengths: Float32 = np.where(norms > 0, norms, np.float32(np.inf))
+        return sketches / lengths[..., None]
 
 
 @dataclass(frozen=True)

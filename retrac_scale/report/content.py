@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from retrac_scale.columns import distinct
 from retrac_scale.explain import Explanation, explain_lists
 from retrac_scale.halves import Repeatability
 from retrac_scale.index import Index, Side
@@ -195,7 +196,7 @@ def curve_of(curve: tuple[Any, Any, Any]) -> Json:
 
 def group_columns(index: Index) -> list[str]:
     """Columns that put several samples under one label."""
-    columns = {name: len(np.unique(values)) for name, values in index.columns.items()}
+    columns = {name: len(distinct(index.column(name))) for name in index.column_names}
     return [name for name, labels in columns.items() if 1 < labels <= min(MOST_LABELS, index.shape[1] // 2)]
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from retrac_scale.columns import distinct
 from retrac_scale.halves import MeasuredOnceError, repeatability_of_rows
 from retrac_scale.index import Index
 from retrac_scale.query import Question, answer_rows
@@ -119,7 +120,8 @@ class Library:
 
     def about(self) -> Json:
         """What there is to ask, for the page."""
-        columns = {name: np.unique(values) for name, values in next(iter(self.indexes.values())).columns.items()}
+        first = next(iter(self.indexes.values()))
+        columns = {name: distinct(first.column(name)) for name in first.column_names}
         return {
             "estimators": list(self.indexes),
             "samples": len(self._ids),
@@ -129,7 +131,7 @@ class Library:
                 name: [plain(value) for value in values] if len(values) <= MOST_CHOICES else None
                 for name, values in columns.items()
             },
-            "group_columns": group_columns(next(iter(self.indexes.values()))),
+            "group_columns": group_columns(first),
             "curve": None if self.store is None or not self.store.has("timestep") else curve_of(norm_curve(self.store)),
         }
 

@@ -85,7 +85,7 @@ def lay_out(
     laid_out: dict[str, Buffer | bytes] = {key: _in_memory(memory, key) for key in objects.all_keys(root)}
     del laid_out[ROOT]
     fixed = {key: digest_of(_bytes(value)) for key, value in laid_out.items() if not key.startswith("deleted/c")}
-    return {**laid_out, ROOT: _sealed({**meta, "digests": fixed, "digest": NO_DIGEST})}
+    return {**laid_out, ROOT: sealed({**meta, "digests": fixed, "digest": NO_DIGEST})}
 
 
 def group_json(attribute: Mapping[str, Any]) -> bytes:
@@ -353,7 +353,8 @@ def _axes(quantity: str, t: int, k: int) -> tuple[list[str], tuple[int, ...]]:
     return (["timestep", "k"], (t, k)) if quantity == "sketch" else (["timestep"], (t,))
 
 
-def _sealed(meta: Mapping[str, Any]) -> bytes:
+def sealed(meta: Mapping[str, Any]) -> bytes:
+    """`group_json` of a description whose digest is `NO_DIGEST`, with its own in place of that."""
     content = group_json(meta)
     return content.replace(_entry(NO_DIGEST), _entry(digest_of(content)))
 
