@@ -116,7 +116,7 @@ def stamps_of(dataset: Any) -> Words:
 
 def look_through(
     task: DiffusionTask, dataset: Any, ids: npt.NDArray[Any], stored: Words | None = None, *, every: bool = False
-) -> tuple[Words, tuple[int, ...]]:
+) -> tuple[Words, dict[str, Any]]:
     """Read and check all items of a small dataset, an even sample of a large one, and those whose file has changed.
 
     Args:
@@ -127,7 +127,8 @@ def look_through(
         every: read all of a large one too.
 
     Returns:
-        the words of all items `[n, 4]`, of those not read but the stamp zeros, and the shape of a sample.
+        the words of all items `[n, 4]`, of those not read but the stamp zeros; and for the plan of a store the shape of
+        a sample, and whether the first item is a picture of 8 bits and nothing else.
 
     Raises:
         ValueError: an item is not as the task takes it, or of another shape than the first.
@@ -140,16 +141,27 @@ def look_through(
         touched = (words[:, STAMP] != stored[:, STAMP]) & (words[:, STAMP] > 0) & (stored[:, ITEM] > 0)
         wanted |= touched | (stored[:, ITEM] == SEVERAL)
     shape: tuple[int, ...] = ()
+    is_picture = False
     for row in np.flatnonzero(wanted).tolist():
         item = task.read_item(ids[row], dataset[row])
-        shape = shape or tuple(item.sample.shape)
+        if not shape:
+            shape, is_picture = tuple(item.sample.shape), _is_picture(item)
         if tuple(item.sample.shape) != shape:
             raise ValueError(
                 f"dataset item {ids[row]} has shape {tuple(item.sample.shape)}, but item {ids[0]} has {shape}; "
                 "resize or crop all items to one shape in the dataset."
             )
         words[row, :STAMP] = content_of(item)[:STAMP]
-    return words, shape
+    return words, {"sample": list(shape), "pictures": is_picture}
+
+
+def _is_picture(item: Item) -> bool:
+    """Whether an item is what `pixels` makes of a picture."""
+    sample = item.sample.detach().cpu().float()
+    told = item.conditioning or item.label is not None or item.prompt is not None or item.encoded
+    if told or sample.ndim != 3 or sample.shape[0] not in (1, 3):
+        return False
+    return torch.equal(((sample + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1, sample)
 
 
 def stored_contents(store: SketchStore, ids: npt.NDArray[Any]) -> Words:

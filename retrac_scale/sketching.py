@@ -257,7 +257,7 @@ def _sketch_by_one_plan(
         raise ValueError(f"projection must be one, such as CountSketch(4096), got {projection!r}.")
     begun = _existing(out)
     stored = None if begun is None else stored_contents(begun, ids)
-    content, sample = look_through(task, dataset, ids, stored, every=check_all or replace)
+    content, told = look_through(task, dataset, ids, stored, every=check_all or replace)
     sketcher = GradientSketcher(task.model, projection, parameters=parameters, check=False)  # its first pair is
     divisors = dict(precondition or {})
     if divisors and divisors.keys() != checkpoints.keys():
@@ -314,7 +314,7 @@ def _sketch_by_one_plan(
                     once = [Task("sketch-batch-size", (first,))]
                     ((_, rows),) = run(_fastest_batch_there, once, client, shared=job, resources=resources)
             threads = torch.get_num_threads() if client is None else 1
-            plan = {"batch_rows": rows, "threads": threads, "sample": list(sample)}
+            plan = {"batch_rows": rows, "threads": threads, **told}
         kept: dict[str, Any] = {
             "plan": plan,
             "ids": ids,

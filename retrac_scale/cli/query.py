@@ -80,7 +80,7 @@ def _check_pictures(store: SketchStore, folder: str) -> None:
         images = read_images(None, store.ids, folder)
     except ValueError:  # the ids name no files
         return
-    check_shown(store, store.ids.tolist(), images)
+    check_shown(store, store.ids.tolist(), images, exact=True)
 
 
 def _queries(index: Index, arguments: argparse.Namespace, project: Project) -> SketchStore | Samples:

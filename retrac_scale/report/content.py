@@ -13,7 +13,7 @@ from retrac_scale.columns import distinct
 from retrac_scale.explain import Explanation, explain_lists
 from retrac_scale.halves import Repeatability
 from retrac_scale.index import Index, Side
-from retrac_scale.report.pictures import Pictures, data_uri
+from retrac_scale.report.pictures import Images, PictureFiles, Pictures, data_uri
 from retrac_scale.report.shown import check_shown
 from retrac_scale.report.trust import Told, check_given, repeatability_for_page, shared_by_halves, told
 from retrac_scale.store import SketchStore
@@ -94,11 +94,17 @@ def _notes_of_pictures(
     for name, index in indexes.items():
         if (store := index.check_store()) is not None:
             shown = (pictures.image(sample) for sample in every.tolist())
-            told[f"Training samples ({name})"] = check_shown(store, every.tolist(), shown)
+            told[f"Training samples ({name})"] = check_shown(
+                store, every.tolist(), shown, exact=_of_files(pictures.images)
+            )
     for name, own in queries.items():
         shown = (pictures.query(place) for place in range(len(own.ids)))
-        told[f"Queries ({name})"] = check_shown(own, own.ids.tolist(), shown)
+        told[f"Queries ({name})"] = check_shown(own, own.ids.tolist(), shown, exact=_of_files(pictures.queries))
     return [f"{who}: {note}." for who, note in told.items() if note]
+
+
+def _of_files(images: Images) -> bool:
+    return isinstance(images, PictureFiles)
 
 
 def queries_of_indexes(

@@ -25,7 +25,7 @@ from retrac_scale.report.content import (
     plain,
     queries_of_indexes,
 )
-from retrac_scale.report.pictures import data_uri
+from retrac_scale.report.pictures import PictureFiles, data_uri
 from retrac_scale.report.shown import check_shown
 from retrac_scale.report.trust import Told, joined, repeatability_for_page, shared_by_halves, told
 from retrac_scale.samples import Samples, take
@@ -309,7 +309,7 @@ class Library:
         name = self._sample_id(sample)
         picture = self.pictures.image(name)
         if self.store is not None:
-            check_shown(self.store, [name], [picture])
+            check_shown(self.store, [name], [picture], exact=isinstance(self.pictures.images, PictureFiles))
         return {"picture": data_uri(picture), "columns": self._rows[name]}
 
     def _query_picture(self, asked: Asked) -> str:
@@ -319,7 +319,7 @@ class Library:
         place = self._places["queries"][asked.id]
         shown = self.pictures.query(place)
         for own in self.queries.values():
-            check_shown(own, [own.ids[place].item()], [shown])
+            check_shown(own, [own.ids[place].item()], [shown], exact=isinstance(self.pictures.queries, PictureFiles))
         return data_uri(shown)
 
 
