@@ -1,4 +1,4 @@
-"""What the models of `benchmarks.paper` have besides those of `evaluate.settings`: adapters, and a loss of their own."""
+"""What models of `benchmarks.paper` have besides those of `evaluate.settings`: adapters, and a loss of their own."""
 
 from __future__ import annotations
 

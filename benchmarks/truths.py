@@ -5,9 +5,9 @@
     python -m benchmarks.truths --setting digits8 --kind seeds
     python -m benchmarks.truths --setting digits8 --check
 
-trains what is missing, one model after the other on one thread, and writes retrac_scale/evaluate/truths/NAME.npz. Stopped,
-it goes on where it was; two processes with different kinds may share a work folder. `--check` trains the first subset of
-the LDS anew and compares its losses with those in the file.
+trains what is missing, one model after the other on one thread, and writes retrac_scale/evaluate/truths/NAME.npz.
+Stopped, it goes on where it was; two processes with different kinds may share a work folder. `--check` trains the first
+subset of the LDS anew and compares its losses with those in the file.
 """
 
 from __future__ import annotations
@@ -84,9 +84,11 @@ def lds(setting: Setting, subsets: int) -> evaluate.Subsets:
 
 def seeds(setting: Setting, _: int) -> evaluate.Subsets:
     """The LDS with the first subsets trained again under more seeds."""
-    known = evaluate.truth(f"{setting.name}-lds")
+    members = evaluate.random_subsets(len(setting.ids), AGAIN, seed=setting.seed)
+    again = [retrained(setting, KINDS_OF_LDS, members, "again", seed) for seed in MORE_SEEDS]
+    known = evaluate.truth(f"{setting.name}-lds")  # read late: it may have grown meanwhile
     assert isinstance(known, evaluate.Subsets)
-    again = [retrained(setting, tuple(known.kinds), known.members[:AGAIN], "again", seed) for seed in MORE_SEEDS]
+    assert (known.members[:AGAIN] == members).all()
     about = dict(known.about) | {"seeds": [setting.seed, *MORE_SEEDS], "hours of seeds": hours(setting.work / "again")}
     return replace(known, again=np.stack(again), about=about)
 

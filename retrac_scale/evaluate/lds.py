@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import rankdata
 
 from retrac_scale.evaluate.intervals import Interval, percentiles
+from retrac_scale.evaluate.spearman import Columns, correlation, resamples
 
 if TYPE_CHECKING:
     from retrac_scale.scan import Bools
@@ -36,7 +36,7 @@ def lds(scores: npt.ArrayLike, members: npt.ArrayLike, losses: npt.ArrayLike) ->
         ValueError: shapes do not fit, there are fewer than 2 subsets, or a score or loss is NaN or infinite.
     """
     sums, outcome = sums_and_outcomes(scores, members, losses)
-    return correlation(sums, outcome)
+    return correlation(Columns.of(sums), Columns.of(outcome))
 
 
 def lds_mean(
@@ -61,13 +61,9 @@ def lds_mean(
         seed: of the resamples.
     """
     sums, outcome = sums_and_outcomes(scores, members, losses)
-    rng = np.random.default_rng(seed)
-    m, q = sums.shape
-    resampled = []
-    for _ in range(draws):
-        chosen = np.ix_(rng.integers(0, m, m), rng.integers(0, q, q))
-        resampled.append(np.nanmean(correlation(sums[chosen], outcome[chosen])))
-    return percentiles(float(np.nanmean(correlation(sums, outcome))), resampled, level)
+    a, b = Columns.of(sums), Columns.of(outcome)
+    resampled = [np.nanmean(correlation(a, b, rows)[columns]) for rows, columns in resamples(*sums.shape, draws, seed)]
+    return percentiles(float(np.nanmean(correlation(a, b))), resampled, level)
 
 
 def sums_and_outcomes(scores: npt.ArrayLike, members: npt.ArrayLike, losses: npt.ArrayLike) -> tuple[Float64, Float64]:
@@ -86,11 +82,3 @@ def sums_and_outcomes(scores: npt.ArrayLike, members: npt.ArrayLike, losses: npt
         if len(wrong):
             raise ValueError(f"{name} hold NaN or inf, first at {tuple(wrong[0].tolist())}; leave such samples out.")
     return inside.astype(np.float64) @ values.T, -loss
-
-
-def correlation(a: Float64, b: Float64) -> Float64:
-    """Spearman's correlation along the first axis, `[q]`."""
-    ranks = [rankdata(x, axis=0) - (len(x) + 1) / 2 for x in (a, b)]
-    with np.errstate(invalid="ignore"):
-        result: Float64 = (ranks[0] * ranks[1]).sum(0) / np.sqrt((ranks[0] ** 2).sum(0) * (ranks[1] ** 2).sum(0))
-    return result

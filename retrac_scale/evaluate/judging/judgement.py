@@ -71,7 +71,7 @@ def judge(scores: Scores, truth: str | Truth, *, draws: int = 1000, level: float
     Args:
         scores: `[q, n]`, one row per query in the truth's order, one column per training sample, larger where the
             sample is more responsible for the query (a proponent: training on it lowers the query's loss). Or the path
-            of such an array in a .npy file, or {kind of query: `[q, n]`}, of which more kinds may be given than are asked.
+            of such an array in a .npy file, or {kind of query: `[q, n]`}, which may hold more kinds than are asked.
         truth: a name (`evaluate.truths()` lists them) or a `Truth`.
         draws: resamples of the bootstrap.
         level: of the intervals.
@@ -131,7 +131,8 @@ def _numbers(given: npt.ArrayLike, shape: tuple[int, int], where: str) -> Float6
         raise ValueError(f"scores of {where} are {array.shape}, expected {shape}: transposed? Give scores.T.")
     if array.shape != shape:
         raise ValueError(
-            f"scores of {where} are {array.shape}, expected {shape}: a row for each query, a column for each training sample."
+            f"scores of {where} are {array.shape}, expected {shape}: a row for each query, a column for each training "
+            "sample."
         )
     values = array.astype(np.float64)
     wrong = np.argwhere(~np.isfinite(values))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def ranked(scores: npt.ArrayLike, worth: npt.ArrayLike) -> Any:
     """The worth of each query's samples, those with the largest score first, `[q, n]`.
 
-    Among equal scores the least worth comes first: a method that cannot tell samples apart gains nothing by their order.
+    Among equal scores the least worth comes first: a method that cannot tell samples apart gains nothing by order.
 
     Args:
         scores: `[q, n]`.
@@ -31,7 +31,7 @@ def first(found: Any) -> Float64:
 
 
 def reciprocal_rank(found: Any) -> Float64:
-    """One over the place, from 1 on, of the first sample that is looked for; 0 without one (its mean over queries is MRR)."""
+    """One over the place, from 1 on, of the first sample that is looked for, 0 without one; its mean is the MRR."""
     hit = found > 0
     return np.where(hit.any(1), 1 / (1 + hit.argmax(1)), 0.0)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,7 +11,8 @@ import numpy as np
 
 from retrac_scale.evaluate.intervals import Interval, percentiles
 from retrac_scale.evaluate.judging.base import Draws, Figure, Truth
-from retrac_scale.evaluate.lds import correlation, sums_and_outcomes
+from retrac_scale.evaluate.lds import sums_and_outcomes
+from retrac_scale.evaluate.spearman import Columns, correlation, resamples
 
 if TYPE_CHECKING:
     from retrac_scale.scan import Bools
@@ -41,8 +42,9 @@ class Subsets(Truth):
         method says nothing of it.
         """
         for kind, rows in self.rows.items():
-            sums, outcome = sums_and_outcomes(scores[rows], self.members, self.losses[:, rows])
-            value = _resampled(_mean_correlation, (sums, outcome), draws)
+            told = scores[rows] * (np.ptp(scores[rows], axis=1, keepdims=True) > 0)  # equal ones add up to rounding
+            both = sums_and_outcomes(told, self.members, self.losses[:, rows])
+            value = _bootstrapped(_correlations, both, draws)
             yield Figure(kind, self.kinds[kind], "LDS", value, self.ceiling(kind, draws))
 
     def ceiling(self, kind: str, draws: Draws | None = None) -> Interval | None:
@@ -50,16 +52,16 @@ class Subsets(Truth):
 
         A loss is such a mean plus the luck of its seed, so by classical test theory the correlation of the mean with
         one measurement is the root of the correlation r of two measurements with different seeds (the index of
-        reliability; Spearman 1904; Lord and Novick 1968, section 3.4). r is Spearman's, over the subsets that were trained again,
-        averaged over pairs of seeds and over queries; the root of a mean is at least the mean of roots, so this is an
-        upper bound. All m models share one seed: a method that knows what this seed does may pass it.
+        reliability; Spearman 1904; Lord and Novick 1968, section 3.4). r is Spearman's, over the subsets that were
+        trained again, averaged over pairs of seeds and over queries; the root of a mean is at least the mean of roots,
+        so this is an upper bound. All m models share one seed: a method that knows what this seed does may pass it.
         """
         draws = Draws() if draws is None else draws
         if not len(self.again):
             return None
         rows = self.rows[kind]
         seeds = np.concatenate([self.losses[None, : self.again.shape[1], rows], self.again[:, :, rows]])
-        return _resampled(_index_of_reliability, tuple(seeds), draws)
+        return _bootstrapped(_agreements, tuple(seeds), draws, lambda r: float(np.sqrt(max(0.0, r))))
 
     @property
     def sentence(self) -> str:
@@ -85,22 +87,23 @@ class Subsets(Truth):
         )
 
 
-def _mean_correlation(sums: Float64, outcome: Float64) -> float:
-    """Over queries, of `[m, q]` both."""
-    return float(np.nan_to_num(correlation(sums, outcome)).mean())
+def _correlations(columns: list[Columns], counts: Any = None) -> Float64:
+    """Of sums with outcomes, `[q]`."""
+    return np.nan_to_num(correlation(*columns, counts))
 
 
-def _index_of_reliability(*seeds: Float64) -> float:
-    """Of losses `[r, q]` of each seed."""
-    pairs = [_mean_correlation(a, b) for a, b in combinations(seeds, 2)]
-    return float(np.sqrt(max(0.0, np.mean(pairs))))
+def _agreements(seeds: list[Columns], counts: Any = None) -> Float64:
+    """Mean over pairs of seeds, `[q]`."""
+    pairs = [_correlations([a, b], counts) for a, b in combinations(seeds, 2)]
+    mean: Float64 = np.mean(pairs, axis=0)
+    return mean
 
 
-def _resampled(statistic: Any, arrays: tuple[Float64, ...], draws: Draws) -> Interval:
-    """Bootstrap over rows and columns of all arrays together."""
-    rng, (m, q) = np.random.default_rng(draws.seed), arrays[0].shape
-    values = []
-    for _ in range(draws.count):
-        chosen = np.ix_(rng.integers(0, m, m), rng.integers(0, q, q))
-        values.append(statistic(*(array[chosen] for array in arrays)))
-    return percentiles(statistic(*arrays), values, draws.level)
+def _bootstrapped(
+    each: Callable[..., Float64], arrays: tuple[Float64, ...], draws: Draws, then: Callable[[float], float] = float
+) -> Interval:
+    """`then` of the mean over queries of `each`, over resamples of rows and columns of all arrays `[m, q]` together."""
+    columns = [Columns.of(array) for array in arrays]
+    drawn = resamples(*arrays[0].shape, draws.count, draws.seed)
+    values = [then(each(columns, counts)[chosen].mean()) for counts, chosen in drawn]
+    return percentiles(then(each(columns).mean()), values, draws.level)

@@ -26,8 +26,8 @@ SHA256 = {
     "twitter": "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
 }
 HOW_TO_GET = (
-    f"Get them with: npm pack emoji-datasource-google@{VERSION} emoji-datasource-twitter@{VERSION}, then give the folder of "
-    "the two tarballs."
+    f"Get them with: npm pack emoji-datasource-google@{VERSION} emoji-datasource-twitter@{VERSION}, then give the "
+    "folder of the two tarballs."
 )
 LEFT_OUT = ("Component", "Flags")
 
