@@ -16,7 +16,7 @@ import argparse
 import hashlib
 import platform
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -211,11 +211,7 @@ def retrained(setting: Setting, kinds: Sequence[str], members: Any, folder: str,
 
 
 def protocol(setting: Setting, kinds: Iterable[str], **more: Any) -> dict[str, Any]:
-    """What a truth depends on: digests of data, queries, model and code, versions."""
-    weights = list(setting.checkpoints.values())[-1]
-    model = hashlib.blake2b(digest_size=12)
-    for name in sorted(weights):
-        model.update(weights[name].numpy().tobytes())
+    """What a truth depends on: digests of data, queries, code and, where it made some of them, the model; versions."""
     code = hashlib.blake2b(digest_size=12)
     for module in (images_module, training_module, trainer_module, losses_module):
         code.update(Path(str(module.__file__)).read_bytes())
@@ -223,11 +219,19 @@ def protocol(setting: Setting, kinds: Iterable[str], **more: Any) -> dict[str, A
         "training": repr(setting.training),
         "data": setting.pictures.digest,
         "queries": Losses(joined([setting.queries[kind] for kind in kinds]), None, None).key,
-        "model": model.hexdigest(),
         "code": code.hexdigest(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        **({"model": digest_of(list(setting.checkpoints.values())[-1])} if "generated" in kinds else {}),
         **more,
     }
+
+
+def digest_of(weights: Mapping[str, Any]) -> str:
+    """Of a model's weights."""
+    found = hashlib.blake2b(digest_size=12)
+    for name in sorted(weights):
+        found.update(weights[name].numpy().tobytes())
+    return found.hexdigest()
 
 
 def hours(folder: Path) -> float:

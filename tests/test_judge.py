@@ -250,7 +250,8 @@ def test_the_sign_is_asked_for_where_every_score_seems_turned() -> None:
 def test_a_truth_of_the_package_is_small_and_judges_what_it_holds(name: str) -> None:
     truth = evaluate.truth(name)
     assert (FOLDER / f"{name}.npz").stat().st_size < 1_000_000
-    assert {"data", "queries", "model", "code", "training", "versions"} <= set(truth.about)
+    assert {"data", "queries", "code", "training", "versions"} <= set(truth.about)
+    assert ("model" in truth.about) == ("generated" in truth.kinds)
     if isinstance(truth, evaluate.Wanted):
         for figure in evaluate.judge(truth.parts > 0, truth, draws=5).figures:
             best = 1 if figure.ceiling is None else figure.ceiling.value
