@@ -60,6 +60,6 @@ def _same(picture: Picture, shape: Sequence[int], words: Words, exact: bool) -> 
     channels, height, width = shape
     whole = picture.shape[:2] == (height, width)
     if whole and exact and words[ITEM]:
-        return digest_of(Item(pixels(picture, channels, None), {}, None, None, False)) == words[ITEM]
+        return bool(digest_of(Item(pixels(picture, channels, None), {}, None, None, False)) == words[ITEM])
     like = looks_like(pixels(picture, channels, None if whole or height != width else height), words)
     return like if like or whole else None
