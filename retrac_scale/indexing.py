@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,8 +31,8 @@ from retrac_scale.store.schema import (
     blocks,
     differences,
     get_array,
-    is_remote,
     new_array,
+    whereabouts,
     zarr_location,
 )
 
@@ -113,7 +112,7 @@ def build_index(
         "timesteps": common_timesteps(store) if estimator.pairing == "matched" else None,
         "slots": estimator.parts(store),
         "noise": plans_of(store.fingerprint),
-        "store": _whereabouts(store.url),
+        "store": place if isinstance(place := whereabouts(store.url), str) else None,
         "revision": store.revision,
         "measure": store.fingerprint.get("measure"),
         "fingerprint": {key: store.fingerprint.get(key) for key in COMPARED},
@@ -139,8 +138,8 @@ def build_index(
     root.create_group("column", overwrite=True)
     for name, values in store.columns.items():
         write_column(root, name, values[kept])
-    source: SketchStore | Url = store if client is None else store.url
-    target: zarr.Group | Url = root if client is None else out
+    source: SketchStore | Url = store if client is None else whereabouts(store.url)
+    target: zarr.Group | Url = root if client is None else whereabouts(out)
     ridges = fit(store, estimator, kept, client)
     gains = _gains(store, estimator, ridges, kept) if ridges and estimator.parts(store) > 1 else {}
     common = source, meta["measure"], target, estimator, ridges, gains, dtype
@@ -249,7 +248,8 @@ def write_rows(
     stored, scale = encode(rows, dtype)
     scale = scale * np.float32(weight)
     tiles = range(0, len(stored), NORM_ROWS)
-    length = np.concatenate([np.linalg.norm(stored[i : i + NORM_ROWS].astype(np.float32), axis=1) for i in tiles])
+    # in float64: the squares of faint gradients are below float32's range
+    length = np.concatenate([np.linalg.norm(stored[i : i + NORM_ROWS].astype(np.float64), axis=1) for i in tiles])
     get_array(root, "row")[checkpoint, samples] = stored
     get_array(root, "scale")[checkpoint, samples] = scale
     get_array(root, "norm")[checkpoint, samples] = (length * np.abs(scale) * (1 + 1e-5)).astype(np.float32)
@@ -280,10 +280,3 @@ def _build_chunk(
     if name in gains:
         rows.reshape(len(kept), len(gains[name]), -1)[:] *= np.array(gains[name], np.float32)[:, None]
     write_rows(root, checkpoint, samples, rows, store.weights[name], dtype)
-
-
-def _whereabouts(url: Url) -> str | None:
-    """A URL that is good from any working directory, None for memory and for zarr's own stores."""
-    if url is None or not isinstance(url, str | os.PathLike):
-        return None
-    return os.fspath(url) if is_remote(url) else os.path.abspath(os.fspath(url).removeprefix("file://"))

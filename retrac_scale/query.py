@@ -25,6 +25,7 @@ from retrac_scale.scan import Bools, Chunk, Found, merge, scores, top
 from retrac_scale.sketching import plans_for_queries
 from retrac_scale.store import SketchStore
 from retrac_scale.store.encoding import Float32, Float64
+from retrac_scale.store.schema import whereabouts
 from retrac_scale.topk import TopK
 from retrac_scale.where import which
 
@@ -232,7 +233,7 @@ class _Scan:
 
 
 def _for_workers(index: Index) -> Source:
-    return os.fspath(index.url or ""), json.dumps(index.meta, sort_keys=True)
+    return whereabouts(index.url), json.dumps(index.meta, sort_keys=True)
 
 
 def _opened(source: Source) -> Index:

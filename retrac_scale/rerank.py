@@ -30,13 +30,14 @@ BATCH_BYTES = 256 * 2**20
 
 
 def as_measured(train: Samples, store: SketchStore) -> Samples:
-    """The training samples with their plans in the store's order, once they are known to give the store's pairs.
+    """The training samples with the store's measure and plans in its order, once they are known to give its pairs.
 
     Every timestep and noise seed of the store's samples is compared, by the digests in its fingerprint.
 
     Raises:
         ValueError: they would be measured otherwise than the store's; says what differs.
     """
+    train = of_measure(train, store.fingerprint)
     given = {"measure": train.task.measure, "scheduler": scheduler_spec(train.task.scheduler)}
     given["frozen"] = {**train.task.frozen, **(brought(train.dataset, "frozen") or {})}
     given["forward"] = train.task.forward
@@ -65,6 +66,12 @@ def as_measured(train: Samples, store: SketchStore) -> Samples:
     return replace(train, timesteps=plans)
 
 
+def of_measure(samples: Samples, fingerprint: Mapping[str, Any]) -> Samples:
+    """The same with that measure alone which a store or an index is of, where their task has it among several."""
+    measure, task = fingerprint.get("measure"), samples.task
+    return replace(samples, task=task.only(measure)) if measure in task.measures else samples
+
+
 def exact_scores(
     queries: Samples,
     train: Samples,
@@ -91,6 +98,7 @@ def exact_scores(
         ChangedItemsError: an item is another than the one that was sketched.
         ValueError: a candidate is not in the dataset, or a checkpoint is missing or another one.
     """
+    queries, train = of_measure(queries, fingerprint), of_measure(train, fingerprint)
     places = {sample: row for row, sample in enumerate(train.ids.tolist())}
     lost = [sample for sample in candidates.tolist() if sample not in places]
     if lost:
@@ -129,6 +137,9 @@ def _full_rows(
         if task.load(checkpoint, samples.checkpoints[checkpoint]) != fingerprint["checkpoints"][checkpoint]:
             raise ValueError(f"checkpoint {checkpoint!r} has other weights than the one that the index was made with.")
         sketcher = GradientSketcher(task.model, Identity(), parameters=list(fingerprint["parameters"]).__contains__)
+        shapes = {name: list(shape) for name, shape in sketcher.shapes.items()}
+        if found := differences({"parameters": fingerprint["parameters"]}, {"parameters": shapes}):
+            raise ValueError(f"rerank needs the parameters that the index is of: {'; '.join(found)}; use the same.")
         ids = samples.ids[chosen]
         plans = [plan.pairs(checkpoint, ids, task.num_train_timesteps) for plan in samples.plans]
         t = sum(plan.timesteps.shape[1] for plan in plans)

@@ -36,7 +36,7 @@ from retrac_scale.memory import keep_freed_pages
 from retrac_scale.preconditioning import Divisors, digest_of
 from retrac_scale.projections import GradientMismatchError, GradientSketcher, LowRank, Projection, from_spec
 from retrac_scale.store import Dtype, Layout, SketchStore, create_store, grow_store, open_store, write_block
-from retrac_scale.store.compatibility import check_compatible
+from retrac_scale.store.compatibility import check_compatible, warn_of_versions
 from retrac_scale.store.encoding import check_dtype, decode
 from retrac_scale.store.part import plans_of
 from retrac_scale.store.reader import Words
@@ -165,6 +165,9 @@ def sketch(
     """
     check_dtype(dtype)
     there = _existing(out)
+    for known in (like, there):
+        if known is not None:
+            warn_of_versions(known)
     plans = _plans(timesteps, like, there)
     if not checkpoints or not isinstance(checkpoints, Mapping):
         raise ValueError(f"sketch needs checkpoints={{'name': path or state dict}}, got {checkpoints!r}.")
@@ -454,7 +457,7 @@ class _Share:
                         one = task.only(measure)
                         alone = partial(_values, one, items, ids, plan, pairs[:1])
                         few = partial(_values, *in_float32(one, items), ids, plan, pairs[:CHECKED_PAIRS])
-                        self._sketcher.check((sketched, norm), few, alone, where)
+                        _check(self._sketcher, one, (sketched, norm), few, alone, where)
                         self._checked.add(measure)
             for row, (sketched, norm, loss) in enumerate(found):
                 sketches[row, pairs], norms[row, pairs], losses[row, pairs] = sketched.cpu(), norm.cpu(), loss.cpu()
@@ -544,6 +547,17 @@ def in_float32(task: DiffusionTask, items: Items) -> tuple[DiffusionTask, Items]
     full.autocast = None
     numbered = items.items() if isinstance(items, Mapping) else enumerate(items)
     return full, {row: mapped(item, lambda x: x.float() if x.is_floating_point() else x) for row, item in numbered}
+
+
+def _check(sketcher: GradientSketcher, task: DiffusionTask, *given: Any) -> None:
+    """In full precision, unless torch cannot differentiate the model there: kernels differ in what they allow."""
+    try:
+        with task.in_full_precision():
+            sketcher.check(*given)
+    except GradientMismatchError:
+        raise
+    except RuntimeError:
+        sketcher.check(*given)
 
 
 def _values(task: DiffusionTask, items: Items, ids: Ids, plan: Pairs, pairs: Any) -> torch.Tensor:

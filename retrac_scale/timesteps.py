@@ -169,7 +169,7 @@ class EvenlySpaced:
 
     Under common noise they are the middles of as many equal intervals: at t = 0 nothing is to be learnt, and at T - 1
     nothing of the image is left. With noise of their own they run from 1 to T - 1, as on the query side of
-    arXiv 2401.09031. `draws`, `seed` and `noise` are those of `Explicit`.
+    arXiv 2401.09031; a single one is the middle. `draws`, `seed` and `noise` are those of `Explicit`.
 
     >>> EvenlySpaced(4).pairs("final", np.arange(2), 1000).timesteps.tolist()
     [[125, 375, 625, 875], [125, 375, 625, 875]]
@@ -197,7 +197,8 @@ class EvenlySpaced:
         if self.noise == "common":
             steps = (2 * np.arange(self.count) + 1) * num_train_timesteps // (2 * self.count)
         else:
-            steps = np.rint(np.linspace(1, num_train_timesteps - 1, self.count)).astype(np.int64)
+            ends = (1, num_train_timesteps - 1) if self.count > 1 else (num_train_timesteps // 2,) * 2
+            steps = np.rint(np.linspace(*ends, self.count)).astype(np.int64)
         same = Explicit(steps.tolist(), self.draws, self.seed, self.noise)
         return same.pairs(checkpoint, ids, num_train_timesteps)
 

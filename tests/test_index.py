@@ -331,3 +331,21 @@ def test_workers_build_the_same_files_and_give_the_same_answers(tmp_path: Path) 
         )
         with pytest.raises(ValueError, match="workers cannot reach"):
             rs.build_index(store, rs.ReTrac(), None, client=client)
+
+
+def test_int8_in_store_queries_and_index_keeps_to_the_bounds_of_the_three_roundings() -> None:
+    """An entry is off by at most 1/254 of its row's largest, at each of them, also where timesteps cancel."""
+    rng, k = np.random.default_rng(0), 32
+    half = rng.standard_normal((60, 1, k))
+    rows = np.concatenate([half, -half + 0.01 * rng.standard_normal(half.shape), 0.02 * half], 1).astype(np.float32)
+    asked = rng.standard_normal((5, 3, k)).astype(np.float32)
+    store, queries = rs.write_store(None, {"a": rows}, dtype="int8"), rs.write_store(None, {"a": asked}, dtype="int8")
+    found = rs.build_index(store, rs.TracIn(), None, dtype="int8").scores(queries).compute()
+    r, q = rows.astype(np.float64).mean(1), asked.astype(np.float64).mean(1)
+    in_store, in_queries = (np.abs(each).max(2).mean(1) / 254 for each in (rows, asked))
+    in_index = (np.abs(r).max(1) + in_store) / 254
+    of_row, of_query = in_store + in_index, in_queries[:, None]
+    bound = np.abs(q).sum(1)[:, None] * of_row + of_query * (np.abs(r).sum(1) + k * of_row)
+    off = np.abs(found - q @ r.T)
+    assert (off <= 1.001 * bound).all()
+    assert (off > 1.001 * np.abs(q).sum(1)[:, None] * in_index).any()  # the index's own bound is not all

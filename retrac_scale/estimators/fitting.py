@@ -14,7 +14,7 @@ from retrac_scale.estimators.ridge import Damping, Moments, Ridge, solve
 from retrac_scale.execution import compute, delayed
 from retrac_scale.store import SketchStore, open_store
 from retrac_scale.store.encoding import Float32
-from retrac_scale.store.schema import Url, blocks
+from retrac_scale.store.schema import Url, blocks, whereabouts
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -54,7 +54,7 @@ def fit(store: SketchStore, estimator: Estimator, places: Places, client: Client
     """
     if estimator.damping is None:
         return {}
-    source: SketchStore | Url = store if client is None else store.url
+    source: SketchStore | Url = store if client is None else whereabouts(store.url)
     run = delayed(partial(_moments_of_run, source, store.fingerprint.get("measure"), estimator))
     add, finish = delayed(_sum), delayed(_solve)
     dual = len(places) < store.shape[2]

@@ -77,6 +77,6 @@ class GradCos(Estimator):
 
     def vectors(self, sketches: Float32, norms: Float32) -> Float32:
         """The gradients, divided by the length of their mean over timesteps."""
-        length = np.linalg.norm(sketches.mean(1), axis=1)[:, None, None]
+        length = np.linalg.norm(sketches.mean(1).astype(np.float64), axis=1)[:, None, None].astype(np.float32)
         unit: Float32 = np.divide(sketches, length, out=np.zeros_like(sketches), where=length > 0)
         return unit

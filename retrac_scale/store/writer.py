@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,7 +12,7 @@ import numpy.typing as npt
 import zarr
 
 from retrac_scale.store import commits, objects
-from retrac_scale.store.compatibility import as_told_by, kept_alike
+from retrac_scale.store.compatibility import as_told_by, kept_alike, library_versions
 from retrac_scale.store.encoding import Dtype, Float32, array_dtype, check_dtype, encode
 from retrac_scale.store.errors import DamagedStoreError
 from retrac_scale.store.part import ROOT, NewChunk, group_json, lay_out
@@ -161,16 +159,10 @@ def describe(
         "columns": dict(columns),
         "fingerprint": dict(fingerprint),
         "plan": dict(plan or {}),
-        "written_by": _library_versions(),
+        "written_by": library_versions(),
     }
     readable: dict[str, Any] = json.loads(json.dumps(meta))
     return readable
-
-
-@cache
-def _library_versions() -> dict[str, str]:
-    """Read once: a process that has dropped its privileges may no longer reach the packages' files."""
-    return {name: importlib.metadata.version(name) for name in ("retrac_scale", "zarr", "numpy", "torch")}
 
 
 def write_block(
@@ -325,7 +317,7 @@ def write_store(
             f"weights are given for {sorted(weight_of)}, sketches for {sorted(arrays)}; give one for each."
         )
     planes = {
-        "norms": {name: np.linalg.norm(array, axis=2) for name, array in arrays.items()} if norms is None else norms,
+        "norms": {name: _lengths(array) for name, array in arrays.items()} if norms is None else norms,
         "losses": losses,
         "timesteps": _timestep_tables(timesteps, arrays, n),
     }
@@ -370,6 +362,12 @@ def _timestep_tables(timesteps: Any, arrays: Mapping[str, Any], n: int) -> Mappi
         return timesteps
     table = np.asarray(timesteps)
     return {name: np.tile(table, (n, 1)) if table.ndim == 1 else table for name in arrays}
+
+
+def _lengths(rows: Float32) -> npt.NDArray[np.float64]:
+    """Of the last axis, without a copy in float64, beyond whose range no square falls."""
+    lengths: npt.NDArray[np.float64] = np.sqrt(np.einsum("ntk,ntk->nt", rows, rows, dtype=np.float64))
+    return lengths
 
 
 def _planes(
