@@ -12,6 +12,7 @@ import numpy.typing as npt
 import zarr
 from zarr.storage import LocalStore, MemoryStore
 
+from retrac_scale.columns import Column, Texts, column_names, read_column
 from retrac_scale.estimators import Estimator, common_timesteps, estimator_from_spec
 from retrac_scale.scan import Chunk
 from retrac_scale.store import DamagedStoreError, SketchStore, open_store, seals
@@ -26,7 +27,6 @@ from retrac_scale.store.schema import (
     blocks,
     differences,
     get_array,
-    get_group,
     read_ids,
 )
 
@@ -89,11 +89,24 @@ class Index:
         return read_ids(self.root)
 
     @property
+    def column_names(self) -> list[str]:
+        """Names of the user's columns, sorted."""
+        return column_names(self.root)
+
+    @property
     def columns(self) -> dict[str, npt.NDArray[Any]]:
         """The user's columns, `{name: [n]}`."""
-        self._check(key for key in self._seals if key.startswith("column/"))
-        group = get_group(self.root, "column")
-        return {name: _listed(np.asarray(get_array(group, name)[:])) for name in sorted(group.array_keys())}
+        every = {name: self.column(name) for name in self.column_names}
+        return {name: values.whole() if isinstance(values, Texts) else values for name, values in every.items()}
+
+    def column(self, name: str, *, read: bool = True) -> Column:
+        """A column, or the ids under "id"; without reading it, one of the same type that holds no sample."""
+        if name == "id":
+            return self.ids if read else _listed(np.empty(0, self._arrays["id"].dtype))
+        if not read:
+            return read_column(self.root, name, slice(0))
+        self._check(key for key in self._seals if key.startswith(f"column/{name}/"))
+        return read_column(self.root, name)
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import zarr
 from zarr.storage import LocalStore
 
+from retrac_scale.columns import write_column, write_list
 from retrac_scale.estimators import Estimator, common_timesteps, recommended
 from retrac_scale.estimators.fitting import fit, rows_at
 from retrac_scale.estimators.ridge import Ridge
@@ -134,9 +135,9 @@ def build_index(
     objects.write_all(objects.place_of(location), {ROOT: begun})  # first: what is there is no longer complete
     root = zarr.open_group(location, mode="r+")
     chunks = create_arrays(root, len(store.checkpoints), store.ids[kept], estimator.width(store), dtype)
-    columns = root.create_group("column", overwrite=True)
+    root.create_group("column", overwrite=True)
     for name, values in store.columns.items():
-        _write_list(columns, name, values[kept])
+        write_column(root, name, values[kept])
     source: SketchStore | Url = store if client is None else whereabouts(store.url)
     target: zarr.Group | Url = root if client is None else whereabouts(out)
     ridges = fit(store, estimator, kept, client)
@@ -209,7 +210,7 @@ def _if_sound(url: Url, store: SketchStore) -> Index | None:
         if isinstance(index.root.store, LocalStore):
             for number in range(len(index.chunks)):
                 index.chunk(number)
-            _ = index.columns
+        _ = index.columns
     except (KeyError, ValueError) as error:
         logger.warning("%s is damaged and built again: %s", url, error)
         return None
@@ -236,7 +237,7 @@ def create_arrays(
     new_array(root, "row", shape=(c, n, width), chunks=(1, size, width), dtype=dtype, dims=dims, fill_value=fill)
     for name in ("scale", "norm"):
         new_array(root, name, shape=(c, n), chunks=(1, size), dtype="float32", dims=dims[:2], fill_value=nan)
-    _write_list(root, "id", ids, size)
+    write_list(root, "id", ids, size)
     return blocks(n, size)
 
 
@@ -279,12 +280,3 @@ def _build_chunk(
     if name in gains:
         rows.reshape(len(kept), len(gains[name]), -1)[:] *= np.array(gains[name], np.float32)[:, None]
     write_rows(root, checkpoint, samples, rows, store.weights[name], dtype)
-
-
-def _write_list(group: zarr.Group, name: str, values: npt.NDArray[Any], size: int | None = None) -> None:
-    plain = values.dtype.kind in "biuf"
-    dtype = values.dtype if plain else "string"
-    length = size or max(1, len(values))
-    new_array(group, name, shape=values.shape, chunks=(length,), dtype=dtype, dims=["sample"])[:] = (
-        values if plain else values.astype(object)
-    )

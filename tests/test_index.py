@@ -202,7 +202,7 @@ def test_a_damaged_or_missing_chunk_is_never_scored(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "harm"),
-    [("row/c/1/2/0", "flip"), ("scale/c/0/1", "cut"), ("id/c/3", "remove"), ("column/artist/c/0", "flip"),
+    [("row/c/1/2/0", "flip"), ("scale/c/0/1", "cut"), ("id/c/3", "remove"), ("column/artist/code/c/0", "flip"),
      ("norm/zarr.json", "remove")],
 )  # fmt: skip
 def test_a_damaged_index_is_built_again(tmp_path: Path, name: str, harm: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -246,7 +246,7 @@ def test_an_index_is_on_the_disk_before_it_is_called_complete(tmp_path: Path, mo
         ("scale/c/0/1", "norm/c/0/1"),
         ("id/c/1", "id/c/2"),
         ("id/zarr.json", "scale/zarr.json"),
-        ("column/artist/c/0", "column/label/c/0"),
+        ("column/artist/code/c/0", "column/label/c/0"),
     ],
 )
 def test_chunks_that_changed_places_are_never_scored_and_built_again(

@@ -410,7 +410,7 @@ def test_a_model_whose_samples_meet_is_refused_before_anything_is_written(tmp_pa
 def test_a_resumed_run_obeys_the_recorded_plan(tmp_path: Path) -> None:
     model, images = tiny_unet(), random_images(3)
     plan = run(model, images, rs.Explicit([3, 9]), rs.LowRank(), out=tmp_path / "s", batch_size=5).plan
-    assert plan == {"batch_rows": 5, "threads": torch.get_num_threads()}
+    assert plan == {"batch_rows": 5, "threads": torch.get_num_threads(), "sample": [1, 8, 8], "pictures": False}
     assert run(model, images, rs.Explicit([3, 9]), rs.LowRank(), out=tmp_path / "s", batch_size=2).plan == plan
 
 

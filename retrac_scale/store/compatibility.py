@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from retrac_scale.store.part import plans_of
-from retrac_scale.store.schema import differences
+from retrac_scale.store.schema import CONTENT, differences
 
 if TYPE_CHECKING:
     from retrac_scale.store.reader import SketchStore
@@ -144,6 +144,11 @@ def warn_of_versions(store: SketchStore) -> None:
             "fingerprint: compute both sides under one, or compare a sample's norm.",
             stacklevel=3,
         )
+
+
+def kept_alike(stored: Sequence[str], given: Sequence[str]) -> list[str]:
+    """Quantities to be kept, without what a store of an earlier release does not keep."""
+    return [name for name in given if name in stored or name != CONTENT]
 
 
 def _told(fingerprint: Mapping[str, Any], field: str) -> Mapping[str, Any]:

@@ -26,6 +26,11 @@ MIN_BLOCK_SAMPLES = 64
 LIST_CHUNK = 2**20
 """Entries per chunk of what is stored once per sample: ids, columns, tombstones."""
 
+CONTENT, CONTENT_WORDS = "content", 4
+"""The quantity that tells which item a row was computed from; stores of earlier releases have none."""
+SKETCHED = ("loss", "timestep", CONTENT)
+"""What `sketch` keeps beside sketch, scale and norm."""
+
 RESERVED = ("id", "deleted", "parts")
 """Names at the root of a store that neither a column nor a checkpoint may take."""
 

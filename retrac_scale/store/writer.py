@@ -12,13 +12,14 @@ import numpy.typing as npt
 import zarr
 
 from retrac_scale.store import commits, objects
-from retrac_scale.store.compatibility import as_told_by, library_versions
+from retrac_scale.store.compatibility import as_told_by, kept_alike, library_versions
 from retrac_scale.store.encoding import Dtype, Float32, array_dtype, check_dtype, encode
 from retrac_scale.store.errors import DamagedStoreError
 from retrac_scale.store.part import ROOT, NewChunk, group_json, lay_out
 from retrac_scale.store.reader import WHAT, SketchStore, open_parts
 from retrac_scale.store.schema import (
     ATTRIBUTE,
+    CONTENT,
     FORMAT_VERSION,
     RESERVED,
     Layout,
@@ -98,7 +99,11 @@ def mismatch(
     store: SketchStore, meta: Mapping[str, Any], ids: npt.NDArray[Any], columns: Mapping[str, npt.NDArray[Any]]
 ) -> list[str]:
     """What of a description, ids and columns differs from those of a stored part; columns only where they are given."""
-    given = {**meta, "fingerprint": as_told_by(store.meta["fingerprint"], meta["fingerprint"])}
+    given = {
+        **meta,
+        "fingerprint": as_told_by(store.meta["fingerprint"], meta["fingerprint"]),
+        "quantities": kept_alike(store.meta["quantities"], meta["quantities"]),
+    }
     found = differences({key: store.meta[key] for key in COMPARED}, {key: given[key] for key in COMPARED})
     if not found and not np.array_equal(store.ids, ids):
         found = ["the sample ids differ"]
@@ -169,6 +174,7 @@ def write_block(
     *,
     losses: Float32 | None = None,
     timesteps: npt.NDArray[np.int64] | None = None,
+    contents: npt.NDArray[np.uint64] | None = None,
 ) -> None:
     """Write one block of a checkpoint, force it to the disk, and commit it.
 
@@ -180,6 +186,7 @@ def write_block(
         block: number of the block, an index into `store.blocks`.
         sketches: raw `[n, t, k]` of the block's samples.
         norms: `[n, t]`; losses and timesteps likewise.
+        contents: `[n, 4]`, see `retrac_scale.content`; not kept by a store of an earlier release.
 
     Raises:
         ValueError: a value is NaN or infinite; names checkpoint, sample and timestep. Nothing is written then.
@@ -191,7 +198,13 @@ def write_block(
     for what, plane in (("loss", losses), ("gradient norm", norms)):
         if plane is not None:
             _check_finite(plane, what, checkpoint, part.ids[samples], steps)
-    given: dict[str, Any] = {"sketch": sketches, "norm": norms, "loss": losses, "timestep": timesteps}
+    given: dict[str, Any] = {
+        "sketch": sketches,
+        "norm": norms,
+        "loss": losses,
+        "timestep": timesteps,
+        CONTENT: contents,
+    }
     count = samples.stop - samples.start
     scale = np.empty((count, *part.shape[1:2]), np.float32)
 

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -233,7 +234,7 @@ class DiffusionTask:
         }
 
     def read_item(self, number: Any, item: Any) -> Item:
-        """Take a dataset item apart and check it, without encoding anything.
+        """Take a dataset item apart and check it, without encoding anything; what the model does not take is left out.
 
         Args:
             number: names the item in errors.
@@ -252,7 +253,12 @@ class DiffusionTask:
             )
         self._check_arguments(number, found)
         self._check_given(number, found)
-        if found.label is not None and self._takes_labels():
+        found = replace(
+            found,
+            label=found.label if self._takes_labels() else None,
+            prompt=found.prompt if self.encoder is not None and self._takes_prompts() else None,
+        )
+        if found.label is not None:
             self._check_label(number, found.label)
         dtype = found.sample.dtype
         narrow = self._dtype.itemsize < 4 and self.autocast is None and not self._encodes(found)
@@ -329,11 +335,14 @@ class DiffusionTask:
         Raises:
             ValueError: see `read_item`.
         """
-        found = self.read_item(number, item)
+        return self.encoded(self.read_item(number, item))
+
+    def encoded(self, found: Item) -> tuple[Tensor, dict[str, Tensor]]:
+        """What `check_item` gives for an item that was read."""
         sample, conditioning = found.sample, dict(found.conditioning)
-        if found.label is not None and self._takes_labels():
+        if found.label is not None:
             conditioning[CLASS_LABELS] = found.label
-        if self.encoder is not None and found.prompt is not None and self._takes_prompts():
+        if self.encoder is not None and found.prompt is not None:
             factor = getattr(self.encoder.pipeline, "vae_scale_factor", 1) if found.encoded else 1
             size = [factor * side for side in sample.shape[-2:]]
             conditioning = {**self.encoder.embeddings(found.prompt, size, self.device), **conditioning}
