@@ -212,6 +212,12 @@ def test_what_cannot_be_scores_is_refused(name: str) -> None:
         evaluate.judge(given, subsets_truth())
 
 
+@pytest.mark.parametrize("ends", [{"draws": 0}, {"level": 1.0}])
+def test_intervals_without_resamples_or_of_everything_are_refused(ends: Any, scores: Any) -> None:
+    with pytest.raises(ValueError, match="at least 1 resample and a level between 0 and 1"):
+        evaluate.judge(scores, subsets_truth(), **ends)
+
+
 def test_a_score_that_is_no_number_is_named(scores: Any) -> None:
     scores[3, 7] = np.nan
     with pytest.raises(ValueError, match="hold 1 NaN or inf, first for query 3, sample 7"):

@@ -152,6 +152,22 @@ def test_a_model_is_trained_once_and_the_names_of_kept_weights_stay(tmp_path: Pa
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+def test_training_leaves_the_callers_random_numbers_and_threads_alone(tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        weights = Trainer(few(), Training(**TINY), tmp_path / "two")(np.arange(4), 0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(torch.rand(3), expected)
+    again = Trainer(few(), Training(**TINY), tmp_path / "one")(np.arange(4), 0)
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
 def test_noisy_images_in_training_are_the_schedulers_bit_for_bit() -> None:
     how = Training(**TINY)
     scheduler, images = how.scheduler(), few().images
