@@ -94,6 +94,7 @@ QUERIES_OF: dict[str, Callable[[Setting], dict[str, Images]]] = {
     "planted16": planted_queries,
     "exemplars16": generated_queries,
     "adapters16": generated_queries,
+    "tones16": lambda setting: {"held out": setting.pictures.held_out},
 }
 """What each setting is asked about, by kind; others `common_queries`."""
 
@@ -158,6 +159,12 @@ def names(setting: Setting, _: int) -> evaluate.Wanted:
     return wanted(setting, "names", {"held out": same}, "first", "in top 10", "MRR")
 
 
+def siblings(setting: Setting, _: int) -> evaluate.Wanted:
+    """Of a held-out skin tone of an emoji, its other tones."""
+    same = setting.pictures.held_out_columns["name"][:, None] == setting.columns["name"]
+    return wanted(setting, "siblings", {"held out": same}, "first", "recall at count", "MRR")
+
+
 def copies(setting: Setting, _: int) -> evaluate.Wanted:
     """Of a planted picture, all its copies."""
     planted = setting.columns["planted"]
@@ -188,6 +195,7 @@ MAKERS: dict[str, Callable[[Setting, int], evaluate.Truth]] = {
     "groups": groups,
     "altered": altered,
     "names": names,
+    "siblings": siblings,
     "copies": copies,
     "parents": parents,
     "exemplars": exemplars,
