@@ -18,30 +18,20 @@ from trak.modelout_functions import AbstractModelOutput
 import retrac_scale as rs
 from benchmarks.paper_data import Images
 from benchmarks.yardstick_lab import Lab, Scores
-from benchmarks.yardstick_methods import Found, Method
+from benchmarks.yardstick_methods import DAMPINGS, Found, Method
 from retrac_scale.estimators.ridge import AUTO
 from retrac_scale.projections import TrakProjector
 
 TIMESTEPS = range(0, 1000, 100)
 """Of both scripts at their smaller setting, K = 10."""
-PENALTIES = [factor * 10.0**power for power in range(-6, 3) for factor in (1, 2, 5)]
-"""27 values from a millionth to 500, as many as in both scripts, here relative to the mean eigenvalue."""
 
 
 def foreign() -> list[Method]:
     """The scripts with a damping by rule and with one that is fitted to half of the subsets, and packages."""
+    place = "by place in the batch"
     published = [
-        Method("D-TRAK, its authors' script", "by place in the batch", partial(d_trak, [AUTO]), "published"),
-        Method(
-            "D-TRAK, its authors' script, damping fitted",
-            "by place in the batch",
-            partial(d_trak, PENALTIES),
-            "published",
-        ),
-        Method("DAS, its authors' script", "by place in the batch", partial(das, [AUTO]), "published"),
-        Method(
-            "DAS, its authors' script, damping fitted", "by place in the batch", partial(das, PENALTIES), "published"
-        ),
+        Method("D-TRAK, its authors' script", place, d_trak, "published", fits=True),
+        Method("DAS, its authors' script", place, das, "published", squares=True, fits=True),
         Method("TRAK's package, 128 entries", "own", partial(trak_package, 128, None), "published", squares=True),
         Method(
             "TRAK's package, 4096 entries, our damping",
@@ -56,7 +46,7 @@ def foreign() -> list[Method]:
     return published
 
 
-def d_trak(dampings: Sequence[float], lab: Lab) -> Found:
+def d_trak(lab: Lab) -> Found:
     """`script_scores` of means of gradients of the mean squared output, 32,768 entries, batches of 52.
 
     As github.com/sail-sg/D-TRAK has it for CIFAR-2 (grad_unconditional.py, methods/04_if), with our CountSketch in
@@ -67,13 +57,13 @@ def d_trak(dampings: Sequence[float], lab: Lab) -> Found:
     features = partial(script_features, lab, measure="mean_squared_output", batch=batch, dim=dim, unit=False)
     train = features(lab.train)
     scores = {
-        kind: script_scores(train, features(images), dampings, np.ones(len(train)))
+        kind: script_scores(train, features(images), DAMPINGS, np.ones(len(train)))
         for kind, images in lab.queries.items()
     }
-    return Found(_squeezed(scores), len(TIMESTEPS), 4 * dim, time.process_time() - started)
+    return Found(scores, len(TIMESTEPS), 4 * dim, time.process_time() - started)
 
 
-def das(dampings: Sequence[float], lab: Lab) -> Found:
+def das(lab: Lab) -> Found:
     """Squares of `script_scores` of means of directions of the mean output, times the samples' errors.
 
     As github.com/Jinxu-Lin/DAS has it for CIFAR-2 (03_grad.py, 04_eval.py, method DAS1squ of 07_score.py), where
@@ -86,13 +76,9 @@ def das(dampings: Sequence[float], lab: Lab) -> Found:
     features = partial(script_features, lab, measure="mean_output", batch=batch, dim=dim, unit=True)
     train, errors = features(lab.train), script_errors(lab)
     scores = {
-        kind: script_scores(train, features(images), dampings, errors) ** 2 for kind, images in lab.queries.items()
+        kind: script_scores(train, features(images), DAMPINGS, errors) ** 2 for kind, images in lab.queries.items()
     }
-    return Found(_squeezed(scores), len(TIMESTEPS), 4 * dim + 4, time.process_time() - started)
-
-
-def _squeezed(scores: Scores) -> Scores:
-    return {kind: values[0] if len(values) == 1 else values for kind, values in scores.items()}
+    return Found(scores, len(TIMESTEPS), 4 * dim + 4, time.process_time() - started)
 
 
 def by_place(shape: Sequence[int], n: int, timestep: int, batch: int) -> Tensor:

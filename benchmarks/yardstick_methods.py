@@ -14,6 +14,8 @@ from benchmarks.yardstick_lab import Lab, Measurement, Scores, scored
 from retrac_scale.estimators import Estimator
 
 RECIPE = "ReTracRidge"
+DAMPINGS = [factor * 10.0**power for power in range(-6, 3) for factor in (1, 2, 5)]
+"""27 values from a millionth to 500, relative to the mean eigenvalue: as many as D-TRAK's and DAS's scripts try."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Found:
     """Scores, and what they cost.
 
     Attributes:
-        scores: {kind of query: `[q, n]`}, or `[d, q, n]` for d dampings of which one is to be fitted.
+        scores: {kind of query: `[q, n]`}, or `[d, q, n]` for each of `DAMPINGS`.
         pairs: (timestep, noise) pairs of a training sample that were differentiated, or passed through the model.
         bytes: of a training sample that a store keeps.
         seconds: CPU time from images and weights to the scores of all queries.
@@ -43,6 +45,7 @@ class Method:
         ask: gives its scores.
         group: "ours", "published", "baseline" or "sanity".
         squares: whether the square of its scores is a row as well.
+        fits: whether its scores are those of `DAMPINGS`: one row by rule, one fitted to half of the subsets.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Method:
     ask: Callable[[Lab], Found]
     group: str = "ours"
     squares: bool = False
+    fits: bool = False
 
 
 def measurements() -> dict[str, Measurement]:

@@ -1,0 +1,234 @@
+"""The yardstick: attribution methods, ours and others', and baselines, judged by the same ground truths.
+
+    python -m benchmarks.yardstick --setting digits8
+    python -m benchmarks.yardstick --setting emoji16 --folder FOLDER         # of the emoji tarballs
+    python -m benchmarks.yardstick --setting digits8 --again "random"        # methods whose scores are computed anew
+    python -m benchmarks.yardstick --page                                    # the pages alone, from the results
+
+The model that is asked about is trained first (minutes) unless it is there. Scores are kept, by method and kind of
+query, in WORK/SETTING/yardstick: when a truth has grown, everything is judged again in seconds. Figures go to
+benchmarks/results/yardstick-SETTING.json and .md, the comparison of settings to docs/leaderboard.md and the README.
+
+No damping is tuned on what it is judged by: it follows from a rule without labels, or it is fitted to every second
+subset and judged by the others, which the row says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import yardstick_page as pages
+from benchmarks.measurement_page import cpu_name
+from benchmarks.yardstick_baselines import baselines, sanity
+from benchmarks.yardstick_foreign import foreign
+from benchmarks.yardstick_lab import Lab, Scores, digest
+from benchmarks.yardstick_methods import DAMPINGS, RECIPE, Method, ours
+from retrac_scale import evaluate
+from retrac_scale.estimators.ridge import AUTO
+from retrac_scale.evaluate.intervals import percentiles
+from retrac_scale.evaluate.lds import correlation, sums_and_outcomes
+from retrac_scale.evaluate.settings import SETTINGS
+
+HERE = Path(__file__).parent
+DRAWS = 300
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        method: whose scores.
+        squared: whether they are squared.
+        scores: {kind of query: `[q, n]`}.
+        half: whether a damping was fitted to every second subset, so that the others alone judge.
+    """
+
+    method: Method
+    squared: bool
+    scores: Scores
+    half: bool = False
+
+
+def lab_of(setting: evaluate.Setting, truths: list[evaluate.Truth]) -> Lab:
+    """A setting with the queries of its truths; the folder's name tells data and weights."""
+    kinds = dict.fromkeys(kind for truth in truths for kind in truth.kinds)
+    made = hashlib.blake2b(digest(setting.train).encode(), digest_size=6)
+    for weights in setting.checkpoints.values():
+        for name, values in sorted(weights.items()):
+            made.update(name.encode() + values.numpy().tobytes())
+    return Lab(
+        setting.train,
+        {kind: setting.queries[kind] for kind in kinds},
+        setting.build,
+        setting.scheduler,
+        setting.checkpoints,
+        setting.record,
+        setting.work / "yardstick" / made.hexdigest(),
+        setting.trainer,
+    )
+
+
+def asked(method: Method, lab: Lab, again: bool) -> tuple[Scores, dict[str, Any]]:
+    """A method's scores, computed for the kinds of queries that are not there yet, and what they cost at first."""
+    place = lab.folder / "scores" / re.sub(r"[^a-z0-9]+", "-", f"{method.name} {method.noise}".lower()).strip("-")
+    files = {kind: place / f"{kind}-{digest(images)}.npy" for kind, images in lab.queries.items()}
+    missing = [kind for kind, file in files.items() if again or not file.exists()]
+    told = place / "cost.json"
+    if missing:
+        found = method.ask(lab.some(missing))
+        place.mkdir(parents=True, exist_ok=True)
+        for kind in missing:  # a kind that the method has no scores for is an empty file
+            np.save(files[kind], np.asarray(found.scores.get(kind, []), np.float32))
+        if again or not told.exists():
+            told.write_text(json.dumps({"pairs": found.pairs, "bytes": found.bytes, "seconds": found.seconds}))
+    scores = {kind: np.load(file).astype(np.float64) for kind, file in files.items()}
+    return {kind: values for kind, values in scores.items() if values.size}, json.loads(told.read_text())
+
+
+def rows_of(method: Method, scores: Scores, truths: list[evaluate.Truth]) -> Iterator[Row]:
+    """A method's scores as they are, squared, or at a damping by rule and at a fitted one."""
+    if not method.fits:
+        for squared in (False, True)[: 1 + method.squares]:
+            yield Row(method, squared, {kind: values ** (1 + squared) for kind, values in scores.items()})
+        return
+    yield Row(method, method.squares, {kind: values[DAMPINGS.index(AUTO)] for kind, values in scores.items()})
+    known = next((truth for truth in truths if isinstance(truth, evaluate.Subsets)), None)
+    if known is not None:
+        fitted = {
+            kind: values[best(values, part_of(known, [kind], slice(0, None, 2)))]
+            for kind, values in scores.items()
+            if kind in known.kinds
+        }
+        name = f"{method.name}, damping fitted"
+        yield Row(replace(method, name=name), method.squares, fitted, half=True)
+
+
+def best(values: Any, truth: evaluate.Subsets) -> int:
+    """Which damping of `[d, q, n]` has the largest mean LDS."""
+    found = [np.nan_to_num(evaluate.lds(one, truth.members, truth.losses)).mean() for one in values]
+    return int(np.argmax(found))
+
+
+def part_of(truth: evaluate.Subsets, kinds: list[str], subsets: slice = slice(None)) -> evaluate.Subsets:
+    """A truth for some kinds of queries and some of its subsets."""
+    rows = np.concatenate([np.arange(truth.shape[0])[truth.rows[kind]] for kind in kinds])
+    return replace(
+        truth,
+        kinds={kind: truth.kinds[kind] for kind in kinds},
+        members=truth.members[subsets],
+        losses=truth.losses[subsets][:, rows],
+        again=truth.again[:, subsets][:, :, rows],
+    )
+
+
+def judged(row: Row, truth: evaluate.Truth) -> list[dict[str, Any]]:
+    """Each metric of a truth on each kind of query that the row has scores for; nothing where they do not suffice."""
+    kinds = [kind for kind in truth.kinds if kind in row.scores]
+    if isinstance(truth, evaluate.Subsets) and kinds:
+        truth = part_of(truth, kinds, slice(1, None, 2) if row.half else slice(None))
+    elif row.half or len(kinds) < len(truth.kinds):
+        return []
+    return [asdict(figure) for figure in evaluate.judge(row.scores, truth, draws=DRAWS).figures]
+
+
+def ahead(leader: Scores, other: Scores, truth: evaluate.Subsets) -> dict[str, Any]:
+    """By how much the leader's LDS is larger, by kind of query, with an interval over queries and subsets.
+
+    Both are judged on the same resamples: their models and queries are the same, so that a difference can be clear
+    where the two intervals overlap.
+    """
+    found = {}
+    for kind, rows in truth.rows.items():
+        if kind not in other:
+            continue
+        (a, outcome), (b, _) = (
+            sums_and_outcomes(scores[kind], truth.members, truth.losses[:, rows]) for scores in (leader, other)
+        )
+        rng, (m, q) = np.random.default_rng(0), a.shape
+
+        def difference(subsets: Any, queries: Any, a: Any = a, b: Any = b, outcome: Any = outcome) -> float:
+            chosen = np.ix_(subsets, queries)
+            both = [np.nan_to_num(correlation(x[chosen], outcome[chosen])).mean() for x in (a, b)]
+            return float(both[0] - both[1])
+
+        drawn = [difference(rng.integers(0, m, m), rng.integers(0, q, q)) for _ in range(DRAWS)]
+        found[kind] = asdict(percentiles(difference(np.arange(m), np.arange(q)), drawn))
+    return found
+
+
+def table(lab: Lab, truths: list[evaluate.Truth], again: list[str]) -> Iterator[dict[str, Any]]:
+    """A line for each row."""
+    leaders: dict[bool, Scores] = {}
+    known = [truth for truth in truths if isinstance(truth, evaluate.Subsets)]
+    for method in (*ours(), *foreign(), *baselines(), *sanity()):
+        scores, cost = asked(method, lab, method.name in again)
+        for row in rows_of(method, scores, truths):
+            line = {"method": row.method.name, "noise": method.noise, "group": method.group, "squared": row.squared}
+            line |= cost | {"half": row.half, "figures": {truth.name: judged(row, truth) for truth in truths}}
+            if method.name == RECIPE and method.noise == "common":
+                leaders[row.squared] = row.scores
+            elif known and not row.half:
+                line["ahead"] = ahead(leaders[row.squared], row.scores, known[0])
+            yield line
+
+
+def run(setting: evaluate.Setting, again: list[str]) -> dict[str, Any]:
+    """The report of a setting."""
+    truths = [evaluate.truth(name) for name in evaluate.truths() if name.split("-")[0] == setting.name]
+    lines = []
+    for line in table(lab_of(setting, truths), truths, again):
+        lines.append(json.loads(json.dumps(line)))
+        shown = [f"{f['queries']} {f['metric']} {f['value']['value']:.3f}" for x in line["figures"].values() for f in x]
+        print(line["method"], line["noise"], "squared" * line["squared"], *shown, sep=" | ", flush=True)
+    return {
+        "command": f"python -m benchmarks.yardstick --setting {setting.name}",
+        "machine": f"{cpu_name()}, {os.cpu_count()} cores, one thread; torch {torch.__version__}",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "setting": setting.name,
+        "samples": len(setting.train),
+        "recipe": RECIPE,
+        "truths": {truth.name: truth.sentence for truth in truths},
+        "rows": lines,
+    }
+
+
+def main() -> None:
+    """Run what the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--setting", choices=SETTINGS)
+    parser.add_argument("--folder", type=Path, help="of the data, where they are not installed")
+    parser.add_argument("--work", type=Path, default=HERE / ".cache" / "truths", help="folder for models and scores")
+    parser.add_argument("--again", nargs="+", default=[], metavar="METHOD", help="whose scores are computed anew")
+    parser.add_argument("--page", action="store_true", help="write the pages from the results")
+    options = parser.parse_args()
+    if not options.page and options.setting is None:
+        parser.error("say which --setting, or --page")
+    torch.set_num_threads(1)
+    results = HERE / "results"
+    if options.setting is not None:
+        setting = evaluate.setting(options.setting, folder=options.folder, work=options.work)
+        report = run(setting, options.again)
+        (results / f"yardstick-{setting.name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    reports = [json.loads(file.read_text()) for file in sorted(results.glob("yardstick-*.json"))]
+    for report in reports:
+        (results / f"yardstick-{report['setting']}.md").write_text(pages.setting_page(report))
+    docs, readme = HERE.parent / "docs" / "leaderboard.md", HERE.parent / "README.md"
+    docs.write_text(pages.leaderboard(reports))
+    readme.write_text(pages.with_comparison(readme.read_text(), reports))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""How the results of `benchmarks.yardstick` are shown: a page for each setting, one that compares them, the README's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.paper_page import table
+
+Report = dict[str, Any]
+LDS_KINDS = ("held out", "training", "generated")
+SANITY = "sanity"
+MARKERS = "<!-- yardstick -->\n", "<!-- /yardstick -->\n"
+
+
+def setting_page(report: Report) -> str:
+    """Everything that was found on one setting, as Markdown."""
+    said = "; ".join(f"`{name}`: {sentence}" for name, sentence in report["truths"].items())
+    text = [
+        f"# The yardstick: {report['setting']}",
+        f"`{report['command']}`, {report['date']}, {report['machine']}. Written by that command.",
+        f"{report['samples']} training images. {said}. Brackets: 95 % intervals, of LDS over queries and subsets, of the "
+        "rest over queries. Pairs and bytes: of a training sample; seconds: CPU time from images and weights to the "
+        "scores of all queries.",
+    ]
+    for name in report["truths"]:
+        for squared, title in ((False, name), (True, f"{name}, squared scores")):
+            lines = [line for row in report["rows"] if row["squared"] == squared for line in _figures(row, name)]
+            if lines:
+                text += [f"## {title}", table([ceilings(report, name), *ranked(lines)])]
+    compared = [{**head(row), **row["ahead"]} for row in report["rows"] if row.get("ahead") and row["group"] != SANITY]
+    if compared:
+        text += [
+            "## How far the recipe is ahead",
+            f"LDS of {report['recipe']} under common noise minus that of the row, both squared where the row is; both "
+            "are judged on the same resamples of queries and subsets.",
+            table(compared),
+        ]
+    return "\n\n".join(text) + "\n"
+
+
+def head(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row is called."""
+    return {"method": row["method"] + ", squared" * row["squared"], "noise": row["noise"]}
+
+
+def _figures(row: dict[str, Any], truth: str) -> list[dict[str, Any]]:
+    """One line of a truth's table, or none."""
+    found = {column(one): one["value"] for one in row["figures"].get(truth, [])}
+    half = " (judged by half of the subsets)" if row["half"] else ""
+    cost = {"pairs": row["pairs"], "bytes": row["bytes"], "seconds": row["seconds"]}
+    return [{"method": row["method"] + half, "noise": row["noise"], **found, **cost}] if found else []
+
+
+def column(figure: dict[str, Any]) -> str:
+    """Metric and kind of query."""
+    return f"{figure['metric']}, {figure['queries']}"
+
+
+def ceilings(report: Report, truth: str) -> dict[str, Any]:
+    """A line with what can be reached."""
+    row = next(row for row in report["rows"] if row["figures"].get(truth) and not row["half"])
+    found = {column(one): one["ceiling"] or 1.0 for one in row["figures"][truth]}
+    return {"method": "*ceiling*", "noise": "", **found, "pairs": "", "bytes": "", "seconds": ""}
+
+
+def ranked(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By falling first metric."""
+    key = next(name for name in lines[0] if name not in ("method", "noise"))
+    return sorted(lines, key=lambda line: -line[key]["value"] if isinstance(line.get(key), dict) else 1)
+
+
+def lds_of(report: Report, row: dict[str, Any]) -> dict[str, Any]:
+    """{kind: figure} of a row's LDS."""
+    return {one["queries"]: one for one in row["figures"].get(f"{report['setting']}-lds", []) if one["metric"] == "LDS"}
+
+
+def leaderboard(reports: list[Report]) -> str:
+    """The page that compares settings."""
+    text = [INTRODUCTION.format(date=max(report["date"] for report in reports), machine=reports[0]["machine"])]
+    text += ["## What to use when", *(advice(report) for report in reports), WHEN]
+    for report in reports:
+        name = report["setting"]
+        text += [
+            f"## {name}",
+            f"Everything, with the other truths: [{name}](../benchmarks/results/yardstick-{name}.md).",
+        ]
+        for squared, title in ((False, "### Scores as they are"), (True, "### Squared scores")):
+            lines = [
+                {
+                    **head(row),
+                    "group": row["group"],
+                    **{f"LDS, {k}": f["value"] for k, f in lds_of(report, row).items()},
+                }
+                | {"bytes": row["bytes"], "seconds": row["seconds"]}
+                for row in report["rows"]
+                if row["squared"] == squared and lds_of(report, row) and not row["half"]
+            ]
+            if lines:
+                top = {f"LDS, {k}": f["ceiling"] or 1.0 for k, f in lds_of(report, report["rows"][0]).items()}
+                first = {"method": "*ceiling*", "noise": "", "group": "", **top, "bytes": "", "seconds": ""}
+                text += [
+                    title,
+                    table([first, *sorted(lines, key=lambda x: -x.get("LDS, held out", {"value": -1})["value"])]),
+                ]
+    return "\n\n".join(text) + "\n"
+
+
+def advice(report: Report) -> str:
+    """Which rows the recipe is not clear of, in words that follow from the figures."""
+    name, sentences = report["setting"], []
+    for squared, word in ((False, "As they are"), (True, "Squared")):
+        leader = next(
+            row
+            for row in report["rows"]
+            if row["squared"] == squared and "ahead" not in row and row["method"] == report["recipe"]
+        )
+        found = {kind: f"{figure['value']['value']:.2f}" for kind, figure in lds_of(report, leader).items()}
+        reached = ", ".join(f"{value} on {kind}" for kind, value in found.items())
+        sentences.append(f"{word}, {report['recipe']} under common noise reaches an LDS of {reached} queries.")
+        for kind in found:
+            rivals = [
+                row
+                for row in report["rows"]
+                if row["squared"] == squared and row["group"] != SANITY and kind in row.get("ahead", {})
+            ]
+            better = [named(row) for row in rivals if row["ahead"][kind]["high"] < 0]
+            level = [named(row) for row in rivals if row["ahead"][kind]["low"] <= 0 <= row["ahead"][kind]["high"]]
+            if better:
+                sentences.append(f"On {kind} queries these are clearly better: {'; '.join(better)}.")
+            said = (
+                f"not clear of {'; '.join(level)}"
+                if level
+                else f"clear of all {len(rivals)} other rows"
+                if not better
+                else ""
+            )
+            if said:
+                sentences.append(f"On {kind} queries it is {said}.")
+    return f"**{name}.** " + " ".join(sentences)
+
+
+def named(row: dict[str, Any]) -> str:
+    """A row in a sentence."""
+    return row["method"] + (f" ({row['noise']})" if row["noise"] != "-" else "")
+
+
+def with_comparison(readme: str, reports: list[Report]) -> str:
+    """The README with its table between the markers, unchanged where it has none."""
+    before, after = MARKERS
+    if before not in readme:
+        return readme
+    start, end = readme.index(before) + len(before), readme.index(after)
+    return readme[:start] + comparison(reports) + "\n" + readme[end:]
+
+
+COMPARED = (
+    ("ReTracRidge", "common", False),
+    ("ReTracRidge", "common", True),
+    ("D-TRAK, its authors' script", None, False),
+    ("DAS, its authors' script", None, True),
+    ("TRAK's package, 4096 entries, our damping", None, False),
+    ("TRAK", "own", False),
+    ("influence function, EK-FAC", "own", False),
+    ("ReTrac", "own", False),
+    ("TracIn", "recorded", False),
+    ("middle activations, same ridge", None, True),
+    ("pixel ridge", None, True),
+)
+"""Of the README: method, noise, squared."""
+
+
+def comparison(reports: list[Report]) -> str:
+    """LDS on held-out queries, a column for each setting."""
+    lines = []
+    for method, noise, squared in COMPARED:
+        line: dict[str, Any] = {}
+        for report in reports:
+            for row in report["rows"]:
+                if (row["method"], row["squared"]) == (method, squared) and noise in (None, row["noise"]):
+                    figure = lds_of(report, row).get("held out")
+                    if figure:
+                        line |= {**head(row), report["setting"]: figure["value"]}
+        if line:
+            lines.append(line)
+    return table(lines)
+
+
+INTRODUCTION = """# Leaderboard
+
+`python -m benchmarks.yardstick --setting NAME` for each setting, last on {date}, {machine}. Written by that command.
+
+Every method that we could run, ours, others' and baselines that need no gradient, judged by the same retrained models. LDS: do the
+scores predict the loss of a query under models trained on random halves of the images? 1 is perfect, 0 is chance, the ceiling is
+what a method can reach given the luck of a training. Brackets: 95 % intervals over queries and subsets. All rows share
+these, so that two rows can differ clearly although their intervals overlap; the sentences below go by the interval of the
+difference. Bytes: of a training sample; seconds: CPU time from images and weights to all scores.
+
+No damping is tuned on what it is judged by. Where others' scripts pick the best of 27 by the score that they report, the row here
+has the damping of our rule, which knows no label; the pages of the settings have a second row, fitted to every second
+subset and judged by the others. "By place in the batch": both published scripts seed their noise anew for each batch, so that a
+query sees the noise of the samples at its own place in theirs.
+
+`evaluate.judge` gives such a row for any array `[queries, samples]`, whatever made it: see [the yardstick](yardstick.md)."""
+
+WHEN = """WHEN"""
