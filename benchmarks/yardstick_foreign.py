@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from trak import TRAKer
 from trak.modelout_functions import AbstractModelOutput
 
@@ -54,7 +55,9 @@ def d_trak(lab: Lab) -> Found:
     """
     started = time.process_time()
     dim, batch = 32768, 52
-    features = partial(script_features, lab, measure="mean_squared_output", batch=batch, dim=dim, unit=False)
+    features = partial(
+        script_features, lab, measure="mean_squared_output", batch=batch, projection=rs.CountSketch(dim), unit=False
+    )
     train = features(lab.train)
     scores = {
         kind: script_scores(train, features(images), DAMPINGS, np.ones(len(train)))
@@ -73,7 +76,9 @@ def das(lab: Lab) -> Found:
     """
     started = time.process_time()
     dim, batch = 4096, 16
-    features = partial(script_features, lab, measure="mean_output", batch=batch, dim=dim, unit=True)
+    features = partial(
+        script_features, lab, measure="mean_output", batch=batch, projection=rs.CountSketch(dim), unit=True
+    )
     train, errors = features(lab.train), script_errors(lab)
     scores = {
         kind: script_scores(train, features(images), DAMPINGS, errors) ** 2 for kind, images in lab.queries.items()
@@ -88,21 +93,20 @@ def by_place(shape: Sequence[int], n: int, timestep: int, batch: int) -> Tensor:
     return drawn[torch.arange(n) % batch]
 
 
-def script_features(lab: Lab, images: Images, *, measure: str, batch: int, dim: int, unit: bool) -> Any:
+def script_features(lab: Lab, images: Images, *, measure: str, batch: int, projection: Any, unit: bool) -> Any:
     """Means over `TIMESTEPS` of sketched gradients, or of their directions, float64 `[n, k]`."""
     task, n = lab.task(measure), len(images)
     task.load("last", next(iter(lab.last.values())))
-    sketcher = rs.GradientSketcher(task.model, rs.CountSketch(dim))
-    total = np.zeros((n, dim))
+    sketcher = rs.GradientSketcher(task.model, projection)
+    total: Any = 0
     for timestep in TIMESTEPS:
-        steps, noise = torch.full((n,), timestep), by_place(images.images.shape[1:], n, timestep, batch)
-        for start in range(0, n, 64):
-            rows = slice(start, start + 64)
+        steps, noise, found = torch.full((n,), timestep), by_place(images.images.shape[1:], n, timestep, batch), []
+        for rows in torch.arange(n).split(64):
             given = {name: values[rows] for name, values in images.given.items()}
             with sketcher:
                 sketch, norm = sketcher(task.measured(images.images[rows], steps[rows], noise[rows], given)[0][0])
-            found = sketch / (norm[:, None] + 1e-8) if unit else sketch
-            total[rows] += found.double().numpy()
+            found.append(sketch / (norm[:, None] + 1e-8) if unit else sketch)
+        total = total + torch.cat(found).double().numpy()
     return total / len(TIMESTEPS)
 
 
@@ -163,7 +167,8 @@ def mean_loss(
     level = scheduler.alphas_cumprod[steps].reshape(-1, *[1] * image.ndim)
     noisy = level.sqrt() * image + (1 - level).sqrt() * noise
     told = [value.expand(len(steps), *value.shape) for value in given]
-    predicted = torch.func.functional_call(model, weights, (noisy, steps, *told)).sample
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernel knows no vmap
+        predicted = torch.func.functional_call(model, weights, (noisy, steps, *told)).sample
     return (predicted - noise).square().mean()
 
 
