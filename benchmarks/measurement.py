@@ -4,7 +4,7 @@
     python -m benchmarks.measurement --setting emoji16 --folder FOLDER     # of emoji tarballs, see benchmarks.emoji
     python -m benchmarks.measurement --setting digits8 --only rows dampings
 
-needs benchmarks/truths/SETTING.npz; `python -m benchmarks.truths` makes it anew. The model that is asked about is
+needs the truth SETTING-lds; `python -m benchmarks.truths` makes it anew. The model that is asked about is
 trained first (minutes) unless it is there; sketches are kept as well. For every row: LDS on held-out, training and
 generated queries, of the score and of its square, with intervals over queries and subsets; what two halves of the
 measurements agree on; how specific the lists are; whether the originals of altered training images come first; pairs,
@@ -31,12 +31,12 @@ from PIL import Image
 
 import retrac_scale as rs
 from benchmarks.measurement_page import cpu_name, page, pictures
-from benchmarks.paper_data import Images
-from benchmarks.truths import HERE, QUERIES, SETTINGS, Truth
+from benchmarks.truths import HERE, KINDS_OF_LDS, QUERIES
 from retrac_scale import evaluate
 from retrac_scale.estimators import Estimator
 from retrac_scale.estimators.ridge import AUTO
 from retrac_scale.evaluate import Interval
+from retrac_scale.evaluate.settings import SETTINGS, Images
 
 RECIPE = "common, 4 x 512, ReTracRidge"
 DAMPINGS = [factor * 10.0**power for power in range(-6, 3) for factor in (1, 2, 5)]
@@ -135,18 +135,18 @@ class Bench:
     """A setting's model with its sketches, kept in a folder, and the losses of its retrained models."""
 
     def __init__(self, name: str, folder: Path | None, work: Path) -> None:
-        self.name, self.truth = name, Truth(name, folder, work)
+        self.name, self.truth = name, evaluate.setting(name, folder=folder, work=work)
         self.folder = work / name / "measurement"
         self.kinds = measurements(name)
-        with np.load(HERE / "truths" / f"{name}.npz") as packed:
-            n = len(self.truth.pictures.train)
-            self.members = np.unpackbits(packed["members"], axis=1, count=n).astype(bool)
-            self.losses = {kind: packed[kind.replace(" ", "_")].astype(np.float64) for kind in self.truth.queries}
+        known = evaluate.truth(f"{name}-lds")
+        assert isinstance(known, evaluate.Subsets)
+        self.members = known.members
+        self.losses = {kind: known.losses[:, rows] for kind, rows in known.rows.items()}
 
     @cached_property
     def task(self) -> rs.DiffusionTask:
         """What is differentiated."""
-        return rs.DiffusionTask(self.truth.build(), self.truth.setting.training.scheduler())
+        return rs.DiffusionTask(self.truth.build(), self.truth.scheduler)
 
     @cached_property
     def altered(self) -> Images:
@@ -168,7 +168,7 @@ class Bench:
         )
         if fresh:
             file.write_text(json.dumps({"seconds": time.process_time() - started}))
-        asked = {**self.truth.queries, "altered": self.altered}
+        asked = {**{kind: self.truth.queries[kind] for kind in KINDS_OF_LDS}, "altered": self.altered}
         queries = {
             kind: rs.sketch(
                 self.task,
@@ -274,7 +274,7 @@ def repeated(store: rs.SketchStore, queries: rs.SketchStore, estimator: Estimato
 
 def baselines(bench: Bench) -> Iterator[dict[str, Any]]:
     """Scores without gradients: pixels, activations and outputs under common noise with a ridge, loss, chance."""
-    asked = {**bench.truth.queries, "altered": bench.altered}
+    asked = {**{kind: bench.truth.queries[kind] for kind in KINDS_OF_LDS}, "altered": bench.altered}
     every = {"train": bench.truth.pictures.train, **asked}
     pixels = {kind: one.images.flatten(1).numpy().astype(np.float64) for kind, one in every.items()}
     mean = pixels["train"].mean(0)
@@ -419,7 +419,7 @@ def main() -> None:
         "machine": f"{cpu_name()}, {os.cpu_count()} cores, one thread; torch {torch.__version__}",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "subsets": len(bench.members),
-        "samples": len(bench.truth.pictures.train),
+        "samples": len(bench.truth.train),
         "queries": QUERIES,
     }
     for part in options.only:

@@ -28,20 +28,15 @@ import numpy as np
 import torch
 
 import retrac_scale as rs
-from benchmarks.paper_data import LOADERS, Data, Images, captioned, joined
-from benchmarks.paper_models import (
-    DEVICE,
-    SAMPLING_STEPS,
-    LoRATraining,
-    Losses,
-    Trainer,
-    Training,
-    beginning,
-    generate,
-)
+from benchmarks.paper_data import LOADERS, Data, captioned
+from benchmarks.paper_models import LoRATraining, Losses
 from benchmarks.paper_page import draw, page, table
 from retrac_scale import demo, evaluate
 from retrac_scale.evaluate import Interval
+from retrac_scale.evaluate.settings import Images, joined
+from retrac_scale.evaluate.settings.generating import SAMPLING_STEPS, beginning, generate
+from retrac_scale.evaluate.settings.trainer import Trainer
+from retrac_scale.evaluate.settings.training import DEVICE, Training
 from retrac_scale.report.figures import norm_curve
 
 HERE = Path(__file__).parent

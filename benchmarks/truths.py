@@ -1,168 +1,166 @@
-"""Ground truths: what many models, each trained on a random half of the images, make of some queries.
+"""Ground truths: what is asked of a setting's model, and what retrained models say.
 
-    python -m benchmarks.truths --setting digits8
-    python -m benchmarks.truths --setting emoji16 --folder FOLDER     # of emoji tarballs, see benchmarks.emoji
-    python -m benchmarks.truths --setting digits8 --subsets 64 --work WORK
+    python -m benchmarks.truths --setting digits8 --kind lds --subsets 64
+    python -m benchmarks.truths --setting emoji16 --kind groups --folder FOLDER    # of the emoji tarballs
+    python -m benchmarks.truths --setting digits8 --kind seeds
+    python -m benchmarks.truths --setting digits8 --check
 
-trains what is missing, one model after the other on one thread, and writes benchmarks/truths/SETTING.npz: members
-`[m, n]`, losses `[m, q]` of every kind of query. Stopped, it goes on where it was. All trainings share one seed: order,
-timesteps and noise of a sample in an epoch are the same in each, so that models differ by their samples alone.
+trains what is missing, one model after the other on one thread, and writes retrac_scale/evaluate/truths/NAME.npz.
+Stopped, it goes on where it was; two processes with different kinds may share a work folder. `--check` trains the first
+subset of the LDS anew and compares its losses with those in the file.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
+import platform
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-import retrac_scale as rs
-from benchmarks import emoji
-from benchmarks.paper_data import Images, digits, joined
-from benchmarks.paper_models import DEVICE, Trainer, Training, generate
 from retrac_scale import evaluate
+from retrac_scale.evaluate.judging.base import write_truth
+from retrac_scale.evaluate.settings import SETTINGS, Images, Setting, joined
+from retrac_scale.evaluate.settings import images as images_module
+from retrac_scale.evaluate.settings import losses as losses_module
+from retrac_scale.evaluate.settings import trainer as trainer_module
+from retrac_scale.evaluate.settings import training as training_module
+from retrac_scale.evaluate.settings.generating import generate
+from retrac_scale.evaluate.settings.losses import Losses
 
 HERE = Path(__file__).parent
 QUERIES = 64
-"""Of each kind: held out, trained on, generated."""
-LOSS_TIMESTEPS, LOSS_DRAWS = 50, 2
+"""Of each kind."""
+KINDS_OF_LDS = ("held out", "training", "generated")
+AGAIN, MORE_SEEDS, GROUP_SEEDS = 8, (1, 2), (0, 1)
+"""Subsets that are trained again, the seeds then, and those of models without a group."""
+LONGEST_GAP = 600
+"""Seconds between two results beyond which nobody was training."""
+TOLERANCE = 1e-4
+"""Of a retrained subset's losses."""
 
 
-@dataclass(frozen=True, eq=False)
-class Pictures:
-    """Images to train on and some held out, with what is known of each, {column: `[n]`}."""
-
-    train: Images
-    held_out: Images
-    columns: dict[str, Any] = field(default_factory=dict)
-    held_out_columns: dict[str, Any] = field(default_factory=dict)
-
-
-def digits8(_: Path | None) -> Pictures:
-    """512 of scikit-learn's 8 x 8 digits to train on."""
-    data = digits()
-    return Pictures(data.train.some(slice(512)), data.validation.some(slice(QUERIES), "held-out"))
+def common_queries(setting: Setting) -> dict[str, Images]:
+    """64 of each kind: held out, trained on, generated."""
+    asked = setting.pictures.held_out
+    last = list(setting.checkpoints.values())[-1]
+    return {
+        "held out": asked,
+        "training": setting.train.some(slice(QUERIES)),
+        "generated": generate(setting.training, setting.build(), last, asked, setting.work / "generated.pt"),
+    }
 
 
-def emoji16(folder: Path | None) -> Pictures:
-    """768 pictures of 416 emoji by two designers to train on, 64 held out, 16 x 16 in colour."""
-    if folder is None:
-        raise ValueError("emoji16 needs --folder with the tarballs; see benchmarks/emoji.py.")
-    found = emoji.load(folder, 16)
-    rng = np.random.default_rng(0)
-    pairs = rng.permutation(len(found.pictures) // 2)[:416]
-    rows = rng.permutation(np.concatenate([2 * pairs, 2 * pairs + 1]))
-    pixels = torch.from_numpy(found.pictures[rows]).permute(0, 3, 1, 2).float() / 127.5 - 1
-    known = {"designer": found.designer[rows], "name": found.name[rows], "category": found.category[rows]}
-    return Pictures(
-        Images(pixels[:768]),
-        Images(pixels[768:], "held-out"),
-        {name: values[:768] for name, values in known.items()},
-        {name: values[768:] for name, values in known.items()},
-    )
+QUERIES_OF: dict[str, Callable[[Setting], dict[str, Images]]] = {"digits8": common_queries, "emoji16": common_queries}
+"""What each setting is asked about, by kind."""
 
 
-@dataclass(frozen=True)
-class Setting:
-    """A data set and how models are trained on it."""
-
-    load: Callable[[Path | None], Pictures]
-    training: Training
-    seed: int = 0
-
-
-SETTINGS = {
-    "digits8": Setting(digits8, Training()),
-    "emoji16": Setting(emoji16, Training(epochs=60, kept=(15, 30, 45, 60), channels=(24, 48))),
-}
+def write_queries(setting: Setting) -> None:
+    """Into the setting's file of queries."""
+    packed: dict[str, Any] = {"data": np.array(setting.pictures.digest)}
+    for kind, images in QUERIES_OF[setting.name](setting).items():
+        packed[kind] = images.images.numpy()
+        packed |= {f"{kind}/{name}": values.numpy() for name, values in images.given.items()}
+    np.savez_compressed(setting.queries_file, **packed)
 
 
-@dataclass(frozen=True, eq=False)
-class Losses:
-    """`losses(weights)`: the loss of each query, `[q]`, over the middles of 50 intervals and two noises of its own."""
-
-    images: Images
-    training: Training
-
-    @property
-    def key(self) -> str:
-        """A digest of the queries."""
-        digest = hashlib.blake2b(digest_size=12)
-        digest.update(self.images.images.numpy().tobytes())
-        return digest.hexdigest()
-
-    def __call__(self, weights: dict[str, Any]) -> Any:
-        """Means over timesteps and noises, float64."""
-        shape, ids = self.images.images.shape[1:], np.arange(len(self.images))
-        task = rs.DiffusionTask(self.training.build(shape), self.training.scheduler(), device=DEVICE)
-        task.load("measured", weights)
-        width = task.num_train_timesteps / LOSS_TIMESTEPS
-        total = torch.zeros(len(ids), dtype=torch.float64)
-        with torch.no_grad():
-            for step in ((np.arange(LOSS_TIMESTEPS) + 0.5) * width).astype(np.int64):
-                steps = np.full(len(ids), step)
-                for draw in range(LOSS_DRAWS):
-                    noise = rs.draw_noise(shape, ids, steps, 0, draw=draw)
-                    total += task.losses(self.images.images, torch.from_numpy(steps), noise, {}).cpu()
-        return (total / (LOSS_TIMESTEPS * LOSS_DRAWS)).numpy()
+def lds(setting: Setting, subsets: int) -> evaluate.Subsets:
+    """Losses of every query under models of random halves, and of some of these halves with other seeds."""
+    kinds = {kind: len(setting.queries[kind]) for kind in KINDS_OF_LDS}
+    members = evaluate.random_subsets(len(setting.ids), subsets, seed=setting.seed)
+    losses = retrained(setting, KINDS_OF_LDS, members, "subsets", setting.seed)
+    name = f"{setting.name}-lds"
+    known = evaluate.truth(name) if name in evaluate.truths() else None
+    again = known.again if isinstance(known, evaluate.Subsets) else np.zeros((0, 0, losses.shape[1]))
+    about = protocol(setting, seeds=[setting.seed, *MORE_SEEDS[: len(again)]], hours=hours(setting.work / "subsets"))
+    return evaluate.Subsets(name, kinds, len(setting.ids), about, members, losses, again)
 
 
-class Truth:
-    """A setting's model, queries and retrained models; made once and kept in a folder."""
+def seeds(setting: Setting, _: int) -> evaluate.Subsets:
+    """The LDS with the first subsets trained again under more seeds."""
+    members = evaluate.random_subsets(len(setting.ids), AGAIN, seed=setting.seed)
+    again = [retrained(setting, KINDS_OF_LDS, members, "again", seed) for seed in MORE_SEEDS]
+    known = evaluate.truth(f"{setting.name}-lds")  # read late: it may have grown meanwhile
+    assert isinstance(known, evaluate.Subsets)
+    assert (known.members[:AGAIN] == members).all()
+    about = dict(known.about) | {"seeds": [setting.seed, *MORE_SEEDS], "hours of seeds": hours(setting.work / "again")}
+    return replace(known, again=np.stack(again), about=about)
 
-    def __init__(self, name: str, folder: Path | None, work: Path) -> None:
-        self.name, self.setting, self.work = name, SETTINGS[name], work / name
-        self.pictures = self.setting.load(folder)
-        self.trainer = Trainer(self.pictures.train, self.setting.training, self.work / "models")
-        self.ids = np.arange(len(self.pictures.train))
 
-    @cached_property
-    def checkpoints(self) -> dict[str, Any]:
-        """{epoch: weights} of the model that is asked about."""
-        return self.trainer.checkpoints(self.ids, self.setting.seed, self.record)
+def groups(setting: Setting, _: int) -> evaluate.Groups:
+    """Losses of models without one designer or one category."""
+    kinds = {kind: len(setting.queries[kind]) for kind in KINDS_OF_LDS}
+    labels = {column: np.asarray(setting.columns[column]).astype(str) for column in ("designer", "category")}
+    names = {column: np.unique(values) for column, values in labels.items()}
+    left = np.concatenate([labels[column][None] != names[column][:, None] for column in labels])
+    members = np.concatenate([np.ones((1, left.shape[1]), bool), left])
+    found = np.stack([retrained(setting, KINDS_OF_LDS, members, "groups", seed) for seed in GROUP_SEEDS])
+    ends = np.cumsum([len(values) for values in names.values()])[:-1]
+    without = dict(zip(labels, np.split(found[:, 1:], ends, axis=1), strict=True))
+    about = protocol(setting, seeds=list(GROUP_SEEDS), hours=hours(setting.work / "groups"))
+    name = f"{setting.name}-groups"
+    return evaluate.Groups(name, kinds, len(setting.ids), about, labels, names, without, found[:, 0])
 
-    @property
-    def record(self) -> Path:
-        """The folder of its training record."""
-        return self.work / "record"
 
-    def build(self) -> Any:
-        """An untrained model."""
-        return self.setting.training.build(self.pictures.train.images.shape[1:])
+MAKERS: dict[str, Callable[[Setting, int], evaluate.Truth]] = {"lds": lds, "seeds": seeds, "groups": groups}
 
-    @cached_property
-    def queries(self) -> dict[str, Images]:
-        """64 images of each kind."""
-        asked = self.pictures.held_out
-        last = list(self.checkpoints.values())[-1]
-        return {
-            "held out": asked,
-            "training": self.pictures.train.some(slice(QUERIES), "training"),
-            "generated": generate(self.setting.training, self.build(), last, asked, self.work / "generated.pt"),
-        }
 
-    def retrained(self, subsets: int) -> tuple[Any, dict[str, Any]]:
-        """Members `[m, n]` of half-size subsets and the losses `[m, q]` of each kind of query."""
-        members = evaluate.random_subsets(len(self.ids), subsets, seed=self.setting.seed)
-        measure = Losses(joined(list(self.queries.values())), self.setting.training)
-        chosen = [self.ids[row] for row in members]
-        losses = evaluate.retrain(
-            chosen, self.trainer, measure, self.work / "subsets", seed=self.setting.seed, key=measure.key
-        )
-        return members, dict(zip(self.queries, np.split(losses, len(self.queries), axis=1), strict=True))
+def retrained(setting: Setting, kinds: Sequence[str], members: Any, folder: str, seed: int) -> Any:
+    """Losses `[m, q]` of the queries of these kinds under models trained on each row of `members`."""
+    measure = Losses(joined([setting.queries[kind] for kind in kinds]), setting.training)
+    trainer = replace(setting.trainer, progress=False)
+    chosen = [setting.ids[row] for row in members]
+    return evaluate.retrain(chosen, trainer, measure, setting.work / folder, seed=seed, key=measure.key)
+
+
+def protocol(setting: Setting, **more: Any) -> dict[str, Any]:
+    """What a truth depends on: digests of data, queries, model and code, versions."""
+    weights = list(setting.checkpoints.values())[-1]
+    model = hashlib.blake2b(digest_size=12)
+    for name in sorted(weights):
+        model.update(weights[name].numpy().tobytes())
+    code = hashlib.blake2b(digest_size=12)
+    for module in (images_module, training_module, trainer_module, losses_module):
+        code.update(Path(str(module.__file__)).read_bytes())
+    return {
+        "training": repr(setting.training),
+        "data": setting.pictures.digest,
+        "queries": hashlib.blake2b(setting.queries_file.read_bytes(), digest_size=12).hexdigest(),
+        "model": model.hexdigest(),
+        "code": code.hexdigest(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        **more,
+    }
+
+
+def hours(folder: Path) -> float:
+    """What the results in a folder took, by the times of its files."""
+    gaps = np.diff(sorted(file.stat().st_mtime for file in folder.glob("*.npy")))
+    return round(float(gaps[gaps < LONGEST_GAP].sum()) / 3600, 2)
+
+
+def check(setting: Setting) -> float:
+    """The largest difference of losses, of the first subset trained anew, from those in the file."""
+    known = evaluate.truth(f"{setting.name}-lds")
+    assert isinstance(known, evaluate.Subsets)
+    with tempfile.TemporaryDirectory() as folder:
+        anew = Setting(setting.name, setting.pictures, setting.training, Path(folder), setting.seed, setting.base)
+        found = retrained(anew, tuple(known.kinds), known.members[:1], "subsets", setting.seed)
+    return float(np.abs(found[0] - known.losses[0]).max())
 
 
 def main() -> None:
     """Run what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setting", choices=SETTINGS, required=True)
+    parser.add_argument("--kind", choices=MAKERS, default="lds", help="of truth (default: lds)")
+    parser.add_argument("--check", action="store_true", help="train one subset anew and compare")
     parser.add_argument("--folder", type=Path, help="of the data, where they are not installed")
     parser.add_argument("--subsets", type=int, default=32, help="how many models are retrained (default: 32)")
     parser.add_argument(
@@ -173,14 +171,16 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    truth = Truth(arguments.setting, arguments.folder, arguments.work)
-    started = time.perf_counter()
-    members, losses = truth.retrained(arguments.subsets)
-    out = HERE / "truths" / f"{truth.name}.npz"
-    out.parent.mkdir(exist_ok=True)
-    packed = {kind.replace(" ", "_"): values.astype(np.float32) for kind, values in losses.items()}
-    np.savez_compressed(out, members=np.packbits(members, axis=1), **packed)
-    print(f"{out}: {len(members)} models, {time.perf_counter() - started:.0f} s in this run")
+    setting = evaluate.setting(arguments.setting, folder=arguments.folder, work=arguments.work)
+    if arguments.check:
+        difference = check(setting)
+        print(f"{setting.name}: losses of the first subset, trained anew, differ by {difference:.1e} at most")
+        raise SystemExit(difference > TOLERANCE)
+    if not setting.queries_file.exists():
+        write_queries(setting)
+    made = MAKERS[arguments.kind](setting, arguments.subsets)
+    file = write_truth(made)
+    print(f"{file}: {made.sentence}; {file.stat().st_size / 1e3:.0f} kB")
 
 
 if __name__ == "__main__":

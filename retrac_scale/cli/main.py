@@ -8,12 +8,26 @@ import os
 import sys
 from collections.abc import Sequence
 
-from retrac_scale.cli import completion, demo, index, info, init, plan, project, query, report, serve, sketch, verify
+from retrac_scale.cli import (
+    completion,
+    demo,
+    index,
+    info,
+    init,
+    judge,
+    plan,
+    project,
+    query,
+    report,
+    serve,
+    sketch,
+    verify,
+)
 from retrac_scale.cli.verb import Verb
 
 VERBS = (
     *(demo.VERB, init.VERB, sketch.VERB, index.VERB, query.VERB, report.VERB, serve.VERB),
-    *(info.VERB, verify.VERB, plan.VERB, completion.VERB),
+    *(info.VERB, verify.VERB, plan.VERB, judge.VERB, completion.VERB),
 )
 EXAMPLES = f"""examples:
   retrac-scale demo                             train, sketch, index, query, report: the whole street on real digits

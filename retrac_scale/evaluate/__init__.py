@@ -1,29 +1,8 @@
-"""Metrics of attribution: how specific, how biased, how right."""
+"""Metrics of attribution, and ground truths to judge scores by: how specific, how biased, how right.
 
-from retrac_scale.evaluate.agreement import rank_correlation, recall_at, stability
-from retrac_scale.evaluate.intervals import Interval, bootstrap, jackknife, percentiles
-from retrac_scale.evaluate.lds import lds, lds_mean
-from retrac_scale.evaluate.outliers import Detection, detection
-from retrac_scale.evaluate.retraining import counterfactual, random_subsets, retrain
-from retrac_scale.evaluate.specificity import hubs, largest_share, norm_correlation, unique_fraction
+Names stand in `__init__.pyi` and are imported when they are first used: judging needs no torch.
+"""
 
-__all__ = [
-    "Detection",
-    "Interval",
-    "bootstrap",
-    "counterfactual",
-    "detection",
-    "hubs",
-    "jackknife",
-    "largest_share",
-    "lds",
-    "lds_mean",
-    "norm_correlation",
-    "percentiles",
-    "random_subsets",
-    "rank_correlation",
-    "recall_at",
-    "retrain",
-    "stability",
-    "unique_fraction",
-]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

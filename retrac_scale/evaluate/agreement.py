@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy.stats import spearmanr
 
-from retrac_scale.store.encoding import Float64
+if TYPE_CHECKING:
+    from retrac_scale.store.encoding import Float64
 
 
 def recall_at(scores: npt.ArrayLike, exact: npt.ArrayLike, k: int = 10) -> Float64:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import norm
 
 Statistic = Callable[..., float]
 
@@ -72,7 +72,7 @@ def jackknife(statistic: Statistic, *arrays: npt.ArrayLike, level: float = 0.95)
         raise ValueError(f"the jackknife leaves out one of at least two rows, got {q}.")
     without = np.array([statistic(*(np.delete(array, row, 0) for array in rows)) for row in range(q)])
     error = float(np.sqrt((q - 1) * without.var()))
-    value, reach = statistic(*rows), float(norm.ppf((1 + level) / 2)) * error
+    value, reach = statistic(*rows), NormalDist().inv_cdf((1 + level) / 2) * error
     return Interval(float(value), float(value - reach), float(value + reach))
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import rankdata
 
 from retrac_scale.evaluate.intervals import Interval, percentiles
-from retrac_scale.scan import Bools
-from retrac_scale.store.encoding import Float64
+from retrac_scale.evaluate.spearman import Columns, correlation, resamples
+
+if TYPE_CHECKING:
+    from retrac_scale.scan import Bools
+    from retrac_scale.store.encoding import Float64
 
 
 def lds(scores: npt.ArrayLike, members: npt.ArrayLike, losses: npt.ArrayLike) -> Float64:
@@ -31,8 +35,8 @@ def lds(scores: npt.ArrayLike, members: npt.ArrayLike, losses: npt.ArrayLike) ->
     Raises:
         ValueError: shapes do not fit, there are fewer than 2 subsets, or a score or loss is NaN or infinite.
     """
-    sums, outcome = _both(scores, members, losses)
-    return _correlation(sums, outcome)
+    sums, outcome = sums_and_outcomes(scores, members, losses)
+    return correlation(Columns.of(sums), Columns.of(outcome))
 
 
 def lds_mean(
@@ -56,17 +60,13 @@ def lds_mean(
         level: of the interval.
         seed: of the resamples.
     """
-    sums, outcome = _both(scores, members, losses)
-    rng = np.random.default_rng(seed)
-    m, q = sums.shape
-    resampled = []
-    for _ in range(draws):
-        chosen = np.ix_(rng.integers(0, m, m), rng.integers(0, q, q))
-        resampled.append(np.nanmean(_correlation(sums[chosen], outcome[chosen])))
-    return percentiles(float(np.nanmean(_correlation(sums, outcome))), resampled, level)
+    sums, outcome = sums_and_outcomes(scores, members, losses)
+    a, b = Columns.of(sums), Columns.of(outcome)
+    resampled = [np.nanmean(correlation(a, b, rows)[columns]) for rows, columns in resamples(*sums.shape, draws, seed)]
+    return percentiles(float(np.nanmean(correlation(a, b))), resampled, level)
 
 
-def _both(scores: npt.ArrayLike, members: npt.ArrayLike, losses: npt.ArrayLike) -> tuple[Float64, Float64]:
+def sums_and_outcomes(scores: npt.ArrayLike, members: npt.ArrayLike, losses: npt.ArrayLike) -> tuple[Float64, Float64]:
     """Sums of scores and minus losses, `[m, q]` both."""
     values, loss = np.asarray(scores, dtype=np.float64), np.asarray(losses, dtype=np.float64)
     inside: Bools = np.asarray(members, dtype=bool)
@@ -82,11 +82,3 @@ def _both(scores: npt.ArrayLike, members: npt.ArrayLike, losses: npt.ArrayLike) 
         if len(wrong):
             raise ValueError(f"{name} hold NaN or inf, first at {tuple(wrong[0].tolist())}; leave such samples out.")
     return inside.astype(np.float64) @ values.T, -loss
-
-
-def _correlation(a: Float64, b: Float64) -> Float64:
-    """Spearman's correlation along the first axis, `[q]`."""
-    ranks = [rankdata(x, axis=0) - (len(x) + 1) / 2 for x in (a, b)]
-    with np.errstate(invalid="ignore"):
-        result: Float64 = (ranks[0] * ranks[1]).sum(0) / np.sqrt((ranks[0] ** 2).sum(0) * (ranks[1] ** 2).sum(0))
-    return result

@@ -25,6 +25,10 @@ SHA256 = {
     "google": "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
     "twitter": "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
 }
+HOW_TO_GET = (
+    f"Get them with: npm pack emoji-datasource-google@{VERSION} emoji-datasource-twitter@{VERSION}, then give the "
+    "folder of the two tarballs."
+)
 LEFT_OUT = ("Component", "Flags")
 
 
@@ -42,7 +46,7 @@ def load(folder: Path, size: int) -> Emoji:
     """All emoji that both designers drew, without flags and skin tones: pairs of the same name stand together.
 
     Args:
-        folder: holds the two tarballs.
+        folder: holds the two tarballs, or is one of them, and the other lies beside it.
         size: to which the 64 x 64 pictures are brought, by averaging boxes of pixels; divides 64.
 
     Raises:
@@ -76,9 +80,10 @@ def load(folder: Path, size: int) -> Emoji:
 
 
 def _tarball(folder: Path, designer: str) -> Path:
+    folder = folder.parent if folder.suffix == ".tgz" else folder
     file = folder / f"emoji-datasource-{designer}-{VERSION}.tgz"
     if not file.exists():
-        raise FileNotFoundError(f"there is no {file}; get it with: npm pack emoji-datasource-{designer}@{VERSION}")
+        raise FileNotFoundError(f"there is no {file}; {HOW_TO_GET}")
     with file.open("rb") as content:
         found = hashlib.file_digest(content, "sha256").hexdigest()
     if found != SHA256[designer]:

@@ -1,0 +1,95 @@
+"""What the settings' models are trained on; nothing is downloaded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+from retrac_scale.evaluate.settings import emoji
+from retrac_scale.evaluate.settings.images import Images
+
+HELD_OUT = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """Images to train on and some held out, with what is known of each, {column: `[n]`}.
+
+    Attributes:
+        train: the training set.
+        held_out: of the same kind.
+        columns: of the training set.
+        held_out_columns: of those held out.
+        tuned: ids of the samples of a fine-tune, which the first training does not see; None without a fine-tune.
+    """
+
+    train: Images
+    held_out: Images
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    held_out_columns: Mapping[str, Any] = field(default_factory=dict)
+    tuned: Any = None
+
+    @property
+    def digest(self) -> str:
+        """Of all pixels and what the model is told of them."""
+        made = hashlib.blake2b(digest_size=12)
+        for part in (self.train, self.held_out):
+            for values in (part.images, *part.given.values()):
+                made.update(values.numpy().tobytes())
+        return made.hexdigest()
+
+
+def digits8(_: Path | None) -> Pictures:
+    """512 of scikit-learn's 8 x 8 digits to train on, 64 held out, in random order."""
+    found = load_digits()
+    order = torch.randperm(len(found.images), generator=torch.Generator().manual_seed(0)).numpy()
+    pixels = torch.from_numpy(found.images).float().unsqueeze(1)[order] / 8 - 1
+    train, held_out = slice(512), slice(1000, 1000 + HELD_OUT)
+    digit = found.target[order]
+    return Pictures(
+        Images(pixels[train]), Images(pixels[held_out], "held-out"), {"digit": digit[train]}, {"digit": digit[held_out]}
+    )
+
+
+def emoji16(folder: Path | None) -> Pictures:
+    """768 pictures of 416 emoji by two designers to train on, 64 held out, 16 x 16 in colour."""
+    found, rows = _chosen(folder)
+    return _split(scaled(found.pictures[rows]), _columns(found, rows), 768)
+
+
+def _chosen(folder: Path | None) -> tuple[emoji.Emoji, Any]:
+    """All emoji, and the rows of the 832 pictures of 416 pairs, in random order."""
+    if folder is None:
+        raise ValueError(f"the emoji are read from a folder: give folder= (--folder). {emoji.HOW_TO_GET}")
+    found = emoji.load(folder, 16)
+    rng = np.random.default_rng(0)
+    pairs = rng.permutation(len(found.pictures) // 2)[:416]
+    return found, rng.permutation(np.concatenate([2 * pairs, 2 * pairs + 1]))
+
+
+def _columns(found: emoji.Emoji, rows: Any) -> dict[str, Any]:
+    return {"designer": found.designer[rows], "name": found.name[rows], "category": found.category[rows]}
+
+
+def _split(pixels: Tensor, known: Mapping[str, Any], n: int) -> Pictures:
+    """The first n to train on, 64 held out."""
+    ends = n + HELD_OUT
+    return Pictures(
+        Images(pixels[:n]),
+        Images(pixels[n:ends], "held-out"),
+        {name: values[:n] for name, values in known.items()},
+        {name: values[n:ends] for name, values in known.items()},
+    )
+
+
+def scaled(pictures: Any) -> Tensor:
+    """uint8 `[n, size, size, 3]` as pixels in -1 .. 1, `[n, 3, size, size]`."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
