@@ -21,7 +21,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,12 @@ from benchmarks.yardstick_methods import DAMPINGS, RECIPE, Method, ours
 from retrac_scale import evaluate
 from retrac_scale.estimators.ridge import AUTO
 from retrac_scale.evaluate.intervals import percentiles
-from retrac_scale.evaluate.lds import correlation, sums_and_outcomes
+from retrac_scale.evaluate.lds import sums_and_outcomes
 from retrac_scale.evaluate.settings import SETTINGS
+from retrac_scale.evaluate.spearman import Columns, correlation, resamples
 
 HERE = Path(__file__).parent
-DRAWS = 300
+DRAWS = 1000
 
 
 @dataclass(frozen=True)
@@ -157,15 +158,14 @@ def ahead(leader: Scores, other: Scores, truth: evaluate.Subsets) -> dict[str, A
         (a, outcome), (b, _) = (
             sums_and_outcomes(scores[kind], truth.members, truth.losses[:, rows]) for scores in (leader, other)
         )
-        rng, (m, q) = np.random.default_rng(0), a.shape
+        one, two, right = Columns.of(a), Columns.of(b), Columns.of(outcome)
 
-        def difference(subsets: Any, queries: Any, a: Any = a, b: Any = b, outcome: Any = outcome) -> float:
-            chosen = np.ix_(subsets, queries)
-            both = [np.nan_to_num(correlation(x[chosen], outcome[chosen])).mean() for x in (a, b)]
-            return float(both[0] - both[1])
+        def differences(counts: Any, one: Any = one, two: Any = two, right: Any = right) -> Any:
+            first, second = (np.nan_to_num(correlation(x, right, counts)) for x in (one, two))
+            return first - second
 
-        drawn = [difference(rng.integers(0, m, m), rng.integers(0, q, q)) for _ in range(DRAWS)]
-        found[kind] = asdict(percentiles(difference(np.arange(m), np.arange(q)), drawn))
+        drawn = [differences(counts)[columns].mean() for counts, columns in resamples(*a.shape, DRAWS, 0)]
+        found[kind] = asdict(percentiles(float(differences(None).mean()), drawn))
     return found
 
 

@@ -17,10 +17,10 @@ from trak import TRAKer
 from trak.modelout_functions import AbstractModelOutput
 
 import retrac_scale as rs
-from benchmarks.paper_data import Images
-from benchmarks.yardstick_lab import Lab, Scores
+from benchmarks.yardstick_lab import Lab
 from benchmarks.yardstick_methods import DAMPINGS, Found, Method
 from retrac_scale.estimators.ridge import AUTO
+from retrac_scale.evaluate.settings import Images
 from retrac_scale.projections import TrakProjector
 
 TIMESTEPS = range(0, 1000, 100)

@@ -9,9 +9,9 @@ from functools import partial
 from typing import Any
 
 import retrac_scale as rs
-from benchmarks.paper_models import SAMPLING_STEPS, beginning
 from benchmarks.yardstick_lab import Lab, Measurement, Scores, scored
 from retrac_scale.estimators import Estimator
+from retrac_scale.evaluate.settings.generating import SAMPLING_STEPS, beginning
 
 RECIPE = "ReTracRidge"
 DAMPINGS = [factor * 10.0**power for power in range(-6, 3) for factor in (1, 2, 5)]

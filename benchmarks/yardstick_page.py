@@ -1,4 +1,4 @@
-"""How the results of `benchmarks.yardstick` are shown: a page for each setting, one that compares them, the README's."""
+"""How the results of `benchmarks.yardstick` are shown: a page for each setting, a leaderboard, the README's table."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def setting_page(report: Report) -> str:
     text = [
         f"# The yardstick: {report['setting']}",
         f"`{report['command']}`, {report['date']}, {report['machine']}. Written by that command.",
-        f"{report['samples']} training images. {said}. Brackets: 95 % intervals, of LDS over queries and subsets, of the "
-        "rest over queries. Pairs and bytes: of a training sample; seconds: CPU time from images and weights to the "
-        "scores of all queries.",
+        f"{report['samples']} training images. {said}. Brackets: 95 % intervals, of LDS over queries and subsets, "
+        "of the rest over queries. Pairs and bytes: of a training sample; seconds: CPU time from images and weights to "
+        "the scores of all queries.",
     ]
     for name in report["truths"]:
         for squared, title in ((False, name), (True, f"{name}, squared scores")):
@@ -59,8 +59,13 @@ def column(figure: dict[str, Any]) -> str:
 def ceilings(report: Report, truth: str) -> dict[str, Any]:
     """A line with what can be reached."""
     row = next(row for row in report["rows"] if row["figures"].get(truth) and not row["half"])
-    found = {column(one): one["ceiling"] or 1.0 for one in row["figures"][truth]}
+    found = {column(one): ceiling(one) for one in row["figures"][truth]}
     return {"method": "*ceiling*", "noise": "", **found, "pairs": "", "bytes": "", "seconds": ""}
+
+
+def ceiling(figure: dict[str, Any]) -> Any:
+    """What a figure can reach; of LDS it is not known without further seeds."""
+    return figure["ceiling"] or ("-" if figure["metric"] == "LDS" else 1.0)
 
 
 def ranked(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -96,7 +101,7 @@ def leaderboard(reports: list[Report]) -> str:
                 if row["squared"] == squared and lds_of(report, row) and not row["half"]
             ]
             if lines:
-                top = {f"LDS, {k}": f["ceiling"] or 1.0 for k, f in lds_of(report, report["rows"][0]).items()}
+                top = {f"LDS, {k}": ceiling(f) for k, f in lds_of(report, report["rows"][0]).items()}
                 first = {"method": "*ceiling*", "noise": "", "group": "", **top, "bytes": "", "seconds": ""}
                 text += [
                     title,
@@ -187,19 +192,23 @@ def comparison(reports: list[Report]) -> str:
 
 INTRODUCTION = """# Leaderboard
 
-`python -m benchmarks.yardstick --setting NAME` for each setting, last on {date}, {machine}. Written by that command.
+`python -m benchmarks.yardstick --setting NAME` for each setting, last on {date}, {machine}. Written by that
+command.
 
-Every method that we could run, ours, others' and baselines that need no gradient, judged by the same retrained models. LDS: do the
-scores predict the loss of a query under models trained on random halves of the images? 1 is perfect, 0 is chance, the ceiling is
-what a method can reach given the luck of a training. Brackets: 95 % intervals over queries and subsets. All rows share
-these, so that two rows can differ clearly although their intervals overlap; the sentences below go by the interval of the
-difference. Bytes: of a training sample; seconds: CPU time from images and weights to all scores.
+Every method that we could run, ours, others' and baselines that need no gradient, judged by the same retrained models.
+LDS: do the scores predict the loss of a query under models trained on random halves of the images? 1 is perfect, 0 is
+chance; the ceiling is what a method can reach given the luck of a training. Brackets: 95 % intervals over queries and
+subsets. All rows share these, so that two rows can differ clearly although their intervals overlap; the sentences below
+go by the interval of the difference. Bytes: of a training sample; seconds: CPU time from images and weights to the
+scores of all queries.
 
-No damping is tuned on what it is judged by. Where others' scripts pick the best of 27 by the score that they report, the row here
-has the damping of our rule, which knows no label; the pages of the settings have a second row, fitted to every second
-subset and judged by the others. "By place in the batch": both published scripts seed their noise anew for each batch, so that a
-query sees the noise of the samples at its own place in theirs.
+No damping is tuned on what it is judged by. Where others' scripts pick the best of 27 by the score that they report,
+the row here has the damping of our rule, which knows no label; the page of a setting has a second row, fitted to every
+second subset and judged by the others. "By place in the batch": both published scripts seed their noise anew for each
+batch, so that a query shares its noise with the samples at its own place in their batches.
 
-`evaluate.judge` gives such a row for any array `[queries, samples]`, whatever made it: see [the yardstick](yardstick.md)."""
+`evaluate.judge` gives such a row for any array `[queries, samples]`, whatever made it: see
+[the yardstick](yardstick.md).
+"""
 
 WHEN = """WHEN"""
