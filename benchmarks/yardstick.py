@@ -44,6 +44,8 @@ from retrac_scale.evaluate.spearman import Columns, correlation, resamples
 
 HERE = Path(__file__).parent
 DRAWS = 1000
+ORDER = {"common": 0, "-": 0, "by place in the batch": 1}
+"""What is computed first: a run that is stopped leaves a table of what it has."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ def table(lab: Lab, truths: list[evaluate.Truth], again: list[str]) -> Iterator[
     """A line for each row."""
     leaders: dict[bool, Scores] = {}
     known = [truth for truth in truths if isinstance(truth, evaluate.Subsets)]
-    for method in (*ours(), *foreign(), *baselines(), *sanity()):
+    for method in sorted((*ours(), *foreign(), *baselines(), *sanity()), key=lambda method: ORDER.get(method.noise, 2)):
         scores, cost = asked(method, lab, method.name in again)
         for row in rows_of(method, scores, truths):
             line = {"method": row.method.name, "noise": method.noise, "group": method.group, "squared": row.squared}
@@ -185,15 +187,10 @@ def table(lab: Lab, truths: list[evaluate.Truth], again: list[str]) -> Iterator[
             yield line
 
 
-def run(setting: evaluate.Setting, again: list[str]) -> dict[str, Any]:
-    """The report of a setting."""
+def run(setting: evaluate.Setting, again: list[str], file: Path) -> None:
+    """Write the report of a setting, row by row."""
     truths = [evaluate.truth(name) for name in evaluate.truths() if name.split("-")[0] == setting.name]
-    lines = []
-    for line in table(lab_of(setting, truths), truths, again):
-        lines.append(json.loads(json.dumps(line)))
-        shown = [f"{f['queries']} {f['metric']} {f['value']['value']:.3f}" for x in line["figures"].values() for f in x]
-        print(line["method"], line["noise"], "squared" * line["squared"], *shown, sep=" | ", flush=True)
-    return {
+    report: dict[str, Any] = {
         "command": f"python -m benchmarks.yardstick --setting {setting.name}",
         "machine": f"{cpu_name()}, {os.cpu_count()} cores, one thread; torch {torch.__version__}",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -201,8 +198,13 @@ def run(setting: evaluate.Setting, again: list[str]) -> dict[str, Any]:
         "samples": len(setting.train),
         "recipe": RECIPE,
         "truths": {truth.name: truth.sentence for truth in truths},
-        "rows": lines,
+        "rows": [],
     }
+    for line in table(lab_of(setting, truths), truths, again):
+        report["rows"].append(line)
+        file.write_text(json.dumps(report, indent=1) + "\n")
+        shown = [f"{f['queries']} {f['metric']} {f['value']['value']:.3f}" for x in line["figures"].values() for f in x]
+        print(line["method"], line["noise"], "squared" * line["squared"], *shown, sep=" | ", flush=True)
 
 
 def main() -> None:
@@ -220,8 +222,7 @@ def main() -> None:
     results = HERE / "results"
     if options.setting is not None:
         setting = evaluate.setting(options.setting, folder=options.folder, work=options.work)
-        report = run(setting, options.again)
-        (results / f"yardstick-{setting.name}.json").write_text(json.dumps(report, indent=1) + "\n")
+        run(setting, options.again, results / f"yardstick-{setting.name}.json")
     reports = [json.loads(file.read_text()) for file in sorted(results.glob("yardstick-*.json"))]
     for report in reports:
         (results / f"yardstick-{report['setting']}.md").write_text(pages.setting_page(report))

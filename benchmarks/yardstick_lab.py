@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -115,6 +116,7 @@ class Lab:
         place, file = self.folder / f"{name}.zarr", self.folder / f"{name}.json"
         if file.exists():
             return rs.open_store(place), float(json.loads(file.read_text())["seconds"])
+        shutil.rmtree(place, ignore_errors=True)  # of a run that was stopped: seconds are of the whole
         started = time.process_time()
         task = self.task(measure)
         store = rs.sketch(task, images, place, checkpoints=checkpoints, batch_size=64, progress=False, **options)

@@ -114,20 +114,15 @@ def advice(report: Report) -> str:
     """Which rows the recipe is not clear of, in words that follow from the figures."""
     name, sentences = report["setting"], []
     for squared, word in ((False, "As they are"), (True, "Squared")):
-        leader = next(
-            row
-            for row in report["rows"]
-            if row["squared"] == squared and "ahead" not in row and row["method"] == report["recipe"]
-        )
+        same = [row for row in report["rows"] if row["squared"] == squared]
+        leader = next((row for row in same if row["method"] == report["recipe"] and "ahead" not in row), None)
+        if leader is None:
+            continue
         found = {kind: f"{figure['value']['value']:.2f}" for kind, figure in lds_of(report, leader).items()}
         reached = ", ".join(f"{value} on {kind}" for kind, value in found.items())
         sentences.append(f"{word}, {report['recipe']} under common noise reaches an LDS of {reached} queries.")
         for kind in found:
-            rivals = [
-                row
-                for row in report["rows"]
-                if row["squared"] == squared and row["group"] != SANITY and kind in row.get("ahead", {})
-            ]
+            rivals = [row for row in same if row["group"] != SANITY and kind in row.get("ahead", {})]
             better = [named(row) for row in rivals if row["ahead"][kind]["high"] < 0]
             level = [named(row) for row in rivals if row["ahead"][kind]["low"] <= 0 <= row["ahead"][kind]["high"]]
             if better:
