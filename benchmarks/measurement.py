@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import io
 import json
 import os
 import time
@@ -27,9 +26,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 import retrac_scale as rs
+from benchmarks.altering import ALTERED, alter
 from benchmarks.measurement_page import cpu_name, page, pictures
 from benchmarks.truths import HERE, KINDS_OF_LDS, QUERIES
 from retrac_scale import evaluate
@@ -44,7 +43,6 @@ OWN = {"digits8": (10, 32, 100), "emoji16": (10, 32)}
 """Timesteps under own noise, at 4096 entries."""
 BOOTSTRAP = 300
 WIDEST = 2**16
-ALTERED = ("shifted", "darker", "noisy", "JPEG", "mirrored")
 
 
 @dataclass(frozen=True)
@@ -200,25 +198,6 @@ class Bench:
             own = np.arange(len(part))
             line[f"{how} first"] = float(((part > part[own, own][:, None]).sum(1) == 0).mean())
         return line
-
-
-def alter(images: Any, how: str) -> Any:
-    """Images in -1 .. 1, `[n, c, h, w]`, shifted by a pixel, a tenth darker, with noise of 0.1, JPEG or mirrored."""
-    if how == "shifted":
-        return torch.cat([images[..., :1], images[..., :-1]], dim=-1)
-    if how == "darker":
-        return (images + 1) * 0.9 - 1
-    if how == "noisy":
-        return images + 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-    return torch.stack([_through_jpeg(image) for image in images]) if how == "JPEG" else images.flip(-1)
-
-
-def _through_jpeg(image: Any) -> Any:
-    pixels = ((image + 1) * 127.5).clamp(0, 255).round().byte().permute(1, 2, 0).numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, "JPEG", quality=75)
-    read = np.asarray(Image.open(buffer))
-    return torch.from_numpy(read.reshape(pixels.shape)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def scores_of(index: rs.Index, rows: Any) -> Any:

@@ -16,7 +16,7 @@ import argparse
 import hashlib
 import platform
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.altering import ALTERED, alter
 from retrac_scale import evaluate
 from retrac_scale.evaluate.judging.base import write_truth
 from retrac_scale.evaluate.settings import SETTINGS, Images, Setting, joined
@@ -31,6 +32,7 @@ from retrac_scale.evaluate.settings import images as images_module
 from retrac_scale.evaluate.settings import losses as losses_module
 from retrac_scale.evaluate.settings import trainer as trainer_module
 from retrac_scale.evaluate.settings import training as training_module
+from retrac_scale.evaluate.settings.data import COPIES
 from retrac_scale.evaluate.settings.generating import generate
 from retrac_scale.evaluate.settings.losses import Losses
 
@@ -57,14 +59,49 @@ def common_queries(setting: Setting) -> dict[str, Images]:
     }
 
 
-QUERIES_OF: dict[str, Callable[[Setting], dict[str, Images]]] = {"digits8": common_queries, "emoji16": common_queries}
-"""What each setting is asked about, by kind."""
+def altered_queries(setting: Setting) -> dict[str, Images]:
+    """The 64 training images in each way altered, in 256 levels."""
+    images = setting.images[:QUERIES]
+    pixels = {how: ((alter(images, how) + 1) * 127.5).round().clamp(0, 255) for how in ALTERED}
+    return {how: Images(values / 127.5 - 1) for how, values in pixels.items()}
+
+
+def planted_queries(setting: Setting) -> dict[str, Images]:
+    """Each planted picture, by how often it was planted, as it is and shifted by a pixel."""
+    planted = setting.columns["planted"]
+    found: dict[str, Images] = {}
+    for copies in COPIES:
+        names, firsts, counts = np.unique(planted, return_index=True, return_counts=True)
+        images = setting.train.some(firsts[(counts == copies) & (names != "")])
+        shifted = replace(images, images=alter(images.images, "shifted"))
+        found |= {f"planted {copies} x": images, f"planted {copies} x, shifted": shifted}
+    return found
+
+
+def generated_queries(setting: Setting) -> dict[str, Images]:
+    """64 images that the model generates."""
+    return {"generated": common_queries(setting)["generated"]}
+
+
+def common_and_altered(setting: Setting) -> dict[str, Images]:
+    """Both."""
+    return common_queries(setting) | altered_queries(setting)
+
+
+QUERIES_OF: dict[str, Callable[[Setting], dict[str, Images]]] = {
+    "digits8": common_and_altered,
+    "emoji16": common_and_altered,
+    "planted16": planted_queries,
+    "exemplars16": generated_queries,
+    "adapters16": generated_queries,
+}
+"""What each setting is asked about, by kind; others `common_queries`."""
 
 
 def write_queries(setting: Setting) -> None:
     """Into the setting's file of queries."""
     packed: dict[str, Any] = {"data": np.array(setting.pictures.digest)}
-    for kind, images in QUERIES_OF[setting.name](setting).items():
+    for kind, images in QUERIES_OF.get(setting.name, common_queries)(setting).items():
         packed[kind] = images.images.numpy()
         packed |= {f"{kind}/{name}": values.numpy() for name, values in images.given.items()}
     np.savez_compressed(setting.queries_file, **packed)
@@ -78,7 +115,9 @@ def lds(setting: Setting, subsets: int) -> evaluate.Subsets:
     name = f"{setting.name}-lds"
     known = evaluate.truth(name) if name in evaluate.truths() else None
     again = known.again if isinstance(known, evaluate.Subsets) else np.zeros((0, 0, losses.shape[1]))
-    about = protocol(setting, seeds=[setting.seed, *MORE_SEEDS[: len(again)]], hours=hours(setting.work / "subsets"))
+    about = protocol(
+        setting, kinds, seeds=[setting.seed, *MORE_SEEDS[: len(again)]], hours=hours(setting.work / "subsets")
+    )
     return evaluate.Subsets(name, kinds, len(setting.ids), about, members, losses, again)
 
 
@@ -103,23 +142,75 @@ def groups(setting: Setting, _: int) -> evaluate.Groups:
     found = np.stack([retrained(setting, KINDS_OF_LDS, members, "groups", seed) for seed in GROUP_SEEDS])
     ends = np.cumsum([len(values) for values in names.values()])[:-1]
     without = dict(zip(labels, np.split(found[:, 1:], ends, axis=1), strict=True))
-    about = protocol(setting, seeds=list(GROUP_SEEDS), hours=hours(setting.work / "groups"))
+    about = protocol(setting, kinds, seeds=list(GROUP_SEEDS), hours=hours(setting.work / "groups"))
     name = f"{setting.name}-groups"
     return evaluate.Groups(name, kinds, len(setting.ids), about, labels, names, without, found[:, 0])
 
 
-MAKERS: dict[str, Callable[[Setting, int], evaluate.Truth]] = {"lds": lds, "seeds": seeds, "groups": groups}
+def altered(setting: Setting, _: int) -> evaluate.Wanted:
+    """Of an altered training image, the original."""
+    return wanted(setting, "altered", {how: np.eye(QUERIES, len(setting.ids)) for how in ALTERED}, "first", "MRR")
+
+
+def names(setting: Setting, _: int) -> evaluate.Wanted:
+    """Of a held-out emoji, the picture of the same name by the other designer."""
+    same = setting.pictures.held_out_columns["name"][:, None] == setting.columns["name"]
+    return wanted(setting, "names", {"held out": same}, "first", "in top 10", "MRR")
+
+
+def copies(setting: Setting, _: int) -> evaluate.Wanted:
+    """Of a planted picture, all its copies."""
+    planted = setting.columns["planted"]
+    parts = {}
+    for kind, images in setting.queries.items():
+        if "shifted" not in kind:
+            same = (images.images[:, None] == setting.images[None]).flatten(2).all(2).numpy()
+            parts[kind] = parts[f"{kind}, shifted"] = same & (planted != "")
+    return wanted(setting, "copies", parts, "first", "recall at count", "MRR")
+
+
+def parents(setting: Setting, _: int) -> evaluate.Wanted:
+    """Of a combination not seen in training, pictures of the same shape (part 1) and of the same colour (part 2)."""
+    known, asked = setting.columns, setting.pictures.held_out_columns
+    shape, colour = (asked[name][:, None] == known[name] for name in ("shape", "colour"))
+    return wanted(setting, "parents", {"held out": shape + 2 * colour}, "precision@10", "in top 10")
+
+
+def exemplars(setting: Setting, _: int) -> evaluate.Wanted:
+    """Of an image generated after a fine-tune, the pictures of the fine-tune."""
+    parts = np.tile(setting.columns["exemplar"], (QUERIES, 1))
+    return wanted(setting, "exemplars", {"generated": parts}, "first", "precision@10", "recall at count")
+
+
+MAKERS: dict[str, Callable[[Setting, int], evaluate.Truth]] = {
+    "lds": lds,
+    "seeds": seeds,
+    "groups": groups,
+    "altered": altered,
+    "names": names,
+    "copies": copies,
+    "parents": parents,
+    "exemplars": exemplars,
+}
+
+
+def wanted(setting: Setting, what: str, parts: dict[str, Any], *metrics: str) -> evaluate.Wanted:
+    """A truth that is known without retraining; parts `[q, n]` by kind of query."""
+    kinds = {kind: len(setting.queries[kind]) for kind in parts}
+    every = np.concatenate(list(parts.values())).astype(np.int8)
+    name = f"{setting.name}-{what}"
+    return evaluate.Wanted(name, kinds, len(setting.ids), protocol(setting, kinds), every, metrics)
 
 
 def retrained(setting: Setting, kinds: Sequence[str], members: Any, folder: str, seed: int) -> Any:
     """Losses `[m, q]` of the queries of these kinds under models trained on each row of `members`."""
-    measure = Losses(joined([setting.queries[kind] for kind in kinds]), setting.training)
+    measure = Losses(joined([setting.queries[kind] for kind in kinds]), setting.build(), setting.scheduler)
     trainer = replace(setting.trainer, progress=False)
     chosen = [setting.ids[row] for row in members]
     return evaluate.retrain(chosen, trainer, measure, setting.work / folder, seed=seed, key=measure.key)
 
 
-def protocol(setting: Setting, **more: Any) -> dict[str, Any]:
+def protocol(setting: Setting, kinds: Iterable[str], **more: Any) -> dict[str, Any]:
     """What a truth depends on: digests of data, queries, model and code, versions."""
     weights = list(setting.checkpoints.values())[-1]
     model = hashlib.blake2b(digest_size=12)
@@ -131,7 +222,7 @@ def protocol(setting: Setting, **more: Any) -> dict[str, Any]:
     return {
         "training": repr(setting.training),
         "data": setting.pictures.digest,
-        "queries": hashlib.blake2b(setting.queries_file.read_bytes(), digest_size=12).hexdigest(),
+        "queries": Losses(joined([setting.queries[kind] for kind in kinds]), None, None).key,
         "model": model.hexdigest(),
         "code": code.hexdigest(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
@@ -159,7 +250,7 @@ def main() -> None:
     """Run what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setting", choices=SETTINGS, required=True)
-    parser.add_argument("--kind", choices=MAKERS, default="lds", help="of truth (default: lds)")
+    parser.add_argument("--kind", choices=MAKERS, nargs="+", default=["lds"], help="of truths (default: lds)")
     parser.add_argument("--check", action="store_true", help="train one subset anew and compare")
     parser.add_argument("--folder", type=Path, help="of the data, where they are not installed")
     parser.add_argument("--subsets", type=int, default=32, help="how many models are retrained (default: 32)")
@@ -178,9 +269,10 @@ def main() -> None:
         raise SystemExit(difference > TOLERANCE)
     if not setting.queries_file.exists():
         write_queries(setting)
-    made = MAKERS[arguments.kind](setting, arguments.subsets)
-    file = write_truth(made)
-    print(f"{file}: {made.sentence}; {file.stat().st_size / 1e3:.0f} kB")
+    for kind in arguments.kind:
+        made = MAKERS[kind](setting, arguments.subsets)
+        file = write_truth(made)
+        print(f"{file}: {made.sentence}; {file.stat().st_size / 1e3:.0f} kB", flush=True)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,8 @@ class Subsets(Truth):
     def sentence(self) -> str:
         """See `Truth`."""
         m, (s, r, _) = len(self.members), self.again.shape
-        return f"{m} models trained on random subsets, {r} of them with {s} more seeds"
+        more = f", {r} of them with {s} more seeds" if s else ""
+        return f"{m} models trained on random subsets{more}"
 
     def _arrays(self) -> dict[str, Any]:
         return {

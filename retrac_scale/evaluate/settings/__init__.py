@@ -13,7 +13,7 @@ from pathlib import Path
 from retrac_scale.evaluate.settings import data
 from retrac_scale.evaluate.settings.images import Images, joined
 from retrac_scale.evaluate.settings.setting import Setting, cache
-from retrac_scale.evaluate.settings.training import Training
+from retrac_scale.evaluate.settings.training import AdapterTraining, ClassTraining, DiTTraining, Training
 
 __all__ = ["SETTINGS", "Images", "Recipe", "Setting", "joined", "setting"]
 
@@ -28,9 +28,20 @@ class Recipe:
 
 
 EMOJI = Training(epochs=60, kept=(15, 30, 45, 60), channels=(24, 48))
+TUNED = Training(epochs=300, kept=(300,), learning_rate=5e-4, channels=EMOJI.channels)
 SETTINGS = {
     "digits8": Recipe(data.digits8, Training()),
     "emoji16": Recipe(data.emoji16, EMOJI),
+    "shapes16": Recipe(data.shapes16, ClassTraining(epochs=60, kept=(15, 30, 45, 60))),
+    "planted16": Recipe(data.planted16, EMOJI),
+    "exemplars16": Recipe(data.exemplars16, TUNED, base=EMOJI),
+    "adapters16": Recipe(
+        data.exemplars16,
+        AdapterTraining(TUNED.epochs, TUNED.kept, learning_rate=2e-3, channels=TUNED.channels),
+        base=EMOJI,
+    ),
+    "classes16": Recipe(data.emoji16classes, ClassTraining(epochs=60, kept=(15, 30, 45, 60), channels=(24, 48))),
+    "flow16": Recipe(data.emoji16classes, DiTTraining(epochs=100, kept=(25, 50, 75, 100), learning_rate=1e-3)),
 }
 
 

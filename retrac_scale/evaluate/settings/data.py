@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from retrac_scale.evaluate.settings import emoji
+from retrac_scale.evaluate.settings import emoji, shapes
 from retrac_scale.evaluate.settings.images import Images
 
 HELD_OUT = 64
@@ -93,3 +93,68 @@ def _split(pixels: Tensor, known: Mapping[str, Any], n: int) -> Pictures:
 def scaled(pictures: Any) -> Tensor:
     """uint8 `[n, size, size, 3]` as pixels in -1 .. 1, `[n, 3, size, size]`."""
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+COPIES = (1, 4, 16)
+EACH = 16
+"""Pictures that are planted for each number of copies."""
+
+
+def planted16(folder: Path | None) -> Pictures:
+    """768 pictures of emoji, 336 of which are 1, 4 or 16 copies of 48 pictures; the column "planted" names the picture.
+
+    Copies of one picture are the same pixels. "" is not planted.
+    """
+    found, rows = _chosen(folder)
+    marked = EACH * len(COPIES)
+    counts = np.repeat(COPIES, EACH)
+    others = 768 - int(counts.sum())
+    places = np.concatenate([np.repeat(np.arange(marked), counts), np.arange(marked, marked + others)])
+    planted = np.where(places < marked, places.astype(str), "")
+    order = np.random.default_rng(1).permutation(len(places))
+    places, planted = places[order], planted[order]
+    kept = np.concatenate([rows[places], rows[marked + others : marked + others + HELD_OUT]])
+    known = _columns(found, kept) | {"planted": np.concatenate([planted, np.full(HELD_OUT, "")])}
+    return _split(scaled(found.pictures[kept]), known, 768)
+
+
+EXEMPLARS = 40
+
+
+def exemplars16(folder: Path | None) -> Pictures:
+    """The 768 pictures of emoji16, and 40 of other emoji that the model is tuned on afterwards; 64 held out."""
+    found, rows = _chosen(folder)
+    rest = np.setdiff1d(np.arange(len(found.pictures)), rows)
+    tuned = np.random.default_rng(2).permutation(rest)[:EXEMPLARS]
+    kept = np.concatenate([rows[:768], tuned, rows[768:]])
+    known = _columns(found, kept) | {"exemplar": np.isin(kept, tuned)}
+    pictures = _split(scaled(found.pictures[kept]), known, 768 + EXEMPLARS)
+    return replace(pictures, tuned=np.arange(768, 768 + EXEMPLARS))
+
+
+def shapes16(_: Path | None) -> Pictures:
+    """512 pictures of 8 shapes in 8 colours, the model being told the shape; 64 held out, of combinations not seen."""
+    held = shapes.held_out_pairs()
+    rng = np.random.default_rng(0)
+    seen = np.argwhere(~held)[rng.integers(0, int((~held).sum()), 512)]
+    unseen = np.tile(np.argwhere(held), (HELD_OUT // int(held.sum()), 1))
+    pairs = np.concatenate([seen, unseen])
+    pixels = scaled(shapes.draw(pairs[:, 0], pairs[:, 1], 0))
+    names = (np.array(list(shapes.SHAPES)), np.array(list(shapes.COLOURS)))
+    known = {"shape": names[0][pairs[:, 0]], "colour": names[1][pairs[:, 1]]}
+    return _told(_split(pixels, known, 512), torch.from_numpy(pairs[:, 0].copy()))
+
+
+def emoji16classes(folder: Path | None) -> Pictures:
+    """The pictures of emoji16, the model being told the category."""
+    pictures = emoji16(folder)
+    values = np.concatenate([pictures.columns["category"], pictures.held_out_columns["category"]])
+    return _told(pictures, torch.from_numpy(np.unique(values, return_inverse=True)[1].astype(np.int64)))
+
+
+def _told(pictures: Pictures, classes: Tensor) -> Pictures:
+    """The same, the model being told classes, of training and held-out images one after the other."""
+    n = len(pictures.train)
+    train = replace(pictures.train, given={"class_labels": classes[:n]})
+    held_out = replace(pictures.held_out, given={"class_labels": classes[n:]})
+    return replace(pictures, train=train, held_out=held_out)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from retrac_scale.evaluate.settings.images import Images
-from retrac_scale.evaluate.settings.training import DEVICE, Training
+from retrac_scale.evaluate.settings.training import DEVICE
 from retrac_scale.task.diffusion import DiffusionTask
 from retrac_scale.timesteps import draw_noise
 
@@ -19,10 +19,17 @@ TIMESTEPS, DRAWS = 50, 2
 
 @dataclass(frozen=True, eq=False)
 class Losses:
-    """`losses(weights)`: the loss of each query, `[q]`, over the middles of 50 intervals and two noises of its own."""
+    """`losses(weights)`: the loss of each query, `[q]`, over the middles of 50 intervals and two noises of its own.
+
+    Attributes:
+        images: the queries.
+        model: into which weights are loaded.
+        scheduler: as in training.
+    """
 
     images: Images
-    training: Training
+    model: Any
+    scheduler: Any
 
     @property
     def key(self) -> str:
@@ -35,7 +42,7 @@ class Losses:
     def __call__(self, weights: dict[str, Any]) -> Any:
         """Means over timesteps and noises, float64."""
         shape, ids = self.images.images.shape[1:], np.arange(len(self.images))
-        task = DiffusionTask(self.training.build(shape), self.training.scheduler(), device=DEVICE)
+        task = DiffusionTask(self.model, self.scheduler, device=DEVICE)
         task.load("measured", weights)
         width = task.num_train_timesteps / TIMESTEPS
         total = torch.zeros(len(ids), dtype=torch.float64)

@@ -132,8 +132,8 @@ class Setting:
         return self.training.scheduler()
 
     def build(self, seed: int = 0) -> Any:
-        """An untrained model."""
-        return self.training.build(self.images.shape[1:], seed)
+        """A model as its training begins with: untrained, or what a fine-tune goes on from."""
+        return self.trainer.build(seed)
 
 
 def cache() -> Path:

@@ -45,6 +45,13 @@ class Trainer:
     start: Mapping[str, Tensor] | None = None
     progress: bool = False
 
+    def build(self, seed: int = 0) -> Any:
+        """A model as training begins with; without dropout, so that models differ by their samples alone."""
+        model = self.training.build(self.images.images.shape[1:], seed)
+        if self.start is not None:
+            load_checkpoint(model, "start", self.start)
+        return self.training.adapted(model, seed).eval()
+
     def __call__(self, ids: Any, seed: int) -> dict[str, Tensor]:
         """The last weights."""
         return self.checkpoints(ids, seed)[f"epoch-{self.training.kept[-1]:03d}"]
@@ -66,9 +73,7 @@ class Trainer:
 
     def _train(self, ids: Any, seed: int, record: Path | None) -> dict[str, dict[str, Tensor]]:
         how, noising, images = self.training, self.training.scheduler(), self.images.images
-        model = how.build(images.shape[1:], seed).eval()  # no dropout: models are to differ by their samples alone
-        if self.start is not None:
-            load_checkpoint(model, "start", self.start)
+        model = self.build(seed)
         trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
         optimizer = torch.optim.AdamW(trained.values(), lr=how.learning_rate, weight_decay=0, fused=True)
         process = noising_of(noising, model)

@@ -32,6 +32,10 @@ class Training:
         """A U-Net for images of one shape (c, size, size) with attention at its lowest resolution."""
         return self._unet(shape, seed)
 
+    def adapted(self, model: Any, seed: int = 0) -> Any:
+        """The model with what alone is trained of it: all, unless adapters are."""
+        return model
+
     def bounded(self, images: Tensor) -> Tensor:
         """Pixels within their range."""
         return images.clamp(-1, 1)
@@ -91,3 +95,19 @@ class DiTTraining(Training):
             num_embeds_ada_norm=self.classes,
             norm_num_groups=4,
         ).to(DEVICE)
+
+
+@dataclass(frozen=True)
+class AdapterTraining(Training):
+    """Of low-rank adapters (Hu et al. 2021) in attention and convolutions alone; needs PEFT."""
+
+    rank: int = 8
+    layers: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")
+
+    def adapted(self, model: Any, seed: int = 0) -> Any:
+        """The model with new adapters, its only trainable parameters."""
+        from peft import LoraConfig, inject_adapter_in_model
+
+        torch.manual_seed(seed)
+        adapters = LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=list(self.layers))
+        return inject_adapter_in_model(adapters, model).to(DEVICE)
