@@ -187,9 +187,9 @@ def table(lab: Lab, truths: list[evaluate.Truth], again: list[str]) -> Iterator[
             yield line
 
 
-def run(setting: evaluate.Setting, again: list[str], file: Path) -> None:
-    """Write the report of a setting, row by row."""
-    truths = [evaluate.truth(name) for name in evaluate.truths() if name.split("-")[0] == setting.name]
+def run(setting: evaluate.Setting, names: list[str], again: list[str], file: Path) -> None:
+    """Write the report of a setting, judged by some truths, row by row."""
+    truths = [evaluate.truth(name) for name in names]
     report: dict[str, Any] = {
         "command": f"python -m benchmarks.yardstick --setting {setting.name}",
         "machine": f"{cpu_name()}, {os.cpu_count()} cores, one thread; torch {torch.__version__}",
@@ -213,6 +213,7 @@ def main() -> None:
     parser.add_argument("--setting", choices=SETTINGS)
     parser.add_argument("--folder", type=Path, help="of the data, where they are not installed")
     parser.add_argument("--work", type=Path, default=HERE / ".cache" / "truths", help="folder for models and scores")
+    parser.add_argument("--truths", nargs="+", metavar="TRUTH", help="to judge by (default: all of the setting)")
     parser.add_argument("--again", nargs="+", default=[], metavar="METHOD", help="whose scores are computed anew")
     parser.add_argument("--page", action="store_true", help="write the pages from the results")
     options = parser.parse_args()
@@ -222,7 +223,8 @@ def main() -> None:
     results = HERE / "results"
     if options.setting is not None:
         setting = evaluate.setting(options.setting, folder=options.folder, work=options.work)
-        run(setting, options.again, results / f"yardstick-{setting.name}.json")
+        known = [name for name in evaluate.truths() if name.split("-")[0] == setting.name]
+        run(setting, options.truths or known, options.again, results / f"yardstick-{setting.name}.json")
     reports = [json.loads(file.read_text()) for file in sorted(results.glob("yardstick-*.json"))]
     for report in reports:
         (results / f"yardstick-{report['setting']}.md").write_text(pages.setting_page(report))
