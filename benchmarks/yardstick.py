@@ -43,7 +43,9 @@ from retrac_scale.evaluate.settings import SETTINGS
 from retrac_scale.evaluate.spearman import Columns, correlation, resamples
 
 HERE = Path(__file__).parent
-DRAWS = 1000
+DRAWS = 300
+FITTED, JUDGING = slice(0, None, 2), slice(1, None, 2)
+"""Subsets that a damping is fitted to, and those that then judge."""
 ORDER = {"common": 0, "-": 0, "by place in the batch": 1}
 """What is computed first: a run that is stopped leaves a table of what it has."""
 
@@ -102,27 +104,28 @@ def asked(method: Method, lab: Lab, again: bool) -> tuple[Scores, dict[str, Any]
 
 
 def rows_of(method: Method, scores: Scores, truths: list[evaluate.Truth]) -> Iterator[Row]:
-    """A method's scores as they are, squared, or at a damping by rule and at a fitted one."""
-    if not method.fits:
-        for squared in (False, True)[: 1 + method.squares]:
-            yield Row(method, squared, {kind: values ** (1 + squared) for kind, values in scores.items()})
-        return
-    yield Row(method, method.squares, {kind: values[DAMPINGS.index(AUTO)] for kind, values in scores.items()})
-    known = next((truth for truth in truths if isinstance(truth, evaluate.Subsets)), None)
-    if known is not None:
-        fitted = {
-            kind: values[best(values, part_of(known, [kind], slice(0, None, 2)))]
-            for kind, values in scores.items()
-            if kind in known.kinds
-        }
-        name = f"{method.name}, damping fitted"
-        yield Row(replace(method, name=name), method.squares, fitted, half=True)
+    """A method's scores as they are and squared, at a damping by rule and at a fitted one."""
+    for squared in method.squares:
+        told = {kind: values ** (1 + squared) for kind, values in scores.items()}
+        if not method.fits:
+            yield Row(method, squared, told)
+            continue
+        if method.rule:
+            yield Row(method, squared, {kind: values[DAMPINGS.index(AUTO)] for kind, values in told.items()})
+        known = next((truth for truth in truths if isinstance(truth, evaluate.Subsets)), None)
+        if known is not None:
+            name = method.name if method.name.endswith("fitted") else f"{method.name}, damping fitted"
+            yield Row(replace(method, name=name), squared, at_fitted(told, known), half=True)
 
 
-def best(values: Any, truth: evaluate.Subsets) -> int:
-    """Which damping of `[d, q, n]` has the largest mean LDS."""
-    found = [np.nan_to_num(evaluate.lds(one, truth.members, truth.losses)).mean() for one in values]
-    return int(np.argmax(found))
+def at_fitted(scores: Scores, truth: evaluate.Subsets) -> Scores:
+    """Of `[d, q, n]` that whose damping has the largest mean LDS over every second subset, by kind of query."""
+    fitted = {}
+    for kind in truth.kinds.keys() & scores.keys():
+        seen = part_of(truth, [kind], FITTED)
+        found = [np.nan_to_num(evaluate.lds(one, seen.members, seen.losses)).mean() for one in scores[kind]]
+        fitted[kind] = scores[kind][int(np.argmax(found))]
+    return fitted
 
 
 def part_of(truth: evaluate.Subsets, kinds: list[str], subsets: slice = slice(None)) -> evaluate.Subsets:
@@ -141,7 +144,7 @@ def judged(row: Row, truth: evaluate.Truth) -> list[dict[str, Any]]:
     """Each metric of a truth on each kind of query that the row has scores for; nothing where they do not suffice."""
     kinds = [kind for kind in truth.kinds if kind in row.scores]
     if isinstance(truth, evaluate.Subsets) and kinds:
-        truth = part_of(truth, kinds, slice(1, None, 2) if row.half else slice(None))
+        truth = part_of(truth, kinds, JUDGING if row.half else slice(None))
     elif row.half or len(kinds) < len(truth.kinds):
         return []
     return [asdict(figure) for figure in evaluate.judge(row.scores, truth, draws=DRAWS).figures]
@@ -173,17 +176,19 @@ def ahead(leader: Scores, other: Scores, truth: evaluate.Subsets) -> dict[str, A
 
 def table(lab: Lab, truths: list[evaluate.Truth], again: list[str]) -> Iterator[dict[str, Any]]:
     """A line for each row."""
-    leaders: dict[bool, Scores] = {}
-    known = [truth for truth in truths if isinstance(truth, evaluate.Subsets)]
+    leaders: dict[tuple[bool, bool], Scores] = {}
+    known = next((truth for truth in truths if isinstance(truth, evaluate.Subsets)), None)
     for method in sorted((*ours(), *foreign(), *baselines(), *sanity()), key=lambda method: ORDER.get(method.noise, 2)):
         scores, cost = asked(method, lab, method.name in again)
         for row in rows_of(method, scores, truths):
             line = {"method": row.method.name, "noise": method.noise, "group": method.group, "squared": row.squared}
             line |= cost | {"half": row.half, "figures": {truth.name: judged(row, truth) for truth in truths}}
-            if method.name == RECIPE and method.noise == "common":
-                leaders[row.squared] = row.scores
-            elif known and not row.half:
-                line["ahead"] = ahead(leaders[row.squared], row.scores, known[0])
+            among = (row.squared, row.half)
+            if among not in leaders:  # the recipe is the first of ours
+                leaders[among] = row.scores
+            elif known is not None:
+                seen = part_of(known, list(known.kinds), JUDGING if row.half else slice(None))
+                line["ahead"] = ahead(leaders[among], row.scores, seen)
             yield line
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import retrac_scale as rs
-from benchmarks.yardstick_lab import Lab, Scores, forward_features, scored
-from benchmarks.yardstick_methods import RECIPE, Found, Method, estimated
+from benchmarks.yardstick_lab import Lab, Scores, damped, forward_features, scored
+from benchmarks.yardstick_methods import BOTH, DAMPINGS, RECIPE, Found, Method, estimated
 from retrac_scale.estimators import Estimator
 
 Features = Mapping[str, Any]
@@ -29,13 +29,14 @@ def baselines() -> list[Method]:
         Method("mean loss of the sample", "common", mean_loss, "baseline"),
         Method("pixels, inner product", "-", partial(pixels, inner), "baseline"),
         Method("pixels, centred cosine", "-", partial(pixels, centred_cosine), "baseline"),
-        Method("pixel ridge", "-", partial(pixels, ridge), "baseline", squares=True),
+        Method("pixel ridge", "-", partial(pixels, ridge), "baseline", squares=BOTH),
         Method("self-supervised features, centred cosine", "-", partial(contrastive, centred_cosine), "baseline"),
-        Method("self-supervised features, ridge", "-", partial(contrastive, ridge), "baseline", squares=True),
-        Method("outputs, same ridge", "common", partial(forward, "outputs"), "baseline", squares=True),
+        Method("self-supervised features, ridge", "-", partial(contrastive, ridge), "baseline", squares=BOTH),
+        Method("outputs, same ridge", "common", partial(forward, "outputs"), "baseline", squares=BOTH),
         Method(
-            "middle activations, same ridge", "common", partial(forward, "middle activations"), "baseline", squares=True
+            "middle activations, same ridge", "common", partial(forward, "middle activations"), "baseline", squares=BOTH
         ),
+        Method("middle activations, damping fitted", "common", fitted_activations, "baseline", BOTH, True, False),
     ]
 
 
@@ -95,6 +96,18 @@ def forward(name: str, lab: Lab) -> Found:
     scores = answered(lab, features, rs.ReTracRidge(), "int8")
     _, t, k = features["train"].shape
     return Found(scores, t, t * k, time.process_time() - started)
+
+
+def fitted_activations(lab: Lab) -> Found:
+    """The ridge over directions of the middle activations, at all dampings."""
+    started = time.process_time()
+    features = forward_features(lab.model, lab.scheduler, everything(lab))["middle activations"]
+    unit = {kind: x.astype(np.float64) / np.linalg.norm(x, axis=2, keepdims=True) for kind, x in features.items()}
+    _, t, k = unit["train"].shape
+    scores = {
+        kind: sum(damped(unit["train"][:, at], unit[kind][:, at], DAMPINGS) for at in range(t)) for kind in lab.queries
+    }
+    return Found(scores, t, 4 * t * k, time.process_time() - started)
 
 
 def everything(lab: Lab) -> dict[str, Any]:

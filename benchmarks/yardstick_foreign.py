@@ -17,8 +17,8 @@ from trak import TRAKer
 from trak.modelout_functions import AbstractModelOutput
 
 import retrac_scale as rs
-from benchmarks.yardstick_lab import Lab
-from benchmarks.yardstick_methods import DAMPINGS, Found, Method
+from benchmarks.yardstick_lab import Lab, damped
+from benchmarks.yardstick_methods import BOTH, DAMPINGS, Found, Method
 from retrac_scale.estimators.ridge import AUTO
 from retrac_scale.evaluate.settings import Images
 from retrac_scale.projections import TrakProjector
@@ -32,23 +32,23 @@ def foreign() -> list[Method]:
     place = "by place in the batch"
     published = [
         Method("D-TRAK, its authors' script", place, d_trak, "published", fits=True),
-        Method("DAS, its authors' script", place, das, "published", squares=True, fits=True),
-        Method("TRAK's package, 128 entries", "own", partial(trak_package, 128, None), "published", squares=True),
+        Method("DAS, its authors' script", place, das, "published", squares=(True,), fits=True),
+        Method("TRAK's package, 128 entries", "own", partial(trak_package, 128, None), "published", squares=BOTH),
         Method(
             "TRAK's package, 4096 entries, our damping",
             "own",
             partial(trak_package, 4096, AUTO),
             "published",
-            squares=True,
+            squares=BOTH,
         ),
     ]
     if find_spec("dattri"):
-        published.append(Method("dattri's TRAK, 128 entries", "own", dattri_trak, "published", squares=True))
+        published.append(Method("dattri's TRAK, 128 entries", "own", dattri_trak, "published", squares=BOTH))
     return published
 
 
 def d_trak(lab: Lab) -> Found:
-    """`script_scores` of means of gradients of the mean squared output, 32,768 entries, batches of 52.
+    """`damped` means of gradients of the mean squared output, 32,768 entries, batches of 52.
 
     As github.com/sail-sg/D-TRAK has it for CIFAR-2 (grad_unconditional.py, methods/04_if), with our CountSketch in
     place of the first half of 65,536 Gaussian entries.
@@ -59,20 +59,17 @@ def d_trak(lab: Lab) -> Found:
         script_features, lab, measure="mean_squared_output", batch=batch, projection=rs.CountSketch(dim), unit=False
     )
     train = features(lab.train)
-    scores = {
-        kind: script_scores(train, features(images), DAMPINGS, np.ones(len(train)))
-        for kind, images in lab.queries.items()
-    }
+    scores = {kind: damped(train, features(images), DAMPINGS) for kind, images in lab.queries.items()}
     return Found(scores, len(TIMESTEPS), 4 * dim, time.process_time() - started)
 
 
 def das(lab: Lab) -> Found:
-    """Squares of `script_scores` of means of directions of the mean output, times the samples' errors.
+    """`damped` means of directions of the mean output, times the samples' errors.
 
     As github.com/Jinxu-Lin/DAS has it for CIFAR-2 (03_grad.py, 04_eval.py, method DAS1squ of 07_score.py), where
     queries and the kernel are of directions too, with 4,096 entries and batches of 16. Errors are of 100 timesteps,
-    which 04_eval.py offers besides its 1,000. 07_score.py multiplies errors to the axis of queries, which fails where
-    there are as many as samples and the other way round elsewhere; here they are the samples', as in the paper.
+    which 04_eval.py offers besides its 1,000. 07_score.py multiplies errors along the axis of queries, which runs only
+    where there are as many queries as samples; here each sample has its own, as in the paper.
     """
     started = time.process_time()
     dim, batch = 4096, 16
@@ -80,9 +77,7 @@ def das(lab: Lab) -> Found:
         script_features, lab, measure="mean_output", batch=batch, projection=rs.CountSketch(dim), unit=True
     )
     train, errors = features(lab.train), script_errors(lab)
-    scores = {
-        kind: script_scores(train, features(images), DAMPINGS, errors) ** 2 for kind, images in lab.queries.items()
-    }
+    scores = {kind: damped(train, features(images), DAMPINGS, errors) for kind, images in lab.queries.items()}
     return Found(scores, len(TIMESTEPS), 4 * dim + 4, time.process_time() - started)
 
 
@@ -122,24 +117,6 @@ def script_errors(lab: Lab, timesteps: int = 100, batch: int = 256) -> Any:
             squared.append(losses.double().numpy())
     roots = np.sqrt(np.stack(squared, 1))
     return (roots / (np.linalg.norm(roots, axis=1, keepdims=True) + 1e-8)).mean(1)
-
-
-def script_scores(train: Any, queries: Any, dampings: Sequence[float], weights: Any) -> Any:
-    """phi_q (Phi^T Phi + lambda I)^-1 phi_i w_i for each lambda, `[d, q, n]`.
-
-    It is computed from products alone, Phi_q Phi^T (Phi Phi^T + lambda I)^-1, which is the same matrix; lambda is
-    a damping times the mean of the min(n, k) eigenvalues that can differ from zero.
-
-    Args:
-        train: Phi, `[n, k]`.
-        queries: `[q, k]`.
-        dampings: `[d]`.
-        weights: of the samples, `[n]`.
-    """
-    values, vectors = np.linalg.eigh(train @ train.T)
-    mean = values.sum() / min(train.shape)
-    turned = queries @ train.T @ vectors
-    return np.stack([turned / (values + damping * mean) @ vectors.T * weights for damping in dampings])
 
 
 class MeanLoss(AbstractModelOutput):  # type: ignore[misc]

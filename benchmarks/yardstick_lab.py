@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -186,3 +186,21 @@ def folded(values: Any, dim: int) -> Any:
     out = np.zeros((*values.shape[:2], dim), np.float32)
     np.add.at(out, (slice(None), slice(None), rng.integers(0, dim, p)), values * rng.choice([-1, 1], p))
     return out
+
+
+def damped(train: Any, queries: Any, dampings: Sequence[float], weights: Any = 1.0) -> Any:
+    """phi_q (Phi^T Phi + lambda I)^-1 phi_i w_i for each lambda, `[d, q, n]`.
+
+    It is computed from products alone, Phi_q Phi^T (Phi Phi^T + lambda I)^-1, which is the same matrix; lambda is
+    a damping times the mean of the min(n, k) eigenvalues that can differ from zero.
+
+    Args:
+        train: Phi, `[n, k]`.
+        queries: `[q, k]`.
+        dampings: `[d]`.
+        weights: of the samples, `[n]`, or 1.
+    """
+    values, vectors = np.linalg.eigh(train @ train.T)
+    mean = values.sum() / min(train.shape)
+    turned = queries @ train.T @ vectors
+    return np.stack([turned / (values + damping * mean) @ vectors.T * weights for damping in dampings])

@@ -8,12 +8,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 import retrac_scale as rs
-from benchmarks.yardstick_lab import Lab, Measurement, Scores, scored
+from benchmarks.yardstick_lab import Lab, Measurement, Scores, damped, scored
 from retrac_scale.estimators import Estimator
 from retrac_scale.evaluate.settings.generating import SAMPLING_STEPS, beginning
 
 RECIPE = "ReTracRidge"
+BOTH = (False, True)
 DAMPINGS = [factor * 10.0**power for power in range(-6, 3) for factor in (1, 2, 5)]
 """27 values from a millionth to 500, relative to the mean eigenvalue: as many as D-TRAK's and DAS's scripts try."""
 
@@ -44,16 +47,18 @@ class Method:
         noise: which noise it sees: "common", "own", "recorded", "by place in the batch" or "-".
         ask: gives its scores.
         group: "ours", "published", "baseline" or "sanity".
-        squares: whether the square of its scores is a row as well.
-        fits: whether its scores are those of `DAMPINGS`: one row by rule, one fitted to half of the subsets.
+        squares: which rows there are: of its scores as they are (False), of their squares (True).
+        fits: whether its scores are those of all `DAMPINGS`, of which one is fitted to half of the subsets.
+        rule: whether there are rows at the damping by rule too.
     """
 
     name: str
     noise: str
     ask: Callable[[Lab], Found]
     group: str = "ours"
-    squares: bool = False
+    squares: tuple[bool, ...] = (False,)
     fits: bool = False
+    rule: bool = True
 
 
 def measurements() -> dict[str, Measurement]:
@@ -84,41 +89,76 @@ def estimated(measurement: str, estimator: Estimator, lab: Lab) -> Found:
 def ours() -> list[Method]:
     """Every estimator on common, own and recorded noise."""
 
-    def row(name: str, noise: str, measurement: str, estimator: Estimator, squares: bool = False) -> Method:
+    def row(
+        name: str, noise: str, measurement: str, estimator: Estimator, squares: tuple[bool, ...] = (False,)
+    ) -> Method:
         return Method(name, noise, partial(estimated, measurement, estimator), squares=squares)
 
     common, own, recorded = "common 4 x 512", "own 10 x 4096", "recorded 4 x 4096"
     return [
-        row(RECIPE, "common", common, rs.ReTracRidge(), squares=True),
-        row("TRAK, matched", "common", common, rs.TRAK(pairing="matched"), squares=True),
-        row("TRAK", "common", common, rs.TRAK(), squares=True),
-        row("TRAK of directions", "common", common, rs.TRAK(directions=True), squares=True),
-        row("RelatIF, matched", "common", common, rs.RelatIF(pairing="matched"), squares=True),
-        row("RenormIF, matched", "common", common, rs.RenormIF(pairing="matched"), squares=True),
+        row(RECIPE, "common", common, rs.ReTracRidge(), squares=BOTH),
+        row("TRAK, matched", "common", common, rs.TRAK(pairing="matched"), squares=BOTH),
+        row("TRAK", "common", common, rs.TRAK(), squares=BOTH),
+        row("TRAK of directions", "common", common, rs.TRAK(directions=True), squares=BOTH),
+        row("RelatIF, matched", "common", common, rs.RelatIF(pairing="matched"), squares=BOTH),
+        row("RenormIF, matched", "common", common, rs.RenormIF(pairing="matched"), squares=BOTH),
         row("ReTrac, matched", "common", common, rs.ReTrac("matched")),
         row("TracIn, matched", "common", common, rs.TracIn("matched")),
         row("GradCos", "common", common, rs.GradCos()),
-        row("DTRAK, matched", "common", f"{common}, mean squared output", rs.DTRAK(pairing="matched"), squares=True),
-        row("DAS, matched", "common", f"{common}, mean output", rs.DAS(pairing="matched"), squares=True),
-        row("ReTracRidge", "own", own, rs.ReTracRidge(), squares=True),
-        row("TRAK", "own", own, rs.TRAK(), squares=True),
-        row("RelatIF", "own", own, rs.RelatIF(), squares=True),
-        row("RenormIF", "own", own, rs.RenormIF(), squares=True),
+        row("DTRAK, matched", "common", f"{common}, mean squared output", rs.DTRAK(pairing="matched"), squares=BOTH),
+        row("DAS, matched", "common", f"{common}, mean output", rs.DAS(pairing="matched"), squares=BOTH),
+        row("ReTracRidge", "own", own, rs.ReTracRidge(), squares=BOTH),
+        row("TRAK", "own", own, rs.TRAK(), squares=BOTH),
+        row("RelatIF", "own", own, rs.RelatIF(), squares=BOTH),
+        row("RenormIF", "own", own, rs.RenormIF(), squares=BOTH),
         row("ReTrac", "own", own, rs.ReTrac()),
         row("TracIn", "own", own, rs.TracIn()),
         row("GradCos", "own", own, rs.GradCos()),
-        row("DTRAK", "own", f"{own}, mean squared output", rs.DTRAK(), squares=True),
-        row("DAS", "own", f"{own}, mean output", rs.DAS(), squares=True),
+        row("DTRAK", "own", f"{own}, mean squared output", rs.DTRAK(), squares=BOTH),
+        row("DAS", "own", f"{own}, mean output", rs.DAS(), squares=BOTH),
         row("TracIn", "recorded", recorded, rs.TracIn()),
         row("ReTrac", "recorded", recorded, rs.ReTrac()),
-        row("TRAK", "recorded", recorded, rs.TRAK(), squares=True),
+        row("TRAK", "recorded", recorded, rs.TRAK(), squares=BOTH),
         *(
             Method(f"influence function, {name}", noise, partial(influence, measurement, pairing, divisors))
             for noise, measurement, pairing in (("common", "common 4 x 4096", "matched"), ("own", own, "cross"))
             for name, divisors in (("diagonal Fisher", rs.fisher_divisors), ("EK-FAC", rs.kronecker_divisors))
         ),
-        Method("Journey-TRAK, 10 steps", "own", journey_trak, squares=True),
+        Method("Journey-TRAK, 10 steps", "own", journey_trak, squares=BOTH),
+        *(
+            Method(
+                f"{name}, damping fitted",
+                "common",
+                partial(fitted, measurement, unit, errors),
+                "ours",
+                BOTH,
+                True,
+                False,
+            )
+            for name, measurement, unit, errors in (
+                (RECIPE, common, True, False),
+                ("TRAK, matched", common, False, False),
+                ("DTRAK, matched", f"{common}, mean squared output", False, False),
+                ("DAS, all directions, matched", f"{common}, mean output", True, True),
+            )
+        ),
     ]
+
+
+def fitted(measurement: str, unit: bool, errors: bool, lab: Lab) -> Found:
+    """sum_t of `damped` gradients, or of their directions, at the same timestep; each sample's times its own error."""
+    store, queries, seconds = lab.sketched(measurement, measurements()[measurement])
+    started, name = time.process_time(), store.checkpoints[0]
+    estimator: Estimator = rs.ReTrac() if unit else rs.TracIn()
+    train = estimator.stored_vectors(store, name).astype(np.float64)
+    roots = np.sqrt(store.losses(name).astype(np.float64)) if errors else np.ones(train.shape[:2])
+    asked = {kind: estimator.stored_vectors(one, name).astype(np.float64) for kind, one in queries.items()}
+    _, t, k = store.shape
+    scores = {
+        kind: sum(damped(train[:, at], x[:, at], DAMPINGS, roots[:, at]) for at in range(t))
+        for kind, x in asked.items()
+    }
+    return Found(scores, t, t * k, seconds + time.process_time() - started)
 
 
 def influence(measurement: str, pairing: Any, divisors: Callable[[rs.Samples], Any], lab: Lab) -> Found:

@@ -9,6 +9,7 @@ from benchmarks.paper_page import table
 Report = dict[str, Any]
 LDS_KINDS = ("held out", "training", "generated")
 SANITY = "sanity"
+FITTED = ", dampings fitted to every second subset, judged by the others"
 MARKERS = "<!-- yardstick -->\n", "<!-- /yardstick -->\n"
 
 
@@ -89,59 +90,68 @@ def leaderboard(reports: list[Report]) -> str:
             f"## {name}",
             f"Everything, with the other truths: [{name}](../benchmarks/results/yardstick-{name}.md).",
         ]
-        for squared, title in ((False, "### Scores as they are"), (True, "### Squared scores")):
-            lines = [
-                {
-                    **head(row),
-                    "group": row["group"],
-                    **{f"LDS, {k}": f["value"] for k, f in lds_of(report, row).items()},
-                }
-                | {"bytes": row["bytes"], "seconds": row["seconds"]}
-                for row in report["rows"]
-                if row["squared"] == squared and lds_of(report, row) and not row["half"]
-            ]
-            if lines:
-                top = {f"LDS, {k}": ceiling(f) for k, f in lds_of(report, report["rows"][0]).items()}
-                first = {"method": "*ceiling*", "noise": "", "group": "", **top, "bytes": "", "seconds": ""}
-                text += [
-                    title,
-                    table([first, *sorted(lines, key=lambda x: -x.get("LDS, held out", {"value": -1})["value"])]),
+        for half in (False, True):
+            for squared in (False, True):
+                lines = [
+                    {
+                        **head(row),
+                        "group": row["group"],
+                        **{f"LDS, {k}": f["value"] for k, f in lds_of(report, row).items()},
+                    }
+                    | {"bytes": row["bytes"], "seconds": row["seconds"]}
+                    for row in report["rows"]
+                    if (row["squared"], row["half"]) == (squared, half) and lds_of(report, row)
                 ]
+                if lines:
+                    text.append("### " + ("Squared scores" if squared else "Scores as they are") + FITTED * half)
+                    text.append(table([*top(report, half), *sorted(lines, key=by_held_out)]))
     return "\n\n".join(text) + "\n"
+
+
+def top(report: Report, half: bool) -> list[dict[str, Any]]:
+    """The line of ceilings; none for half of the subsets, whose ceiling is the same."""
+    found = {f"LDS, {kind}": ceiling(figure) for kind, figure in lds_of(report, report["rows"][0]).items()}
+    return [] if half else [{"method": "*ceiling*", "noise": "", "group": "", **found, "bytes": "", "seconds": ""}]
+
+
+def by_held_out(line: dict[str, Any]) -> float:
+    """For sorting by falling LDS."""
+    figure = line.get("LDS, held out")
+    return -figure["value"] if figure else 1.0
 
 
 def advice(report: Report) -> str:
     """Which rows the recipe is not clear of, in words that follow from the figures."""
-    name, sentences = report["setting"], []
-    for squared, word in ((False, "As they are"), (True, "Squared")):
-        same = [row for row in report["rows"] if row["squared"] == squared]
-        leader = next((row for row in same if row["method"] == report["recipe"] and "ahead" not in row), None)
+    sentences = []
+    for squared, half in ((False, False), (True, False), (False, True), (True, True)):
+        same = [row for row in report["rows"] if (row["squared"], row["half"]) == (squared, half)]
+        leader = next((row for row in same if row["method"].startswith(report["recipe"]) and "ahead" not in row), None)
         if leader is None:
             continue
         found = {kind: f"{figure['value']['value']:.2f}" for kind, figure in lds_of(report, leader).items()}
         reached = ", ".join(f"{value} on {kind}" for kind, value in found.items())
-        sentences.append(f"{word}, {report['recipe']} under common noise reaches an LDS of {reached} queries.")
+        word = (
+            "squared scores" if squared else "scores as they are"
+        ) + ", dampings fitted to half of the subsets" * half
+        sentences.append(
+            f"*{word.capitalize()}*: {report['recipe']} under common noise has an LDS of {reached} queries."
+        )
         for kind in found:
             rivals = [row for row in same if row["group"] != SANITY and kind in row.get("ahead", {})]
             better = [named(row) for row in rivals if row["ahead"][kind]["high"] < 0]
             level = [named(row) for row in rivals if row["ahead"][kind]["low"] <= 0 <= row["ahead"][kind]["high"]]
             if better:
-                sentences.append(f"On {kind} queries these are clearly better: {'; '.join(better)}.")
-            said = (
-                f"not clear of {'; '.join(level)}"
-                if level
-                else f"clear of all {len(rivals)} other rows"
-                if not better
-                else ""
-            )
-            if said:
-                sentences.append(f"On {kind} queries it is {said}.")
-    return f"**{name}.** " + " ".join(sentences)
+                sentences.append(f"Clearly better on {kind} queries: {'; '.join(better)}.")
+            if level:
+                sentences.append(f"Not clearly worse on {kind} queries: {'; '.join(level)}.")
+            if rivals and not better and not level:
+                sentences.append(f"On {kind} queries it is clear of all {len(rivals)} other rows.")
+    return f"**{report['setting']}.** " + " ".join(sentences)
 
 
 def named(row: dict[str, Any]) -> str:
     """A row in a sentence."""
-    return row["method"] + (f" ({row['noise']})" if row["noise"] != "-" else "")
+    return row["method"].removesuffix(", damping fitted") + (f" ({row['noise']})" if row["noise"] != "-" else "")
 
 
 def with_comparison(readme: str, reports: list[Report]) -> str:

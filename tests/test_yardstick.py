@@ -25,10 +25,9 @@ from benchmarks.yardstick_foreign import (
     loaded,
     script_errors,
     script_features,
-    script_scores,
     trak_package,
 )
-from benchmarks.yardstick_lab import Lab, digest
+from benchmarks.yardstick_lab import Lab, damped, digest
 from benchmarks.yardstick_methods import DAMPINGS, Found, Method, estimated, ours
 from retrac_scale import evaluate
 from retrac_scale.evaluate.settings import Images
@@ -57,7 +56,7 @@ def arrays(n: int = N) -> tuple[Any, Any]:
 @pytest.mark.parametrize("n", [8, N])
 def test_d_traks_scores_are_its_notebooks_formula(n: int) -> None:
     train, queries = arrays(n)
-    found = script_scores(train, queries, DAMPINGS, np.ones(n))
+    found = damped(train, queries, DAMPINGS)
     for damping, scores in zip(DAMPINGS, found, strict=True):
         penalty = damping * np.trace(train.T @ train) / min(n, K)
         kernel = np.linalg.inv(train.T @ train + penalty * np.eye(K))
@@ -74,7 +73,7 @@ def test_das_of_directions_is_its_authors_script() -> None:
     errors = (roots / np.linalg.norm(roots, axis=1, keepdims=True)).mean(1)
     penalty = 0.1 * np.trace(train.T @ train) / K
     published = (queries @ np.linalg.inv(train.T @ train + penalty * np.eye(K)) @ train.T * errors) ** 2
-    np.testing.assert_allclose(script_scores(train, queries, [0.1], errors)[0] ** 2, published, rtol=1e-9)
+    np.testing.assert_allclose(damped(train, queries, [0.1], errors)[0] ** 2, published, rtol=1e-9)
     ones = {"norms": {"c": np.ones((N, 1))}, "dtype": "float32"}
     store = rs.write_store(None, {"c": train[:, None]}, losses={"c": losses.mean(1, keepdims=True)}, **ones)
     ask = rs.write_store(None, {"c": queries[:, None]}, dtype="float32")
@@ -93,7 +92,7 @@ def test_traks_package_agrees_on_the_same_gradients() -> None:
     theirs = torch.zeros(N, Q, dtype=torch.float64)
     computer.get_scores(features, torch.from_numpy(queries), theirs)
     scale = np.abs(np.linalg.inv(train.T @ train + penalty * np.eye(K))).mean()
-    ours = script_scores(train, queries, [0.5], np.ones(N))[0]
+    ours = damped(train, queries, [0.5])[0]
     np.testing.assert_allclose(theirs.numpy().T * scale, ours, rtol=1e-5, atol=1e-6 * np.abs(ours).max())
     store, ask = (rs.write_store(None, {"c": x[:, None]}, dtype="float32") for x in (train, queries))
     index = rs.build_index(store, rs.TRAK(0.5), None, dtype="float32")
@@ -224,7 +223,8 @@ def test_a_fitted_damping_never_sees_the_subsets_that_judge_it() -> None:
     method = Method("some", "own", lambda _: Found({}, 0, 0, 0.0), fits=True)
 
     def fitted(known: evaluate.Subsets) -> Any:
-        _, row = yardstick.rows_of(method, scores, [known])
+        rule, row = yardstick.rows_of(method, scores, [known])
+        assert not rule.half
         assert row.half
         return row
 
@@ -309,11 +309,11 @@ def report() -> dict[str, Any]:
 
 def test_the_page_names_the_rows_that_the_recipe_is_not_clear_of(report: dict[str, Any]) -> None:
     said = yardstick_page.advice(report)
-    assert "not clear of DAS (common)." in said
+    assert "Not clearly worse on held out queries: DAS (common)." in said
     assert "TRAK" not in said
     worse = json.loads(json.dumps(report))
     worse["rows"][1]["ahead"]["held out"] = {"value": -0.2, "low": -0.3, "high": -0.1}
-    assert "clearly better: TRAK (common)." in yardstick_page.advice(worse)
+    assert "Clearly better on held out queries: TRAK (common)." in yardstick_page.advice(worse)
     clear = json.loads(json.dumps(report))
     clear["rows"].pop()
     assert "clear of all 1 other rows" in yardstick_page.advice(clear)
