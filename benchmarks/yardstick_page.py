@@ -83,7 +83,8 @@ def lds_of(report: Report, row: dict[str, Any]) -> dict[str, Any]:
 def leaderboard(reports: list[Report]) -> str:
     """The page that compares settings."""
     text = [INTRODUCTION.format(date=max(report["date"] for report in reports), machine=reports[0]["machine"])]
-    text += ["## What to use when", *(advice(report) for report in reports), WHEN]
+    text += ["## What to use when", WHEN, *(advice(report) for report in reports)]
+    text += ["## Baselines, and what must fall", SANE, *(facts(report) for report in reports)]
     for report in reports:
         name = report["setting"]
         text += [
@@ -149,6 +150,28 @@ def advice(report: Report) -> str:
     return f"**{report['setting']}.** " + " ".join(sentences)
 
 
+def facts(report: Report) -> str:
+    """What baselines and sanity rows say, on held-out queries."""
+
+    def held_out(row: dict[str, Any]) -> float:
+        return float(lds_of(report, row)["held out"]["value"]["value"])
+
+    rows = [row for row in report["rows"] if "held out" in lds_of(report, row) and not row["half"]]
+    elsewhere = [row for row in rows if row["group"] in ("ours", "published") and row["noise"] != "common"]
+    sentences = []
+    for name, squared in BASELINES:
+        baseline = next((row for row in rows if (row["method"], row["squared"]) == (name, squared)), None)
+        if baseline is not None and elsewhere:
+            behind = sum(held_out(row) < held_out(baseline) for row in elsewhere)
+            sentences.append(
+                f"{name}{', squared' * squared} ({held_out(baseline):.2f}): better than {behind} of the "
+                f"{len(elsewhere)} rows with gradients under noise that is not common"
+            )
+    wrong = [f"{row['method'].split(', ', 1)[1]} {held_out(row):.2f}" for row in rows if row["group"] == SANITY]
+    text = f"LDS on held-out queries: {'; '.join(sentences)}." if sentences else ""
+    return f"*{report['setting']}.* {text} What must fall: {', '.join(wrong)}." if wrong else text
+
+
 def named(row: dict[str, Any]) -> str:
     """A row in a sentence."""
     return row["method"].removesuffix(", damping fitted") + (f" ({row['noise']})" if row["noise"] != "-" else "")
@@ -163,6 +186,8 @@ def with_comparison(readme: str, reports: list[Report]) -> str:
     return readme[:start] + comparison(reports) + "\n" + readme[end:]
 
 
+BASELINES = (("pixel ridge", True), ("middle activations, same ridge", True))
+"""That a method must beat: name, squared."""
 COMPARED = (
     ("ReTracRidge", "common", False),
     ("ReTracRidge", "common", True),
@@ -216,4 +241,28 @@ batch, so that a query shares its noise with the samples at its own place in the
 [the yardstick](yardstick.md).
 """
 
-WHEN = """WHEN"""
+WHEN = """- **What would retraining without these images do?** `ReTracRidge` over four timesteps under common noise, the
+  default. Its sign is that of the influence. If only the size matters, ask for squares: a ridge's squares
+  predict losses better than its scores do, in every setting and on every kind of query, but a strong opponent
+  then looks like a strong proponent.
+- **No gradients at hand, or no time for them?** The middle activations of a forward pass under the same common
+  noise, with the same ridge. They tell what the model takes to be alike, not what it was moved by, and the two
+  are close here: where the sentences below do not find them clearly worse, take the cheaper one.
+- **Only pictures?** Pixel ridge, squared. Most methods with gradients under noise of their own are worse than
+  that.
+- **A store under noise of its own, or of the training's, that cannot be measured again?** A ridge (`TRAK`,
+  `ReTracRidge`), not an inner product: `TracIn`, `ReTrac` and `GradCos` come far behind it.
+- **What did the training do, step by step?** `TracIn` and `ReTrac` with recorded timesteps: that is their
+  question. They do not predict what a model trained without an image would do.
+- **D-TRAK and DAS**, whose functions of the output are not the loss, do well under common noise, and as
+  published much of what their noise lets them. They need less damping than the loss: by our rule, and far more
+  by one that gives too little, DAS loses most of what it can do. That, and not what is normalised, is why an
+  earlier version found it near zero. Fit their damping, on retrained models that do not judge it.
+
+What follows is computed: rows whose interval of the difference to the recipe lies above zero, or holds it.
+"""
+
+SANE = """A table of attribution needs both. An untrained model's gradients know pixels and architecture, another
+seed's the data: what is left of the LDS there is not about the model that was asked. Shuffled samples must
+leave nothing; shuffled queries leave what is the same for every query.
+"""
