@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import permutations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from retrac_scale.evaluate.intervals import bootstrap
+from retrac_scale.evaluate.intervals import Interval, bootstrap
 from retrac_scale.evaluate.judging import ranking
 from retrac_scale.evaluate.judging.base import Draws, Figure, Truth
 
@@ -54,11 +55,9 @@ class Groups(Truth):
             sums, harm = scores @ inside.T.astype(np.float64), self.harm(column)
             for kind, rows in self.rows.items():
                 for metric, values in _metrics(sums[rows], harm[:, rows].mean(0)).items():
-                    others = [_metrics(a[rows], b[rows])[metric] for a in harm for b in harm if a is not b]
-                    ends = {"draws": draws.count, "level": draws.level, "seed": draws.seed}
-                    ceiling = bootstrap(_mean, np.mean(others, axis=0), **ends) if others else None
-                    name = f"{metric} of {len(inside)}, {column}"
-                    yield Figure(kind, self.kinds[kind], name, bootstrap(_mean, values, **ends), ceiling)
+                    others = [_metrics(a[rows], b[rows])[metric] for a, b in permutations(harm, 2)]
+                    value, ceiling = _interval(values, draws), _interval(np.mean(others, axis=0), draws)
+                    yield Figure(kind, len(_defined(values)), f"{metric} of {len(inside)}, {column}", value, ceiling)
 
     @property
     def sentence(self) -> str:
@@ -93,6 +92,15 @@ def _metrics(sums: Float64, harm: Float64) -> dict[str, Float64]:
     }
 
 
+def _defined(values: Float64) -> Float64:
+    """Of those queries that some removal harms; for the others there is no NDCG."""
+    return values[np.isfinite(values)]
+
+
+def _interval(values: Float64, draws: Draws) -> Interval:
+    """Of the mean over queries for which the metric is defined."""
+    return bootstrap(_mean, _defined(values), draws=draws.count, level=draws.level, seed=draws.seed)
+
+
 def _mean(values: Float64) -> float:
-    """Over queries for which the metric is defined."""
-    return float(np.nanmean(values))
+    return float(values.mean()) if len(values) else float("nan")
