@@ -46,8 +46,6 @@ HERE = Path(__file__).parent
 DRAWS = 300
 FITTED, JUDGING = slice(0, None, 2), slice(1, None, 2)
 """Subsets that a damping is fitted to, and those that then judge."""
-ORDER = {"common": 0, "-": 0, "by place in the batch": 1}
-"""What is computed first: a run that is stopped leaves a table of what it has."""
 
 
 @dataclass(frozen=True)
@@ -174,11 +172,16 @@ def ahead(leader: Scores, other: Scores, truth: evaluate.Subsets) -> dict[str, A
     return found
 
 
+def when(method: Method) -> tuple[bool, int]:
+    """What is computed first: a run that is stopped leaves a table of what it has."""
+    return method.late, {"common": 0, "-": 0, "by place in the batch": 1}.get(method.noise, 2)
+
+
 def table(lab: Lab, truths: list[evaluate.Truth], again: list[str]) -> Iterator[dict[str, Any]]:
     """A line for each row."""
     leaders: dict[tuple[bool, bool], Scores] = {}
     known = next((truth for truth in truths if isinstance(truth, evaluate.Subsets)), None)
-    for method in sorted((*ours(), *foreign(), *baselines(), *sanity()), key=lambda method: ORDER.get(method.noise, 2)):
+    for method in sorted((*ours(), *foreign(), *baselines(), *sanity()), key=when):
         scores, cost = asked(method, lab, method.name in again)
         for row in rows_of(method, scores, truths):
             line = {"method": row.method.name, "noise": method.noise, "group": method.group, "squared": row.squared}

@@ -44,7 +44,7 @@ def sanity() -> list[Method]:
     """The recipe of wrong models, and its scores of wrong samples and queries."""
     return [
         Method(f"{RECIPE}, an untrained model", "common", untrained, "sanity"),
-        Method(f"{RECIPE}, another seed's model", "common", other_seed, "sanity"),
+        Method(f"{RECIPE}, another seed's model", "common", other_seed, "sanity", late=True),
         Method(f"{RECIPE}, samples shuffled", "common", partial(shuffled, 1), "sanity"),
         Method(f"{RECIPE}, queries shuffled", "common", partial(shuffled, 0), "sanity"),
     ]

@@ -33,17 +33,20 @@ def foreign() -> list[Method]:
     published = [
         Method("D-TRAK, its authors' script", place, d_trak, "published", fits=True),
         Method("DAS, its authors' script", place, das, "published", squares=(True,), fits=True),
-        Method("TRAK's package, 128 entries", "own", partial(trak_package, 128, None), "published", squares=BOTH),
+        Method(
+            "TRAK's package, 128 entries", "own", partial(trak_package, 128, None), "published", squares=BOTH, late=True
+        ),
         Method(
             "TRAK's package, 4096 entries, our damping",
             "own",
             partial(trak_package, 4096, AUTO),
             "published",
             squares=BOTH,
+            late=True,
         ),
     ]
     if find_spec("dattri"):
-        published.append(Method("dattri's TRAK, 128 entries", "own", dattri_trak, "published", squares=BOTH))
+        published.append(Method("dattri's TRAK, 128 entries", "own", dattri_trak, "published", squares=BOTH, late=True))
     return published
 
 

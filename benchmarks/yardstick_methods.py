@@ -50,6 +50,7 @@ class Method:
         squares: which rows there are: of its scores as they are (False), of their squares (True).
         fits: whether its scores are those of all `DAMPINGS`, of which one is fitted to half of the subsets.
         rule: whether there are rows at the damping by rule too.
+        late: whether it is computed after all that take less.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Method:
     squares: tuple[bool, ...] = (False,)
     fits: bool = False
     rule: bool = True
+    late: bool = False
 
 
 def measurements() -> dict[str, Measurement]:
@@ -120,11 +122,11 @@ def ours() -> list[Method]:
         row("ReTrac", "recorded", recorded, rs.ReTrac()),
         row("TRAK", "recorded", recorded, rs.TRAK(), squares=BOTH),
         *(
-            Method(f"influence function, {name}", noise, partial(influence, measurement, pairing, divisors))
+            Method(f"influence function, {name}", noise, partial(influence, measurement, pairing, divisors), late=True)
             for noise, measurement, pairing in (("common", "common 4 x 4096", "matched"), ("own", own, "cross"))
             for name, divisors in (("diagonal Fisher", rs.fisher_divisors), ("EK-FAC", rs.kronecker_divisors))
         ),
-        Method("Journey-TRAK, 10 steps", "own", journey_trak, squares=BOTH),
+        Method("Journey-TRAK, 10 steps", "own", journey_trak, squares=BOTH, late=True),
         *(
             Method(
                 f"{name}, damping fitted",

@@ -83,8 +83,8 @@ def lds_of(report: Report, row: dict[str, Any]) -> dict[str, Any]:
 def leaderboard(reports: list[Report]) -> str:
     """The page that compares settings."""
     text = [INTRODUCTION.format(date=max(report["date"] for report in reports), machine=reports[0]["machine"])]
-    text += ["## What to use when", WHEN, *(advice(report) for report in reports)]
-    text += ["## Baselines, and what must fall", SANE, *(facts(report) for report in reports)]
+    text += ["## What to use when", WHEN, *filter(None, map(advice, reports))]
+    text += ["## Baselines, and what must fall", SANE, *filter(None, map(facts, reports))]
     for report in reports:
         name = report["setting"]
         text += [
@@ -106,7 +106,21 @@ def leaderboard(reports: list[Report]) -> str:
                 if lines:
                     text.append("### " + ("Squared scores" if squared else "Scores as they are") + FITTED * half)
                     text.append(table([*top(report, half), *sorted(lines, key=by_held_out)]))
+        for truth, sentence in report["truths"].items():
+            lines = [line for row in report["rows"] if not row["squared"] for line in first_metrics(row, truth)]
+            if lines:
+                text += [f"### {truth}", f"{sentence.capitalize()}. Scores as they are.", table(ranked(lines))]
     return "\n\n".join(text) + "\n"
+
+
+def first_metrics(row: dict[str, Any], truth: str) -> list[dict[str, Any]]:
+    """A line with the first metric of each kind of query, or none; LDS has tables of its own."""
+    found: dict[str, Any] = {}
+    for figure in row["figures"].get(truth, []):
+        if figure["metric"] != "LDS" and figure["queries"] not in found:
+            found[figure["queries"]] = figure
+    named = {f"{kind}: {figure['metric']}": figure["value"] for kind, figure in found.items()}
+    return [{**head(row), **named, "bytes": row["bytes"], "seconds": row["seconds"]}] if named else []
 
 
 def top(report: Report, half: bool) -> list[dict[str, Any]]:
@@ -127,7 +141,7 @@ def advice(report: Report) -> str:
     for squared, half in ((False, False), (True, False), (False, True), (True, True)):
         same = [row for row in report["rows"] if (row["squared"], row["half"]) == (squared, half)]
         leader = next((row for row in same if row["method"].startswith(report["recipe"]) and "ahead" not in row), None)
-        if leader is None:
+        if leader is None or not lds_of(report, leader):
             continue
         found = {kind: f"{figure['value']['value']:.2f}" for kind, figure in lds_of(report, leader).items()}
         reached = ", ".join(f"{value} on {kind}" for kind, value in found.items())
@@ -147,7 +161,7 @@ def advice(report: Report) -> str:
                 sentences.append(f"Not clearly worse on {kind} queries: {'; '.join(level)}.")
             if rivals and not better and not level:
                 sentences.append(f"On {kind} queries it is clear of all {len(rivals)} other rows.")
-    return f"**{report['setting']}.** " + " ".join(sentences)
+    return f"**{report['setting']}.** " + " ".join(sentences) if sentences else ""
 
 
 def facts(report: Report) -> str:
