@@ -43,7 +43,8 @@ def baselines() -> list[Method]:
 def sanity() -> list[Method]:
     """The recipe of wrong models, and its scores of wrong samples and queries."""
     return [
-        Method(f"{RECIPE}, an untrained model", "common", untrained, "sanity"),
+        Method(f"{RECIPE}, the model before training", "common", partial(untrained, 0), "sanity"),
+        Method(f"{RECIPE}, an untrained model of another seed", "common", partial(untrained, 1), "sanity"),
         Method(f"{RECIPE}, another seed's model", "common", other_seed, "sanity", late=True),
         Method(f"{RECIPE}, samples shuffled", "common", partial(shuffled, 1), "sanity"),
         Method(f"{RECIPE}, queries shuffled", "common", partial(shuffled, 0), "sanity"),
@@ -176,9 +177,10 @@ def simclr(images: Tensor, epochs: int = 60, batch: int = 128, temperature: floa
     return net.eval()
 
 
-def untrained(lab: Lab) -> Found:
-    """Of random weights: what is left is what the architecture makes of the pixels."""
-    return recipe(lab.at("untrained", {name: x.detach().clone() for name, x in lab.untrained().state_dict().items()}))
+def untrained(seed: int, lab: Lab) -> Found:
+    """Of random weights; 0 is the seed from which the model that is asked about, and those of the truth, began."""
+    weights = {name: value.detach().clone() for name, value in lab.untrained(seed).state_dict().items()}
+    return recipe(lab.at(f"untrained {seed}", weights))
 
 
 def other_seed(lab: Lab) -> Found:

@@ -51,7 +51,7 @@ class Lab:
     Attributes:
         train: what the model was trained on.
         queries: {kind: images}.
-        untrained: makes a model; no weights of it are used.
+        untrained: makes a model, untrained(seed) one with the random weights of a seed.
         scheduler: the model's.
         checkpoints: {name: weights}, the last one last.
         record: folder of the training record.
@@ -61,7 +61,7 @@ class Lab:
 
     train: Images
     queries: Mapping[str, Images]
-    untrained: Callable[[], Any]
+    untrained: Callable[..., Any]
     scheduler: Any
     checkpoints: Mapping[str, Any]
     record: Path

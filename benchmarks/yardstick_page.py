@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.paper_page import table
+from benchmarks.paper_page import cell, table
 
 Report = dict[str, Any]
 LDS_KINDS = ("held out", "training", "generated")
@@ -181,9 +181,14 @@ def facts(report: Report) -> str:
                 f"{name}{', squared' * squared} ({held_out(baseline):.2f}): better than {behind} of the "
                 f"{len(elsewhere)} rows with gradients under noise that is not common"
             )
-    wrong = [f"{row['method'].split(', ', 1)[1]} {held_out(row):.2f}" for row in rows if row["group"] == SANITY]
+    sane = [row for row in rows if row["group"] == SANITY]
+    wrong = [f"{row['method'].split(', ', 1)[1]} {cell(lds_of(report, row)['held out']['value'])}" for row in sane]
     text = f"LDS on held-out queries: {'; '.join(sentences)}." if sentences else ""
-    return f"*{report['setting']}.* {text} What must fall: {', '.join(wrong)}." if wrong else text
+    return (
+        f"*{report['setting']}.* {text} {report['recipe']} of wrong models and orders: {'; '.join(wrong)}."
+        if wrong
+        else text
+    )
 
 
 def named(row: dict[str, Any]) -> str:
@@ -256,27 +261,32 @@ batch, so that a query shares its noise with the samples at its own place in the
 """
 
 WHEN = """- **What would retraining without these images do?** `ReTracRidge` over four timesteps under common noise, the
-  default. Its sign is that of the influence. If only the size matters, ask for squares: a ridge's squares
-  predict losses better than its scores do, in every setting and on every kind of query, but a strong opponent
+  default: no method was clearly better at its price where the sentences below name none. Its sign is that of
+  the influence. If only the size matters, ask for squares: they predict losses better, but a strong opponent
   then looks like a strong proponent.
-- **No gradients at hand, or no time for them?** The middle activations of a forward pass under the same common
-  noise, with the same ridge. They tell what the model takes to be alike, not what it was moved by, and the two
-  are close here: where the sentences below do not find them clearly worse, take the cheaper one.
-- **Only pictures?** Pixel ridge, squared. Most methods with gradients under noise of their own are worse than
-  that.
+- **Common noise and a ridge decide, not what is differentiated.** The loss, D-TRAK's and DAS's functions and
+  plain activations under the same noise with a ridge whose damping suits them come out close together: see the
+  tables of fitted dampings. A comparison in which one method has its noise in common, or its damping fitted,
+  and the other has not, says little about the methods.
+- **No gradients at hand, or no time for them?** The middle activations of a forward pass under common noise,
+  with the same ridge. They tell what the model takes to be alike; where they are named below as not clearly
+  worse, take the cheaper one.
+- **Only pictures?** Pixel ridge, squared: better than most rows with gradients under noise of their own.
 - **A store under noise of its own, or of the training's, that cannot be measured again?** A ridge (`TRAK`,
-  `ReTracRidge`), not an inner product: `TracIn`, `ReTrac` and `GradCos` come far behind it.
+  `ReTracRidge`), not an inner product (`TracIn`, `ReTrac`, `GradCos`).
 - **What did the training do, step by step?** `TracIn` and `ReTrac` with recorded timesteps: that is their
-  question. They do not predict what a model trained without an image would do.
-- **D-TRAK and DAS**, whose functions of the output are not the loss, do well under common noise, and as
-  published much of what their noise lets them. They need less damping than the loss: by our rule, and far more
-  by one that gives too little, DAS loses most of what it can do. That, and not what is normalised, is why an
-  earlier version found it near zero. Fit their damping, on retrained models that do not judge it.
+  question. They do not foretell what a model trained without an image would do.
+- **D-TRAK and DAS** need less damping than the loss. Under our rule DAS stays below what it can do, and far
+  below under a rule that gives too little: that, and not what is normalised, is why it was once found near zero
+  here. Fit it on retrained models that do not judge it.
 
-What follows is computed: rows whose interval of the difference to the recipe lies above zero, or holds it.
+What follows is computed: rows for which the interval of the difference to the recipe lies above zero, or holds it.
 """
 
-SANE = """A table of attribution needs both. An untrained model's gradients know pixels and architecture, another
-seed's the data: what is left of the LDS there is not about the model that was asked. Shuffled samples must
-leave nothing; shuffled queries leave what is the same for every query.
+SANE = """Shuffled samples must leave nothing, shuffled queries what is the same for every query. A model before
+training, or of another seed, is not the model that was asked: what its gradients keep of the LDS is owed
+to the pictures, the architecture and the common noise, not to what this model learnt. Where they keep
+nearly all, as below, an LDS on such small sets shows that a method knows which pictures are alike to a
+network of this kind, and does not show that it explains this network. The ceiling is far away, so there
+is room for a method that does.
 """
