@@ -196,7 +196,7 @@ def table(lab: Lab, truths: list[evaluate.Truth], again: list[str]) -> Iterator[
 
 
 def run(setting: evaluate.Setting, names: list[str], again: list[str], file: Path) -> None:
-    """Write the report of a setting, judged by some truths, row by row."""
+    """Write the report of a setting, judged by some truths, row by row; rows of an earlier run stay until then."""
     truths = [evaluate.truth(name) for name in names]
     report: dict[str, Any] = {
         "command": f"python -m benchmarks.yardstick --setting {setting.name}",
@@ -208,11 +208,22 @@ def run(setting: evaluate.Setting, names: list[str], again: list[str], file: Pat
         "truths": {truth.name: truth.sentence for truth in truths},
         "rows": [],
     }
+    old = json.loads(file.read_text()) if file.exists() else report
+    same = all(old["truths"].get(name, said) == said for name, said in report["truths"].items())
+    before = old["rows"] if same else []
+    done: list[dict[str, Any]] = []
     for line in table(lab_of(setting, truths), truths, again):
-        report["rows"].append(line)
+        done.append(line)
+        report["rows"] = done + [row for row in before if not any(key(row) == key(one) for one in done)]
         file.write_text(json.dumps(report, indent=1) + "\n")
         shown = [f"{f['queries']} {f['metric']} {f['value']['value']:.3f}" for x in line["figures"].values() for f in x]
         print(line["method"], line["noise"], "squared" * line["squared"], *shown, sep=" | ", flush=True)
+    file.write_text(json.dumps(report | {"rows": done}, indent=1) + "\n")
+
+
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells a row of the table from others."""
+    return tuple(row[name] for name in ("method", "noise", "squared", "half"))
 
 
 def main() -> None:

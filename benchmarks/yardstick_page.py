@@ -287,6 +287,5 @@ SANE = """Shuffled samples must leave nothing, shuffled queries what is the same
 training, or of another seed, is not the model that was asked: what its gradients keep of the LDS is owed
 to the pictures, the architecture and the common noise, not to what this model learnt. Where they keep
 nearly all, as below, an LDS on such small sets shows that a method knows which pictures are alike to a
-network of this kind, and does not show that it explains this network. The ceiling is far away, so there
-is room for a method that does.
+network of this kind, and does not show that it explains this network.
 """
