@@ -43,7 +43,7 @@ def baselines() -> list[Method]:
 def sanity() -> list[Method]:
     """The recipe of wrong models, and its scores of wrong samples and queries."""
     return [
-        Method(f"{RECIPE}, the model before training", "common", partial(untrained, 0), "sanity"),
+        Method(f"{RECIPE}, the model before training", "common", partial(untrained, 0), "sanity", BOTH),
         Method(f"{RECIPE}, an untrained model of another seed", "common", partial(untrained, 1), "sanity"),
         Method(f"{RECIPE}, another seed's model", "common", other_seed, "sanity", late=True),
         Method(f"{RECIPE}, samples shuffled", "common", partial(shuffled, 1), "sanity"),

@@ -83,7 +83,7 @@ def lds_of(report: Report, row: dict[str, Any]) -> dict[str, Any]:
 def leaderboard(reports: list[Report]) -> str:
     """The page that compares settings."""
     text = [INTRODUCTION.format(date=max(report["date"] for report in reports), machine=reports[0]["machine"])]
-    text += ["## What to use when", WHEN, *filter(None, map(advice, reports))]
+    text += ["## What to use when", WHEN, table([line for report in reports for line in advice(report)])]
     text += ["## Baselines, and what must fall", SANE, *filter(None, map(facts, reports))]
     for report in reports:
         name = report["setting"]
@@ -135,33 +135,30 @@ def by_held_out(line: dict[str, Any]) -> float:
     return -figure["value"] if figure else 1.0
 
 
-def advice(report: Report) -> str:
-    """Which rows the recipe is not clear of, in words that follow from the figures."""
-    sentences = []
-    for squared, half in ((False, False), (True, False), (False, True), (True, True)):
-        same = [row for row in report["rows"] if (row["squared"], row["half"]) == (squared, half)]
-        leader = next((row for row in same if row["method"].startswith(report["recipe"]) and "ahead" not in row), None)
-        if leader is None or not lds_of(report, leader):
-            continue
-        found = {kind: f"{figure['value']['value']:.2f}" for kind, figure in lds_of(report, leader).items()}
-        reached = ", ".join(f"{value} on {kind}" for kind, value in found.items())
-        word = (
-            "squared scores" if squared else "scores as they are"
-        ) + ", dampings fitted to half of the subsets" * half
-        sentences.append(
-            f"*{word.capitalize()}*: {report['recipe']} under common noise has an LDS of {reached} queries."
-        )
-        for kind in found:
-            rivals = [row for row in same if row["group"] != SANITY and kind in row.get("ahead", {})]
-            better = [named(row) for row in rivals if row["ahead"][kind]["high"] < 0]
-            level = [named(row) for row in rivals if row["ahead"][kind]["low"] <= 0 <= row["ahead"][kind]["high"]]
-            if better:
-                sentences.append(f"Clearly better on {kind} queries: {'; '.join(better)}.")
-            if level:
-                sentences.append(f"Not clearly worse on {kind} queries: {'; '.join(level)}.")
-            if rivals and not better and not level:
-                sentences.append(f"On {kind} queries it is clear of all {len(rivals)} other rows.")
-    return f"**{report['setting']}.** " + " ".join(sentences) if sentences else ""
+def advice(report: Report) -> list[dict[str, Any]]:
+    """Which rows the recipe is not clear of, a line for each kind of scores and of queries."""
+    lines = []
+    for half in (False, True):
+        for squared in (False, True):
+            same = [row for row in report["rows"] if (row["squared"], row["half"]) == (squared, half)]
+            recipe = next(
+                (row for row in same if row["method"].startswith(report["recipe"]) and "ahead" not in row), None
+            )
+            for kind, figure in lds_of(report, recipe).items() if recipe else ():
+                rivals = [row for row in same if row["group"] != SANITY and kind in row.get("ahead", {})]
+                better = [named(row) for row in rivals if row["ahead"][kind]["high"] < 0]
+                level = [named(row) for row in rivals if row["ahead"][kind]["low"] <= 0 <= row["ahead"][kind]["high"]]
+                lines.append(
+                    {
+                        "setting": report["setting"],
+                        "scores": ("squared" if squared else "as they are") + ", dampings fitted" * half,
+                        "queries": kind,
+                        f"LDS of {report['recipe']}, common": figure["value"],
+                        "clearly better": "; ".join(better) or "none",
+                        "not clearly worse": "; ".join(level) or "none",
+                    }
+                )
+    return lines
 
 
 def facts(report: Report) -> str:
@@ -219,6 +216,7 @@ COMPARED = (
     ("TracIn", "recorded", False),
     ("middle activations, same ridge", None, True),
     ("pixel ridge", None, True),
+    ("ReTracRidge, the model before training", None, True),
 )
 """Of the README: method, noise, squared."""
 
@@ -257,8 +255,7 @@ second subset and judged by the others. "By place in the batch": both published 
 batch, so that a query shares its noise with the samples at its own place in their batches.
 
 `evaluate.judge` gives such a row for any array `[queries, samples]`, whatever made it: see
-[the yardstick](yardstick.md).
-"""
+[the yardstick](yardstick.md)."""
 
 WHEN = """- **What would retraining without these images do?** `ReTracRidge` over four timesteps under common noise, the
   default: no method was clearly better at its price where the sentences below name none. Its sign is that of
@@ -280,12 +277,10 @@ WHEN = """- **What would retraining without these images do?** `ReTracRidge` ove
   below under a rule that gives too little: that, and not what is normalised, is why it was once found near zero
   here. Fit it on retrained models that do not judge it.
 
-What follows is computed: rows for which the interval of the difference to the recipe lies above zero, or holds it.
-"""
+What follows is computed: rows for which the interval of the difference to the recipe lies above zero, or holds it."""
 
 SANE = """Shuffled samples must leave nothing, shuffled queries what is the same for every query. A model before
 training, or of another seed, is not the model that was asked: what its gradients keep of the LDS is owed
 to the pictures, the architecture and the common noise, not to what this model learnt. Where they keep
 nearly all, as below, an LDS on such small sets shows that a method knows which pictures are alike to a
-network of this kind, and does not show that it explains this network.
-"""
+network of this kind, and does not show that it explains this network."""
