@@ -161,13 +161,14 @@ def ahead(leader: Scores, other: Scores, truth: evaluate.Subsets) -> dict[str, A
         (a, outcome), (b, _) = (
             sums_and_outcomes(scores[kind], truth.members, truth.losses[:, rows]) for scores in (leader, other)
         )
+        m, q = a.shape
         one, two, right = Columns.of(a), Columns.of(b), Columns.of(outcome)
 
         def differences(counts: Any, one: Any = one, two: Any = two, right: Any = right) -> Any:
             first, second = (np.nan_to_num(correlation(x, right, counts)) for x in (one, two))
             return first - second
 
-        drawn = [differences(counts)[columns].mean() for counts, columns in resamples(*a.shape, DRAWS, 0)]
+        drawn = [differences(counts)[columns].mean() for counts, columns in resamples(m, q, DRAWS, 0)]
         found[kind] = asdict(percentiles(float(differences(None).mean()), drawn))
     return found
 

@@ -166,7 +166,7 @@ def simclr(images: Tensor, epochs: int = 60, batch: int = 128, temperature: floa
         return (moved + 1) * gain - 1 + 0.1 * torch.randn(x.shape, generator=random)
 
     for _ in range(epochs):
-        for rows in torch.randperm(len(images), generator=random).split(batch):
+        for rows in torch.split(torch.randperm(len(images), generator=random), batch):
             x = images[rows]
             z = F.normalize(head(net(torch.cat([view(x), view(x)]))), dim=1)
             alike = (z @ z.T / temperature).fill_diagonal_(-torch.inf)

@@ -99,7 +99,7 @@ def script_features(lab: Lab, images: Images, *, measure: str, batch: int, proje
     total: Any = 0
     for timestep in TIMESTEPS:
         steps, noise, found = torch.full((n,), timestep), by_place(images.images.shape[1:], n, timestep, batch), []
-        for rows in torch.arange(n).split(64):
+        for rows in torch.split(torch.arange(n), 64):
             given = {name: values[rows] for name, values in images.given.items()}
             with sketcher:
                 sketch, norm = sketcher(task.measured(images.images[rows], steps[rows], noise[rows], given)[0][0])
@@ -149,7 +149,8 @@ def mean_loss(
     told = [value.expand(len(steps), *value.shape) for value in given]
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernel knows no vmap
         predicted = torch.func.functional_call(model, weights, (noisy, steps, *told)).sample
-    return (predicted - noise).square().mean()
+    loss: Tensor = (predicted - noise).square().mean()
+    return loss
 
 
 def loaded(lab: Lab, images: Images, seed: int, timesteps: int = 10) -> list[Tensor]:
@@ -199,7 +200,7 @@ def trak_package(dim: int, damping: float | None, lab: Lab) -> Found:
 
 def batches(tensors: list[Tensor], size: int = 16) -> list[tuple[Tensor, ...]]:
     """Of all tensors together."""
-    return list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
+    return list(zip(*(torch.split(tensor, size) for tensor in tensors), strict=True))
 
 
 def dattri_trak(lab: Lab) -> Found:

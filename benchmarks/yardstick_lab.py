@@ -85,7 +85,7 @@ class Lab:
     def task(self, measure: str = "mse") -> rs.DiffusionTask:
         """What is differentiated."""
         if measure not in self._tasks:
-            self._tasks[measure] = rs.DiffusionTask(self.untrained(), self.scheduler, measure=measure)
+            self._tasks[measure] = rs.DiffusionTask(self.untrained(), self.scheduler, measure=measure)  # type: ignore[arg-type]
         return self._tasks[measure]
 
     @cached_property
@@ -183,9 +183,10 @@ def folded(values: Any, dim: int) -> Any:
     if p <= dim:
         return values
     rng = np.random.default_rng(0)
-    out = np.zeros((*values.shape[:2], dim), np.float32)
-    np.add.at(out, (slice(None), slice(None), rng.integers(0, dim, p)), values * rng.choice([-1, 1], p))
-    return out
+    places, signs = rng.integers(0, dim, p), rng.choice([-1, 1], p)
+    fold = np.zeros((p, dim), np.float32)
+    fold[np.arange(p), places] = signs
+    return (values @ fold).astype(np.float32)
 
 
 def damped(train: Any, queries: Any, dampings: Sequence[float], weights: Any = 1.0) -> Any:

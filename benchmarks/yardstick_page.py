@@ -204,7 +204,7 @@ def falls(report: Report) -> list[dict[str, Any]]:
 
 def named(row: dict[str, Any]) -> str:
     """A row in a sentence."""
-    return row["method"].removesuffix(", damping fitted") + (f" ({row['noise']})" if row["noise"] != "-" else "")
+    return str(row["method"]).removesuffix(", damping fitted") + (f" ({row['noise']})" if row["noise"] != "-" else "")
 
 
 def with_comparison(readme: str, reports: list[Report]) -> str:

@@ -74,8 +74,9 @@ def test_das_of_directions_is_its_authors_script() -> None:
     penalty = 0.1 * np.trace(train.T @ train) / K
     published = (queries @ np.linalg.inv(train.T @ train + penalty * np.eye(K)) @ train.T * errors) ** 2
     np.testing.assert_allclose(damped(train, queries, [0.1], errors)[0] ** 2, published, rtol=1e-9)
-    ones = {"norms": {"c": np.ones((N, 1))}, "dtype": "float32"}
-    store = rs.write_store(None, {"c": train[:, None]}, losses={"c": losses.mean(1, keepdims=True)}, **ones)
+    mean = {"c": losses.mean(1, keepdims=True)}
+    norms = {"c": np.ones((N, 1))}
+    store = rs.write_store(None, {"c": train[:, None]}, losses=mean, norms=norms, dtype="float32")
     ask = rs.write_store(None, {"c": queries[:, None]}, dtype="float32")
     estimator = rs.DAS(0.1)
     scores = rs.build_index(store, estimator, None, dtype="float32").scores(ask).compute()
@@ -105,7 +106,7 @@ def test_script_features_are_means_of_plain_gradients_under_noise_by_place(lab: 
     model = tiny_unet()
     model.load_state_dict(lab.checkpoints["epoch-1"])
     for row in (0, 7):
-        total = 0.0
+        total: Any = 0.0
         for timestep in range(0, 1000, 100):
             torch.manual_seed(timestep)
             noise = torch.randn_like(lab.train.images[:5])[row % 5][None]
