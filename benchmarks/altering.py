@@ -27,5 +27,5 @@ def _through_jpeg(image: Any) -> Any:
     pixels = ((image + 1) * 127.5).clamp(0, 255).round().byte().permute(1, 2, 0).numpy()
     buffer = io.BytesIO()
     Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, "JPEG", quality=75)
-    read = np.asarray(Image.open(buffer))
+    read = np.array(Image.open(buffer))
     return torch.from_numpy(read.reshape(pixels.shape)).permute(2, 0, 1).float() / 127.5 - 1

@@ -1,7 +1,7 @@
 """What takes the noise out of an answer: noise, pairing, estimator, timesteps, entries, checkpoints, baselines.
 
     python -m benchmarks.measurement --setting digits8
-    python -m benchmarks.measurement --setting emoji16 --folder FOLDER     # of emoji tarballs, see benchmarks.emoji
+    python -m benchmarks.measurement --setting emoji16 --folder FOLDER     # of the emoji tarballs
     python -m benchmarks.measurement --setting digits8 --only rows dampings
 
 needs the truth SETTING-lds; `python -m benchmarks.truths` makes it anew. The model that is asked about is

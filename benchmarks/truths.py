@@ -16,7 +16,7 @@ import argparse
 import hashlib
 import platform
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,7 @@ QUERIES_OF: dict[str, Callable[[Setting], dict[str, Images]]] = {
     "planted16": planted_queries,
     "exemplars16": generated_queries,
     "adapters16": generated_queries,
+    "tones16": lambda setting: {"held out": setting.pictures.held_out},
 }
 """What each setting is asked about, by kind; others `common_queries`."""
 
@@ -158,6 +159,12 @@ def names(setting: Setting, _: int) -> evaluate.Wanted:
     return wanted(setting, "names", {"held out": same}, "first", "in top 10", "MRR")
 
 
+def siblings(setting: Setting, _: int) -> evaluate.Wanted:
+    """Of a held-out skin tone of an emoji, its other tones."""
+    same = setting.pictures.held_out_columns["name"][:, None] == setting.columns["name"]
+    return wanted(setting, "siblings", {"held out": same}, "first", "recall at count", "MRR")
+
+
 def copies(setting: Setting, _: int) -> evaluate.Wanted:
     """Of a planted picture, all its copies."""
     planted = setting.columns["planted"]
@@ -188,6 +195,7 @@ MAKERS: dict[str, Callable[[Setting, int], evaluate.Truth]] = {
     "groups": groups,
     "altered": altered,
     "names": names,
+    "siblings": siblings,
     "copies": copies,
     "parents": parents,
     "exemplars": exemplars,
@@ -211,11 +219,7 @@ def retrained(setting: Setting, kinds: Sequence[str], members: Any, folder: str,
 
 
 def protocol(setting: Setting, kinds: Iterable[str], **more: Any) -> dict[str, Any]:
-    """What a truth depends on: digests of data, queries, model and code, versions."""
-    weights = list(setting.checkpoints.values())[-1]
-    model = hashlib.blake2b(digest_size=12)
-    for name in sorted(weights):
-        model.update(weights[name].numpy().tobytes())
+    """What a truth depends on: digests of data, queries, code and, where it made some of them, the model; versions."""
     code = hashlib.blake2b(digest_size=12)
     for module in (images_module, training_module, trainer_module, losses_module):
         code.update(Path(str(module.__file__)).read_bytes())
@@ -223,11 +227,19 @@ def protocol(setting: Setting, kinds: Iterable[str], **more: Any) -> dict[str, A
         "training": repr(setting.training),
         "data": setting.pictures.digest,
         "queries": Losses(joined([setting.queries[kind] for kind in kinds]), None, None).key,
-        "model": model.hexdigest(),
         "code": code.hexdigest(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        **({"model": digest_of(list(setting.checkpoints.values())[-1])} if "generated" in kinds else {}),
         **more,
     }
+
+
+def digest_of(weights: Mapping[str, Any]) -> str:
+    """Of a model's weights."""
+    found = hashlib.blake2b(digest_size=12)
+    for name in sorted(weights):
+        found.update(weights[name].numpy().tobytes())
+    return found.hexdigest()
 
 
 def hours(folder: Path) -> float:

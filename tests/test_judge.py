@@ -212,6 +212,12 @@ def test_what_cannot_be_scores_is_refused(name: str) -> None:
         evaluate.judge(given, subsets_truth())
 
 
+@pytest.mark.parametrize("ends", [{"draws": 0}, {"level": 1.0}])
+def test_intervals_without_resamples_or_of_everything_are_refused(ends: Any, scores: Any) -> None:
+    with pytest.raises(ValueError, match="at least 1 resample and a level between 0 and 1"):
+        evaluate.judge(scores, subsets_truth(), **ends)
+
+
 def test_a_score_that_is_no_number_is_named(scores: Any) -> None:
     scores[3, 7] = np.nan
     with pytest.raises(ValueError, match="hold 1 NaN or inf, first for query 3, sample 7"):
@@ -250,7 +256,8 @@ def test_the_sign_is_asked_for_where_every_score_seems_turned() -> None:
 def test_a_truth_of_the_package_is_small_and_judges_what_it_holds(name: str) -> None:
     truth = evaluate.truth(name)
     assert (FOLDER / f"{name}.npz").stat().st_size < 1_000_000
-    assert {"data", "queries", "model", "code", "training", "versions"} <= set(truth.about)
+    assert {"data", "queries", "code", "training", "versions"} <= set(truth.about)
+    assert ("model" in truth.about) == ("generated" in truth.kinds)
     if isinstance(truth, evaluate.Wanted):
         for figure in evaluate.judge(truth.parts > 0, truth, draws=5).figures:
             best = 1 if figure.ceiling is None else figure.ceiling.value

@@ -47,7 +47,7 @@ def test_a_notebook_prints_what_is_committed_with_it(notebook: Path, monkeypatch
 
 
 def test_every_cell_was_run_in_order_without_an_error() -> None:
-    assert len(NOTEBOOKS) == 6
+    assert len(NOTEBOOKS) == 7
     for notebook in NOTEBOOKS:
         cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
         assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1)), notebook.name

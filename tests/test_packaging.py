@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml  # type: ignore[import-untyped]
 
@@ -75,6 +77,10 @@ def test_an_installed_wheel_runs_from_any_directory(dist: Path, tmp_path: Path) 
     assert "retrac-scale demo" in run(target / "bin" / "retrac-scale", "--help", folder=elsewhere, **where)
     found = run(sys.executable, "-c", "import retrac_scale; print(retrac_scale.__file__)", folder=elsewhere, **where)
     assert Path(found.strip()).is_relative_to(target)
+    np.save(elsewhere / "scores.npy", np.random.default_rng(0).normal(size=(192, 512)))
+    judge = ("judge", "scores.npy", "--truth", "digits8-lds", "--json")
+    judged = json.loads(run(target / "bin" / "retrac-scale", *judge, folder=elsewhere, **where))
+    assert [figure["queries"] for figure in judged["figures"]] == ["held out", "training", "generated"]
 
 
 def test_the_citation_is_of_this_version() -> None:

@@ -15,9 +15,10 @@ from PIL import Image
 
 from retrac_scale import evaluate
 from retrac_scale.evaluate.settings import SETTINGS, Setting, data, emoji, joined, shapes
-from retrac_scale.evaluate.settings.generating import generate
+from retrac_scale.evaluate.settings.generating import generate, generate_anew
 from retrac_scale.evaluate.settings.images import Images
 from retrac_scale.evaluate.settings.losses import Losses
+from retrac_scale.evaluate.settings.removal import removal
 from retrac_scale.evaluate.settings.trainer import Trainer
 from retrac_scale.evaluate.settings.training import AdapterTraining, ClassTraining, DiTTraining, Training
 from retrac_scale.task.noising import noising_of
@@ -26,8 +27,8 @@ from retrac_scale.training.record import read_record
 
 FEW = Path(__file__).parent / "data" / "emoji"
 DIGESTS = {
-    "google": "1183981485648999fe2736b981cb90617485d800373b802f0cf27b5c0d7df45a",
-    "twitter": "71fe51abbacc961738f603cfb2cc858e551cce9fcf14643fe7c56ec72f7dda3e",
+    "google": "663a1953ea832eb91b26e9ef9d5bb88c03dea6700951253fad466c1cca647a8b",
+    "twitter": "2cee3413107b6a522e3595354bb40db42c88a8f21d5f196a7fe434fa3d07ec81",
 }
 TINY: dict[str, Any] = {"epochs": 2, "kept": (1, 2), "batch": 4, "channels": (8, 16), "warmup_steps": 1}
 
@@ -71,7 +72,7 @@ def test_settings_that_are_not_there_or_lack_their_data_say_so(tmp_path: Path) -
         evaluate.setting("emoji16")
     with pytest.raises(FileNotFoundError, match="npm pack"):
         evaluate.setting("emoji16", folder=tmp_path)
-    with pytest.raises(ValueError, match=r"has sha256 1183.*expected fb5f.*fetch it again"):
+    with pytest.raises(ValueError, match=r"has sha256 663a.*expected fb5f.*fetch it again"):
         evaluate.setting("emoji16", folder=FEW)
 
 
@@ -89,6 +90,13 @@ def test_emoji_are_averaged_over_white_and_stand_in_pairs() -> None:
         over = drawn[..., :3] * drawn[..., 3:] / 255 + 255 - drawn[..., 3:]
         averaged = over.reshape(16, 4, 16, 4, 3).mean((1, 3))
         assert np.abs(found.pictures[row] - averaged).max() < 1.5  # composing rounds to a level, and so does averaging
+
+
+def test_tones_of_one_emoji_stand_together() -> None:
+    found = emoji.load_tones(FEW, 16, DIGESTS)
+    assert found.name.tolist() == ["wave"] * 6
+    skin = found.pictures[:, 8, 8].astype(int).sum(1)  # in the middle of the hand
+    assert (np.diff(skin[1:]) < 0).all()  # from light to dark
 
 
 def test_a_tarball_stands_for_its_folder() -> None:
@@ -142,6 +150,22 @@ def test_a_model_is_trained_once_and_the_names_of_kept_weights_stay(tmp_path: Pa
     again = trainer(np.arange(4), 0)
     assert file.stat().st_mtime_ns == written
     assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_training_leaves_the_callers_random_numbers_and_threads_alone(tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        weights = Trainer(few(), Training(**TINY), tmp_path / "two")(np.arange(4), 0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(torch.rand(3), expected)
+    again = Trainer(few(), Training(**TINY), tmp_path / "one")(np.arange(4), 0)
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
 def test_noisy_images_in_training_are_the_schedulers_bit_for_bit() -> None:
@@ -202,3 +226,34 @@ def test_every_setting_is_named_once_and_has_its_queries() -> None:
 def test_joined_images_keep_what_the_model_is_told() -> None:
     told = [Images(torch.zeros(2, 1, 2, 2), given={"class_labels": torch.tensor([row, row])}) for row in (1, 5)]
     assert joined(told).given["class_labels"].tolist() == [1, 1, 5, 5]
+
+
+def test_removal_is_the_change_of_loss_and_image_without_a_querys_top_samples(tmp_path: Path) -> None:
+    pictures, asked = data.Pictures(few(12), few(2)), few(3)
+    how = Training(**TINY)
+    setting = Setting("tiny", pictures, how, tmp_path / "work", asked_in=tmp_path)
+    last = list(setting.checkpoints.values())[-1]
+    made = generate_anew(how, setting.build(), last, asked)
+    np.savez(setting.queries_file, data=np.array(pictures.digest), generated=made.numpy())
+    scores = np.random.default_rng(0).normal(size=(3, 12))
+    found = removal(setting, scores, queries=2, share=0.25, random=1)
+
+    def without(ids: Any) -> tuple[Any, Any]:
+        trainer = Trainer(pictures.train, how, tmp_path / "apart")
+        weights = trainer(np.setdiff1d(np.arange(12), ids), 0)
+        images = generate_anew(how, how.build((1, 8, 8)), weights, asked)
+        far = ((images - made)[:2].numpy() ** 2).mean((1, 2, 3)) ** 0.5
+        return Losses(Images(made[:2]), how.build((1, 8, 8)), how.scheduler())(weights), far
+
+    whole, _ = without([])
+    loss, far = without(np.argsort(-scores[0])[:3])
+    assert found.loss[0] == pytest.approx(loss[0] - whole[0])
+    assert found.image[0] == pytest.approx(far[0])
+    assert found.loss_of_others[0] == pytest.approx(loss[1] - whole[1])
+    assert found.image_of_others[0] == pytest.approx(far[1])
+    loss, far = without(np.random.default_rng(0).permutation(12)[:3])
+    assert found.loss_at_random == pytest.approx(loss - whole)
+    assert found.image_at_random == pytest.approx(far)
+    assert found.beyond("loss", "random").value == pytest.approx((found.loss - found.loss_at_random).mean())
+    with pytest.raises(ValueError, match=r"scores are \(2, 12\), expected \(3, 12\)"):
+        removal(setting, scores[:2])

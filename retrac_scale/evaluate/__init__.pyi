@@ -1,9 +1,9 @@
 """The public names; __init__.py imports each from here when it is first used."""
 
 from .agreement import rank_correlation, recall_at, stability
+from .datamodeling import lds, lds_mean
 from .intervals import Interval, bootstrap, jackknife, percentiles
 from .judging import Figure, Groups, Judgement, Subsets, Truth, Wanted, judge, truth, truths
-from .lds import lds, lds_mean
 from .outliers import Detection, detection
 from .retraining import counterfactual, random_subsets, retrain
 from .settings import Setting, setting

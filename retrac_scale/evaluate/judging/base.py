@@ -47,6 +47,13 @@ class Draws:
     level: float = 0.95
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.count < 1 or not 0 < self.level < 1:
+            raise ValueError(
+                f"intervals need at least 1 resample and a level between 0 and 1, got draws={self.count} and "
+                f"level={self.level}."
+            )
+
 
 @dataclass(frozen=True, eq=False)
 class Truth:

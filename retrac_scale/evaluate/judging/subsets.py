@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from retrac_scale.evaluate.datamodeling import sums_and_outcomes
 from retrac_scale.evaluate.intervals import Interval, percentiles
 from retrac_scale.evaluate.judging.base import Draws, Figure, Truth
-from retrac_scale.evaluate.lds import sums_and_outcomes
 from retrac_scale.evaluate.spearman import Columns, correlation, resamples
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Subsets(Truth):
 
 def _correlations(columns: list[Columns], counts: Any = None) -> Float64:
     """Of sums with outcomes, `[q]`."""
-    return np.nan_to_num(correlation(*columns, counts))
+    return np.nan_to_num(correlation(columns[0], columns[1], counts))
 
 
 def _agreements(seeds: list[Columns], counts: Any = None) -> Float64:
@@ -105,6 +105,7 @@ def _bootstrapped(
 ) -> Interval:
     """`then` of the mean over queries of `each`, over resamples of rows and columns of all arrays `[m, q]` together."""
     columns = [Columns.of(array) for array in arrays]
-    drawn = resamples(*arrays[0].shape, draws.count, draws.seed)
+    m, q = arrays[0].shape
+    drawn = resamples(m, q, draws.count, draws.seed)
     values = [then(each(columns, counts)[chosen].mean()) for counts, chosen in drawn]
     return percentiles(then(each(columns).mean()), values, draws.level)

@@ -34,6 +34,7 @@ SETTINGS = {
     "emoji16": Recipe(data.emoji16, EMOJI),
     "shapes16": Recipe(data.shapes16, ClassTraining(epochs=60, kept=(15, 30, 45, 60))),
     "planted16": Recipe(data.planted16, EMOJI),
+    "tones16": Recipe(data.tones16, EMOJI),
     "exemplars16": Recipe(data.exemplars16, TUNED, base=EMOJI),
     "adapters16": Recipe(
         data.exemplars16,

@@ -67,12 +67,16 @@ def emoji16(folder: Path | None) -> Pictures:
 
 def _chosen(folder: Path | None) -> tuple[emoji.Emoji, Any]:
     """All emoji, and the rows of the 832 pictures of 416 pairs, in random order."""
-    if folder is None:
-        raise ValueError(f"the emoji are read from a folder: give folder= (--folder). {emoji.HOW_TO_GET}")
-    found = emoji.load(folder, 16)
+    found = emoji.load(_given(folder), 16)
     rng = np.random.default_rng(0)
     pairs = rng.permutation(len(found.pictures) // 2)[:416]
     return found, rng.permutation(np.concatenate([2 * pairs, 2 * pairs + 1]))
+
+
+def _given(folder: Path | None) -> Path:
+    if folder is None:
+        raise ValueError(f"the emoji are read from a folder: give folder= (--folder). {emoji.HOW_TO_GET}")
+    return folder
 
 
 def _columns(found: emoji.Emoji, rows: Any) -> dict[str, Any]:
@@ -143,6 +147,22 @@ def shapes16(_: Path | None) -> Pictures:
     names = (np.array(list(shapes.SHAPES)), np.array(list(shapes.COLOURS)))
     known = {"shape": names[0][pairs[:, 0]], "colour": names[1][pairs[:, 1]]}
     return _told(_split(pixels, known, 512), torch.from_numpy(pairs[:, 0].copy()))
+
+
+FAMILIES = 128
+
+
+def tones16(folder: Path | None) -> Pictures:
+    """128 emoji of people in six skin tones each, of which 64 have one tone held out: 704 to train on."""
+    found = emoji.load_tones(_given(folder), 16)
+    each = 1 + len(emoji.TONES)
+    rng = np.random.default_rng(3)
+    families = rng.permutation(len(found.pictures) // each)[:FAMILIES]
+    rows = (families[:, None] * each + np.arange(each)).ravel()
+    held_out = np.arange(HELD_OUT) * each + rng.integers(0, each, HELD_OUT)
+    order = np.concatenate([rng.permutation(np.setdiff1d(np.arange(len(rows)), held_out)), held_out])
+    rows = rows[order]
+    return _split(scaled(found.pictures[rows]), _columns(found, rows) | {"tone": rows % each}, len(rows) - HELD_OUT)
 
 
 def emoji16classes(folder: Path | None) -> Pictures:

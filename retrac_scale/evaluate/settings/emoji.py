@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -31,6 +31,7 @@ HOW_TO_GET = (
     "folder of the two tarballs."
 )
 LEFT_OUT = ("Component", "Flags")
+TONES = ("1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF")
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,15 +64,8 @@ def load(folder: Path, size: int, digests: Mapping[str, str] = SHA256) -> Emoji:
         for entry in sorted(listed, key=lambda entry: str(entry["unified"]))
         if all(entry[f"has_img_{designer}"] for designer in DESIGNERS) and entry["category"] not in LEFT_OUT
     ]
-    pictures = np.empty((len(kept), len(DESIGNERS), size, size, 3), np.uint8)
-    for column, designer in enumerate(DESIGNERS):
-        wanted = {f"package/img/{designer}/64/{entry['image']}": row for row, entry in enumerate(kept)}
-        with tarfile.open(files[designer]) as archive:
-            for member in archive:  # in the order of the file: random access unpacks it anew each time
-                if member.name in wanted:
-                    content = archive.extractfile(member)
-                    assert content is not None
-                    pictures[wanted[member.name], column] = _picture(content.read(), size)
+    images = [entry["image"] for entry in kept]
+    pictures = np.stack([_pictures(files[designer], designer, images, size) for designer in DESIGNERS], axis=1)
     repeated = {name: np.repeat([entry[name] for entry in kept], len(DESIGNERS)) for name in ("short_name", "category")}
     return Emoji(
         pictures.reshape(-1, size, size, 3),
@@ -79,6 +73,47 @@ def load(folder: Path, size: int, digests: Mapping[str, str] = SHA256) -> Emoji:
         repeated["short_name"],
         repeated["category"],
     )
+
+
+def load_tones(folder: Path, size: int, digests: Mapping[str, str] = SHA256) -> Emoji:
+    """Google's emoji of people in the default and in five skin tones: six of the same name stand together.
+
+    Args:
+        folder: see `load`.
+        size: see `load`.
+        digests: see `load`.
+
+    Raises:
+        FileNotFoundError: see `load`.
+        ValueError: see `load`.
+    """
+    designer = DESIGNERS[0]
+    file = _tarball(folder, designer, digests[designer])
+    with tarfile.open(file) as archive:
+        listed = json.loads(_member(archive, "emoji.json"))
+    families = []
+    for entry in sorted(listed, key=lambda entry: str(entry["unified"])):
+        toned = [entry.get("skin_variations", {}).get(tone) for tone in TONES]
+        if all(one is not None and one[f"has_img_{designer}"] for one in toned):
+            families.append((entry, [entry["image"], *(one["image"] for one in toned)]))
+    pictures = _pictures(file, designer, [image for _, images in families for image in images], size)
+    every = np.repeat([(entry["short_name"], entry["category"]) for entry, _ in families], 1 + len(TONES), axis=0)
+    return Emoji(pictures, np.full(len(pictures), designer), every[:, 0], every[:, 1])
+
+
+def _pictures(file: Path, designer: str, images: Sequence[str], size: int) -> Any:
+    """Those named, `[n, size, size, 3]`."""
+    pictures = np.empty((len(images), size, size, 3), np.uint8)
+    wanted = {f"package/img/{designer}/64/{image}": row for row, image in enumerate(images)}
+    with tarfile.open(file) as archive:
+        for member in archive:  # in the order of the file: random access unpacks it anew each time
+            if member.name in wanted:
+                content = archive.extractfile(member)
+                assert content is not None
+                pictures[wanted.pop(member.name)] = _picture(content.read(), size)
+    if wanted:
+        raise ValueError(f"{file} lists {len(wanted)} pictures that it does not hold, say {next(iter(wanted))}.")
+    return pictures
 
 
 def _tarball(folder: Path, designer: str, expected: str) -> Path:

@@ -35,6 +35,7 @@ class Setting:
         work: folder for weights and the training record.
         seed: of the model that is asked about.
         base: how the model was trained that a fine-tune goes on from; None without a fine-tune.
+        asked_in: folder of the file of queries.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Setting:
     work: Path
     seed: int = 0
     base: Training | None = None
+    asked_in: Path = QUERIES
 
     @property
     def train(self) -> Images:
@@ -91,7 +93,7 @@ class Setting:
     @property
     def queries_file(self) -> Path:
         """Where they are kept."""
-        return QUERIES / f"{self.name}.npz"
+        return self.asked_in / f"{self.name}.npz"
 
     def asked(self, truth: Truth) -> Images:
         """The queries of a truth, in the order of the rows of its scores."""

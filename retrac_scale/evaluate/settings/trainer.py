@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ class Trainer:
     """`trainer(ids, seed)`: the weights of a model trained on some of the images; what was trained once is kept.
 
     Order, timesteps and noise of a sample in an epoch depend on the seed, the epoch and the sample, not on what else is
-    in the training set: models of the same seed differ by the samples that they saw.
+    in the training set: models of the same seed differ by the samples that they saw. Training takes one thread.
 
     Attributes:
         images: of which some are trained on.
@@ -60,7 +61,8 @@ class Trainer:
         """Weights at the kept epochs, and the training record in a folder; without one, the last weights alone."""
         file = self._file(ids, seed, record is not None)
         if not file.exists():
-            kept = self._train(np.sort(np.asarray(ids)), seed, record)
+            with one_thread():
+                kept = self._train(np.sort(np.asarray(ids)), seed, record)
             save(dict([list(kept.items())[-1]]), self._file(ids, seed, False))
             if record is not None:
                 save(kept, file)
@@ -108,6 +110,17 @@ class Trainer:
                 if recorder is not None:
                     recorder.checkpoint(name)
         return kept
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch on one thread: sums of several are in another order, which a training makes visible."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def save(value: Any, file: Path) -> None:

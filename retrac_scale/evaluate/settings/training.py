@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,14 @@ from diffusers import DDPMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscre
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers of a seed, and afterwards the caller's own again."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 @dataclass(frozen=True)
@@ -41,20 +50,20 @@ class Training:
         return images.clamp(-1, 1)
 
     def _unet(self, shape: Sequence[int], seed: int, **more: Any) -> Any:
-        torch.manual_seed(seed)
         plain = len(self.channels) - 1
-        return UNet2DModel(
-            sample_size=shape[-1],
-            in_channels=shape[0],
-            out_channels=shape[0],
-            block_out_channels=self.channels,
-            layers_per_block=1,
-            down_block_types=("DownBlock2D",) * plain + ("AttnDownBlock2D",),
-            up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * plain,
-            norm_num_groups=8,
-            attention_head_dim=16,
-            **more,
-        ).to(DEVICE)
+        with seeded(seed):
+            return UNet2DModel(
+                sample_size=shape[-1],
+                in_channels=shape[0],
+                out_channels=shape[0],
+                block_out_channels=self.channels,
+                layers_per_block=1,
+                down_block_types=("DownBlock2D",) * plain + ("AttnDownBlock2D",),
+                up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * plain,
+                norm_num_groups=8,
+                attention_head_dim=16,
+                **more,
+            ).to(DEVICE)
 
 
 @dataclass(frozen=True)
@@ -83,18 +92,18 @@ class DiTTraining(Training):
 
     def build(self, shape: Sequence[int], seed: int = 0) -> Any:
         """A DiT on patches of 2 x 2."""
-        torch.manual_seed(seed)
-        return DiTTransformer2DModel(
-            num_attention_heads=self.heads,
-            attention_head_dim=self.width // self.heads,
-            in_channels=shape[0],
-            out_channels=shape[0],
-            num_layers=self.layers,
-            sample_size=shape[-1],
-            patch_size=2,
-            num_embeds_ada_norm=self.classes,
-            norm_num_groups=4,
-        ).to(DEVICE)
+        with seeded(seed):
+            return DiTTransformer2DModel(
+                num_attention_heads=self.heads,
+                attention_head_dim=self.width // self.heads,
+                in_channels=shape[0],
+                out_channels=shape[0],
+                num_layers=self.layers,
+                sample_size=shape[-1],
+                patch_size=2,
+                num_embeds_ada_norm=self.classes,
+                norm_num_groups=4,
+            ).to(DEVICE)
 
 
 @dataclass(frozen=True)
@@ -108,6 +117,6 @@ class AdapterTraining(Training):
         """The model with new adapters, its only trainable parameters."""
         from peft import LoraConfig, inject_adapter_in_model
 
-        torch.manual_seed(seed)
         adapters = LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=list(self.layers))
-        return inject_adapter_in_model(adapters, model).to(DEVICE)
+        with seeded(seed):
+            return inject_adapter_in_model(adapters, model).to(DEVICE)

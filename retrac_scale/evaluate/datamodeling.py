@@ -62,7 +62,10 @@ def lds_mean(
     """
     sums, outcome = sums_and_outcomes(scores, members, losses)
     a, b = Columns.of(sums), Columns.of(outcome)
-    resampled = [np.nanmean(correlation(a, b, rows)[columns]) for rows, columns in resamples(*sums.shape, draws, seed)]
+    resampled = [
+        np.nanmean(correlation(a, b, rows)[columns])
+        for rows, columns in resamples(len(sums), sums.shape[1], draws, seed)
+    ]
     return percentiles(float(np.nanmean(correlation(a, b))), resampled, level)
 
 
