@@ -3,6 +3,7 @@
     python -m benchmarks.yardstick --setting digits8
     python -m benchmarks.yardstick --setting emoji16 --folder FOLDER         # of the emoji tarballs
     python -m benchmarks.yardstick --setting digits8 --again "random"        # methods whose scores are computed anew
+    python -m benchmarks.yardstick --setting digits8 --kept                  # judges again, by truths that have grown
     python -m benchmarks.yardstick --page                                    # the pages alone, from the results
 
 The model that is asked about is trained first (minutes) unless it is there. Scores are kept, by method and kind of
@@ -37,8 +38,8 @@ from benchmarks.yardstick_lab import Lab, Scores, digest
 from benchmarks.yardstick_methods import DAMPINGS, RECIPE, Method, ours
 from retrac_scale import evaluate
 from retrac_scale.estimators.ridge import AUTO
+from retrac_scale.evaluate.datamodeling import sums_and_outcomes
 from retrac_scale.evaluate.intervals import percentiles
-from retrac_scale.evaluate.lds import sums_and_outcomes
 from retrac_scale.evaluate.settings import SETTINGS
 from retrac_scale.evaluate.spearman import Columns, correlation, resamples
 
@@ -84,11 +85,14 @@ def lab_of(setting: evaluate.Setting, truths: list[evaluate.Truth]) -> Lab:
     )
 
 
-def asked(method: Method, lab: Lab, again: bool) -> tuple[Scores, dict[str, Any]]:
-    """A method's scores, computed for the kinds of queries that are not there yet, and what they cost at first."""
+def asked(method: Method, lab: Lab, again: bool = False, kept: bool = False) -> tuple[Scores, dict[str, Any]]:
+    """A method's scores, computed for the kinds of queries that are not there yet, and what they cost at first.
+
+    With `kept` nothing is computed, and what is not there is left out.
+    """
     place = lab.folder / "scores" / re.sub(r"[^a-z0-9]+", "-", f"{method.name} {method.noise}".lower()).strip("-")
     files = {kind: place / f"{kind}-{digest(images)}.npy" for kind, images in lab.queries.items()}
-    missing = [kind for kind, file in files.items() if again or not file.exists()]
+    missing = [kind for kind, file in files.items() if again or not (kept or file.exists())]
     told = place / "cost.json"
     if missing:
         found = method.ask(lab.some(missing))
@@ -97,7 +101,9 @@ def asked(method: Method, lab: Lab, again: bool) -> tuple[Scores, dict[str, Any]
             np.save(files[kind], np.asarray(found.scores.get(kind, []), np.float32))
         if again or not told.exists():
             told.write_text(json.dumps({"pairs": found.pairs, "bytes": found.bytes, "seconds": found.seconds}))
-    scores = {kind: np.load(file).astype(np.float64) for kind, file in files.items()}
+    if not told.exists():
+        return {}, {}
+    scores = {kind: np.load(file).astype(np.float64) for kind, file in files.items() if file.exists()}
     return {kind: values for kind, values in scores.items() if values.size}, json.loads(told.read_text())
 
 
@@ -178,13 +184,13 @@ def when(method: Method) -> tuple[bool, int]:
     return method.late, {"common": 0, "-": 0, "by place in the batch": 1}.get(method.noise, 2)
 
 
-def table(lab: Lab, truths: list[evaluate.Truth], again: list[str]) -> Iterator[dict[str, Any]]:
+def table(lab: Lab, truths: list[evaluate.Truth], again: list[str], kept: bool) -> Iterator[dict[str, Any]]:
     """A line for each row."""
     leaders: dict[tuple[bool, bool], Scores] = {}
     known = next((truth for truth in truths if isinstance(truth, evaluate.Subsets)), None)
     for method in sorted((*ours(), *foreign(), *baselines(), *sanity()), key=when):
-        scores, cost = asked(method, lab, method.name in again)
-        for row in rows_of(method, scores, truths):
+        scores, cost = asked(method, lab, method.name in again, kept)
+        for row in rows_of(method, scores, truths) if scores else ():
             line = {"method": row.method.name, "noise": method.noise, "group": method.group, "squared": row.squared}
             line |= cost | {"half": row.half, "figures": {truth.name: judged(row, truth) for truth in truths}}
             among = (row.squared, row.half)
@@ -196,7 +202,7 @@ def table(lab: Lab, truths: list[evaluate.Truth], again: list[str]) -> Iterator[
             yield line
 
 
-def run(setting: evaluate.Setting, names: list[str], again: list[str], file: Path) -> None:
+def run(setting: evaluate.Setting, names: list[str], again: list[str], kept: bool, file: Path) -> None:
     """Write the report of a setting, judged by some truths, row by row; rows of an earlier run stay until then."""
     truths = [evaluate.truth(name) for name in names]
     report: dict[str, Any] = {
@@ -213,7 +219,7 @@ def run(setting: evaluate.Setting, names: list[str], again: list[str], file: Pat
     same = all(old["truths"].get(name, said) == said for name, said in report["truths"].items())
     before = old["rows"] if same else []
     done: list[dict[str, Any]] = []
-    for line in table(lab_of(setting, truths), truths, again):
+    for line in table(lab_of(setting, truths), truths, again, kept):
         done.append(line)
         report["rows"] = done + [row for row in before if not any(key(row) == key(one) for one in done)]
         file.write_text(json.dumps(report, indent=1) + "\n")
@@ -235,6 +241,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=HERE / ".cache" / "truths", help="folder for models and scores")
     parser.add_argument("--truths", nargs="+", metavar="TRUTH", help="to judge by (default: all of the setting)")
     parser.add_argument("--again", nargs="+", default=[], metavar="METHOD", help="whose scores are computed anew")
+    parser.add_argument("--kept", action="store_true", help="judge the scores that are there, compute none")
     parser.add_argument("--page", action="store_true", help="write the pages from the results")
     options = parser.parse_args()
     if not options.page and options.setting is None:
@@ -244,7 +251,7 @@ def main() -> None:
     if options.setting is not None:
         setting = evaluate.setting(options.setting, folder=options.folder, work=options.work)
         known = [name for name in evaluate.truths() if name.split("-")[0] == setting.name]
-        run(setting, options.truths or known, options.again, results / f"yardstick-{setting.name}.json")
+        run(setting, options.truths or known, options.again, options.kept, results / f"yardstick-{setting.name}.json")
     reports = [json.loads(file.read_text()) for file in sorted(results.glob("yardstick-*.json"))]
     for report in reports:
         (results / f"yardstick-{report['setting']}.md").write_text(pages.setting_page(report))
