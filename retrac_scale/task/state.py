@@ -53,7 +53,7 @@ def _told(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 @lru_cache(maxsize=1024)
-def _set_by_forward(kind: type[nn.Module]) -> frozenset[str]:
+def _set_by_forward(kind: Any) -> frozenset[str]:
     """Attributes that a class's forward writes."""
     function = inspect.unwrap(kind.forward)
     if not isinstance(function, FunctionType):
