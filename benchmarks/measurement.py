@@ -31,6 +31,8 @@ import retrac_scale as rs
 from benchmarks.altering import ALTERED, alter
 from benchmarks.measurement_page import cpu_name, page, pictures
 from benchmarks.truths import HERE, KINDS_OF_LDS, QUERIES
+from benchmarks.yardstick_lab import Measurement, forward_features, scores_of
+from benchmarks.yardstick_methods import DAMPINGS
 from retrac_scale import evaluate
 from retrac_scale.estimators import Estimator
 from retrac_scale.estimators.ridge import AUTO
@@ -38,28 +40,10 @@ from retrac_scale.evaluate import Interval
 from retrac_scale.evaluate.settings import SETTINGS, Images
 
 RECIPE = "common, 4 x 512, ReTracRidge"
-DAMPINGS = [factor * 10.0**power for power in range(-6, 3) for factor in (1, 2, 5)]
 OWN = {"digits8": (10, 32, 100), "emoji16": (10, 32)}
 """Timesteps under own noise, at 4096 entries."""
 BOOTSTRAP = 300
 WIDEST = 2**16
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """How samples are measured: a store of training samples and one of each kind of query.
-
-    Attributes:
-        plan: of timesteps.
-        projection: None for the default of the plan.
-        every: all checkpoints, or the last alone.
-        queries: their plan, where it is another.
-    """
-
-    plan: Any
-    projection: Any = None
-    every: bool = False
-    queries: Any = None
 
 
 @dataclass(frozen=True)
@@ -200,16 +184,6 @@ class Bench:
         return line
 
 
-def scores_of(index: rs.Index, rows: Any) -> Any:
-    """Scores `[q, n]` by rows `[c, q, k]`, signed."""
-    c, _, _ = index.shape
-    stored = np.concatenate(
-        [np.stack([r.astype(np.float64) for r in index.chunk(i).rows]) for i in range(len(index.chunks))], 1
-    )
-    scale = np.concatenate([index.chunk(i).scale for i in range(len(index.chunks))], 1).astype(np.float64)
-    return sum(rows[i].astype(np.float64) @ (stored[i] * scale[i][:, None]).T for i in range(c))
-
-
 def table(bench: Bench) -> Iterator[dict[str, Any]]:
     """A line for each row and baseline."""
     for row in rows(bench.name):
@@ -270,7 +244,7 @@ def baselines(bench: Bench) -> Iterator[dict[str, Any]]:
         return judged | repeated(stores["train"], stores["held out"], estimator, "")
 
     yield none | {"method": "pixel ridge"} | ridge({k: x[:, None] for k, x in pixels.items()}, rs.TRAK())
-    for name, features in model_features(bench, every).items():
+    for name, features in forward_features(bench.truth.model, bench.truth.scheduler, every).items():
         yield {"noise": "common", "pairs": 4, "method": f"{name}, same ridge"} | ridge(features, rs.ReTracRidge())
     store, _ = bench.sketched("common 4 x 512")
     loss = store.losses(store.checkpoints[0]).mean(1).astype(np.float64)
@@ -287,40 +261,6 @@ def baselines(bench: Bench) -> Iterator[dict[str, Any]]:
         | {"method": "random"}
         | bench.judged({kind: rng.standard_normal((len(one), len(loss))) for kind, one in asked.items()})
     )
-
-
-def model_features(bench: Bench, every: dict[str, Images]) -> dict[str, dict[str, Any]]:
-    """What a forward pass under common noise gives, `{name: {kind: [n, 4, 512 or fewer]}}`, without a gradient."""
-    task, model = bench.task, bench.task.model
-    task.load("last", list(bench.truth.checkpoints.values())[-1])
-    kept: list[Any] = []
-    hook = model.mid_block.register_forward_hook(lambda _, __, output: kept.append(output))
-    found: dict[str, dict[str, Any]] = {"middle activations": {}, "outputs": {}}
-    plan = rs.EvenlySpaced(4).pairs("", np.arange(1), task.num_train_timesteps)
-    with torch.no_grad():
-        for kind, images in every.items():
-            activations, outputs = [], []
-            for step in plan.timesteps[0]:
-                steps = torch.full((len(images),), int(step))
-                noise = rs.draw_noise(images.images.shape[1:], None, steps, 0)
-                kept.clear()
-                outputs.append(model(task.noising.noisy(images.images, noise, steps), steps).sample.flatten(1))
-                activations.append(kept[0].flatten(1))
-            for name, values in (("middle activations", activations), ("outputs", outputs)):
-                found[name][kind] = folded(torch.stack(values, 1).numpy(), 512)
-    hook.remove()
-    return found
-
-
-def folded(values: Any, dim: int) -> Any:
-    """Features `[n, t, p]` in `dim` entries by a random signed fold, or as they are where they are fewer."""
-    p = values.shape[2]
-    if p <= dim:
-        return values
-    rng = np.random.default_rng(0)
-    out = np.zeros((*values.shape[:2], dim), np.float32)
-    np.add.at(out, (slice(None), slice(None), rng.integers(0, dim, p)), values * rng.choice([-1, 1], p))
-    return out
 
 
 def dampings(bench: Bench) -> list[dict[str, Any]]:

@@ -432,8 +432,8 @@ def test_what_a_model_needs_and_an_item_does_not_bring_is_named() -> None:
     ):
         with pytest.raises(ValueError, match=f"item 0 brings no '{lacking}', which the model's forward needs"):
             rs.DiffusionTask(model, SCHEDULER).read_item(0, item)
-    item = {"image": IMAGES[0], "encoder_hidden_states": torch.randn(3, 8)}
-    assert rs.DiffusionTask(conditional, SCHEDULER).read_item(0, item).label is None
+    whole = {"image": IMAGES[0], "encoder_hidden_states": torch.randn(3, 8)}
+    assert rs.DiffusionTask(conditional, SCHEDULER).read_item(0, whole).label is None
 
 
 def test_embeddings_are_converted_to_weights_of_16_bits() -> None:

@@ -44,6 +44,8 @@ def denoiser_of(gain: float) -> Any:
     """A class of the same name and the same weights, whatever its forward does."""
 
     class Denoiser(nn.Module):
+        offset: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)

@@ -554,7 +554,7 @@ class Listed(nn.Module):
         self.nested = nn.ModuleDict({"inner": nn.ParameterDict({"scale": nn.Parameter(torch.randn(4))})})
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self.layer(x) @ self.tables[0] + self.tables[1]) * self.nested["inner"]["scale"]  # type: ignore[index]
+        return (self.layer(x) @ self.tables[0] + self.tables[1]) * self.nested["inner"]["scale"]  # type: ignore[index,no-any-return]
 
 
 ADAPTERS: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 import retrac_scale as rs
+from retrac_scale.calibration import fastest, torch_threads
 from retrac_scale.gradients.errors import GradientMismatchError
 from retrac_scale.task.diffusion import measure_name, measure_named
 from tests import oracle
@@ -553,11 +555,23 @@ class InPlaceOnLSTM(SmallDenoiser):
 
 def test_a_model_that_torch_cannot_differentiate_in_32_bits_is_checked_in_16() -> None:
     """Seed 314 of benchmarks.fuzz."""
-    model, given = InPlaceOnLSTM().bfloat16(), images(3).bfloat16()
+    model, given = InPlaceOnLSTM().half(), images(3).half()
     norms = run(model, given, rs.Explicit([5])).norms("last")[:, 0]
     task = rs.DiffusionTask(model, DDPMScheduler(num_train_timesteps=100))
-    losses = task.losses(given, torch.full((3,), 5), rs.draw_noise((1, 6, 6), None, [5] * 3, 0).bfloat16(), {})
+    losses = task.losses(given, torch.full((3,), 5), rs.draw_noise((1, 6, 6), None, [5] * 3, 0).half(), {})
     for norm, loss in zip(norms, losses, strict=True):
         parameters = list(model.parameters())
         alone = torch.autograd.grad(loss, parameters, retain_graph=True)
         np.testing.assert_allclose(norm, torch.cat([one.float().flatten() for one in alone]).norm(), rtol=0.02)
+
+
+@pytest.mark.parametrize(("slow", "chosen"), [(2, 1), (1, 2)])
+def test_all_threads_are_taken_unless_one_is_faster(slow: int, chosen: int) -> None:
+    def run(rows: int) -> torch.Tensor:
+        time.sleep(0.002 * rows if torch.get_num_threads() == slow else 0.0001 * rows)
+        return torch.zeros(rows)
+
+    with torch_threads(2):
+        rows, threads = fastest(run, 32, torch.device("cpu"))
+        assert (torch.get_num_threads(), threads) == (2, chosen)
+    assert 8 <= rows <= 32

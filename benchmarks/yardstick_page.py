@@ -1,0 +1,302 @@
+"""How the results of `benchmarks.yardstick` are shown: a page for each setting, a leaderboard, the README's table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.paper_page import table
+
+Report = dict[str, Any]
+LDS_KINDS = ("held out", "training", "generated")
+SANITY = "sanity"
+FITTED = ", dampings fitted to every second subset, judged by the others"
+MARKERS = "<!-- yardstick -->\n", "<!-- /yardstick -->\n"
+
+
+def setting_page(report: Report) -> str:
+    """Everything that was found on one setting, as Markdown."""
+    said = "; ".join(f"`{name}`: {sentence}" for name, sentence in report["truths"].items())
+    text = [
+        f"# The yardstick: {report['setting']}",
+        f"`{report['command']}`, {report['date']}, {report['machine']}. Written by that command.",
+        f"{report['samples']} training images. {said}. Brackets: 95 % intervals, of LDS over queries and subsets, "
+        "of the rest over queries. Pairs and bytes: of a training sample; seconds: CPU time from images and weights to "
+        "the scores of all queries.",
+    ]
+    for name in report["truths"]:
+        for squared, title in ((False, name), (True, f"{name}, squared scores")):
+            lines = [line for row in report["rows"] if row["squared"] == squared for line in _figures(row, name)]
+            if lines:
+                text += [f"## {title}", table([ceilings(report, name), *ranked(lines)])]
+    compared = [{**head(row), **row["ahead"]} for row in report["rows"] if row.get("ahead") and row["group"] != SANITY]
+    if compared:
+        text += [
+            "## How far the recipe is ahead",
+            f"LDS of {report['recipe']} under common noise minus that of the row, both squared where the row is; both "
+            "are judged on the same resamples of queries and subsets.",
+            table(compared),
+        ]
+    return "\n\n".join(text) + "\n"
+
+
+def head(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row is called."""
+    return {"method": row["method"] + ", squared" * row["squared"], "noise": row["noise"]}
+
+
+def _figures(row: dict[str, Any], truth: str) -> list[dict[str, Any]]:
+    """One line of a truth's table, or none."""
+    found = {column(one): one["value"] for one in row["figures"].get(truth, [])}
+    half = " (judged by half of the subsets)" if row["half"] else ""
+    cost = {"pairs": row["pairs"], "bytes": row["bytes"], "seconds": row["seconds"]}
+    return [{"method": row["method"] + half, "noise": row["noise"], **found, **cost}] if found else []
+
+
+def column(figure: dict[str, Any]) -> str:
+    """Metric and kind of query."""
+    return f"{figure['metric']}, {figure['queries']}"
+
+
+def ceilings(report: Report, truth: str) -> dict[str, Any]:
+    """A line with what can be reached."""
+    row = next(row for row in report["rows"] if row["figures"].get(truth) and not row["half"])
+    found = {column(one): ceiling(one) for one in row["figures"][truth]}
+    return {"method": "*ceiling*", "noise": "", **found, "pairs": "", "bytes": "", "seconds": ""}
+
+
+def ceiling(figure: dict[str, Any]) -> Any:
+    """What a figure can reach; of LDS it is not known without further seeds."""
+    return figure["ceiling"] or ("-" if figure["metric"] == "LDS" else 1.0)
+
+
+def ranked(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By falling "in top 10", or else by the first metric."""
+    metrics = [name for name in lines[0] if name not in ("method", "noise")]
+    key = next((name for name in metrics if name.startswith("in top 10")), metrics[0])
+    return sorted(lines, key=lambda line: -line[key]["value"] if isinstance(line.get(key), dict) else 1)
+
+
+def lds_of(report: Report, row: dict[str, Any]) -> dict[str, Any]:
+    """{kind: figure} of a row's LDS."""
+    return {one["queries"]: one for one in row["figures"].get(f"{report['setting']}-lds", []) if one["metric"] == "LDS"}
+
+
+def leaderboard(reports: list[Report]) -> str:
+    """The page that compares settings."""
+    text = [INTRODUCTION.format(date=max(report["date"] for report in reports), machine=reports[0]["machine"])]
+    text += ["## What to use when", WHEN, table([line for report in reports for line in advice(report)])]
+    text += ["## Baselines, and what must fall", *filter(None, map(baselines, reports))]
+    text += [SANE, table([line for report in reports for line in falls(report)])]
+    for report in reports:
+        name = report["setting"]
+        text += [
+            f"## {name}",
+            f"Everything, with the other truths: [{name}](../benchmarks/results/yardstick-{name}.md).",
+        ]
+        for half in (False, True):
+            for squared in (False, True):
+                lines = [
+                    {
+                        **head(row),
+                        "group": row["group"],
+                        **{f"LDS, {k}": f["value"] for k, f in lds_of(report, row).items()},
+                    }
+                    | {"bytes": row["bytes"], "seconds": row["seconds"]}
+                    for row in report["rows"]
+                    if (row["squared"], row["half"]) == (squared, half) and lds_of(report, row)
+                ]
+                if lines:
+                    text.append("### " + ("Squared scores" if squared else "Scores as they are") + FITTED * half)
+                    text.append(table([*top(report, half), *sorted(lines, key=by_held_out)]))
+        for truth, sentence in report["truths"].items():
+            lines = [line for row in report["rows"] if not row["squared"] for line in first_metrics(row, truth)]
+            if lines:
+                text += [f"### {truth}", f"{sentence.capitalize()}. Scores as they are.", table(ranked(lines))]
+    return "\n\n".join(text) + "\n"
+
+
+def first_metrics(row: dict[str, Any], truth: str) -> list[dict[str, Any]]:
+    """A line with all metrics of the only kind of query, or the first of each kind; LDS has tables of its own."""
+    figures = [one for one in row["figures"].get(truth, []) if one["metric"] != "LDS"]
+    kinds = {one["queries"] for one in figures}
+    if len(kinds) > 1:
+        figures = [one for one in figures if one["metric"] == figures[0]["metric"]]
+    found = {column(one): one["value"] for one in figures}
+    return [{**head(row), **found, "bytes": row["bytes"], "seconds": row["seconds"]}] if found else []
+
+
+def top(report: Report, half: bool) -> list[dict[str, Any]]:
+    """The line of ceilings; none for half of the subsets, whose ceiling is the same."""
+    found = {f"LDS, {kind}": ceiling(figure) for kind, figure in lds_of(report, report["rows"][0]).items()}
+    return [] if half else [{"method": "*ceiling*", "noise": "", "group": "", **found, "bytes": "", "seconds": ""}]
+
+
+def by_held_out(line: dict[str, Any]) -> float:
+    """For sorting by falling LDS."""
+    figure = line.get("LDS, held out")
+    return -figure["value"] if figure else 1.0
+
+
+def advice(report: Report) -> list[dict[str, Any]]:
+    """Which rows the recipe is not clear of, a line for each kind of scores and of queries."""
+    lines = []
+    for half in (False, True):
+        for squared in (False, True):
+            same = [row for row in report["rows"] if (row["squared"], row["half"]) == (squared, half)]
+            recipe = next(
+                (row for row in same if row["method"].startswith(report["recipe"]) and "ahead" not in row), None
+            )
+            for kind, figure in lds_of(report, recipe).items() if recipe else ():
+                rivals = [row for row in same if row["group"] != SANITY and kind in row.get("ahead", {})]
+                better = [named(row) for row in rivals if row["ahead"][kind]["high"] < 0]
+                level = [named(row) for row in rivals if row["ahead"][kind]["low"] <= 0 <= row["ahead"][kind]["high"]]
+                lines.append(
+                    {
+                        "setting": report["setting"],
+                        "scores": ("squared" if squared else "as they are") + ", dampings fitted" * half,
+                        "queries": kind,
+                        f"LDS of {report['recipe']}, common": figure["value"],
+                        "clearly better": "; ".join(better) or "none",
+                        "not clearly worse": "; ".join(level) or "none",
+                    }
+                )
+    return lines
+
+
+def baselines(report: Report) -> str:
+    """How many rows two baselines are ahead of, on held-out queries."""
+
+    def held_out(row: dict[str, Any]) -> float:
+        return float(lds_of(report, row)["held out"]["value"]["value"])
+
+    rows = [row for row in report["rows"] if "held out" in lds_of(report, row) and not row["half"]]
+    elsewhere = [row for row in rows if row["group"] in ("ours", "published") and row["noise"] != "common"]
+    sentences = []
+    for name, squared in BASELINES:
+        baseline = next((row for row in rows if (row["method"], row["squared"]) == (name, squared)), None)
+        if baseline is not None and elsewhere:
+            behind = sum(held_out(row) < held_out(baseline) for row in elsewhere)
+            sentences.append(
+                f"{name}{', squared' * squared}, with an LDS of {held_out(baseline):.2f} on held-out queries, is ahead "
+                f"of {behind} of the {len(elsewhere)} rows with gradients under noise that is not common"
+            )
+    return f"*{report['setting']}.* {'; '.join(sentences)}." if sentences else ""
+
+
+def falls(report: Report) -> list[dict[str, Any]]:
+    """One figure of each truth, of the recipe and of each sanity row."""
+    lines = []
+    rows = [row for row in report["rows"] if not row["squared"] and not row["half"]]
+    recipe = next(row for row in rows if row["method"] == report["recipe"])
+    for truth in report["truths"]:
+        told = {one["metric"]: one for one in reversed(recipe["figures"].get(truth, []))}  # of the first kind of query
+        figure = next((told[metric] for metric in TELLING if metric in told), None)
+        if figure is None:
+            continue
+        line = {"truth": truth, "figure": column(figure), "the recipe": figure["value"]}
+        for row in rows:
+            if row["group"] == SANITY:
+                same = [one for one in row["figures"].get(truth, []) if column(one) == column(figure)]
+                line |= {row["method"].split(", ", 1)[1]: one["value"] for one in same}
+        lines.append(line)
+    return lines
+
+
+def named(row: dict[str, Any]) -> str:
+    """A row in a sentence."""
+    return str(row["method"]).removesuffix(", damping fitted") + (f" ({row['noise']})" if row["noise"] != "-" else "")
+
+
+def with_comparison(readme: str, reports: list[Report]) -> str:
+    """The README with its table between the markers, unchanged where it has none."""
+    before, after = MARKERS
+    if before not in readme:
+        return readme
+    start, end = readme.index(before) + len(before), readme.index(after)
+    return readme[:start] + comparison(reports) + "\n" + readme[end:]
+
+
+BASELINES = (("pixel ridge", True), ("middle activations, same ridge", True))
+"""That a method must beat: name, squared."""
+TELLING = ("LDS", "in top 10", "first")
+"""Metrics by which truths are compared."""
+COMPARED = (
+    ("ReTracRidge", "common", False),
+    ("ReTracRidge", "common", True),
+    ("D-TRAK, its authors' script", None, False),
+    ("DAS, its authors' script", None, True),
+    ("TRAK's package, 4096 entries, our damping", None, False),
+    ("TRAK", "own", False),
+    ("influence function, EK-FAC", "own", False),
+    ("ReTrac", "own", False),
+    ("TracIn", "recorded", False),
+    ("middle activations, same ridge", None, True),
+    ("pixel ridge", None, True),
+    ("ReTracRidge, the model before training", None, True),
+)
+"""Of the README: method, noise, squared."""
+
+
+def comparison(reports: list[Report]) -> str:
+    """LDS on held-out queries, a column for each setting."""
+    lines = []
+    for method, noise, squared in COMPARED:
+        line: dict[str, Any] = {}
+        for report in reports:
+            for row in report["rows"]:
+                if (row["method"], row["squared"]) == (method, squared) and noise in (None, row["noise"]):
+                    figure = lds_of(report, row).get("held out")
+                    if figure:
+                        line |= {**head(row), report["setting"]: figure["value"]}
+        if line:
+            lines.append(line)
+    return table(lines)
+
+
+INTRODUCTION = """# Leaderboard
+
+`python -m benchmarks.yardstick --setting NAME` for each setting, last on {date}, {machine}. Written by that
+command.
+
+Every method that we could run, ours, others' and baselines that need no gradient, judged by the same retrained models.
+LDS: do the scores predict the loss of a query under models trained on random halves of the images? 1 is perfect, 0 is
+chance; the ceiling is what a method can reach given the luck of a training. Brackets: 95 % intervals over queries and
+subsets. All rows share these, so that two rows can differ clearly although their intervals overlap; the sentences below
+go by the interval of the difference. Bytes: of a training sample; seconds: CPU time from images and weights to the
+scores of all queries.
+
+No damping is tuned on what it is judged by. Where others' scripts pick the best of 27 by the score that they report,
+the row here has the damping of our rule, which knows no label; the page of a setting has a second row, fitted to every
+second subset and judged by the others. "By place in the batch": both published scripts seed their noise anew for each
+batch, so that a query shares its noise with the samples at its own place in their batches.
+
+`evaluate.judge` gives such a row for any array `[queries, samples]`, whatever made it: see
+[the yardstick](yardstick.md)."""
+
+WHEN = """- **What would retraining without these images do?** `ReTracRidge` over four timesteps under common noise, the
+  default: no method was clearly better at its price where the sentences below name none. Its sign is that of
+  the influence. If only the size matters, ask for squares: they predict losses better, but a strong opponent
+  then looks like a strong proponent.
+- **Common noise and a ridge decide, not what is differentiated.** The loss, D-TRAK's and DAS's functions and
+  plain activations under the same noise with a ridge whose damping suits them come out close together: see the
+  tables of fitted dampings. A comparison in which one method has its noise in common, or its damping fitted,
+  and the other has not, says little about the methods.
+- **No gradients at hand, or no time for them?** The middle activations of a forward pass under common noise,
+  with the same ridge. They tell what the model takes to be alike; where they are named below as not clearly
+  worse, take the cheaper one.
+- **Only pictures?** Pixel ridge, squared: better than most rows with gradients under noise of their own.
+- **A store under noise of its own, or of the training's, that cannot be measured again?** A ridge (`TRAK`,
+  `ReTracRidge`), not an inner product (`TracIn`, `ReTrac`, `GradCos`).
+- **What did the training do, step by step?** `TracIn` and `ReTrac` with recorded timesteps: that is their
+  question. They do not foretell what a model trained without an image would do.
+- **D-TRAK and DAS** need less damping than the loss. Under our rule DAS stays below what it can do, and far
+  below under a rule that gives too little: that, and not what is normalised, is why it was once found near zero
+  here. Fit it on retrained models that do not judge it.
+
+What follows is computed: rows for which the interval of the difference to the recipe lies above zero, or holds it."""
+
+SANE = """Shuffled samples must leave nothing, shuffled queries what is the same for every query. A model before
+training, or of another seed, is not the model that was asked: what its gradients keep is owed to the
+pictures, the architecture and the common noise, not to what this model learnt. Where they keep nearly
+all, a figure shows that a method knows which pictures are alike to a network of this kind, and does not
+show that it explains this network; where they fall, it is about the model."""
