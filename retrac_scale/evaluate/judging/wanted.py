@@ -44,6 +44,8 @@ class Wanted(Truth):
         """Each metric of each kind of query, intervals over queries; the ceiling is what the best order reaches."""
         for kind, rows in self.rows.items():
             asked = self.parts[rows].any(1)
+            if not asked.any():
+                continue
             wanted = self.parts[rows][asked]
             found, best = ranking.ranked(scores[rows][asked], wanted), ranking.ranked(wanted > 0, wanted)
             for metric in self.metrics:
