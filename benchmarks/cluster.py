@@ -44,7 +44,18 @@ from tests.torture import contents
 DIM = 4096
 BATCH = 32
 QUERIES = 64
-INSTANTS = ["0", "1", "sketch+4", "sketch+8", "sketch+12", "index+0", "ridge+0.1", "query+0.2", "retrain+1"]
+AFTER = {
+    "": [0, 0.25, 0.5, 1, 2, 4],
+    "sketch": [0, 0.1, 0.25, 0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 14, 17, 20, 25],
+    "index": [0, 0.1, 0.3],
+    "ridge": [0, 0.1, 0.3, 0.6],
+    "query": [0, 0.1, 0.2, 0.5],
+    "self-influence": [0, 0.1],
+    "retrain": [0, 1, 3],
+}
+INSTANTS = [f"{phase}+{wait_s}".lstrip("+") for phase, waits in AFTER.items() for wait_s in waits]
+"""Forty, from a client that connects, and a model that is sent, to the last answer."""
+DYING = Path(__file__).parent / "results" / "cluster-dying.md"
 
 CALM = {
     "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False",
@@ -329,13 +340,30 @@ def digest(found: dict[str, Any]) -> dict[str, bytes]:
     return {name: hashlib.sha256(pickle.dumps(part)).digest() for name, part in found.items()}
 
 
-def dying(digits: int, instants: list[str], victims: list[int], companions: list[int], longest_s: float) -> None:
-    """Workers killed at chosen instants, one or both, alone or beside busy processes: the same store and answers."""
+def dying(digits: int, cases: list[tuple[str, int, int]], longest_s: float, out: Path) -> None:
+    """Workers killed at chosen instants, one or both, alone or beside busy processes: the same store and answers.
+
+    Args:
+        digits: in the store.
+        cases: instant, workers killed, busy processes beside.
+        longest_s: after which a walk counts as hanging.
+        out: the table, to which lines are added; cases that stand in it are not run again.
+    """
+    if not out.exists():
+        out.write_text(
+            f"# Workers that die\n\n    python -m benchmarks.cluster dying --digits {digits}\n\n"
+            f"Begun {time.strftime('%Y-%m-%d')} on {os.cpu_count()} cores, load {os.getloadavg()[2]:.0f} beside. "
+            "Outcome: files of store and indexes, and answers, against those of one process.\n\n"
+            "| killed at | in | workers killed of 2 | busy processes | took | outcome |\n|" + " --- |" * 6 + "\n"
+        )
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.read_text().splitlines()]
+    known = {(row[0], row[2], row[3]) for row in rows if len(row) == 6}
     with tempfile.TemporaryDirectory() as name, workers_here() as cluster:
         folder = Path(name) / "walk"  # the same for all: an index knows the path of its store
         expected = digest(Walk(folder, digits).run(None))
-        print("| killed at | in | workers killed | busy processes | took | outcome |\n|" + " --- |" * 6)
-        for instant, killed, busy in itertools.product(instants, victims, companions):
+        for instant, killed, busy in cases:
+            if (f"{instant} s", str(killed), str(busy)) in known:
+                continue
             shutil.rmtree(folder)
             cluster.scale(2)  # those that it gave up
             cluster.wait_for_workers(2)
@@ -345,7 +373,10 @@ def dying(digits: int, instants: list[str], victims: list[int], companions: list
                 hand.kill()
             if isinstance(found, dict):
                 found = "same" if found == expected else "DIFFERENT"
-            print(f"| {instant} s | {where} | {killed} | {busy} | {took:.0f} s | {found!s:.200} |", flush=True)
+            row = f"| {instant} s | {where} | {killed} | {busy} | {took:.0f} s | {found!s:.200} |"
+            print(row, flush=True)
+            with out.open("a") as file:
+                file.write(row + "\n")
             if found is None:
                 raise SystemExit("it hangs")
 
@@ -441,6 +472,8 @@ def main() -> None:
     parser.add_argument("--instants", nargs="+", default=INSTANTS, help="seconds from the start, or PHASE+seconds")
     parser.add_argument("--victims", nargs="+", type=int, default=[1, 2], help="of two workers")
     parser.add_argument("--companions", nargs="+", type=int, default=[0, 2], help="busy processes beside")
+    parser.add_argument("--once", action="store_true", help="each instant once, with victims and companions in turn")
+    parser.add_argument("--out", type=Path, default=DYING)
     parser.add_argument("--longest", type=float, default=600.0, help="seconds after which a run counts as hanging")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -451,7 +484,10 @@ def main() -> None:
     elif options.what == "kills":
         kills(options.samples, options.kills)
     elif options.what == "dying":
-        dying(options.digits, options.instants, options.victims, options.companions, options.longest)
+        ways = list(itertools.product(options.victims, options.companions))
+        pairs = zip(options.instants, itertools.cycle(ways), strict=False)
+        every = pairs if options.once else itertools.product(options.instants, ways)
+        dying(options.digits, [(instant, *way) for instant, way in every], options.longest, options.out)
     elif options.what == "memory":
         memory(options.tasks)
     else:

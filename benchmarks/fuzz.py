@@ -1,12 +1,13 @@
 """Random small models, sketched and compared with plain float64 autograd: every one right, or refused by name.
 
-    python -m benchmarks.fuzz --models 500
-    python -m benchmarks.fuzz --seed 17        # one of them again
+    python -m benchmarks.fuzz --models 500 --log fuzz.tsv   # goes on where the log ends
+    python -m benchmarks.fuzz --seed 17                     # one of them again
 
 A model is a chain of random layers in one of three layouts (vectors, tokens, images), with in-place activations, ties,
 functional reuse, modules of the user's own, hooks, wrappers and precisions. `GradientSketcher` sketches a batch three
-times, the first time with its check; a training step sketches it as a training loop would. What is right is told by
-autograd, one sample at a time, in float64; with 16 bits on the way, by autograd of each loss in the same precision.
+times, the first time with its check; a training step sketches it as a training loop would; `sketch` measures it as a
+denoiser at two timesteps. What is right is told by autograd, one sample at a time, in float64; with 16 bits on the way,
+by autograd of each loss in the same precision.
 """
 
 from __future__ import annotations
@@ -15,14 +16,18 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DDPMScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import retrac_scale as rs
+from retrac_scale.execution import FailedTasksError
 from retrac_scale.gradients import UncapturableError
 from retrac_scale.projections import GradientMismatchError
 from retrac_scale.projections.live import LiveSketcher
@@ -30,6 +35,8 @@ from retrac_scale.projections.live import LiveSketcher
 WIDTH, TOKENS, SIDE, SAMPLES = 8, 4, 5, 4
 TOLERANCE, HALF_TOLERANCE = 1e-3, 3e-2
 REFUSALS = (UncapturableError, GradientMismatchError)
+STEPS = [20, 70]
+SCHEDULER: Any = DDPMScheduler(num_train_timesteps=100)
 
 Shape = tuple[int, ...]
 SHAPES: dict[str, Shape] = {"vectors": (WIDTH,), "tokens": (TOKENS, WIDTH), "images": (WIDTH, SIDE, SIDE)}
@@ -253,8 +260,13 @@ def expected(model: nn.Module, x: Tensor, *, half: bool, autocast: bool) -> Tens
     parameters = [p for p in model.parameters() if p.requires_grad]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         batch = losses_of(model, x) if half else torch.cat([losses_of(model, one) for one in x.double().split(1)])
+    return rows_of(batch, parameters)
+
+
+def rows_of(losses: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+    """Gradients of `[n]` losses one by one, float64 `[n, p]`."""
     rows = []
-    for loss in batch:
+    for loss in losses:
         grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
         rows.append(torch.cat([grad.flatten().double() for grad in grads]))
     return torch.stack(rows)
@@ -285,10 +297,77 @@ def by_training(model: nn.Module, x: Tensor, autocast: bool) -> list[Tensor]:
         sketcher.detach()
 
 
-by_sketcher.batches, by_training.batches = 3, 2  # type: ignore[attr-defined]
+class Denoiser(nn.Module):
+    """A model that is told of time."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """`[n, ...]` -> the same shape."""
+        told = 1 + timestep.to(sample.dtype) / 100
+        return self.model(sample) * told.view(-1, *[1] * (sample.ndim - 1))  # type: ignore[no-any-return]
 
 
-def verdict(seed: int, by: Callable[[nn.Module, Tensor, bool], list[Tensor]]) -> tuple[str, str]:
+def by_sketch(model: nn.Module, x: Tensor, autocast: bool) -> list[Tensor]:
+    """Of a store of all samples at `STEPS`, in one batch; `[n t, p]`."""
+    task = rs.DiffusionTask(Denoiser(model), SCHEDULER, autocast="bfloat16" if autocast else None)
+    try:
+        store = rs.sketch(
+            task,
+            x,
+            None,
+            checkpoints={"a": dict(task.model.state_dict())},
+            timesteps=rs.Explicit(STEPS),
+            projection=rs.Identity(),
+            dtype="float32",
+            batch_size=len(x) * len(STEPS),
+            progress=False,
+        )
+    except FailedTasksError as error:
+        if "NaN or infinite" in str(error):
+            return [torch.full((1,), torch.nan)]
+        if not any(kind.__name__ in str(error) for kind in REFUSALS):
+            raise
+        raise GradientMismatchError(str(error)) from error
+    return [torch.from_numpy(store.sketches("a")).flatten(0, 1)]
+
+
+def expected_of_pairs(model: nn.Module, x: Tensor, *, half: bool, autocast: bool) -> Tensor:
+    """Gradients of the diffusion loss at `STEPS`, as `expected` has them; float64 `[n t, p]`."""
+    denoiser, steps = Denoiser(model).eval(), torch.tensor(STEPS * len(x))
+    images = x.repeat_interleave(len(STEPS), 0)
+    noise = rs.draw_noise(tuple(x.shape[1:]), None, steps.numpy(), 0)
+    if half:
+        task = rs.DiffusionTask(denoiser, SCHEDULER, autocast="bfloat16" if autocast else None)
+        losses = task.losses(images, steps, noise.to(x.dtype), {})
+    else:
+        denoiser.double()
+        signal = SCHEDULER.alphas_cumprod.double()[steps].view(-1, *[1] * (x.ndim - 1))
+        noisy = signal.sqrt() * images.double() + (1 - signal).sqrt() * noise.double()
+        alone = [denoiser(noisy[i : i + 1], steps[i : i + 1]) for i in range(len(steps))]
+        losses = (torch.cat(alone) - noise.double()).square().flatten(1).mean(1)
+    return rows_of(losses, [p for p in denoiser.parameters() if p.requires_grad])
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to sketch a batch: what it finds, what is right, and how many batches it sketches."""
+
+    found: Callable[[nn.Module, Tensor, bool], list[Tensor]]
+    expected: Callable[..., Tensor]
+    batches: int
+
+
+WAYS = {
+    "sketcher": Way(by_sketcher, expected, 3),
+    "training": Way(by_training, expected, 2),
+    "sketch": Way(by_sketch, expected_of_pairs, 1),
+}
+
+
+def verdict(seed: int, way: Way) -> tuple[str, str]:
     """Right, refused, refused by torch itself, or wrong; and details."""
     model, layout, dtype, autocast = build(seed)
     x = torch.randn(SAMPLES, *SHAPES[layout], generator=torch.Generator().manual_seed(seed)).to(dtype)
@@ -296,15 +375,15 @@ def verdict(seed: int, by: Callable[[nn.Module, Tensor, bool], list[Tensor]]) ->
         return "nothing to sketch", ""
     half = autocast or dtype.itemsize < 4
     try:
-        truth = expected(build(seed)[0], x, half=half, autocast=autocast)
+        truth = way.expected(build(seed)[0], x, half=half, autocast=autocast)
         torch.autograd.backward(losses_of(build(seed)[0], x).sum())
     except (RuntimeError, ValueError) as error:
         return "torch refuses", str(error)
     try:
-        found = by(model, x, autocast)
+        found = way.found(model, x, autocast)
     except REFUSALS as error:
         return "refused", str(error)
-    if len(found) < by.batches:  # type: ignore[attr-defined]
+    if len(found) < way.batches:
         return ("right" if not truth.any() else "wrong"), f"{len(found)} batches sketched"
     if dtype == torch.float16 and not all(bool(one.isfinite().all()) for one in found):
         return "not finite", ""
@@ -315,24 +394,31 @@ def verdict(seed: int, by: Callable[[nn.Module, Tensor, bool], list[Tensor]]) ->
 
 
 def main() -> None:
-    """Run and count."""
+    """Run, write down, and count."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", type=int, default=500)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seed", type=int)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--log", type=Path, help="a line for each model; those that it has are not run again")
     given = parser.parse_args()
+    torch.set_num_threads(1)
     seeds = range(given.first, given.first + given.models) if given.seed is None else [given.seed]
-    wrong = False
-    for by in (by_sketcher, by_training):
-        counts: Counter[str] = Counter()
+    lines = given.log.read_text().splitlines() if given.log and given.log.exists() else []
+    known = {(way, int(seed)): kind for way, seed, kind in (line.split("\t")[:3] for line in lines)}
+    for name in given.ways:
         for seed in seeds:
-            kind, details = verdict(seed, by)
-            counts[kind] += 1
-            wrong |= kind == "wrong"
+            if (name, seed) in known:
+                continue
+            kind, details = verdict(seed, WAYS[name])
+            known[name, seed] = kind
+            if given.log:
+                with given.log.open("a") as file:
+                    file.write(f"{name}\t{seed}\t{kind}\t{' '.join(details.split())}\n")
             if kind == "wrong" or given.seed is not None:
-                print(f"{by.__name__} seed {seed}: {kind}, {details}\n{build(seed)[0]}", flush=True)
-        print(f"{by.__name__}: {dict(counts)}", flush=True)
-    sys.exit(wrong)
+                print(f"{name} seed {seed}: {kind}, {details}\n{build(seed)[0]}", flush=True)
+        print(f"{name}: {dict(Counter(known[name, seed] for seed in seeds))}", flush=True)
+    sys.exit(any(known[name, seed] == "wrong" for name in given.ways for seed in seeds))
 
 
 if __name__ == "__main__":

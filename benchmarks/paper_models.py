@@ -14,7 +14,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 import retrac_scale as rs
-from benchmarks.paper_data import Images
+from retrac_scale.evaluate.settings.images import Images
 from retrac_scale.evaluate.settings.training import DEVICE, Training
 
 

@@ -2,6 +2,7 @@
 
 from . import datasets, evaluate, gradients, projections, report
 from .check import ModelCheck, check_model
+from .content import ChangedItemsError
 from .curvature import fisher_divisors, kronecker_divisors
 from .diagonal import self_influence
 from .estimators import DAS, DTRAK, TRAK, GradCos, GradDot, RelatIF, RenormIF, ReTrac, ReTracRidge, TracIn
@@ -34,6 +35,7 @@ __all__ = [
     "DAS",
     "DTRAK",
     "TRAK",
+    "ChangedItemsError",
     "CountSketch",
     "DamagedStoreError",
     "Dense",

@@ -19,7 +19,7 @@ from retrac_scale.diagonal import self_influence
 from retrac_scale.estimators import ReTrac, TracIn
 from retrac_scale.evaluate import largest_share, unique_fraction
 from retrac_scale.indexing import build_index
-from retrac_scale.projections import CountSketch
+from retrac_scale.projections import CountSketch, LowRank
 from retrac_scale.repeatability import repeatability
 from retrac_scale.report import Pictures, attribution_figure, norm_curve, write_report
 from retrac_scale.sketching import sketch
@@ -39,8 +39,8 @@ OUTLIERS = 36
 GENERATED = 16
 SAMPLING_STEPS = 100
 QUERY_TIMESTEPS = 20
-TIMESTEPS = 24
-"""Four show sixes for a six as well; with 24 most names in a list come again in another run."""
+TIMESTEPS, ENTRIES = 24, 1024
+"""Four of 512 show sixes for a six as well; with these most names in a list come again in another run."""
 DIM = 4096
 
 
@@ -172,7 +172,14 @@ def run(out: str | os.PathLike[str]) -> None:
     task = DiffusionTask(model, scheduler)
     last = dict([list(checkpoints.items())[-1]])
     # The recommended recipe needs no training record: the last weights under common noise.
-    common = sketch(task, scans, folder / "sketches.zarr", checkpoints=last, timesteps=EvenlySpaced(TIMESTEPS))
+    common = sketch(
+        task,
+        scans,
+        folder / "sketches.zarr",
+        checkpoints=last,
+        timesteps=EvenlySpaced(TIMESTEPS),
+        projection=LowRank(dim=ENTRIES),
+    )
     asked = sketch(task, generated, folder / "queries.zarr", checkpoints=last, like=common)
     # The paper's: each scan at the timestep and noise that it was trained at before each checkpoint.
     recorded = sketch(

@@ -15,7 +15,7 @@ from retrac_scale.execution import Task, results
 from retrac_scale.store import SketchStore, open_store
 from retrac_scale.store.compatibility import check_compatible, slots
 from retrac_scale.store.encoding import Float32
-from retrac_scale.store.schema import Url
+from retrac_scale.store.schema import Url, whereabouts
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -54,8 +54,8 @@ def self_influence(
     if client is not None and (store.url is None or (queries is not None and queries.url is None)):
         raise ValueError("workers cannot reach this process's memory; give the stores paths or URLs.")
     measure = store.fingerprint.get("measure")
-    left: SketchStore | Url = store if client is None else store.url
-    right = None if queries is None else queries if client is None else queries.url
+    left: SketchStore | Url = store if client is None else whereabouts(store.url)
+    right = None if queries is None else queries if client is None else whereabouts(queries.url)
     ridges = fit(store, estimator, np.flatnonzero(store.alive), client)
     tasks = [Task(f"self-influence-samples-{block.start}-{block.stop}", (block,)) for block in store.blocks]
     parts = results(_self_influence_of_block, tasks, client, shared=(left, right, measure, estimator, ridges))

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.storage import LocalStore
+from zarr.storage import LocalStore, MemoryStore
 
+from retrac_scale.columns import Column, Texts, column_names, read_column
 from retrac_scale.estimators import Estimator, common_timesteps, estimator_from_spec
 from retrac_scale.scan import Chunk
-from retrac_scale.store import DamagedStoreError, SketchStore, open_store
+from retrac_scale.store import DamagedStoreError, SketchStore, open_store, seals
 from retrac_scale.store.compatibility import COMPARED, check_compatible, slots
 from retrac_scale.store.encoding import Float32
-from retrac_scale.store.mapping import map_chunk
+from retrac_scale.store.mapping import fetch_chunk
+from retrac_scale.store.part import ROOT
 from retrac_scale.store.reader import open_root
 from retrac_scale.store.schema import (
     ATTRIBUTE,
@@ -24,7 +27,6 @@ from retrac_scale.store.schema import (
     blocks,
     differences,
     get_array,
-    get_group,
     read_ids,
 )
 
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 Side = Literal["proponents", "opponents", "both"]
 Reduce = Literal["sum", "mean", "max"]
 
+ARRAYS = ("row", "scale", "norm", "id")
 KEPT_MAPS = 8192
 """Files that an index keeps mapped; Linux lets a process have some 65,000 (vm.max_map_count)."""
 SETTLED_NS = 10**9
@@ -61,9 +64,11 @@ class Index:
     def __init__(self, root: zarr.Group, url: Url, store: SketchStore | None = None) -> None:
         self.root = root
         self.url = url
-        self.meta: dict[str, Any] = dict(root.attrs[ATTRIBUTE])  # type: ignore[arg-type]
+        self.meta = seals.description(root, url)
+        self._seals: seals.Seals = self.meta.get("seals", {})  # indexes of earlier releases have none
         self._store = store
-        self._arrays = {name: get_array(root, name) for name in ("row", "scale", "norm", "id")}
+        self._check(f"{name}/{ROOT}" for name in ARRAYS)
+        self._arrays = {name: get_array(root, name) for name in ARRAYS}
         self._chunks: dict[int, Chunk] = {}
         self._checked: tuple[SketchStore, Stamp] | None = None
 
@@ -80,13 +85,28 @@ class Index:
     @property
     def ids(self) -> npt.NDArray[Any]:
         """Sample ids `[n]`; deleted samples are left out."""
+        self._check(key for key in self._seals if key.startswith("id/c"))
         return read_ids(self.root)
+
+    @property
+    def column_names(self) -> list[str]:
+        """Names of the user's columns, sorted."""
+        return column_names(self.root)
 
     @property
     def columns(self) -> dict[str, npt.NDArray[Any]]:
         """The user's columns, `{name: [n]}`."""
-        group = get_group(self.root, "column")
-        return {name: _listed(np.asarray(get_array(group, name)[:])) for name in sorted(group.array_keys())}
+        every = {name: self.column(name) for name in self.column_names}
+        return {name: values.whole() if isinstance(values, Texts) else values for name, values in every.items()}
+
+    def column(self, name: str, *, read: bool = True) -> Column:
+        """A column, or the ids under "id"; without reading it, one of the same type that holds no sample."""
+        if name == "id":
+            return self.ids if read else _listed(np.empty(0, self._arrays["id"].dtype))
+        if not read:
+            return read_column(self.root, name, slice(0))
+        self._check(key for key in self._seals if key.startswith(f"column/{name}/"))
+        return read_column(self.root, name)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -109,31 +129,38 @@ class Index:
         """
         if number in self._chunks:
             return self._chunks[number]
-        mapped = [map_chunk(self._arrays["row"], (c, number, 0)) for c in range(self.shape[0])]
+        rows = [self._fetched("row", c, number, 0)[0] for c in range(self.shape[0])]
+        scale, norm = (self._plane(name, number) for name in ("scale", "norm"))
+        on_disk = isinstance(self.root.store, LocalStore | MemoryStore)
+        kept = on_disk and len(self._chunks) * (3 * len(rows) + 1) < KEPT_MAPS
         samples = self.chunks[number]
-        rows = [self._read("row", c, samples) if view is None else view[0] for c, view in enumerate(mapped)]
-        scale, norm = (self._plane(name, number, samples) for name in ("scale", "norm"))
-        ids = map_chunk(self._arrays["id"], (number,))
-        ids = _listed(np.asarray(self._arrays["id"][samples])) if ids is None else ids
-        kept = all(view is not None for view in mapped) and len(self._chunks) * (3 * len(rows) + 1) < KEPT_MAPS
-        chunk = Chunk(rows, scale, norm, ids, kept=kept)
         fill = self._arrays["row"].fill_value
         if np.isnan(scale).any() or any(np.array_equal(row[0, 0], fill, equal_nan=True) for row in rows):
             raise DamagedStoreError(
                 f"samples {samples.start} .. {samples.stop - 1} of the index {self.url} are missing."
             )
+        chunk = Chunk(rows, scale, norm, self._ids_of(number), kept=kept)
         if kept:
             self._chunks[number] = chunk
         return chunk
 
-    def _plane(self, name: str, number: int, samples: slice) -> Float32:
-        views = [map_chunk(self._arrays[name], (c, number)) for c in range(self.shape[0])]
-        if len(views) == 1 and views[0] is not None:
-            return views[0]
-        return np.stack([self._read(name, c, samples) if view is None else view[0] for c, view in enumerate(views)])
+    def _plane(self, name: str, number: int) -> Float32:
+        views = [self._fetched(name, c, number) for c in range(self.shape[0])]
+        return views[0] if len(views) == 1 else np.concatenate(views)
 
-    def _read(self, name: str, checkpoint: int, samples: slice) -> npt.NDArray[Any]:
-        return np.asarray(self._arrays[name][checkpoint, samples])
+    def _ids_of(self, number: int) -> npt.NDArray[Any]:
+        if self._arrays["id"].dtype.kind in "biuf":
+            return self._fetched("id", number)
+        self._check([f"id/c/{number}"])
+        return _listed(np.asarray(self._arrays["id"][self.chunks[number]]))
+
+    def _fetched(self, name: str, *place: int) -> npt.NDArray[Any]:
+        """A chunk of an array, compared with its seal."""
+        key = f"{name}/c/{'/'.join(map(str, place))}"
+        return fetch_chunk(self._arrays[name], place, self._seals.get(key))
+
+    def _check(self, keys: Iterable[str]) -> None:
+        seals.check(self.root, self._seals, list(keys), self.url)
 
     def check_store(self) -> SketchStore | None:
         """The store that the index was built from; None when that was in the memory of another process.

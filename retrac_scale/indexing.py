@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,16 +12,17 @@ import numpy.typing as npt
 import zarr
 from zarr.storage import LocalStore
 
+from retrac_scale.columns import write_column, write_list
 from retrac_scale.estimators import Estimator, common_timesteps, recommended
 from retrac_scale.estimators.fitting import fit, rows_at
 from retrac_scale.estimators.ridge import Ridge
 from retrac_scale.execution import Task, results
 from retrac_scale.halves import warn_of_own_noise
 from retrac_scale.index import Index
-from retrac_scale.store import IncompleteStoreError, SketchStore, objects, open_store
+from retrac_scale.store import IncompleteStoreError, SketchStore, objects, open_store, seals
 from retrac_scale.store.compatibility import COMPARED
 from retrac_scale.store.encoding import Float32, encode
-from retrac_scale.store.part import plans_of
+from retrac_scale.store.part import ROOT, group_json, plans_of
 from retrac_scale.store.reader import open_root
 from retrac_scale.store.schema import (
     ATTRIBUTE,
@@ -31,8 +31,8 @@ from retrac_scale.store.schema import (
     blocks,
     differences,
     get_array,
-    is_remote,
     new_array,
+    whereabouts,
     zarr_location,
 )
 
@@ -51,7 +51,7 @@ UNWRITTEN = -128
 """Fill value of int8 rows, which no row holds; those of floats are NaN: a missing chunk is never data."""
 ASKED = ("format", "store", "measure", "estimator", "dtype")
 """What of an index's description was asked for; the rest is what its store was when it was built."""
-FOUND = ("complete", "fit", "gains")
+FOUND = ("complete", "fit", "gains", "seals", "digest")
 """What came out of building."""
 
 
@@ -112,7 +112,7 @@ def build_index(
         "timesteps": common_timesteps(store) if estimator.pairing == "matched" else None,
         "slots": estimator.parts(store),
         "noise": plans_of(store.fingerprint),
-        "store": _whereabouts(store.url),
+        "store": place if isinstance(place := whereabouts(store.url), str) else None,
         "revision": store.revision,
         "measure": store.fingerprint.get("measure"),
         "fingerprint": {key: store.fingerprint.get(key) for key in COMPARED},
@@ -120,11 +120,7 @@ def build_index(
     if "precondition" in store.fingerprint:
         meta["precondition"] = store.fingerprint["precondition"]
     location = zarr_location(out)
-    try:
-        stored = zarr.open_group(location, mode="r").attrs.get(ATTRIBUTE)
-    except FileNotFoundError:
-        stored = None
-    else:
+    if (stored := _stored(location, out)) is not None:
         if not isinstance(stored, dict) or stored.get("what") != "index":
             raise ValueError(f"{out} holds something that is no index; choose another path.")
         if stored.get("complete"):
@@ -135,14 +131,15 @@ def build_index(
             if other or (found and meta["store"] is None):
                 what = "; ".join(other or found)
                 raise ValueError(f"{out} already holds a different index: {what}; choose another path.")
-    root = zarr.open_group(location, mode="a")
-    root.attrs[ATTRIBUTE] = {"what": "index", "format": FORMAT_VERSION}
+    begun = group_json({"what": "index", "format": FORMAT_VERSION})
+    objects.write_all(objects.place_of(location), {ROOT: begun})  # first: what is there is no longer complete
+    root = zarr.open_group(location, mode="r+")
     chunks = create_arrays(root, len(store.checkpoints), store.ids[kept], estimator.width(store), dtype)
-    columns = root.create_group("column", overwrite=True)
+    root.create_group("column", overwrite=True)
     for name, values in store.columns.items():
-        _write_list(columns, name, values[kept])
-    source: SketchStore | Url = store if client is None else store.url
-    target: zarr.Group | Url = root if client is None else out
+        write_column(root, name, values[kept])
+    source: SketchStore | Url = store if client is None else whereabouts(store.url)
+    target: zarr.Group | Url = root if client is None else whereabouts(out)
     ridges = fit(store, estimator, kept, client)
     gains = _gains(store, estimator, ridges, kept) if ridges and estimator.parts(store) > 1 else {}
     common = source, meta["measure"], target, estimator, ridges, gains, dtype
@@ -154,12 +151,25 @@ def build_index(
     results(_build_chunk, tasks, client, shared=common)
     described = {name: _described(own, meta["slots"]) for name, own in ridges.items()}
     objects.force_all(root)  # first: what is called complete survives a power cut
-    root.attrs[ATTRIBUTE] = {**meta, "fit": described, "gains": gains, "complete": True}
-    objects.force_all(root)
-    index = Index(root, out, store)
+    seals.seal(root, {**meta, "fit": described, "gains": gains, "complete": True})
+    index = Index(zarr.open_group(location, mode="r+"), out, store)
     if estimator.pairing == "matched":
         warn_of_own_noise(index)
     return index
+
+
+def _stored(location: Any, out: Url) -> Any:
+    """The description of what is at `out`: None when nothing is, or an index whose description cannot be read."""
+    try:
+        return zarr.open_group(location, mode="r").attrs.get(ATTRIBUTE, {})
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        place = objects.place_of(location)
+        if None in objects.read_all(place, [f"{name}/{ROOT}" for name in ("row", "scale", "norm")]).values():
+            raise ValueError(f"{out} holds something damaged that is no index: {error}; choose another path.") from None
+        logger.warning("%s is damaged and built again: %s", out, error)
+        return None
 
 
 def _described(ridges: Sequence[Ridge], slots: int) -> Any:
@@ -200,9 +210,12 @@ def _if_sound(url: Url, store: SketchStore) -> Index | None:
         if isinstance(index.root.store, LocalStore):
             for number in range(len(index.chunks)):
                 index.chunk(number)
-            _ = index.columns
+        _ = index.columns
     except (KeyError, ValueError) as error:
         logger.warning("%s is damaged and built again: %s", url, error)
+        return None
+    if "seals" not in index.meta:
+        logger.warning("%s is of an earlier release, which did not seal it, and built again", url)
         return None
     return index
 
@@ -224,7 +237,7 @@ def create_arrays(
     new_array(root, "row", shape=(c, n, width), chunks=(1, size, width), dtype=dtype, dims=dims, fill_value=fill)
     for name in ("scale", "norm"):
         new_array(root, name, shape=(c, n), chunks=(1, size), dtype="float32", dims=dims[:2], fill_value=nan)
-    _write_list(root, "id", ids, size)
+    write_list(root, "id", ids, size)
     return blocks(n, size)
 
 
@@ -235,7 +248,8 @@ def write_rows(
     stored, scale = encode(rows, dtype)
     scale = scale * np.float32(weight)
     tiles = range(0, len(stored), NORM_ROWS)
-    length = np.concatenate([np.linalg.norm(stored[i : i + NORM_ROWS].astype(np.float32), axis=1) for i in tiles])
+    # in float64: the squares of faint gradients are below float32's range
+    length = np.concatenate([np.linalg.norm(stored[i : i + NORM_ROWS].astype(np.float64), axis=1) for i in tiles])
     get_array(root, "row")[checkpoint, samples] = stored
     get_array(root, "scale")[checkpoint, samples] = scale
     get_array(root, "norm")[checkpoint, samples] = (length * np.abs(scale) * (1 + 1e-5)).astype(np.float32)
@@ -266,19 +280,3 @@ def _build_chunk(
     if name in gains:
         rows.reshape(len(kept), len(gains[name]), -1)[:] *= np.array(gains[name], np.float32)[:, None]
     write_rows(root, checkpoint, samples, rows, store.weights[name], dtype)
-
-
-def _whereabouts(url: Url) -> str | None:
-    """A URL that is good from any working directory, None for memory and for zarr's own stores."""
-    if url is None or not isinstance(url, str | os.PathLike):
-        return None
-    return os.fspath(url) if is_remote(url) else os.path.abspath(os.fspath(url).removeprefix("file://"))
-
-
-def _write_list(group: zarr.Group, name: str, values: npt.NDArray[Any], size: int | None = None) -> None:
-    plain = values.dtype.kind in "biuf"
-    dtype = values.dtype if plain else "string"
-    length = size or max(1, len(values))
-    new_array(group, name, shape=values.shape, chunks=(length,), dtype=dtype, dims=["sample"])[:] = (
-        values if plain else values.astype(object)
-    )

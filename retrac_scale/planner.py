@@ -22,7 +22,16 @@ from retrac_scale.store import Dtype, Layout, write_store
 from retrac_scale.store.encoding import array_dtype
 from retrac_scale.store.mapping import CRC_BYTES
 from retrac_scale.store.part import lay_out
-from retrac_scale.store.schema import LIST_CHUNK, Url, check_columns, check_ids, choose_layout, column_types
+from retrac_scale.store.schema import (
+    CONTENT_WORDS,
+    LIST_CHUNK,
+    SKETCHED,
+    Url,
+    check_columns,
+    check_ids,
+    choose_layout,
+    column_types,
+)
 from retrac_scale.store.writer import describe
 from retrac_scale.task.diffusion import DiffusionTask
 from retrac_scale.timesteps import EvenlySpaced
@@ -83,7 +92,8 @@ def store_size(
     """
     item = np.dtype(array_dtype(dtype)).itemsize
     layout = layout or choose_layout(out, samples, timesteps * dim * item)
-    per_block = [timesteps * dim * item, *[timesteps * 4] * 3, timesteps * 8]  # sketch; scale, norm, loss; timestep
+    # sketch; scale, norm, loss; timestep; content
+    per_block = [timesteps * dim * item, *[timesteps * 4] * 3, timesteps * 8, CONTENT_WORDS * 8]
     blocks = checkpoints * -(-samples // layout.block_samples)
     block_bytes = sum(layout.block_samples * row + CRC_BYTES for row in per_block)
     commit_bytes = 4 * (1 + len(per_block)) + CRC_BYTES
@@ -92,7 +102,7 @@ def store_size(
     given = check_ids(ids, samples if whole else min(samples, LIST_CHUNK))
     checked = check_columns(columns, samples)
     shape, types = (len(given), timesteps, dim), column_types(given, checked)
-    meta = describe(out, shape, weights, fingerprint or {}, dtype, ("loss", "timestep"), types, plan, layout)
+    meta = describe(out, shape, weights, fingerprint or {}, dtype, SKETCHED, types, plan, layout)
     laid_out = lay_out(meta, given, checked)
     lists = [len(value) for key, value in laid_out.items() if not key.endswith("zarr.json")]
     if not whole:

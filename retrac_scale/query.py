@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from retrac_scale.columns import Texts
 from retrac_scale.execution import compute, constant, delayed, worker_threads
 from retrac_scale.index import Index, Reduce, Side, open_on_worker
 from retrac_scale.rerank import as_measured, exact_scores
@@ -24,6 +25,7 @@ from retrac_scale.scan import Bools, Chunk, Found, merge, scores, top
 from retrac_scale.sketching import plans_for_queries
 from retrac_scale.store import SketchStore
 from retrac_scale.store.encoding import Float32, Float64
+from retrac_scale.store.schema import whereabouts
 from retrac_scale.topk import TopK
 from retrac_scale.where import which
 
@@ -111,7 +113,7 @@ def answer(index: Index, queries: SketchStore | Samples, question: Question, cli
     if samples is not None and train is not None:
         scan = _Scan(index, rows, queries.ids, question, which(question.where, index), client)
         found = scan.samples(max(question.rerank or 0, question.k + 1))
-        found, ranks = _rerank(scan, found, samples, train)
+        found, ranks = _rerank(scan, found, samples, train, None if store is None else (queries, store))
         return _topk(scan, found, question.k, ranks)
     return answer_rows(index, rows, queries.ids, question, client)
 
@@ -178,7 +180,7 @@ class _Scan:
 
         Sums are formed in an order that depends on the index's chunks and the mask alone.
         """
-        labels, codes = np.unique(_labels(group_by, self.index), return_inverse=True)
+        labels, codes = _labels(group_by, self.index)
         chunks = self._matching
         runs = [chunks[i : i + GROUP_CHUNKS] for i in range(0, len(chunks), GROUP_CHUNKS)]
         question = self.question
@@ -231,7 +233,7 @@ class _Scan:
 
 
 def _for_workers(index: Index) -> Source:
-    return os.fspath(index.url or ""), json.dumps(index.meta, sort_keys=True)
+    return whereabouts(index.url), json.dumps(index.meta, sort_keys=True)
 
 
 def _opened(source: Source) -> Index:
@@ -301,13 +303,15 @@ def _merge_groups(
     return totals, counts
 
 
-def _rerank(scan: _Scan, found: Found, queries: Samples, train: Samples) -> tuple[Found, npt.NDArray[np.int64]]:
+def _rerank(
+    scan: _Scan, found: Found, queries: Samples, train: Samples, sketched: tuple[SketchStore, SketchStore] | None
+) -> tuple[Found, npt.NDArray[np.int64]]:
     """The m best by sketch in the order of their exact scores, and their ranks by sketch."""
     index, signs = scan.index, scan.question.signs
     found = _filled(found, scan.question.k)
     candidates = np.unique(found.ids)
     exact = exact_scores(
-        queries, train, candidates, index.estimator, index.meta["checkpoints"], index.meta["fingerprint"]
+        queries, train, candidates, index.estimator, index.meta["checkpoints"], index.meta["fingerprint"], sketched
     )
     values = np.repeat(signs, len(exact))[:, None] * np.tile(exact, (len(signs), 1))
     values = np.take_along_axis(values, np.searchsorted(candidates, found.ids), 1)
@@ -375,16 +379,18 @@ def _uncertainty(found: Found, squared: bool) -> tuple[Float64 | None, Bools | N
     return error(parts), resolved
 
 
-def _labels(group_by: str | npt.ArrayLike, index: Index) -> npt.NDArray[Any]:
+def _labels(group_by: str | npt.ArrayLike, index: Index) -> tuple[npt.NDArray[Any], npt.NDArray[np.integer]]:
+    """The groups' sorted labels, and of which label each sample is."""
     if isinstance(group_by, str):
-        columns = index.columns
-        if group_by not in columns:
-            raise ValueError(f"group_by={group_by!r} is no column of the index; it has {', '.join(columns) or 'none'}.")
-        return columns[group_by]
+        names = index.column_names
+        if group_by not in names:
+            raise ValueError(f"group_by={group_by!r} is no column of the index; it has {', '.join(names) or 'none'}.")
+        column = index.column(group_by)
+        return (column.values, column.codes) if isinstance(column, Texts) else np.unique(column, return_inverse=True)
     labels = np.asarray(group_by)
     if labels.shape != (index.shape[1],):
         raise ValueError(f"group_by= has shape {labels.shape}; give one label for each of {index.shape[1]} samples.")
-    return labels
+    return np.unique(labels, return_inverse=True)
 
 
 def all_scores(index: Index, queries: SketchStore) -> dask.array.Array:

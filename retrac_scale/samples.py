@@ -12,7 +12,7 @@ import numpy.typing as npt
 from retrac_scale.sketching import sketch
 from retrac_scale.store import SketchStore, create_store, write_block
 from retrac_scale.store.part import plans_of
-from retrac_scale.store.schema import check_ids
+from retrac_scale.store.schema import CONTENT, SKETCHED, check_ids
 from retrac_scale.task.checkpoints import Checkpoint
 from retrac_scale.task.diffusion import DiffusionTask
 from retrac_scale.task.items import dataset_ids
@@ -82,7 +82,7 @@ def take(store: SketchStore, ids: Sequence[Any] | npt.NDArray[Any]) -> SketchSto
         raise ValueError(f"{store.url or 'the store'} has no sample {unknown[0]!r}.")
     chosen = [places[sample] for sample in np.asarray(ids).tolist()]
     _, t, k = store.shape
-    quantities = [name for name in ("loss", "timestep") if store.has(name)]
+    quantities = [name for name in SKETCHED if store.has(name)]
     fingerprint = store.fingerprint
     if "timesteps" in fingerprint:
         fingerprint["timesteps"] = plans_of(fingerprint)  # their digests are those of other samples
@@ -95,6 +95,7 @@ def take(store: SketchStore, ids: Sequence[Any] | npt.NDArray[Any]) -> SketchSto
         dtype="float32",
         quantities=quantities,
         columns={name: values[chosen] for name, values in store.columns.items()},
+        plan=store.plan,
     )
 
     def gather(read: Any, checkpoint: str, block: slice) -> Any:
@@ -110,5 +111,6 @@ def take(store: SketchStore, ids: Sequence[Any] | npt.NDArray[Any]) -> SketchSto
                 gather(store.norms, checkpoint, block),
                 losses=gather(store.losses, checkpoint, block) if "loss" in quantities else None,
                 timesteps=gather(store.timesteps, checkpoint, block) if "timestep" in quantities else None,
+                contents=gather(store.contents, checkpoint, block) if CONTENT in quantities else None,
             )
     return taken

@@ -27,6 +27,9 @@ POOL = 8
 PART_ROWS = 32
 SCORE_ROWS = 512
 
+LEAST_NORMAL = 2.0**-126
+"""What an entry of a float32 product may lose by underflow."""
+
 CANDIDATE = [("value", "f8"), ("bound", "f8"), ("chunk", "i4"), ("row", "i4"), ("lane", "i4")]
 """One sample for one lane: |score - value| <= bound, exact where bound is 0."""
 
@@ -104,8 +107,11 @@ def top(
     products: list[Product] = []
     for chunk in chunks:
         if not products:
-            products = [product_of(*query, chunk.rows[0].dtype, len(queries)) for query in pool.queries]
-            error = np.stack([product.error for product in products])
+            products = [
+                product_of(query / pool.unit[:, None], lengths / pool.unit, chunk.rows[0].dtype, len(queries))
+                for query, lengths in pool.queries
+            ]
+            error = np.stack([product.error for product in products]) * pool.unit
             size = min(pool.first, products[0].tile)
         number, stop = pool.hold(chunk), 0
         while stop < len(chunk.ids):
@@ -160,13 +166,14 @@ def _scan_tile(
     for c, product in enumerate(products[1:], 1):
         total += product.weighted(chunk.rows[c][tile], chunk.scale[c, tile])
     q = total.shape[1]
-    slack = chunk.longest @ error
+    unit, faint = pool.unit, len(products) * chunk.rows[0].shape[1] * LEAST_NORMAL * pool.unit
+    slack = chunk.longest @ error + faint
     for side, sign in enumerate(signs):
         part = slice(side * q, (side + 1) * q)
         if np.isneginf(pool.floor[part]).any() and len(total) >= pool.k:
             kth = _reached(sign * total, pool.k, chunk, tile, query_ids)
-            np.maximum(pool.floor[part], kth - slack, out=pool.floor[part])
-        lowest = (pool.floor[part] - slack).astype(np.float32)
+            np.maximum(pool.floor[part], kth * unit - slack, out=pool.floor[part])
+        lowest = ((pool.floor[part] - slack) / unit).astype(np.float32)
         lowest = np.nextafter(lowest, np.float32(-np.inf))
         passed = np.greater_equal(total, lowest) if sign > 0 else np.less_equal(total, -lowest)
         places = np.flatnonzero(passed)
@@ -177,8 +184,8 @@ def _scan_tile(
         if query_ids is not None:
             places = places[chunk.ids[tile][places // q] != query_ids[places % q]]
         rows, lanes = np.divmod(places, q)
-        bound = np.einsum("cs,cs->s", chunk.norm[:, tile][:, rows].astype(np.float64), error[:, lanes])
-        value = sign * total.ravel()[places].astype(np.float64)
+        bound = np.einsum("cs,cs->s", chunk.norm[:, tile][:, rows].astype(np.float64), error[:, lanes]) + faint[lanes]
+        value = sign * total.ravel()[places].astype(np.float64) * unit[lanes]
         pool.add(number, tile.start + rows, side * q + lanes, value, bound)
 
 
@@ -211,8 +218,16 @@ def _lengths(rows: Float64) -> Float64:
     return lengths
 
 
+def _power_of_two(lengths: Float64) -> Float64:
+    """One that is near: a query divided by it loses nothing, and its products do not leave float32's range."""
+    return np.exp2(np.floor(np.log2(np.where(lengths > 0, lengths, 1.0))))
+
+
 class _Pool:
-    """Candidates of all lanes, and the floor under which a sample of a lane can be passed over, `[lane]`."""
+    """Candidates of all lanes, and the floor under which a sample of a lane can be passed over, `[lane]`.
+
+    `unit` `[q]` is what queries are divided by before they are multiplied in float32; all that is kept is not.
+    """
 
     def __init__(self, queries: Float32, k: int, signs: Sequence[int], floor: Float64 | None, parts: int) -> None:
         self.k = k
@@ -223,6 +238,7 @@ class _Pool:
         self._sign = np.repeat(np.array(signs, dtype=np.float64), queries.shape[1])
         self._queries = queries.astype(np.float64)
         self._lengths = np.stack([_lengths(query) for query in self._queries])
+        self.unit = _power_of_two(self._lengths.max(0))
         self._parts = parts if parts > 1 else 0
         self._chunks: list[Chunk | None] = []
         self._ids: list[npt.NDArray[Any]] = []

@@ -13,12 +13,22 @@ from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import Subset
 from tqdm.auto import tqdm
 from zarr.storage import MemoryStore
 
 from retrac_scale.calibration import fastest_batch
+from retrac_scale.content import (
+    ITEM,
+    ChangedItemsError,
+    changed_items,
+    look_through,
+    read_again,
+    refuse,
+    stored_contents,
+)
 from retrac_scale.execution import Task, gpu_label, run
 from retrac_scale.gradients import ParameterFilter
 from retrac_scale.gradients.nested import mapped
@@ -26,10 +36,11 @@ from retrac_scale.memory import keep_freed_pages
 from retrac_scale.preconditioning import Divisors, digest_of
 from retrac_scale.projections import GradientMismatchError, GradientSketcher, LowRank, Projection, from_spec
 from retrac_scale.store import Dtype, Layout, SketchStore, create_store, grow_store, open_store, write_block
-from retrac_scale.store.compatibility import check_compatible
-from retrac_scale.store.encoding import check_dtype
+from retrac_scale.store.compatibility import check_compatible, warn_of_versions
+from retrac_scale.store.encoding import check_dtype, decode
 from retrac_scale.store.part import plans_of
-from retrac_scale.store.schema import Url, check_columns, check_ids, whereabouts
+from retrac_scale.store.reader import Words
+from retrac_scale.store.schema import CONTENT, SKETCHED, Url, check_columns, check_ids, whereabouts
 from retrac_scale.task.checkpoints import Checkpoint, absolute
 from retrac_scale.task.diffusion import DiffusionTask
 from retrac_scale.task.items import brought, dataset_ids
@@ -53,9 +64,9 @@ from retrac_scale.training.record import read_record
 if TYPE_CHECKING:
     from distributed import Client
 
+FATAL = (GradientMismatchError, ChangedItemsError)
 CALIBRATION_ITEMS = 64
 CHECKED_PAIRS = 2
-FULL_CHECK_SAMPLES = 10_000
 ROW_ENTRIES, LEAST_DIM = 2048, 512
 """Entries of all timesteps of a sample and checkpoint together, and at least of each, where no projection is given."""
 QUERY_PLAN = EvenlySpaced(100, noise="own")
@@ -69,6 +80,7 @@ class _Job:
     task: DiffusionTask
     dataset: Any
     ids: Ids
+    content: Words
     checkpoints: Mapping[str, Checkpoint]
     timesteps: TimestepPlan
     projection: Projection
@@ -90,6 +102,8 @@ def sketch(
     precondition: Mapping[str, Divisors] | None = None,
     like: SketchStore | None = None,
     grow: bool = False,
+    replace: bool = False,
+    check_all: bool = False,
     until: float | None = None,
     at_most: int = 32,
     layout: Layout | None = None,
@@ -128,7 +142,11 @@ def sketch(
             timesteps takes its seed; where noise is own, it has other noise than the store's, unless a seed is given.
         grow: add what the store at `out` lacks: samples with new ids, checkpoints, timesteps, another first measure.
             Without it a call that differs from the one that began the store is refused.
-        until: measure all samples again under new noise, until the overlap of the top-10 lists of two such runs is
+        replace: sketch items anew that are others than those that the store at `out` was made of; without it they are
+            refused. What else was sketched of them, under other measures, timesteps and checkpoints, is taken back.
+        check_all: compare all items with those that were sketched. It is done anyway for up to 10,000 samples and with
+            `replace`; of more, an even sample is compared, and those whose file has another size or time.
+        until: measure all samples again at further timesteps, until the overlap of the top-10 lists of two such runs is
             foretold to be so much (`repeatability`, of the recommended estimator), or `at_most` is spent.
         at_most: timesteps of a sample in all, with `until`.
         layout: how samples are cut into blocks; None chooses.
@@ -140,12 +158,16 @@ def sketch(
 
     Raises:
         ValueError: a bad item, id, timestep, checkpoint or projection, named, with what to do.
+        ChangedItemsError: items are others than those that the store was made of, or differ between two readings.
         GradientMismatchError: the first pair of a process, recomputed by plain autograd, has another gradient.
         FailedTasksError: some blocks failed; all others are committed, and the same call computes those that are not.
         ConnectionError: the scheduler is gone; what is committed stands.
     """
     check_dtype(dtype)
     there = _existing(out)
+    for known in (like, there):
+        if known is not None:
+            warn_of_versions(known)
     plans = _plans(timesteps, like, there)
     if not checkpoints or not isinstance(checkpoints, Mapping):
         raise ValueError(f"sketch needs checkpoints={{'name': path or state dict}}, got {checkpoints!r}.")
@@ -167,7 +189,7 @@ def sketch(
         raise ValueError("grow=True adds to a store that is there; give out= its path or URL.")
     place: Any = MemoryStore() if out is None and len(plans) > 1 else out
 
-    def measured(plan: TimestepPlan, grow: bool) -> SketchStore:
+    def measured(plan: TimestepPlan, grow: bool, replace: bool = False) -> SketchStore:
         return _sketch_by_one_plan(
             task,
             dataset,
@@ -181,15 +203,21 @@ def sketch(
             precondition=precondition,
             like=like,
             grow=grow,
+            replace=replace,
+            check_all=check_all,
             layout=layout,
             client=client,
             progress=progress,
         )
 
-    store = measured(plans[0], grow)
+    store = measured(plans[0], grow, replace)
     for plan in plans[1:]:
         store = measured(plan, True)
-    return store if until is None else _grown_until(store, until, at_most, plans[0], partial(measured, grow=True))
+    if until is None:
+        return store
+    assert isinstance(plans[0], Grid)
+    again = partial(further, plans[0], num_train_timesteps=task.num_train_timesteps)
+    return _grown_until(store, until, at_most, again, partial(measured, grow=True))
 
 
 def _sketch_by_one_plan(
@@ -206,6 +234,8 @@ def _sketch_by_one_plan(
     precondition: Mapping[str, Divisors] | None,
     like: SketchStore | None,
     grow: bool,
+    replace: bool,
+    check_all: bool,
     layout: Layout | None,
     client: Client | None,
     progress: bool,
@@ -228,7 +258,9 @@ def _sketch_by_one_plan(
     projection = LowRank(dim=max(LEAST_DIM, ROW_ENTRIES // steps)) if projection is None else projection
     if not isinstance(projection, Projection):
         raise ValueError(f"projection must be one, such as CountSketch(4096), got {projection!r}.")
-    _check_items(task, dataset, ids)
+    begun = _existing(out)
+    stored = None if begun is None else stored_contents(begun, ids)
+    content, told = look_through(task, dataset, ids, stored, every=check_all or replace)
     sketcher = GradientSketcher(task.model, projection, parameters=parameters, check=False)  # its first pair is
     divisors = dict(precondition or {})
     if divisors and divisors.keys() != checkpoints.keys():
@@ -271,8 +303,9 @@ def _sketch_by_one_plan(
 
         pairs = (steps, sketcher.dim)
         weights = {name: timesteps.weight(name) for name in checkpoints}
-        job = _Job(task, dataset, ids, checkpoints, timesteps, projection, frozenset(sketcher.shapes), divisors)
-        begun = _existing(out)
+        job = _Job(
+            task, dataset, ids, content, checkpoints, timesteps, projection, frozenset(sketcher.shapes), divisors
+        )
         plan = {} if begun is None else begun.plan
         if not plan:
             rows = batch_size
@@ -283,18 +316,25 @@ def _sketch_by_one_plan(
                 else:
                     once = [Task("sketch-batch-size", (first,))]
                     ((_, rows),) = run(_fastest_batch_there, once, client, shared=job, resources=resources)
-            plan = {"batch_rows": rows, "threads": torch.get_num_threads() if client is None else 1}
+            threads = torch.get_num_threads() if client is None else 1
+            plan = {"batch_rows": rows, "threads": threads, **told}
         kept: dict[str, Any] = {
             "plan": plan,
             "ids": ids,
             "weights": weights,
             "dtype": dtype,
+            "quantities": SKETCHED,
             "columns": columns,
             "layout": layout,
         }
         parts = [] if grow else [create_store(out, shape=(len(ids), *pairs), fingerprint=fingerprint, **kept)]
+        changed = [] if stored is None else changed_items(task, dataset, ids, content, stored)
+        if changed and not replace:
+            refuse(out, "sketch them anew with replace=True (--replace)", changed, content)
         for measure in task.measures if grow else task.measures[1:]:
             parts += grow_store(out, pairs=pairs, describe_part=partial(describe_part, measure), **kept)
+        if changed:
+            parts[0].set_aside(changed)
         _fill(parts, job, sketcher, client, resources, progress)
     finally:
         task.model.load_state_dict(before)
@@ -317,13 +357,14 @@ def _fill(
     with tqdm(total=0, unit="pair", desc="sketch", disable=not progress) as bar:
         for stores in together.values():
             ids, todo = stores[0].ids, _missing(stores)
-            own = replace(job, dataset=Subset(job.dataset, [rows[sample] for sample in ids.tolist()]), ids=ids)
+            chosen = [rows[sample] for sample in ids.tolist()]
+            own = replace(job, dataset=Subset(job.dataset, chosen), ids=ids, content=job.content[chosen])
             bar.total += sum(len(store.checkpoints) * store.shape[0] * store.shape[1] for store in stores)
             bar.update(bar.total - bar.n - sum(_pairs_in(stores[0], i) * len(x) for (_, i), x in todo.items()))
             blocks = (_block_task(stores[0], *place, lacking) for place, lacking in todo.items())
             if client is None:
                 share = _Share(own, stores, sketcher, advance=bar.update)
-                for _ in run(_Share.sketch, blocks, shared=share, threads=1, fatal=(GradientMismatchError,)):
+                for _ in run(_Share.sketch, blocks, shared=share, threads=1, fatal=FATAL):
                     pass
             else:
                 there = run(
@@ -332,7 +373,7 @@ def _fill(
                     client,
                     shared=(own, whereabouts(str(stores[0].url)), tuple(store.only_part.name for store in stores)),
                     resources=resources,
-                    fatal=(GradientMismatchError,),
+                    fatal=FATAL,
                 )
                 for _, pairs in there:
                     bar.update(pairs)
@@ -393,29 +434,33 @@ class _Share:
         plan = job.timesteps.pairs(checkpoint, ids, task.num_train_timesteps)
         n, t = plan.timesteps.shape
         items: dict[int, Any] = {}
+        contents = job.content[samples].copy()
         sketches = np.empty((len(stores), n * t, store.shape[2]), dtype=np.float32)
         norms, losses = np.empty((2, len(stores), n * t), dtype=np.float32)
+        same = _take_over(stores, checkpoint, block, contents, sketches, norms, losses)
+        todo = np.flatnonzero(~np.repeat(same, t))
         size = max(1, store.plan["batch_rows"] // plan.draws)
-        for start in range(0, n * t, size):
-            part = slice(start, min(start + size, n * t))
-            pairs = np.arange(part.start, part.stop)
+        self._advance((n * t - len(todo)) * len(stores))
+        for start in range(0, len(todo), size):
+            pairs = todo[start : start + size]
             # of a block only one batch is held, beside the sample that all others must be like
-            items = {
-                row: items[row] if row in items else task.check_item(ids[row], job.dataset[samples.start + row])
-                for row in {0, *(pairs // t).tolist()}
-            }
+            wanted = {0, *(pairs // t).tolist()}
+            items = {row: item for row, item in items.items() if row in wanted}
+            for row in wanted - items.keys():
+                items[row], contents[row] = _read(job, samples.start + row)
             with _threads(store.plan["threads"]):
                 found = _sketched(self._sketcher, task, items, ids, plan, pairs)
                 for measure, (sketched, norm, _) in zip(measures, found, strict=True):
                     if measure not in self._checked:
-                        where = f"checkpoint {checkpoint!r}, sample {ids[0]}, timestep {plan.timesteps[0, 0]}"
+                        row, step = divmod(int(pairs[0]), t)
+                        where = f"checkpoint {checkpoint!r}, sample {ids[row]}, timestep {plan.timesteps[row, step]}"
                         one = task.only(measure)
                         alone = partial(_values, one, items, ids, plan, pairs[:1])
                         few = partial(_values, *in_float32(one, items), ids, plan, pairs[:CHECKED_PAIRS])
-                        self._sketcher.check((sketched, norm), few, alone, where)
+                        _check(self._sketcher, one, (sketched, norm), few, alone, where)
                         self._checked.add(measure)
             for row, (sketched, norm, loss) in enumerate(found):
-                sketches[row, part], norms[row, part], losses[row, part] = sketched.cpu(), norm.cpu(), loss.cpu()
+                sketches[row, pairs], norms[row, pairs], losses[row, pairs] = sketched.cpu(), norm.cpu(), loss.cpu()
             self._advance(len(pairs) * len(stores))
         for row, store in enumerate(stores):
             write_block(
@@ -426,8 +471,25 @@ class _Share:
                 norms[row].reshape(n, t),
                 losses=losses[row].reshape(n, t),
                 timesteps=plan.timesteps,
+                contents=contents,
             )
+            store.only_part.forget_aside(checkpoint, block)
         return int(n * t) * len(stores)
+
+
+def _take_over(
+    stores: Sequence[SketchStore], checkpoint: str, block: int, contents: Words, sketches: Any, norms: Any, losses: Any
+) -> npt.NDArray[np.bool_]:
+    """Which samples of a block that was set aside are the same, bool `[n]`; fills in what was sketched of them."""
+    asides = [store.only_part.aside(checkpoint, block) for store in stores]
+    same = np.ones(len(contents), bool)
+    for row, aside in enumerate(asides):
+        if aside is None or CONTENT not in aside:
+            return np.zeros(len(contents), bool)
+        same &= aside[CONTENT][:, ITEM] == contents[:, ITEM]
+        sketches[row] = decode(aside["sketch"], aside["scale"]).reshape(sketches[row].shape)
+        norms[row], losses[row] = aside["norm"].reshape(-1), aside["loss"].reshape(-1)
+    return same
 
 
 _model_in_use = threading.Lock()
@@ -485,6 +547,17 @@ def in_float32(task: DiffusionTask, items: Items) -> tuple[DiffusionTask, Items]
     full.autocast = None
     numbered = items.items() if isinstance(items, Mapping) else enumerate(items)
     return full, {row: mapped(item, lambda x: x.float() if x.is_floating_point() else x) for row, item in numbered}
+
+
+def _check(sketcher: GradientSketcher, task: DiffusionTask, *given: Any) -> None:
+    """In full precision, unless torch cannot differentiate the model there: kernels differ in what they allow."""
+    try:
+        with task.in_full_precision():
+            sketcher.check(*given)
+    except GradientMismatchError:
+        raise
+    except RuntimeError:
+        sketcher.check(*given)
 
 
 def _values(task: DiffusionTask, items: Items, ids: Ids, plan: Pairs, pairs: Any) -> torch.Tensor:
@@ -598,12 +671,15 @@ def _check_until(until: float, at_most: int, plans: Sequence[TimestepPlan], out:
 
 
 def _grown_until(
-    store: SketchStore, until: float, at_most: int, plan: TimestepPlan, measured: Callable[[TimestepPlan], SketchStore]
+    store: SketchStore,
+    until: float,
+    at_most: int,
+    again: Callable[[int], Grid],
+    measured: Callable[[TimestepPlan], SketchStore],
 ) -> SketchStore:
-    """Measure a store again under new noise until its answers repeat."""
+    """Measure a store again and again until its answers repeat."""
     from retrac_scale.repeatability import repeatability  # at call time: the street runs from sketches to answers
 
-    assert isinstance(plan, Grid)
     stored = plans_of(store.fingerprint)
     if not store.is_complete:  # a call that was interrupted
         for begun in map(grid_from_spec, stored[1:]):
@@ -618,14 +694,14 @@ def _grown_until(
             return store
         while len(stored) < times + more:
             number += 1
-            if (another := further(plan, number)).spec() not in stored:
+            if (another := again(number)).spec() not in stored:
                 store = measured(another)
                 stored = plans_of(store.fingerprint)
 
 
 def _fastest_batch(job: _Job, sketcher: GradientSketcher, checkpoint: str) -> int:
     ids = job.ids[:CALIBRATION_ITEMS]
-    items = [job.task.check_item(sample, job.dataset[row]) for row, sample in enumerate(ids)]
+    items = [_read(job, row)[0] for row in range(len(ids))]
     plan = job.timesteps.pairs(checkpoint, ids, job.task.num_train_timesteps)
 
     def run(rows: int) -> torch.Tensor:
@@ -636,18 +712,10 @@ def _fastest_batch(job: _Job, sketcher: GradientSketcher, checkpoint: str) -> in
     return fastest_batch(run, pairs * plan.draws, job.task.device)
 
 
-def _check_items(task: DiffusionTask, dataset: Any, ids: Ids) -> None:
-    """Check all items of a small dataset and an even sample of a large one; blocks check theirs again."""
-    stride = max(1, len(ids) // FULL_CHECK_SAMPLES)
-    first: tuple[int, ...] | None = None
-    for row in range(0, len(ids), stride):
-        image = task.read_item(ids[row], dataset[row]).sample
-        first = first or tuple(image.shape)
-        if tuple(image.shape) != first:
-            raise ValueError(
-                f"dataset item {ids[row]} has shape {tuple(image.shape)}, but item {ids[0]} has {first}; "
-                "resize or crop all items to one shape in the dataset."
-            )
+def _read(job: _Job, row: int) -> tuple[Any, Words]:
+    """What the model takes of an item, and its words."""
+    item, words = read_again(job.task, job.ids[row], job.dataset[row], job.content[row])
+    return job.task.encoded(item), words
 
 
 def plan_digest(plans: Mapping[str, Pairs]) -> str:

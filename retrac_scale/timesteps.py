@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -168,7 +169,7 @@ class EvenlySpaced:
 
     Under common noise they are the middles of as many equal intervals: at t = 0 nothing is to be learnt, and at T - 1
     nothing of the image is left. With noise of their own they run from 1 to T - 1, as on the query side of
-    arXiv 2401.09031. `draws`, `seed` and `noise` are those of `Explicit`.
+    arXiv 2401.09031; a single one is the middle. `draws`, `seed` and `noise` are those of `Explicit`.
 
     >>> EvenlySpaced(4).pairs("final", np.arange(2), 1000).timesteps.tolist()
     [[125, 375, 625, 875], [125, 375, 625, 875]]
@@ -196,7 +197,8 @@ class EvenlySpaced:
         if self.noise == "common":
             steps = (2 * np.arange(self.count) + 1) * num_train_timesteps // (2 * self.count)
         else:
-            steps = np.rint(np.linspace(1, num_train_timesteps - 1, self.count)).astype(np.int64)
+            ends = (1, num_train_timesteps - 1) if self.count > 1 else (num_train_timesteps // 2,) * 2
+            steps = np.rint(np.linspace(*ends, self.count)).astype(np.int64)
         same = Explicit(steps.tolist(), self.draws, self.seed, self.noise)
         return same.pairs(checkpoint, ids, num_train_timesteps)
 
@@ -332,9 +334,27 @@ def grids_for_queries(stored: Sequence[Mapping[str, Any]]) -> list[Grid]:
     ]
 
 
-def further(plan: Grid, number: int) -> Grid:
-    """The plan by which a store that began with another one is measured for the `number`-th time, from 1 on."""
-    return plan if number == 1 else replace(plan, seed=(plan.seed or 0) + number - 1)
+def further(plan: Grid, number: int, num_train_timesteps: int) -> Grid:
+    """The plan by which a store that began with another one is measured for the `number`-th time, from 1 on.
+
+    Common noise on even timesteps goes on at timesteps between those that there are, in van der Corput's order of
+    offsets: 1/2 of an interval, 1/4, 3/4, 1/8, ... Where these are used up, and for other grids, seeds follow.
+
+    >>> further(EvenlySpaced(4), 2, 1000)
+    Explicit(timesteps=(62, 312, 562, 812), draws=1, seed=None, noise='common')
+    """
+    grids = 1
+    if isinstance(plan, EvenlySpaced) and plan.noise == "common":
+        grids = max(1, 2 ** int(math.log2(num_train_timesteps / plan.count)) - 1)
+    seeds, within = divmod(number - 1, grids)
+    again = plan if not seeds else replace(plan, seed=(plan.seed or 0) + seeds)
+    if not within or not isinstance(plan, EvenlySpaced):
+        return again
+    bits = f"{within + 1:b}"
+    parts = 2 ** len(bits)
+    starts = np.arange(plan.count) * parts + int(bits[::-1], 2)
+    steps = starts * num_train_timesteps // (plan.count * parts)
+    return Explicit(steps.tolist(), again.draws, again.seed, again.noise)
 
 
 def _noise_spec(plan: Grid) -> dict[str, Any]:

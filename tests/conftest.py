@@ -73,6 +73,20 @@ def tiny_dit(seed: int = 0) -> nn.Module:
     return model.eval()
 
 
+CONDITIONAL: dict[str, Any] = {
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "norm_num_groups": 4,
+    "cross_attention_dim": 8,
+    "attention_head_dim": 2,
+}
+"""Of a U-Net that takes embeddings."""
+
 MODELS: dict[str, Callable[[int], nn.Module]] = {
     "unet": tiny_unet,
     "resampling unet": tiny_resampling_unet,

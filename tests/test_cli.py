@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -67,10 +68,22 @@ def test_plan_takes_no_negative_number(name: str, capsys: pytest.CaptureFixture[
     assert "give --samples, --timesteps, --checkpoints and --dim, each 1 or more" in capsys.readouterr().err
 
 
-def test_verify_takes_an_index_for_no_damaged_store(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify", str(folder / "retrac.zarr"), "--repair"]) == 1
-    assert "is a zarr group but no sketch store" in capsys.readouterr().err
-    assert main(["query", str(folder / "retrac.zarr"), str(folder / "q.zarr")]) == 0
+def test_verify_names_what_is_wrong_with_an_index(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder / "retrac.zarr", index := tmp_path / "index.zarr")
+    assert main(["verify", str(index), "--repair"]) == 0
+    assert "an index: 0 objects are not what was written" in capsys.readouterr().out
+    rows, norms = index / "scale" / "c" / "0" / "0", index / "norm" / "c" / "0" / "0"
+    (index / "row" / "c" / "0" / "0" / "0.5f.partial").write_bytes(b"half")
+    rows.write_bytes(norms.read_bytes())
+    norms.unlink()
+    assert main(["verify", str(index), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["findings"] == [
+        "norm/c/0/0: is missing",
+        "scale/c/0/0: is not the chunk that belongs there",
+        "row/c/0/0/0.5f.partial: belongs to nothing; a killed process may have left it",
+    ]
 
 
 def test_an_id_that_is_no_number_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

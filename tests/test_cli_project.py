@@ -191,6 +191,38 @@ def test_a_store_that_is_there_goes_on_as_it_began(folder: Path, capsys: pytest.
     assert plans_of(rs.open_store("another/sketches.zarr").fingerprint)[0]["noise"] == "common"
 
 
+def test_images_that_were_changed_are_never_shown_beside_old_scores(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*INIT, *SMALL]) == 0
+    assert main(["sketch"]) == 0
+    assert main(["report", "-k", "2"]) == 0
+    rng = np.random.default_rng(9)
+    for number in range(2):
+        Image.fromarray(rng.integers(0, 255, (8, 8), dtype=np.uint8)).save(f"generated-images/{number}.png")
+    capsys.readouterr()
+    for verb, name in (("report", "generated-images/0.png"), ("query", "generated-images/0.png"), ("sketch", "2 of 2")):
+        assert main([verb]) == 1
+        told = capsys.readouterr().err
+        assert name in told
+        assert "--replace" in told
+    assert main(["sketch", "--replace"]) == 0
+    assert main(["query", "--json"]) == 0
+    stored = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert main(["query", "attribution/retracridge.zarr", "generated-images", "--json"]) == 0
+    anew = json.loads(capsys.readouterr().out)["results"]
+    assert [row["ids"][:3] for row in stored] == [row["ids"][:3] for row in anew]
+    assert main(["report", "-k", "2"]) == 0
+    with Image.open("training-images/4.png") as picture:
+        retouched = picture.copy()
+    retouched.putpixel((2, 3), 255 - retouched.getpixel((2, 3)) // 2)  # type: ignore[operator]
+    retouched.save("training-images/4.png")
+    assert main(["report", "-k", "9"]) == 1
+    assert "training-images/4.png" in capsys.readouterr().err
+    assert main(["sketch", "--replace"]) == 0
+    assert main(["report", "-k", "9"]) == 0
+
+
 def test_a_store_of_recorded_timesteps_is_no_commands(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rs.write_store("attribution/sketches.zarr", {"final": np.ones((9, 1, 64))})
     assert main([*INIT, *SMALL]) == 0

@@ -267,3 +267,23 @@ def test_on_threads_torch_has_one_each_and_is_set_back() -> None:
 
 def _torch_threads(_: None) -> int:
     return torch.get_num_threads()
+
+
+@pytest.mark.parametrize("estimator", [rs.ReTrac(), rs.ReTracRidge()])
+def test_relative_paths_are_the_callers_for_workers_in_another_folder(
+    estimator: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "workers").mkdir()
+    monkeypatch.chdir(tmp_path)
+    rows = np.random.default_rng(0).standard_normal((90, 1, 16), dtype=np.float32)
+    rs.write_store("s", {"a": rows})
+    store, queries = rs.open_store("s"), rs.write_store(None, {"a": rows[:3]})
+    here = rs.build_index(store, estimator, "here")
+    with Client(n_workers=1, threads_per_worker=1, dashboard_address=":0") as client:
+        client.run(os.chdir, tmp_path / "workers")
+        there = rs.build_index(store, estimator, "there", client=client)
+        found = there.query(queries, 5, client=client)
+        own = rs.self_influence(store, estimator, client=client)
+    np.testing.assert_array_equal(found.scores, here.query(queries, 5).scores)
+    np.testing.assert_array_equal(own, rs.self_influence(store, estimator))
+    assert not list((tmp_path / "workers").iterdir())

@@ -17,10 +17,13 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import retrac_scale as rs
 from retrac_scale.diagonal import self_influence
 from retrac_scale.store.part import plans_of
+from retrac_scale.timesteps import further
 from tests import oracle
 from tests.conftest import MODELS, Labelled, random_images
 from tests.small_denoiser import SCHEDULER, SmallDenoiser, images
@@ -262,11 +265,12 @@ def test_until_ends_at_the_share_or_at_the_budget(tmp_path: Path) -> None:
     t = store.shape[1]
     reached = rs.repeatability(store).overlap.value
     assert reached >= 0.5 or t == 16
-    assert plans_of(store.fingerprint)[1:] == [rs.EvenlySpaced(2, seed=seed).spec() for seed in range(1, t // 2)]
+    added = [further(rs.EvenlySpaced(2), number, 100) for number in range(2, t // 2 + 1)]
+    assert plans_of(store.fingerprint)[1:] == [plan.spec() for plan in added]
     assert until(tmp_path / "s", min(0.5, reached)).shape[1] == t  # nothing is left to do
     assert until(tmp_path / "s", 0.99999, t + 3).shape[1] == t + 2  # whole rounds, within the budget
     # as if it had been sketched so at once
-    plans = [rs.EvenlySpaced(2, seed=seed) for seed in range(t // 2 + 1)]
+    plans = [further(rs.EvenlySpaced(2), number, 100) for number in range(1, t // 2 + 2)]
     whole = sketched(images(40), None, timesteps=plans, checkpoints={"c": STATES["late"]})
     np.testing.assert_array_equal(rs.open_store(tmp_path / "s").sketches("c"), whole.sketches("c"))
 
@@ -297,11 +301,23 @@ def test_until_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
     np.testing.assert_array_equal(resumed.sketches("c"), until(tmp_path / "t", 0.99999, 8).sketches("c"))
 
 
-def test_until_takes_seeds_that_the_store_has_not(tmp_path: Path) -> None:
+def test_until_takes_timesteps_that_the_store_has_not(tmp_path: Path) -> None:
     options: dict[str, Any] = {"checkpoints": {"c": STATES["late"]}}
-    sketched(images(40), tmp_path / "s", timesteps=[rs.EvenlySpaced(2), rs.EvenlySpaced(2, seed=2)], **options)
+    sketched(images(40), tmp_path / "s", timesteps=[rs.EvenlySpaced(2), rs.Explicit([37, 87])], **options)
     store = until(tmp_path / "s", 0.99999, 8)
-    assert [plan.get("seed", 0) for plan in plans_of(store.fingerprint)] == [0, 2, 1, 3]
+    assert [plan.get("timesteps") for plan in plans_of(store.fingerprint)] == [None, [37, 87], [12, 62], [6, 56]]
+
+
+@settings(max_examples=200, deadline=None)
+@given(count=st.integers(1, 40), number_of=st.integers(1, 300), length=st.sampled_from([50, 100, 1000]))
+def test_a_store_is_never_measured_twice_at_the_same_timestep_and_noise(
+    count: int, number_of: int, length: int
+) -> None:
+    plan = rs.EvenlySpaced(count)
+    found = [further(plan, number, length).pairs("c", np.arange(1), length) for number in range(1, number_of + 1)]
+    seen = [pair for pairs in found for pair in zip(pairs.timesteps[0].tolist(), pairs.seeds[0].tolist(), strict=True)]
+    assert len(set(seen)) == len(seen) == count * number_of
+    assert {step for step, _ in seen} <= set(range(length))
 
 
 @pytest.mark.parametrize(

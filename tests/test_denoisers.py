@@ -21,6 +21,7 @@ from diffusers import (
     FluxTransformer2DModel,
     HeliosScheduler,
     ModelMixin,
+    UNet2DConditionModel,
     UNet2DModel,
     UniPCMultistepScheduler,
 )
@@ -33,7 +34,7 @@ from torch.optim.swa_utils import AveragedModel
 import retrac_scale as rs
 from retrac_scale.task.calling import call_model
 from retrac_scale.task.denoisers import unwrapped
-from tests.conftest import random_images, tiny_dit, tiny_unet
+from tests.conftest import CONDITIONAL, random_images, tiny_dit, tiny_unet
 from tests.oracle import gradient
 
 N, STEP = 3, 40
@@ -420,3 +421,24 @@ def test_a_forward_put_in_the_place_of_a_models_own_is_the_one_that_is_asked() -
     model.forward = MethodType(forward, model)
     data = [(image, i) for i, image in enumerate(IMAGES)]
     np.testing.assert_allclose(norms(model, data), labelled_norms(labelled_unet()), rtol=1e-4)
+
+
+def test_what_a_model_needs_and_an_item_does_not_bring_is_named() -> None:
+    conditional = UNet2DConditionModel(**CONDITIONAL)
+    for model, item, lacking in (
+        (conditional, IMAGES[0], "encoder_hidden_states"),
+        (UNet2DModel.from_config(tiny_unet().config, num_class_embeds=3), IMAGES[0], "class_labels"),
+        (tiny_dit(), IMAGES[0], "class_labels"),
+    ):
+        with pytest.raises(ValueError, match=f"item 0 brings no '{lacking}', which the model's forward needs"):
+            rs.DiffusionTask(model, SCHEDULER).read_item(0, item)
+    whole = {"image": IMAGES[0], "encoder_hidden_states": torch.randn(3, 8)}
+    assert rs.DiffusionTask(conditional, SCHEDULER).read_item(0, whole).label is None
+
+
+def test_embeddings_are_converted_to_weights_of_16_bits() -> None:
+    model, text = UNet2DConditionModel(**CONDITIONAL), torch.randn(N, 3, 8)
+    data = [{"image": image, "encoder_hidden_states": words} for image, words in zip(IMAGES, text, strict=True)]
+    full = norms(model, data)
+    narrow = [{**item, "image": item["image"].bfloat16()} for item in data]
+    np.testing.assert_allclose(norms(model.bfloat16(), narrow), full, rtol=0.02)

@@ -229,7 +229,8 @@ def test_automatic_damping_is_a_share_of_the_mean_eigenvalue_whatever_the_scale(
     mean = np.square(rows.astype(np.float64)).sum() / min(n, K)
     for scale in (1e-4, 1, 1e4):
         for dual in (False, True):
-            ridge = solve(Moments.of(rows[:2] * scale, dual=dual) + Moments.of(rows[2:] * scale, dual=dual), "auto")
+            halves = [Moments.of(some * scale, "auto", dual=dual) for some in (rows[:2], rows[2:])]
+            ridge = solve(halves[0] + halves[1], "auto")
             assert ridge.penalty == pytest.approx(AUTO * mean * scale**2, rel=1e-6)
 
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,15 +16,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention, IPAdapterAttnProcessor2_0
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import retrac_scale as rs
+from retrac_scale.report import Pictures
+from retrac_scale.serve.library import Library
+from retrac_scale.serve.uploads import Upload
 from retrac_scale.store import create_store, write_block
-from retrac_scale.store.compatibility import FIELDS
+from retrac_scale.store.compatibility import FIELDS, warn_of_versions
 from retrac_scale.task.identity import code_of, known_by
-from tests.conftest import random_images
+from retrac_scale.task.state import state_of
+from tests.conftest import CONDITIONAL, random_images
 
 N = 4
 BETAS: dict[str, Any] = {"num_train_timesteps": 100, "beta_start": 0.00085, "beta_end": 0.012}
@@ -38,23 +44,28 @@ def denoiser_of(gain: float) -> Any:
     """A class of the same name and the same weights, whatever its forward does."""
 
     class Denoiser(nn.Module):
+        offset: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
             self.config = {"heads": 2}
-            self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.first, self.norm, self.last = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8)
+            self.register_buffer("offset", torch.zeros(8))
+            self.power, self.calls = 1, 0
 
         def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
-            hidden = torch.tanh(self.first(sample)) * (gain + timestep.to(sample)[:, None, None, None] / 100)
-            return self.last(hidden)  # type: ignore[no-any-return]
+            self.calls += 1
+            hidden = torch.tanh(self.norm(self.first(sample + self.offset))) ** self.power
+            return self.last(hidden * (gain + timestep.to(sample)[:, None, None, None] / 100))  # type: ignore[no-any-return]
 
     return Denoiser()
 
 
-def adapted(gain: float = 1.0) -> Any:
+def adapted(gain: float = 1.0, rank: int = 2) -> Any:
     """Two LoRA adapters, the first of them active."""
     torch.manual_seed(1)
-    config = LoraConfig(r=2, target_modules=["first", "last"], init_lora_weights=False)
+    config = LoraConfig(r=rank, target_modules=["first", "last"], init_lora_weights=False)
     model: Any = get_peft_model(denoiser_of(gain), config)
     model.add_adapter("other", config)
     return only_adapters(model)
@@ -186,6 +197,35 @@ def call(scale: float) -> dict[str, Any]:
     return {"call": partial(scaled, scale=scale)}
 
 
+def changed_model(change: Callable[[Any], Any]) -> Any:
+    """The default one, of which something is changed that PEFT leaves alone."""
+    model = adapted()
+    change(model.base_model.model)
+    return model
+
+
+def patched(model: Any) -> None:
+    plain = model.forward
+
+    def forward(sample: Tensor, timestep: Tensor) -> Tensor:
+        return 2 * plain(sample, timestep)  # type: ignore[no-any-return]
+
+    model.forward = forward
+
+
+class Doubled:
+    """A processor, as attention layers hold them."""
+
+    def __call__(self, values: Tensor) -> Tensor:
+        return 2 * values
+
+
+def frozen_layer() -> Any:
+    model = adapted()
+    model.base_model.model.first.requires_grad_(False)
+    return model
+
+
 CHANGES: dict[str, tuple[str, Callable[[], Run]]] = {
     "weights": ("checkpoints.a", lambda: Run(weights=lambda value: value + 0.01)),
     "an adapter's scale": ("checkpoints.a", lambda: Run(model=stronger())),
@@ -221,9 +261,43 @@ CHANGES: dict[str, tuple[str, Callable[[], Run]]] = {
     "noise": ("timesteps", lambda: Run(timesteps=rs.Explicit([20, 70], draws=2, seed=3))),
     "draws": ("timesteps", lambda: Run(timesteps=rs.Explicit([20, 70], draws=1))),
     "a preconditioner": ("precondition", lambda: Run(precondition=2.0)),
+    "a buffer": (
+        "checkpoints.a",
+        lambda: Run(model=changed_model(lambda model: model.offset.fill_(0.5))),
+    ),
+    "a number in an attribute": (
+        r"forward.state.denoiser_of.<locals>.Denoiser.power",
+        lambda: Run(model=changed_model(lambda model: setattr(model, "power", 2))),
+    ),
+    "a layer's constant": (
+        "forward.state.torch.eps",
+        lambda: Run(model=changed_model(lambda model: setattr(model.norm, "eps", 0.1))),
+    ),
+    "a patched forward": ("forward.code.patched", lambda: Run(model=changed_model(patched))),
+    "a processor": (
+        "forward.code.Doubled",
+        lambda: Run(model=changed_model(lambda model: setattr(model, "processor", Doubled()))),
+    ),
+    "the weights' type": ("checkpoints.a", lambda: Run(model=adapted().double())),
+    "a frozen layer": ("parameters.first", lambda: Run(model=frozen_layer())),
+    "the adapters' rank": ("parameters.first", lambda: Run(model=adapted(rank=3))),
+    "the scheduler's class": ("scheduler.class", lambda: Run(scheduler=DDIMScheduler(**BETAS))),
+    "flow matching": ("scheduler.class", lambda: Run(scheduler=FlowMatchEulerDiscreteScheduler(100))),
 }
-FROM_THE_STORE = ("projection", "parameters")
-"""What a rerank takes from the store, and `like=` unless it is given."""
+TABLE = (Path(__file__).parent.parent / "docs" / "fingerprint.md").read_text()
+OUTCOMES = {
+    row[0]: dict(zip(("store", "query", "rerank", "report", "grow"), row[2:], strict=True))
+    for line in TABLE.splitlines()
+    if len(row := [cell.strip() for cell in line.strip("|").split("|")]) == 7 and row[0] in CHANGES
+}
+"""What the documentation says becomes of each change: "refused", or why it is not."""
+WITHOUT_GRADIENT = ("merged adapters", "no active adapter")
+PICTURES = Pictures(np.zeros((N, 8, 8), np.uint8), np.arange(N), np.zeros((N, 8, 8), np.uint8))
+
+
+def test_the_documentation_has_a_row_for_each_of_forty_changes() -> None:
+    assert OUTCOMES.keys() == CHANGES.keys()
+    assert len(CHANGES) >= 40
 
 
 def test_every_field_is_changed() -> None:
@@ -248,22 +322,39 @@ def test_the_same_run_in_other_objects_goes_on_asks_and_reranks(store: rs.Sketch
     assert found.ids.shape == (N, 2)
 
 
+def refused(outcome: str, message: str) -> Any:
+    """What the documentation says: an error with this message, or none."""
+    return pytest.raises(ValueError, match=message) if outcome == "refused" else nullcontext()
+
+
 @pytest.mark.parametrize("what", list(CHANGES))
-def test_a_change_is_not_taken_for_the_same(what: str, store: rs.SketchStore, index: rs.Index) -> None:
-    name, changed = CHANGES[what]
-    with pytest.raises(ValueError, match=f"already holds a different store.*{name}"):
+def test_a_change_is_refused_where_the_documentation_says_so(
+    what: str, store: rs.SketchStore, index: rs.Index, tmp_path: Path
+) -> None:
+    (name, changed), says = CHANGES[what], OUTCOMES[what]
+    with refused(says["store"], f"already holds a different store.*{name}"):
         changed().sketch(Path(str(store.url)))
-    top = name.partition(".")[0]
-    if FIELDS[top].queries:
-        with pytest.raises(ValueError, match=f"do not fit the training sketches.*{name}"):
-            changed().sketch(None, like=store, **({} if top == "projection" else {"projection": None}))
-    if top not in (*FROM_THE_STORE, "precondition"):
-        message = rf"{name}\S* (is|are)|other weights"
-        with pytest.raises(ValueError, match=message):
-            index.query(replace(Run()).samples(), k=2, rerank=N, train=changed().samples())
-    if FIELDS[top].parts:
+    own: dict[str, Any] = {} if name.startswith("projection") else {"projection": None}
+    with refused(says["query"], f"do not fit the training sketches.*{name}|under common noise of seed"):
+        changed().sketch(None, like=store, **own)
+    with refused(says["rerank"], rf"({name}|forward.state)\S* (is|are)|other weights"):
+        index.query(Run().samples(), k=2, rerank=N, train=changed().samples())
+    if says["grow"] == "refused":  # what is not makes a part of its own, see test_store_growth
         with pytest.raises(ValueError, match=f"cannot grow by this.*{name}"):
             changed().sketch(Path(str(store.url)), grow=True)
+    if what in WITHOUT_GRADIENT:
+        with pytest.raises(rs.FailedTasksError, match="losses do not depend on any captured layer"):
+            changed().sketch(None)
+        return
+    asked = changed().sketch(None)  # a store of queries that was made by itself
+    for answer in (
+        lambda: index.query(asked, k=2).report(
+            tmp_path / "r.html", np.zeros((N, 8, 8)), np.zeros((N, 8, 8)), ids=range(N)
+        ),
+        lambda: Library({"TracIn": index}, PICTURES, queries=asked),
+    ):
+        with refused(says["report"], f"do not fit the training sketches.*{name}|under common noise of seed"):
+            answer()
 
 
 def test_a_store_of_an_earlier_release_goes_on_and_what_it_cannot_tell_is_not_compared(tmp_path: Path) -> None:
@@ -382,3 +473,53 @@ def test_names_and_digests_are_the_same_in_another_process() -> None:
         check=True,
     ).stdout
     assert found == f"{known_by(Scaled({'a', 'b', 'c'}))} {Run().samples().task.forward}\n"
+
+
+def test_a_service_refuses_uploads_that_are_measured_otherwise(index: rs.Index) -> None:
+    for run, error in (
+        (Run(), nullcontext()),
+        (Run(options=call(1.5)), pytest.raises(ValueError, match=r"forward\.call")),
+    ):
+        model = run.model.base_model.model
+        model.config = {**model.config, "in_channels": 1, "sample_size": 8}
+        library = Library({"TracIn": index}, PICTURES, measured=replace(run.samples(), timesteps=None))
+        with error:
+            library.upload(Upload("u", np.arange(64, dtype=np.uint8).reshape(8, 8), ""))
+
+
+def test_numbers_that_forward_sets_are_not_told() -> None:
+    model = denoiser_of(1.0)
+    plain = state_of(model)
+    assert plain["denoiser_of.<locals>.Denoiser.power"] == "1 in 1"
+    model.calls = 9
+    assert state_of(model) == plain
+
+
+def test_what_diffusers_keeps_in_attributes_is_told() -> None:
+    """FreeU's factors and the scales of IP adapters, of which no state dict and no configuration knows."""
+    model: Any = UNet2DConditionModel(**CONDITIONAL)
+    plain = state_of(model)
+    model.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    assert {name: value for name, value in state_of(model).items() if value != plain.get(name)} == {
+        "freeu.b1": "1.2 in 2",
+        "freeu.b2": "1.4 in 2",
+        "freeu.s1": "0.9 in 2",
+        "freeu.s2": "0.2 in 2",
+    }
+    model.disable_freeu()
+    assert state_of(model) == plain
+    attention = next(
+        module for module in model.modules() if isinstance(module, Attention) and module.is_cross_attention
+    )
+    attention.set_processor(IPAdapterAttnProcessor2_0(8, 8, scale=0.5))
+    half = state_of(model)
+    attention.processor.scale = [1.0]
+    assert (half["ip_adapter.scale"], state_of(model)["ip_adapter.scale"]) == ("[0.5] in 1", "[1.0] in 1")
+
+
+def test_other_versions_of_libraries_are_named_in_a_warning(store: rs.SketchStore, monkeypatch: Any) -> None:
+    assert set(store.meta["written_by"]) >= {"torch", "diffusers", "peft"}
+    meta = {**store.meta, "written_by": {**store.meta["written_by"], "diffusers": "0.1.0"}}
+    monkeypatch.setattr(type(store), "meta", meta)
+    with pytest.warns(UserWarning, match="was written under diffusers 0.1.0, here is"):
+        warn_of_versions(store)

@@ -7,6 +7,7 @@ import gc
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
 from hypothesis import assume, given
@@ -541,3 +542,44 @@ def test_mixed_gradients_of_channels_last_activations_are_those_of_contiguous_on
             assert outputs.is_contiguous(memory_format=memory_format)
             found.append(sketcher(outputs.sin().square().flatten(1).mean(1))[0])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+class Listed(nn.Module):
+    """Computes with parameters in containers that have no forward, beside a layer that is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.tables = nn.ParameterList([nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))])
+        self.nested = nn.ModuleDict({"inner": nn.ParameterDict({"scale": nn.Parameter(torch.randn(4))})})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.layer(x) @ self.tables[0] + self.tables[1]) * self.nested["inner"]["scale"]  # type: ignore[index,no-any-return]
+
+
+ADAPTERS: dict[str, Any] = {
+    "LoKr": peft.LoKrConfig(r=2, target_modules=["1", "3"], decompose_factor=2, init_weights=False),
+    "LoHa": peft.LoHaConfig(r=2, target_modules=["1", "3"], init_weights=False),
+    "HRA": peft.HRAConfig(r=2, target_modules=["1", "3"], init_weights=False),
+    "VeRA": peft.VeraConfig(r=4, target_modules=["3"], d_initial=0.5),
+    "DoRA": peft.LoraConfig(r=2, use_dora=True, target_modules=["1", "3"], init_lora_weights=False),
+    "rank pattern": peft.LoraConfig(
+        r=2, rank_pattern={"1": 4}, alpha_pattern={"3": 32}, target_modules=["1", "3"], init_lora_weights=False
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", [*ADAPTERS, "two active"])
+def test_adapters_of_every_kind_equal_autograd(kind: str) -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 8, 3), nn.Flatten(2), nn.Linear(4, 8), nn.Linear(8, 2))
+    adapted: Any = peft.get_peft_model(model, ADAPTERS.get(kind, ADAPTERS["rank pattern"]))
+    if kind == "two active":
+        adapted.add_adapter("other", peft.LoraConfig(r=1, target_modules=["3"], init_lora_weights=False))
+        adapted.base_model.set_adapter(["default", "other"])
+    check(adapted, torch.randn(3, 2, 6, 6))
+
+
+def test_parameters_in_containers_without_a_forward_equal_autograd() -> None:
+    torch.manual_seed(0)
+    check(nn.Sequential(nn.Linear(3, 4), Listed(), nn.Linear(4, 2)), torch.randn(3, 5, 3))

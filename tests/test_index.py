@@ -196,13 +196,13 @@ def test_a_damaged_or_missing_chunk_is_never_scored(tmp_path: Path) -> None:
         rs.open_index(tmp_path / "i").query(queries)
     remote = rs.build_index(store, rs.ReTrac(), "memory://damaged")
     fsspec.filesystem("memory").rm("/damaged/row/c/1/2/0")
-    with pytest.raises(DamagedStoreError, match=r"samples 128 \.\. 191 of the index memory://damaged are missing"):
+    with pytest.raises(DamagedStoreError, match=r"row/c/1/2/0 is missing; .* build an index again"):
         remote.query(queries)
 
 
 @pytest.mark.parametrize(
     ("name", "harm"),
-    [("row/c/1/2/0", "flip"), ("scale/c/0/1", "cut"), ("id/c/3", "remove"), ("column/artist/c/0", "flip"),
+    [("row/c/1/2/0", "flip"), ("scale/c/0/1", "cut"), ("id/c/3", "remove"), ("column/artist/code/c/0", "flip"),
      ("norm/zarr.json", "remove")],
 )  # fmt: skip
 def test_a_damaged_index_is_built_again(tmp_path: Path, name: str, harm: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -224,14 +224,80 @@ def test_a_damaged_index_is_built_again(tmp_path: Path, name: str, harm: str, ca
 def test_an_index_is_on_the_disk_before_it_is_called_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, _ = stores(tmp_path)
     forced: dict[str, bool] = {}
+    root = tmp_path / "i" / "zarr.json"
     monkeypatch.setattr(
         objects,
         "force",
-        lambda path: forced.setdefault(str(path), "complete" in (tmp_path / "i" / "zarr.json").read_text()),
+        lambda path: forced.setdefault(str(path), root.exists() and "complete" in root.read_text()),
     )
     rs.build_index(store, rs.ReTrac(), tmp_path / "i")
-    places = [tmp_path / "i", *(tmp_path / "i").rglob("*")]
+    places = {tmp_path / "i", *(tmp_path / "i").rglob("*")} - {root}
     assert {str(place): False for place in places}.items() <= forced.items()
+
+
+@pytest.mark.parametrize("url", ["disk", "memory://swapped"])
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("row/c/0/1/0", "row/c/0/2/0"),
+        ("row/c/0/1/0", "row/c/1/1/0"),
+        ("scale/c/0/1", "scale/c/0/2"),
+        ("norm/c/0/1", "norm/c/1/1"),
+        ("scale/c/0/1", "norm/c/0/1"),
+        ("id/c/1", "id/c/2"),
+        ("id/zarr.json", "scale/zarr.json"),
+        ("column/artist/code/c/0", "column/label/c/0"),
+    ],
+)
+def test_chunks_that_changed_places_are_never_scored_and_built_again(
+    url: str, one: str, other: str, tmp_path: Path
+) -> None:
+    store, queries = stores(tmp_path)
+    place = str(tmp_path / "i") if url == "disk" else url
+    files, folder = fsspec.core.url_to_fs(place)
+    if url != "disk":
+        files.store.clear()
+    index = rs.build_index(store, rs.ReTrac(), place)
+    expected = index.query(queries, where="artist == 'artist 3'")
+    contents = [files.cat(f"{folder}/{key}") for key in (one, other)]
+    for key, content in zip((other, one), contents, strict=True):
+        files.pipe(f"{folder}/{key}", content)
+    with pytest.raises(
+        DamagedStoreError, match=r"not the chunk that|not what was written|instead of .* bytes|bytes in"
+    ):
+        rs.open_index(place).query(queries, where="artist == 'artist 3'")
+    if url == "disk":
+        again = rs.build_index(store, rs.ReTrac(), place).query(queries, where="artist == 'artist 3'")
+        np.testing.assert_array_equal(again.scores, expected.scores)
+
+
+@pytest.mark.parametrize("harm", ["cut", "weight"])
+def test_a_damaged_description_of_an_index_is_named_and_built_again(
+    harm: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, queries = stores(tmp_path)
+    expected = rs.build_index(store, rs.ReTrac(), tmp_path / "i").query(queries)
+    file = tmp_path / "i" / "zarr.json"
+    content = file.read_text()
+    file.write_text(content[:99] if harm == "cut" else content.replace('"a": 0.5', '"a": 0.6'))
+    with pytest.raises(DamagedStoreError, match=r"zarr\.json is damaged"):
+        rs.open_index(tmp_path / "i")
+    np.testing.assert_array_equal(rs.build_index(store, rs.ReTrac(), tmp_path / "i").query(queries).ids, expected.ids)
+    assert file.read_text() == content
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "zarr.json").write_text("{")
+    with pytest.raises(ValueError, match="holds something damaged that is no index"):
+        rs.build_index(store, rs.ReTrac(), tmp_path / "other")
+
+
+def test_an_index_without_a_seal_is_read_and_built_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store, queries = stores(tmp_path)
+    built = rs.build_index(store, rs.ReTrac(), tmp_path / "i")
+    earlier = {key: value for key, value in built.meta.items() if key not in ("seals", "digest")}
+    zarr.open_group(tmp_path / "i", mode="r+").attrs["retrac_scale"] = earlier
+    np.testing.assert_array_equal(rs.open_index(tmp_path / "i").query(queries).ids, built.query(queries).ids)
+    assert rs.build_index(store, rs.ReTrac(), tmp_path / "i").meta == built.meta
+    assert "of an earlier release, which did not seal it" in caplog.text
 
 
 @pytest.mark.parametrize("options", [{}, {"group_by": "artist"}])
@@ -265,3 +331,21 @@ def test_workers_build_the_same_files_and_give_the_same_answers(tmp_path: Path) 
         )
         with pytest.raises(ValueError, match="workers cannot reach"):
             rs.build_index(store, rs.ReTrac(), None, client=client)
+
+
+def test_int8_in_store_queries_and_index_keeps_to_the_bounds_of_the_three_roundings() -> None:
+    """An entry is off by at most 1/254 of its row's largest, at each of them, also where timesteps cancel."""
+    rng, k = np.random.default_rng(0), 32
+    half = rng.standard_normal((60, 1, k))
+    rows = np.concatenate([half, -half + 0.01 * rng.standard_normal(half.shape), 0.02 * half], 1).astype(np.float32)
+    asked = rng.standard_normal((5, 3, k)).astype(np.float32)
+    store, queries = rs.write_store(None, {"a": rows}, dtype="int8"), rs.write_store(None, {"a": asked}, dtype="int8")
+    found = rs.build_index(store, rs.TracIn(), None, dtype="int8").scores(queries).compute()
+    r, q = rows.astype(np.float64).mean(1), asked.astype(np.float64).mean(1)
+    in_store, in_queries = (np.abs(each).max(2).mean(1) / 254 for each in (rows, asked))
+    in_index = (np.abs(r).max(1) + in_store) / 254
+    of_row, of_query = in_store + in_index, in_queries[:, None]
+    bound = np.abs(q).sum(1)[:, None] * of_row + of_query * (np.abs(r).sum(1) + k * of_row)
+    off = np.abs(found - q @ r.T)
+    assert (off <= 1.001 * bound).all()
+    assert (off > 1.001 * np.abs(q).sum(1)[:, None] * in_index).any()  # the index's own bound is not all

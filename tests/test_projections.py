@@ -369,3 +369,8 @@ def test_norms_of_equal_entries_do_not_drift(p: int) -> None:
     torch.testing.assert_close(squared_norm(rows).sqrt(), expected, rtol=1e-6, atol=0)
     signs = np.ones(p, np.int8), np.zeros(-(-p // 4096), np.int64)
     torch.testing.assert_close(fold(torch.zeros(2, 8192), rows, signs, 1).sqrt(), expected, rtol=1e-6, atol=0)
+
+
+def test_norms_of_gradients_whose_squares_float32_cannot_hold() -> None:
+    rows = torch.randn(3, 5000) * torch.tensor([1e-21, 1e-30, 1.0])[:, None]
+    torch.testing.assert_close(squared_norm(rows).sqrt(), rows.double().norm(dim=1), rtol=1e-6, atol=0)

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import retrac_scale as rs
 from retrac_scale.approximate import product_of
 from retrac_scale.scan import Chunk, merge, scores, top
 
@@ -197,3 +198,25 @@ def test_fast_products_of_int8_rows_keep_to_their_bound(q: int, k: int) -> None:
     exact = scale[:, None] * (rows.astype(np.float64) @ queries.T)
     lengths = np.abs(scale) * np.linalg.norm(rows.astype(np.float64), axis=1)
     assert (np.abs(product.weighted(rows, scale) - exact) <= lengths[:, None] * product.error).all()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float32"])
+@pytest.mark.parametrize("length", [1e-19, 1e-22, 1e-30])
+@pytest.mark.parametrize("q", [1, 20])
+def test_products_below_float32s_range_keep_their_order(dtype: Any, length: float, q: int) -> None:
+    rng = np.random.default_rng(0)
+    train = (rng.standard_normal((5000, 1, 64)) * length).astype(np.float32)
+    asked = (rng.standard_normal((q, 1, 64)) * length).astype(np.float32)
+    store = rs.write_store(None, {"a": train}, weights={"a": 1e-6}, dtype="float32")
+    index = rs.build_index(store, rs.TracIn(), None, dtype=dtype)
+    queries = rs.write_store(None, {"a": asked}, dtype="float32")
+    chunk = [index.chunk(number) for number in range(len(index.chunks))]
+    rows = np.concatenate([one.rows[0] for one in chunk]).astype(np.float64)
+    scale = np.concatenate([one.scale[0] for one in chunk]).astype(np.float64)
+    expected = asked[:, 0].astype(np.float64) @ (rows * scale[:, None]).T
+    found = index.query(queries, k=20)
+    np.testing.assert_array_equal(found.ids, np.argsort(-expected, axis=1)[:, :20])
+    np.testing.assert_allclose(found.scores, -np.sort(-expected, axis=1)[:, :20], rtol=1e-9)
+    np.testing.assert_allclose(
+        store.norms("a")[:, 0], np.linalg.norm(train[:, 0].astype(np.float64), axis=1), rtol=1e-6
+    )

@@ -103,6 +103,18 @@ def test_answers_are_those_of_the_index(client: TestClient, library: Library) ->
     assert {sample["columns"]["artist"] for sample in found["samples"].values()} == {"Anna"}
 
 
+def test_pictures_that_are_not_those_that_were_sketched_are_refused_by_name(library: Library) -> None:
+    first, others = library.pictures.images.copy(), library.pictures.queries.copy()  # type: ignore[union-attr]
+    first[7], others[1] = 255 - first[7], 255 - others[1]
+    ids = next(iter(library.indexes.values())).ids
+    changed = Library(library.indexes, Pictures(first, ids, others), queries=library.queries)
+    with TestClient(create_app(changed, limits=LIMITS), raise_server_exceptions=False) as asked:
+        for query, k, name in (("1", 1, "their ids: 1;"), ("0", 20, "their ids: 7;")):
+            refused = asked.post("/api/query", json={"source": "queries", "ids": [query], "k": k})
+            assert 400 <= refused.status_code < 500
+            assert "1 of 1 pictures are not what was sketched under " + name in refused.text
+
+
 def test_training_samples_are_asked_without_themselves(client: TestClient, library: Library) -> None:
     ask = {"source": "training", "ids": ["5"], "k": 2}
     found = client.post("/api/query", json=ask).json()["queries"][0]
@@ -203,8 +215,9 @@ def deep() -> bytes:
         (png(format="GIF"), 422, "no image"),
         (b"\x89PNG" + bytes(30_000), 413, "larger than 20000 bytes"),
         (deep(), 422, "the image has more than 8 bits"),
+        (png((1, 17)), 422, "1 x 17 pixels; one side may be 16 times the other"),
     ],
-    ids=["empty", "pickle", "cut", "bomb", "large", "gif", "long", "deep"],
+    ids=["empty", "pickle", "cut", "bomb", "large", "gif", "long", "deep", "thin"],
 )
 def test_bad_uploads_are_refused(client: TestClient, content: bytes, status: int, why: str) -> None:
     response = client.post("/api/upload", files={"file": content})

@@ -12,9 +12,11 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 import retrac_scale as rs
+from retrac_scale.gradients.errors import GradientMismatchError
 from retrac_scale.task.diffusion import measure_name, measure_named
 from tests import oracle
 from tests.conftest import MODELS, Labelled, random_images, tiny_dit, tiny_unet
@@ -408,7 +410,7 @@ def test_a_model_whose_samples_meet_is_refused_before_anything_is_written(tmp_pa
 def test_a_resumed_run_obeys_the_recorded_plan(tmp_path: Path) -> None:
     model, images = tiny_unet(), random_images(3)
     plan = run(model, images, rs.Explicit([3, 9]), rs.LowRank(), out=tmp_path / "s", batch_size=5).plan
-    assert plan == {"batch_rows": 5, "threads": torch.get_num_threads()}
+    assert plan == {"batch_rows": 5, "threads": torch.get_num_threads(), "sample": [1, 8, 8], "pictures": False}
     assert run(model, images, rs.Explicit([3, 9]), rs.LowRank(), out=tmp_path / "s", batch_size=2).plan == plan
 
 
@@ -511,3 +513,51 @@ def test_numbers_and_estimators_of_the_wrong_kind_are_refused(wrong: Any) -> Non
 @pytest.mark.parametrize("weighting", [None, rs.MinSNR(3), rs.SD3Weighting("cosmap", True)])
 def test_a_measure_is_read_back_from_its_name(measure: Any, weighting: Any) -> None:
     assert measure_named(measure_name(measure, weighting)) == {"measure": measure, "weighting": weighting}
+
+
+class Reused(SmallDenoiser):
+    """Uses a weight once more, faintly, where no layer is called."""
+
+    share = 0.01
+
+    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, return_dict: bool = True) -> Any:
+        found = super().forward(noisy, timesteps)[0]
+        return (found + self.share * self.last.weight.mean() * noisy,)
+
+
+def test_weights_of_16_bits_are_checked_in_32(tmp_path: Path) -> None:
+    """What rounding to 8 bits would hide is seen, and the model's own tensors are left in their places."""
+    model = SmallDenoiser().bfloat16()
+    places = [parameter.data_ptr() for parameter in model.parameters()]
+    given = images(4).bfloat16()
+    found, full = (run(one, given, rs.Explicit([5])) for one in (model, SmallDenoiser()))
+    np.testing.assert_allclose(found.norms("last"), full.norms("last"), rtol=0.02)
+    assert [parameter.data_ptr() for parameter in model.parameters()] == places
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    with pytest.raises(GradientMismatchError, match=r"differ in last\.weight"):
+        run(Reused().bfloat16(), given, rs.Explicit([5]), out=tmp_path / "s")
+
+
+class InPlaceOnLSTM(SmallDenoiser):
+    """Changes what an LSTM gives in place, which torch allows in 16 bits alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(6, 6, batch_first=True)
+
+    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, return_dict: bool = True) -> Any:
+        hidden = self.lstm(super().forward(noisy, timesteps)[0][:, 0])[0]
+        hidden += 1
+        return (hidden[:, None],)
+
+
+def test_a_model_that_torch_cannot_differentiate_in_32_bits_is_checked_in_16() -> None:
+    """Seed 314 of benchmarks.fuzz."""
+    model, given = InPlaceOnLSTM().half(), images(3).half()
+    norms = run(model, given, rs.Explicit([5])).norms("last")[:, 0]
+    task = rs.DiffusionTask(model, DDPMScheduler(num_train_timesteps=100))
+    losses = task.losses(given, torch.full((3,), 5), rs.draw_noise((1, 6, 6), None, [5] * 3, 0).half(), {})
+    for norm, loss in zip(norms, losses, strict=True):
+        parameters = list(model.parameters())
+        alone = torch.autograd.grad(loss, parameters, retain_graph=True)
+        np.testing.assert_allclose(norm, torch.cat([one.float().flatten() for one in alone]).norm(), rtol=0.02)

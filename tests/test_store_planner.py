@@ -10,11 +10,26 @@ import pytest
 
 import retrac_scale as rs
 from retrac_scale import demo, planner
+from retrac_scale.store import create_store, write_block
+from retrac_scale.store.schema import CONTENT_WORDS, SKETCHED
 
 
 def array_bytes(path: Path) -> tuple[int, int]:
     files = [file for file in path.rglob("*") if file.is_file() and file.name != "zarr.json"]
     return sum(file.stat().st_size for file in files), len(files)
+
+
+def write(path: Path, sketches: Any, planes: Any, fingerprint: Any, **options: Any) -> None:
+    """A store with all that `sketch` keeps."""
+    weights = dict.fromkeys(sketches, 1.0)
+    shape = next(iter(sketches.values())).shape
+    store = create_store(path, shape=shape, weights=weights, fingerprint=fingerprint, quantities=SKETCHED, **options)
+    for name, values in sketches.items():
+        for number, block in enumerate(store.blocks):
+            ones = np.ones_like(planes[name][block], np.float32)
+            contents = np.ones((len(ones), CONTENT_WORDS), np.uint64)
+            told: dict[str, Any] = {"losses": ones, "timesteps": ones.astype(np.int64), "contents": contents}
+            write_block(store, name, number, values[block], ones, **told)
 
 
 def metadata_bytes(path: Path) -> int:
@@ -29,8 +44,8 @@ def test_the_size_of_a_store_is_predicted_to_the_byte(
     rng = np.random.default_rng(0)
     sketches = {f"checkpoint-{i}": rng.standard_normal((n, t, k), dtype=np.float32) for i in range(c)}
     planes = {name: np.ones((n, t)) for name in sketches}
-    rs.write_store(tmp_path / "s", sketches, weights=[1.0] * c, losses=planes, timesteps=list(range(t)), dtype=dtype)
     fingerprint = {"projection": {"kind": "given", "dim": k}}
+    write(tmp_path / "s", sketches, planes, fingerprint, dtype=dtype, ids=np.arange(n))
     predicted = planner.store_size(n, t, c, k, dtype=dtype, fingerprint=fingerprint)
     assert predicted.metadata_bytes == metadata_bytes(tmp_path / "s")
     assert (predicted.array_bytes, predicted.files) == array_bytes(tmp_path / "s")
@@ -42,8 +57,8 @@ def test_ids_and_columns_are_part_of_the_size(tmp_path: Path) -> None:
     columns = {"shows": [f"digit {number % 10}" for number in range(n)], "price": np.linspace(0, 1, n)}
     sketches = {f"checkpoint-{i}": np.ones((n, t, k), np.float32) for i in range(c)}
     planes = {name: np.ones((n, t)) for name in sketches}
-    rs.write_store(tmp_path / "s", sketches, losses=planes, timesteps=[1], ids=ids, columns=columns)
     fingerprint = {"projection": {"kind": "given", "dim": k}}
+    write(tmp_path / "s", sketches, planes, fingerprint, dtype="int8", ids=np.array(ids), columns=columns)
     predicted = planner.store_size(n, t, c, k, fingerprint=fingerprint, ids=ids, columns=columns)
     assert predicted.metadata_bytes == metadata_bytes(tmp_path / "s")
     assert (predicted.array_bytes, predicted.files) == array_bytes(tmp_path / "s")

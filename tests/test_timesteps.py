@@ -65,6 +65,7 @@ def test_common_noise_is_the_same_for_every_sample_and_no_sample_s_own() -> None
         (rs.EvenlySpaced(4), [125, 375, 625, 875]),
         (rs.EvenlySpaced(3), [166, 500, 833]),
         (rs.EvenlySpaced(4, noise="own"), [1, 334, 666, 999]),
+        (rs.EvenlySpaced(1, noise="own"), [500]),
         (rs.Explicit([7, 3]), [7, 3]),
     ],
 )

@@ -39,14 +39,18 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> Answer:
     project = find(arguments.config)
+    queries_of_project = arguments.index is None and arguments.ids is None
     if arguments.index is None:
-        if arguments.ids is None:
+        if queries_of_project:
             arguments.queries = [project.queries]
         index = list(open_indexes([], project).values())[-1]
     else:
         (index,) = open_indexes([arguments.index], project).values()
+    queries = _queries(index, arguments, project)
+    if queries_of_project:
+        _check_pictures(queries, project.folder)  # type: ignore[arg-type]
     answer = index.query(
-        _queries(index, arguments, project),
+        queries,
         arguments.k,
         side=arguments.side,
         where=arguments.where,
@@ -65,6 +69,18 @@ def _run(arguments: argparse.Namespace) -> Answer:
     else:
         raise ValueError(f"--out {arguments.out}: the name must end in .json or .parquet.")
     return Answer(arguments.out, {"out": arguments.out})
+
+
+def _check_pictures(store: SketchStore, folder: str) -> None:
+    """Raise ChangedItemsError where the files that the ids of queries name are not those that were sketched."""
+    from retrac_scale.report import read_images
+    from retrac_scale.report.shown import check_shown
+
+    try:
+        images = read_images(None, store.ids, folder)
+    except ValueError:  # the ids name no files
+        return
+    check_shown(store, store.ids.tolist(), images, exact=True)
 
 
 def _queries(index: Index, arguments: argparse.Namespace, project: Project) -> SketchStore | Samples:

@@ -23,8 +23,17 @@ def _options(parser: argparse.ArgumentParser) -> None:
         "--until",
         type=float,
         metavar="SHARE",
-        help="measure all images again under new noise, until two such runs are foretold to share so much of their "
+        help="measure all images again at further timesteps until two such runs are foretold to share so much of their "
         "top-10 lists, such as 0.9",
+    )
+    parser.add_argument(
+        "--replace", action="store_true", help="sketch images anew that are others than those that were sketched"
+    )
+    parser.add_argument(
+        "--check-all",
+        action="store_true",
+        help="compare all images with those that were sketched, also where more than 10,000 have not changed in size "
+        "and time",
     )
     parser.add_argument("--at-most", type=int, help="timesteps of an image in all, with --until (default: 32)")
 
@@ -38,6 +47,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
     need(project.model, "--model")
     need(project.images, "--images")
     until: dict[str, Any] = {}
+    again = {"replace": arguments.replace, "check_all": arguments.check_all}
     if arguments.until is not None:
         until = {"until": arguments.until, "at_most": 32 if arguments.at_most is None else arguments.at_most}
     elif arguments.at_most is not None:
@@ -46,11 +56,11 @@ def _run(arguments: argparse.Namespace) -> Answer:
     model, scheduler = load_denoiser(project.denoiser), load_scheduler(project.scheduler)
     task = DiffusionTask(model, scheduler, measure=project.measure, device=project.device)  # type: ignore[arg-type]
     training = _images(project, project.images, task)
-    store = sketch(task, training, project.store, checkpoints=project.weights, **measured, **until)
+    store = sketch(task, training, project.store, checkpoints=project.weights, **measured, **until, **again)
     made = [store]
     if project.query_images:
         asked = _images(project, project.query_images, task)
-        made.append(sketch(task, asked, project.queries, checkpoints=project.weights, like=store))
+        made.append(sketch(task, asked, project.queries, checkpoints=project.weights, like=store, **again))
     lines = [str(one) for one in made]
     data: dict[str, Any] = {"store": project.store, "samples": store.shape[0]}
     if len(made) > 1:
@@ -125,6 +135,7 @@ VERB = Verb(
     "Sketch the gradients of a folder of images under a model, and of the images to ask about.",
     """  retrac-scale sketch                           what retrac-scale.toml says; run again, it goes on
   retrac-scale sketch --until 0.9 --at-most 16  measures again and again, until answers would repeat so far
+  retrac-scale sketch --replace                 images that were changed, under the same names, are sketched anew
   retrac-scale sketch --model model --images training-images --query-images generated-images
   retrac-scale sketch --model model --images folder --checkpoint early=epoch-10.pt --checkpoint late=model/unet""",
     _options,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from retrac_scale.cli.project import find
 from retrac_scale.cli.verb import Answer, Verb
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("url", nargs="?", help="path or fsspec URL of a store")
+    parser.add_argument("url", nargs="?", help="path or fsspec URL of a store or an index")
     parser.add_argument("--repair", action="store_true", help="drop what is damaged; no process may be writing")
 
 
@@ -17,6 +18,8 @@ def _run(arguments: argparse.Namespace) -> Answer:
     from retrac_scale.store import repair_store, verify_store
 
     url = arguments.url or find(arguments.config).store
+    if _is_index(url):
+        return _index(url)
     verdict = verify_store(url)
     damaged, unwritten = len(verdict.of("metadata", "damaged")), len(verdict.of("unwritten"))
     lines = [str(finding) for finding in verdict.findings]
@@ -33,9 +36,29 @@ def _run(arguments: argparse.Namespace) -> Answer:
     return Answer("\n".join(lines), data, 0 if verdict.is_whole else 3 if verdict.is_sound else 1)
 
 
+def _is_index(url: Any) -> bool:
+    from retrac_scale.store.reader import open_root
+
+    try:
+        open_root(url, "index")
+    except (ValueError, FileNotFoundError):  # what is wrong with it is told as of a store
+        return False
+    return True
+
+
+def _index(url: Any) -> Answer:
+    from retrac_scale.store.seals import verify_index
+
+    found = verify_index(url)
+    lines = [*found, f"an index: {len(found)} objects are not what was written"]
+    if found:
+        lines.append("run `retrac-scale index` again: it replaces an index that is damaged")
+    return Answer("\n".join(lines), {"findings": found, "damaged": len(found)}, 1 if found else 0)
+
+
 VERB = Verb(
     "verify",
-    "Check every byte of a store against what was committed.",
+    "Check every byte of a store or an index against what was committed.",
     """  retrac-scale verify demo/sketches.zarr            exit status 0: whole, 1: damaged, 3: sound but not complete
   retrac-scale verify demo/sketches.zarr --repair   drops damaged blocks, so that the next sketch(...) computes them""",
     _options,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import struct
@@ -124,6 +125,20 @@ class ImageDataset(ABC):
     def raw(self, row: int) -> Any:
         """The image of a row, before any is left out: encoded bytes, a PIL image or an array."""
 
+    def files(self) -> Sequence[str] | None:
+        """The local file that holds each row, before any is left out; None where there is none."""
+        return None
+
+    @property
+    def stamps(self) -> npt.NDArray[np.uint64] | None:
+        """A digest of size and time of each sample's file, and of how it is read, `[n]`; None without files."""
+        files = self.files()
+        if files is None:
+            return None
+        how = f"{self.channels} {self.size}"
+        stamp_of = {file: _stamp(file, how) for file in dict.fromkeys(files)}
+        return np.array([stamp_of[file] for file in files], np.uint64)[self._rows]
+
     def read(self, row: int) -> Tensor:
         """The image of a row, before any is left out, as a tensor."""
         return pixels(self.raw(row), self.channels, self.size)
@@ -159,6 +174,15 @@ class ImageDataset(ABC):
         self.columns = {name: values[self._rows] for name, values in self.columns.items()}
         if self.skipped:
             logger.warning("%s: left out %d corrupt images: %s", self.source, len(self.skipped), list(self.skipped))
+
+
+def _stamp(file: str, how: str) -> int:
+    try:
+        status = os.stat(file)
+    except OSError:  # reading it says more
+        return 0
+    text = f"{status.st_size} {status.st_mtime_ns} {how}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") or 1
 
 
 def _refuse_odd(source: str, name: str, values: Any, *, lists: bool) -> None:

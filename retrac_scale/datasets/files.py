@@ -52,6 +52,10 @@ class ImageFiles(ImageDataset):
             corrupt=corrupt,
         )
 
+    def files(self) -> list[str]:
+        """See `ImageDataset.files`."""
+        return self._files
+
     def raw(self, row: int) -> Any:
         """See `ImageDataset.raw`."""
         return Path(self._files[row]).read_bytes()

@@ -14,12 +14,12 @@ from retrac_scale.estimators.ridge import Damping, Moments, Ridge, solve
 from retrac_scale.execution import compute, delayed
 from retrac_scale.store import SketchStore, open_store
 from retrac_scale.store.encoding import Float32
-from retrac_scale.store.schema import Url, blocks
+from retrac_scale.store.schema import Url, blocks, whereabouts
 
 if TYPE_CHECKING:
     from distributed import Client
 
-PIECE_BYTES = 64 * 2**20
+PIECE_BYTES = 16 * 2**20
 RUN_ROWS = 16384
 """Rows whose moments one task adds up, however many workers there are, so that the sums are the same everywhere."""
 
@@ -54,7 +54,7 @@ def fit(store: SketchStore, estimator: Estimator, places: Places, client: Client
     """
     if estimator.damping is None:
         return {}
-    source: SketchStore | Url = store if client is None else store.url
+    source: SketchStore | Url = store if client is None else whereabouts(store.url)
     run = delayed(partial(_moments_of_run, source, store.fingerprint.get("measure"), estimator))
     add, finish = delayed(_sum), delayed(_solve)
     dual = len(places) < store.shape[2]
@@ -73,7 +73,7 @@ def _moments_of_run(
 ) -> list[Moments]:
     store = source if isinstance(source, SketchStore) else open_store(source, measure=measure)
     pieces = (
-        [Moments.of(part, dual=dual) for part in np.split(rows, estimator.parts(store), axis=1)]
+        [Moments.of(part, estimator.damping or 0, dual=dual) for part in np.split(rows, estimator.parts(store), axis=1)]
         for _, rows in rows_at(store, places, lambda samples: estimator.rows(store, name, samples))
     )
     return reduce(_add, pieces)

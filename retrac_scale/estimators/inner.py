@@ -55,9 +55,8 @@ class ReTrac(Estimator):
 
     def vectors(self, sketches: Float32, norms: Float32) -> Float32:
         """Directions."""
-        long = (norms > 0)[..., None]
-        directions: Float32 = np.divide(sketches, norms[..., None], out=np.zeros_like(sketches), where=long)
-        return directions
+        lengths: Float32 = np.where(norms > 0, norms, np.float32(np.inf))
+        return sketches / lengths[..., None]
 
 
 @dataclass(frozen=True)
@@ -78,6 +77,6 @@ class GradCos(Estimator):
 
     def vectors(self, sketches: Float32, norms: Float32) -> Float32:
         """The gradients, divided by the length of their mean over timesteps."""
-        length = np.linalg.norm(sketches.mean(1), axis=1)[:, None, None]
+        length = np.linalg.norm(sketches.mean(1).astype(np.float64), axis=1)[:, None, None].astype(np.float32)
         unit: Float32 = np.divide(sketches, length, out=np.zeros_like(sketches), where=length > 0)
         return unit

@@ -11,9 +11,9 @@ import numpy as np
 
 from retrac_scale.estimators.base import Estimator, Pairing
 from retrac_scale.estimators.inner import ReTrac, TracIn
-from retrac_scale.estimators.ridge import Damping, Ridge
+from retrac_scale.estimators.ridge import Damping, Floats, Ridge
 from retrac_scale.store import SketchStore
-from retrac_scale.store.encoding import Float32, Float64
+from retrac_scale.store.encoding import Float32
 from retrac_scale.store.part import plans_of
 
 ALL = slice(None)
@@ -65,8 +65,8 @@ class Ridged(Estimator, named=False):
 
     def finish(
         self, store: SketchStore, checkpoint: str, samples: slice, parts: Sequence[Float32], ridges: Sequence[Ridge]
-    ) -> list[Float64]:
-        """The training rows in float64, from those of `rows`, `[n, k]` for each ridge."""
+    ) -> list[Floats]:
+        """The training rows, from those of `rows`, `[n, k]` for each ridge."""
         return [ridge.apply(part) for part, ridge in zip(parts, ridges, strict=True)]
 
     def _parted(self, rows: Float32, ridges: Sequence[Ridge]) -> list[Float32]:
@@ -119,7 +119,7 @@ class RelatIF(TRAK):
 
     def finish(
         self, store: SketchStore, checkpoint: str, samples: slice, parts: Sequence[Float32], ridges: Sequence[Ridge]
-    ) -> list[Float64]:
+    ) -> list[Floats]:
         """K^-1 phi over its own length; zero where that is zero."""
         every = super().finish(store, checkpoint, samples, parts, ridges)
         return [_divided(solved, np.linalg.norm(solved, axis=1)) for solved in every]
@@ -131,7 +131,7 @@ class RenormIF(TRAK):
 
     def finish(
         self, store: SketchStore, checkpoint: str, samples: slice, parts: Sequence[Float32], ridges: Sequence[Ridge]
-    ) -> list[Float64]:
+    ) -> list[Floats]:
         """K^-1 phi over the length of phi; zero where that is zero."""
         every = super().finish(store, checkpoint, samples, parts, ridges)
         return [
@@ -167,7 +167,7 @@ class DAS(TRAK):
 
     def finish(
         self, store: SketchStore, checkpoint: str, samples: slice, parts: Sequence[Float32], ridges: Sequence[Ridge]
-    ) -> list[Float64]:
+    ) -> list[Floats]:
         """K^-1 u r."""
         residuals = np.sqrt(store.losses(checkpoint, samples).astype(np.float64))
         r = _divided(residuals, np.linalg.norm(residuals, axis=1))
@@ -177,9 +177,9 @@ class DAS(TRAK):
         return [solved * own[:, None] for solved, own in zip(every, r.T, strict=True)]
 
 
-def _divided(rows: Float64, lengths: Float64) -> Float64:
+def _divided(rows: Floats, lengths: Floats) -> Floats:
     """Rows `[n, k]` over lengths `[n]`, zero where a length is."""
-    divided: Float64 = rows / np.where(lengths > 0, lengths, np.inf)[:, None]
+    divided: Floats = rows / np.where(lengths > 0, lengths, np.inf)[:, None]
     return divided
 
 

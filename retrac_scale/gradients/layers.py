@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +63,8 @@ class Call:
 def layers_of(model: nn.Module, names: list[str]) -> list[Layer]:
     """The layers that use these parameters, in the model's order; a module taken whole is one.
 
+    That are those of `recompute_whole`, and those that compute with parameters in containers without a forward.
+
     Raises:
         UncapturableError: a parameter is complex, or a batch norm anywhere in the model normalises over the batch.
     """
@@ -85,17 +87,31 @@ def layers_of(model: nn.Module, names: list[str]) -> list[Layer]:
             )
         if any(name.startswith(container) for container in whole):
             continue
-        if is_whole(module):
+        taken_whole = is_whole(module) or _contains(module, canonical)
+        if taken_whole:
             whole.append(f"{name}." if name else "")
         own = {
             key: canonical[id(value)]
-            for key, value in module.named_parameters(recurse=is_whole(module))
+            for key, value in module.named_parameters(recurse=taken_whole)
             if id(value) in canonical
         }
         if own:
             numel = sum(module.get_parameter(key).numel() for key in own)
-            layers.append(Layer(name, module, own, None if is_whole(module) else rule_for(module), numel))
+            layers.append(Layer(name, module, own, None if taken_whole else rule_for(module), numel))
     return layers
+
+
+def _contains(module: nn.Module, selected: Container[int]) -> bool:
+    """Whether a module holds selected parameters in what has no forward, as LoKr's stand in a ParameterDict.
+
+    It is the module itself then that computes with them.
+    """
+    for child in module.children():
+        if type(child).forward is nn.Module.forward and (
+            any(id(value) in selected for value in child.parameters(recurse=False)) or _contains(child, selected)
+        ):
+            return True
+    return False
 
 
 def selected_parameters(model: nn.Module, parameters: ParameterFilter) -> list[str]:

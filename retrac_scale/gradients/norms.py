@@ -8,6 +8,9 @@ from torch import Tensor
 BLOCK = 1024
 """Entries squared and summed in float32; sums of these blocks are added up in float64."""
 
+FAINT = 2.0**-76
+"""Below it, squares of entries may have fallen below float32's least normal number, and they are taken in float64."""
+
 
 def squared_norm(rows: Tensor) -> Tensor:
     """`[n, p]` -> `[n]`, float64, to a relative 1e-6 at any p."""
@@ -19,4 +22,6 @@ def squared_norm(rows: Tensor) -> Tensor:
         squares += torch.linalg.vector_norm(blocks, dim=2, dtype=dtype).double().square().sum(1)
     if whole < p:
         squares += torch.linalg.vector_norm(rows[:, whole:], dim=1, dtype=dtype).double().square()
+    if (faint := squares < FAINT).any():
+        squares[faint] = rows[faint].double().square().sum(1)
     return squares

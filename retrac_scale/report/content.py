@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from retrac_scale.columns import distinct
 from retrac_scale.explain import Explanation, explain_lists
 from retrac_scale.halves import Repeatability
 from retrac_scale.index import Index, Side
-from retrac_scale.report.pictures import Pictures, data_uri
+from retrac_scale.report.pictures import Images, PictureFiles, Pictures, data_uri
+from retrac_scale.report.shown import check_shown
 from retrac_scale.report.trust import Told, check_given, repeatability_for_page, shared_by_halves, told
 from retrac_scale.store import SketchStore
 from retrac_scale.topk import TopK
@@ -69,6 +71,7 @@ def content(
                 query.setdefault("shared", {})[name] = shared
     rows = Rows(next(iter(indexes.values()))) if indexes else None
     every = np.unique(np.concatenate([answer.ids.ravel() for answer in answers.values()]))
+    notes += _notes_of_pictures(every, pictures, indexes, sketched)
     return {
         "title": title,
         "queries": asked,
@@ -81,6 +84,27 @@ def content(
             if name in measured
         },
     }
+
+
+def _notes_of_pictures(
+    every: npt.NDArray[Any], pictures: Pictures, indexes: Mapping[str, Index], queries: Mapping[str, SketchStore]
+) -> list[str]:
+    """Sentences about the pictures that may not be those that were sketched; those that surely are not are refused."""
+    told = {}
+    for name, index in indexes.items():
+        if (store := index.check_store()) is not None:
+            shown = (pictures.image(sample) for sample in every.tolist())
+            told[f"Training samples ({name})"] = check_shown(
+                store, every.tolist(), shown, exact=_of_files(pictures.images)
+            )
+    for name, own in queries.items():
+        shown = (pictures.query(place) for place in range(len(own.ids)))
+        told[f"Queries ({name})"] = check_shown(own, own.ids.tolist(), shown, exact=_of_files(pictures.queries))
+    return [f"{who}: {note}." for who, note in told.items() if note]
+
+
+def _of_files(images: Images) -> bool:
+    return isinstance(images, PictureFiles)
 
 
 def queries_of_indexes(
@@ -178,7 +202,7 @@ def curve_of(curve: tuple[Any, Any, Any]) -> Json:
 
 def group_columns(index: Index) -> list[str]:
     """Columns that put several samples under one label."""
-    columns = {name: len(np.unique(values)) for name, values in index.columns.items()}
+    columns = {name: len(distinct(index.column(name))) for name in index.column_names}
     return [name for name, labels in columns.items() if 1 < labels <= min(MOST_LABELS, index.shape[1] // 2)]
 
 

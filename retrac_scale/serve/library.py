@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from retrac_scale.columns import distinct
 from retrac_scale.halves import MeasuredOnceError, repeatability_of_rows
 from retrac_scale.index import Index
 from retrac_scale.query import Question, answer_rows
@@ -24,7 +25,8 @@ from retrac_scale.report.content import (
     plain,
     queries_of_indexes,
 )
-from retrac_scale.report.pictures import data_uri
+from retrac_scale.report.pictures import PictureFiles, data_uri
+from retrac_scale.report.shown import check_shown
 from retrac_scale.report.trust import Told, joined, repeatability_for_page, shared_by_halves, told
 from retrac_scale.samples import Samples, take
 from retrac_scale.scan import Bools
@@ -118,7 +120,8 @@ class Library:
 
     def about(self) -> Json:
         """What there is to ask, for the page."""
-        columns = {name: np.unique(values) for name, values in next(iter(self.indexes.values())).columns.items()}
+        first = next(iter(self.indexes.values()))
+        columns = {name: distinct(first.column(name)) for name in first.column_names}
         return {
             "estimators": list(self.indexes),
             "samples": len(self._ids),
@@ -128,7 +131,7 @@ class Library:
                 name: [plain(value) for value in values] if len(values) <= MOST_CHOICES else None
                 for name, values in columns.items()
             },
-            "group_columns": group_columns(next(iter(self.indexes.values()))),
+            "group_columns": group_columns(first),
             "curve": None if self.store is None or not self.store.has("timestep") else curve_of(norm_curve(self.store)),
         }
 
@@ -304,13 +307,20 @@ class Library:
 
     def _describe(self, sample: str) -> Json:
         name = self._sample_id(sample)
-        return {"picture": data_uri(self.pictures.image(name)), "columns": self._rows[name]}
+        picture = self.pictures.image(name)
+        if self.store is not None:
+            check_shown(self.store, [name], [picture], exact=isinstance(self.pictures.images, PictureFiles))
+        return {"picture": data_uri(picture), "columns": self._rows[name]}
 
     def _query_picture(self, asked: Asked) -> str:
         if asked.source == "training":
             picture: str = self.sample(asked.id)["picture"]
             return picture
-        return data_uri(self.pictures.query(self._places["queries"][asked.id]))
+        place = self._places["queries"][asked.id]
+        shown = self.pictures.query(place)
+        for own in self.queries.values():
+            check_shown(own, [own.ids[place].item()], [shown], exact=isinstance(self.pictures.queries, PictureFiles))
+        return data_uri(shown)
 
 
 def _places_of(store: SketchStore) -> dict[str, int]:

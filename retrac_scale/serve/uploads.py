@@ -17,6 +17,8 @@ from retrac_scale.datasets.base import check_depth, middle_square
 from retrac_scale.serve.limits import Limits
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+MOST_ASPECT = 16
+"""Of a longer image hardly anything would be left, and it is scaled whole before it is cut, as the datasets do it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,10 +70,13 @@ def read_upload(content: bytes, shape: tuple[int, int, int], limits: Limits) -> 
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(content), formats=FORMATS) as image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            if image.width * image.height > limits.pixels:
-                raise ValueError(f"the image has {image.width} x {image.height} pixels; {limits.pixels} are allowed.")
-            check_depth(image)
             size = image.size
+            has = f"the image has {size[0]} x {size[1]} pixels"
+            if size[0] * size[1] > limits.pixels:
+                raise ValueError(f"{has}; {limits.pixels} are allowed.")
+            if max(size) > MOST_ASPECT * min(size):
+                raise ValueError(f"{has}; one side may be {MOST_ASPECT} times the other.")
+            check_depth(image)
             upright = ImageOps.exif_transpose(image.convert("L" if channels == 1 else "RGB"))
             square = height == width  # as the datasets do it; they know no other shape
             fitted = middle_square(upright, width) if square else ImageOps.fit(upright, (width, height))

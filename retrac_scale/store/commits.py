@@ -17,6 +17,11 @@ def commit_key(checkpoint: str, block: int) -> str:
     return f"{checkpoint}/commit/c.{block}.0"
 
 
+def aside_key(checkpoint: str, block: int) -> str:
+    """Where the record of a block is kept while the block is computed again."""
+    return f"{checkpoint}/commit/was.{block}"
+
+
 def pack(store_digest: str, checkpoint: str, block: int, checksums: Mapping[str, int]) -> bytes:
     """The chunk that records a block: its seal, the checksums of its chunks, and the chunk's own CRC-32C."""
     values = list(checksums.values())

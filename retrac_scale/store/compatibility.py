@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import importlib.metadata
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from retrac_scale.store.part import plans_of
-from retrac_scale.store.schema import differences
+from retrac_scale.store.schema import CONTENT, differences
+
+if TYPE_CHECKING:
+    from retrac_scale.store.reader import SketchStore
+
+LIBRARIES = ("torch", "diffusers", "peft")
+"""Whose versions gradients may depend on."""
+
+
+@cache
+def library_versions() -> dict[str, str]:
+    """Of what is installed; read once: a process without privileges may no longer reach the packages' files."""
+    versions = {}
+    for name in ("retrac_scale", "zarr", "numpy", *LIBRARIES):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 @dataclass(frozen=True)
@@ -32,7 +52,7 @@ FIELDS = {
     "checkpoints": Field("digests of all weights, and what LoRA's are multiplied with, by checkpoint", parts=False),
     "scheduler": Field("what of the scheduler's configuration determines noisy images, targets and times"),
     "measure": Field("what is differentiated, and how it is weighted over timesteps", parts=False),
-    "forward": Field("the code that runs: call=, the model's own, active adapters, mixed precision, noising"),
+    "forward": Field("what runs: call=, the model's code and plain attributes, adapters, mixed precision, noising"),
     "autocast": Field("mixed precision, as earlier releases told it", queries=False),
     "frozen": Field("the model's configuration; digests of VAE, text encoders, a ControlNet's U-Net"),
     "timesteps": Field("the plan, and a digest of every timestep and noise seed", queries=False, parts=False),
@@ -103,7 +123,32 @@ def of_both(train: Mapping[str, Any], queries: Mapping[str, Any]) -> tuple[dict[
 
 def as_told_by(stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """A fingerprint without what the stored one, of an earlier release, cannot tell."""
-    return {key: value for key, value in given.items() if key in stored or key != "forward"}
+    told = {key: value for key, value in given.items() if key in stored or key != "forward"}
+    if "forward" in told:
+        told["forward"] = {name: value for name, value in told["forward"].items() if name in stored["forward"]}
+    return told
+
+
+def warn_of_versions(store: SketchStore) -> None:
+    """Warn where a store was written under other libraries than those that compute here.
+
+    They may have changed what their models do, which no fingerprint tells; a patch is taken to change nothing.
+    """
+    here = library_versions()
+    there = {name: version for name, version in store.meta["written_by"].items() if name in LIBRARIES and name in here}
+    other = [name for name, version in there.items() if version.split(".")[:2] != here[name].split(".")[:2]]
+    if other:
+        said = ", ".join(f"{name} {there[name]}, here is {here[name]}" for name in other)
+        warnings.warn(
+            f"{store.url or 'the store'} was written under {said}; what a library changed in its models stands in no "
+            "fingerprint: compute both sides under one, or compare a sample's norm.",
+            stacklevel=3,
+        )
+
+
+def kept_alike(stored: Sequence[str], given: Sequence[str]) -> list[str]:
+    """Quantities to be kept, without what a store of an earlier release does not keep."""
+    return [name for name in given if name in stored or name != CONTENT]
 
 
 def _told(fingerprint: Mapping[str, Any], field: str) -> Mapping[str, Any]:

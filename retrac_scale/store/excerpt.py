@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrac_scale.store.reader import SketchStore
+from retrac_scale.store.schema import CONTENT
 
 
 class Excerpt(SketchStore):
@@ -44,4 +45,8 @@ class Excerpt(SketchStore):
         return {**whole, "checkpoints": {name: known[name] for name in self._names if name in known}}
 
     def _gather(self, checkpoint: str, samples: slice, *quantities: str) -> list[npt.NDArray[Any]]:
-        return [values[:, self._places] for values in self._of._gather(checkpoint, samples, *quantities)]
+        gathered = self._of._gather(checkpoint, samples, *quantities)
+        return [
+            values if quantity == CONTENT else values[:, self._places]
+            for quantity, values in zip(quantities, gathered, strict=True)
+        ]

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import zarr
 
 from retrac_scale.store import objects
-from retrac_scale.store.compatibility import ALIKE, of_both
+from retrac_scale.store.compatibility import ALIKE, kept_alike, of_both
 from retrac_scale.store.encoding import Dtype
 from retrac_scale.store.part import ROOT, digest_of, group_json, lay_out, plans_of
 from retrac_scale.store.reader import PARTS, WHAT, SketchStore, open_parts, open_root
@@ -111,10 +111,17 @@ def _check_alike(
             | {"checkpoints": {name: digest.get(name) for name in shared}}
             | {"precondition": {name: print_.get("precondition", {}).get(name) for name in shared}}
             | {"weights": {name: weights[name] for name in shared}}
-            | {key: described[key] for key in ("dtype", "quantities", "columns")}
-            for print_, digest, weights, described in (
-                (prints[0], digests[0], part.weights, part.meta),
-                (prints[1], digests[1], meta["checkpoints"], meta),
+            | {key: described[key] for key in ("dtype", "columns")}
+            | {"quantities": quantities}
+            for print_, digest, weights, described, quantities in (
+                (prints[0], digests[0], part.weights, part.meta, part.meta["quantities"]),
+                (
+                    prints[1],
+                    digests[1],
+                    meta["checkpoints"],
+                    meta,
+                    kept_alike(part.meta["quantities"], meta["quantities"]),
+                ),
             )
         )
         if found := differences(stored, given):

@@ -14,10 +14,10 @@ import torch
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.core.buffer import default_buffer_prototype
-from zarr.storage import LocalStore, MemoryStore
+from zarr.storage import LocalStore, MemoryStore, StorePath
 
+from retrac_scale.store import objects
 from retrac_scale.store.errors import DamagedStoreError
-from retrac_scale.store.objects import in_place
 
 CRC_BYTES = 4
 REMEDY = "run `retrac-scale verify` on a store; build an index again."
@@ -53,17 +53,46 @@ def map_chunk(array: zarr.Array[Any], chunk: tuple[int, ...], crc: int | None = 
     store: Any = array.store_path.store
     if not (isinstance(store, LocalStore | MemoryStore) and is_plain(array)):
         return None
-    key = f"{array.store_path.path}/{array.metadata.encode_chunk_key(chunk)}".lstrip("/")
+    key = chunk_key(array, chunk)
     size = int(np.prod(array.chunks)) * array.dtype.itemsize
     if isinstance(store, LocalStore):
         content = _file(Path(store.root) / key, size, crc)
     else:
-        found = in_place(store.get(key, default_buffer_prototype()))
+        found = objects.in_place(store.get(key, default_buffer_prototype()))
         if found is None:
             raise DamagedStoreError(f"chunk {key} of the store in memory is missing.")
         content = found.as_numpy_array().view(np.uint8)
         _check(content, size, crc, f"chunk {key} of the store in memory", verified=False)
     content.flags.writeable = False
+    return _cut(array, chunk, content)
+
+
+def fetch_chunk(array: zarr.Array[Any], chunk: tuple[int, ...], crc: int | None = None) -> npt.NDArray[Any]:
+    """One chunk of an array wherever it is: as `map_chunk`, or its object, read whole and checked."""
+    mapped = map_chunk(array, chunk, crc)
+    if mapped is not None:
+        return mapped
+    if not is_plain(array):
+        spans = zip(chunk, array.chunks, strict=True)
+        return np.asarray(array[tuple(slice(place * width, (place + 1) * width) for place, width in spans)])
+    key, size = chunk_key(array, chunk), int(np.prod(array.chunks)) * array.dtype.itemsize
+    found = objects.read(StorePath(array.store_path.store), key)
+    if found is None or len(found) != size + CRC_BYTES:
+        problem = "is missing" if found is None else f"has {len(found)} bytes instead of {size + CRC_BYTES}"
+        raise DamagedStoreError(f"{array.store_path.store}/{key} {problem}; {REMEDY}")
+    content = np.frombuffer(found, np.uint8)
+    _check(content, size, crc, f"{array.store_path.store}/{key}", verified=False)
+    return _cut(array, chunk, content)
+
+
+def chunk_key(array: zarr.Array[Any], chunk: tuple[int, ...]) -> str:
+    """The object that holds a chunk, by its key in the whole store."""
+    return f"{array.store_path.path}/{array.metadata.encode_chunk_key(chunk)}".lstrip("/")
+
+
+def _cut(array: zarr.Array[Any], chunk: tuple[int, ...], content: Bytes) -> npt.NDArray[Any]:
+    """A chunk's values, within the array's bounds, from the content of its object."""
+    size = int(np.prod(array.chunks)) * array.dtype.itemsize
     whole = content[:size].view(array.dtype).reshape(array.chunks)
     bounds = zip(array.shape, array.chunks, chunk, strict=True)
     return whole[tuple(slice(0, min(width, extent - place * width)) for extent, width, place in bounds)]

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import zarr
+from zarr.abc.store import ByteRequest
 from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import LocalStore, MemoryStore, StorePath
@@ -30,12 +31,12 @@ Content = Buffer | bytes | Iterable[npt.NDArray[np.uint8]]
 """Of an object to be written: whole, or pieces that are made one after the other."""
 
 
-def read_all(group: Place, keys: Iterable[str]) -> dict[str, bytes | None]:
-    """Contents of objects below a group, None for those that do not exist."""
+def read_all(group: Place, keys: Iterable[str], part: ByteRequest | None = None) -> dict[str, bytes | None]:
+    """Contents of objects below a group, or a part of each; None for those that do not exist."""
     store: Any = group.store
 
     async def get(key: str) -> bytes | None:
-        value = await store.get(_full(group, key), default_buffer_prototype())
+        value = await store.get(_full(group, key), default_buffer_prototype(), part)
         return None if value is None else value.to_bytes()
 
     return _in_parallel(store, dict.fromkeys(keys, get))

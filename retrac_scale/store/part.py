@@ -22,7 +22,7 @@ from retrac_scale.store import commits, objects
 from retrac_scale.store.encoding import array_dtype
 from retrac_scale.store.errors import DamagedStoreError
 from retrac_scale.store.mapping import CRC_BYTES, Bytes, crc32c, is_plain, map_chunk
-from retrac_scale.store.schema import ATTRIBUTE, LIST_CHUNK, blocks, new_array
+from retrac_scale.store.schema import ATTRIBUTE, CONTENT, CONTENT_WORDS, LIST_CHUNK, blocks, new_array
 
 ROOT = "zarr.json"
 NO_DIGEST = "0" * 32
@@ -58,15 +58,16 @@ def lay_out(
     for checkpoint in meta["checkpoints"]:
         group = root.create_group(checkpoint)
         for quantity in meta["quantities"]:
-            whole = (size, t, k) if quantity == "sketch" else (size, t)
+            dims, extent = _axes(quantity, t, k)
+            whole = (size, *extent)
             sharded = quantity == "sketch" and rows is not None
             new_array(
                 group,
                 quantity,
-                shape=(n, *whole[1:]),
-                chunks=(rows, *whole[1:]) if sharded else whole,
+                shape=(n, *extent),
+                chunks=(rows, *extent) if sharded else whole,
                 dtype=_dtype(quantity, meta["dtype"]),
-                dims=["sample", "timestep", "k"][: len(whole)],
+                dims=["sample", *dims],
                 shards=whole if sharded else None,
                 attributes={"bits": "bfloat16"} if quantity == "sketch" and meta["dtype"] == "bfloat16" else None,
             )
@@ -84,7 +85,7 @@ def lay_out(
     laid_out: dict[str, Buffer | bytes] = {key: _in_memory(memory, key) for key in objects.all_keys(root)}
     del laid_out[ROOT]
     fixed = {key: digest_of(_bytes(value)) for key, value in laid_out.items() if not key.startswith("deleted/c")}
-    return {**laid_out, ROOT: _sealed({**meta, "digests": fixed, "digest": NO_DIGEST})}
+    return {**laid_out, ROOT: sealed({**meta, "digests": fixed, "digest": NO_DIGEST})}
 
 
 def group_json(attribute: Mapping[str, Any]) -> bytes:
@@ -195,12 +196,34 @@ class Part:
             return None
         return commits.unpack(chunk, self.meta["digest"], checkpoint, block, self.meta["quantities"])
 
+    def set_aside(self, checkpoint: str, block: int) -> None:
+        """Take the commit of a block back: it is to be computed again, and until then has not been written."""
+        chunk = objects.read(self.root, commits.commit_key(checkpoint, block))
+        if chunk is not None:
+            objects.write_all(self.root, {commits.aside_key(checkpoint, block): chunk})
+            objects.delete_all(self.root, [commits.commit_key(checkpoint, block)])
+
+    def aside(self, checkpoint: str, block: int) -> dict[str, npt.NDArray[Any]] | None:
+        """The values of a block that was set aside, by quantity; None where they are no longer all there."""
+        chunk = objects.read(self.root, commits.aside_key(checkpoint, block))
+        if chunk is None:
+            return None
+        try:
+            record = commits.unpack(chunk, self.meta["digest"], checkpoint, block, self.meta["quantities"])
+            return {name: self.read(checkpoint, name, block, record) for name in record}
+        except DamagedStoreError:  # some of its chunks are those of another try already
+            return None
+
+    def forget_aside(self, checkpoint: str, block: int) -> None:
+        """Remove what is kept of a block that was set aside, once it is computed."""
+        objects.delete_all(self.root, [commits.aside_key(checkpoint, block)])
+
     def read(self, checkpoint: str, quantity: str, block: int, record: Mapping[str, int]) -> npt.NDArray[Any]:
-        """The stored values of one quantity of a block, `[n, t]` or `[n, t, k]`; a read-only map where possible.
+        """The stored values of one quantity of a block, `[n, t]`, `[n, t, k]` or `[n, word]`; a map where possible.
 
         Args:
             checkpoint: its name.
-            quantity: "sketch", "scale", "norm", "loss" or "timestep".
+            quantity: "sketch", "scale", "norm", "loss", "timestep" or "content".
             block: number of the block.
             record: its commit record, which the values must agree with.
         """
@@ -320,10 +343,18 @@ def _new_list(root: zarr.Group, name: str, n: int, dtype: Any, fill: int) -> zar
 
 
 def _dtype(quantity: str, dtype: Any) -> str:
-    return {"sketch": array_dtype(dtype), "timestep": "int64"}.get(quantity, "float32")
+    return {"sketch": array_dtype(dtype), "timestep": "int64", CONTENT: "uint64"}.get(quantity, "float32")
 
 
-def _sealed(meta: Mapping[str, Any]) -> bytes:
+def _axes(quantity: str, t: int, k: int) -> tuple[list[str], tuple[int, ...]]:
+    """Names and lengths of a quantity's dimensions beside that of the samples."""
+    if quantity == CONTENT:
+        return ["word"], (CONTENT_WORDS,)
+    return (["timestep", "k"], (t, k)) if quantity == "sketch" else (["timestep"], (t,))
+
+
+def sealed(meta: Mapping[str, Any]) -> bytes:
+    """`group_json` of a description whose digest is `NO_DIGEST`, with its own in place of that."""
     content = group_json(meta)
     return content.replace(_entry(NO_DIGEST), _entry(digest_of(content)))
 

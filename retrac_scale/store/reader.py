@@ -16,12 +16,21 @@ from retrac_scale.store import commits, objects
 from retrac_scale.store.encoding import Float32, decode
 from retrac_scale.store.errors import DamagedStoreError, IncompleteStoreError
 from retrac_scale.store.part import ROOT, Part, check_root, digest_of, plans_of
-from retrac_scale.store.schema import ATTRIBUTE, FORMAT_VERSION, Url, get_group, zarr_location
+from retrac_scale.store.schema import (
+    ATTRIBUTE,
+    CONTENT,
+    CONTENT_WORDS,
+    FORMAT_VERSION,
+    Url,
+    get_group,
+    zarr_location,
+)
 
 ALL = slice(None)
 WHAT = "sketch store"
 PARTS = "parts"
 
+Words = npt.NDArray[np.uint64]
 Read = Callable[[str], npt.NDArray[Any]]
 """Gives the stored values of a quantity of one block."""
 
@@ -226,8 +235,30 @@ class SketchStore:
         (timesteps,) = self._gather(checkpoint, samples, "timestep")
         return timesteps
 
+    def contents(self, checkpoint: str, samples: slice = ALL) -> Words:
+        """What the rows of a checkpoint were computed from, uint64 `[n, 4]`, see `retrac_scale.content`."""
+        (contents,) = self._gather(checkpoint, samples, CONTENT)
+        return contents
+
+    def written_contents(self, ids: npt.NDArray[Any]) -> Iterator[tuple[npt.NDArray[Any], Words | None]]:
+        """Ids and contents of each committed block, of every measure, that holds some samples; without deleted ones.
+
+        Contents are None where they were not kept, by an earlier release for one.
+        """
+        for part in open_parts(self._whole, self.url):
+            alive = ~part.deleted
+            asked = np.isin(part.ids, ids)
+            for checkpoint in part.meta["checkpoints"]:
+                for block, samples in enumerate(part.blocks):
+                    record = part.record(checkpoint, block) if asked[samples].any() else None
+                    if record is not None:
+                        told = (
+                            part.read(checkpoint, CONTENT, block, record)[alive[samples]] if CONTENT in record else None
+                        )
+                        yield part.ids[samples][alive[samples]], told
+
     def has(self, quantity: str) -> bool:
-        """Whether the store carries 'loss' or 'timestep', which `write_store` may leave out."""
+        """Whether the store carries 'loss', 'timestep', or 'content', which only `sketch` writes."""
         return all(quantity in part.meta["quantities"] for part in self._parts)
 
     def delete(self, ids: Sequence[Any] | npt.NDArray[Any]) -> int:
@@ -254,6 +285,14 @@ class SketchStore:
             if mask.any():
                 part.delete(mask)
         return int(self.deleted.sum())
+
+    def set_aside(self, ids: Sequence[Any]) -> None:
+        """Take back the commits of all blocks that hold some samples, in every measure; `sketch` writes them anew."""
+        for part in open_parts(self._whole, self.url):
+            held = np.isin(part.ids, np.asarray(ids))
+            for block, samples in enumerate(part.blocks):
+                for checkpoint in part.meta["checkpoints"] if held[samples].any() else ():
+                    part.set_aside(checkpoint, block)
 
     @cached_property
     def _segments(self) -> list[Part]:
@@ -284,18 +323,17 @@ class SketchStore:
         n, t, k = self.shape
         chosen = range(*samples.indices(n))
         start, stop = (min(chosen[0], chosen[-1]), max(chosen[0], chosen[-1]) + 1) if chosen else (0, 0)
+        shapes = {"sketch": (t, k), CONTENT: (CONTENT_WORDS,)}
+        types = {"timestep": np.int64, CONTENT: np.uint64}
         found: list[npt.NDArray[Any]] = [
-            np.empty(
-                (stop - start, t, k)[: 3 if name == "sketch" else 2], np.int64 if name == "timestep" else np.float32
-            )
-            for name in quantities
+            np.empty((stop - start, *shapes.get(name, (t,))), types.get(name, np.float32)) for name in quantities
         ]
         done = 0
         for first, number, rows, block in self._overlapping(slice(start, stop)):
             below, column = done + rows.stop - rows.start, 0
             for read, steps in self._filled(first, checkpoint, number, block):
                 for quantity, values in zip(quantities, found, strict=True):
-                    out = values[done:below, column : column + steps]
+                    out = values[done:below] if quantity == CONTENT else values[done:below, column : column + steps]
                     if quantity == "sketch":
                         decode(read("sketch")[rows], read("scale")[rows], out=out)
                     else:

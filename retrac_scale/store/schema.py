@@ -26,6 +26,11 @@ MIN_BLOCK_SAMPLES = 64
 LIST_CHUNK = 2**20
 """Entries per chunk of what is stored once per sample: ids, columns, tombstones."""
 
+CONTENT, CONTENT_WORDS = "content", 4
+"""The quantity that tells which item a row was computed from; stores of earlier releases have none."""
+SKETCHED = ("loss", "timestep", CONTENT)
+"""What `sketch` keeps beside sketch, scale and norm."""
+
 RESERVED = ("id", "deleted", "parts")
 """Names at the root of a store that neither a column nor a checkpoint may take."""
 
@@ -48,8 +53,10 @@ def zarr_location(url: Url) -> Any:
     return zarr.storage.FsspecStore.from_url(place, storage_options={**fresh, **inner})
 
 
-def whereabouts(url: str | os.PathLike[str]) -> str:
-    """A path made absolute, `~` expanded, as workers that run in another folder see it too; a remote URL as it is."""
+def whereabouts(url: Url) -> Any:
+    """A path made absolute, `~` expanded, as workers that run in another folder see it too; anything else as it is."""
+    if url is None or isinstance(url, Store):
+        return url
     text = os.fspath(url)
     return text if is_remote(text) else os.path.abspath(os.path.expanduser(text.removeprefix("file://")))
 
@@ -223,7 +230,9 @@ def check_columns(columns: Mapping[str, Any] | None, n_samples: int) -> dict[str
                 f"column {name!r} has shape {array.shape} for {n_samples} samples; give one value for each."
             )
         if array.dtype.kind not in "biufU":
-            raise ValueError(f"column {name!r} has dtype {array.dtype}; give booleans, numbers or strings.")
+            dates = "write dates and times as strings, values.astype(str)"
+            advice = dates if array.dtype.kind in "mM" else "give booleans, numbers or strings"
+            raise ValueError(f"column {name!r} has dtype {array.dtype}; {advice}.")
         checked[name] = array
     return checked
 

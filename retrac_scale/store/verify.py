@@ -160,7 +160,7 @@ def _keys(part: Part) -> set[str]:
     keys |= {f"deleted/c/{i}" for i in range(-(-part.shape[0] // LIST_CHUNK))}
     for checkpoint in part.meta["checkpoints"]:
         for block in range(len(part.blocks)):
-            keys.add(commits.commit_key(checkpoint, block))
+            keys |= {commits.commit_key(checkpoint, block), commits.aside_key(checkpoint, block)}
             keys |= {part.chunk_key(checkpoint, quantity, block) for quantity in part.meta["quantities"]}
     return keys
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,13 +12,14 @@ import numpy.typing as npt
 import zarr
 
 from retrac_scale.store import commits, objects
-from retrac_scale.store.compatibility import as_told_by
+from retrac_scale.store.compatibility import as_told_by, kept_alike, library_versions
 from retrac_scale.store.encoding import Dtype, Float32, array_dtype, check_dtype, encode
 from retrac_scale.store.errors import DamagedStoreError
 from retrac_scale.store.part import ROOT, NewChunk, group_json, lay_out
 from retrac_scale.store.reader import WHAT, SketchStore, open_parts
 from retrac_scale.store.schema import (
     ATTRIBUTE,
+    CONTENT,
     FORMAT_VERSION,
     RESERVED,
     Layout,
@@ -100,7 +99,11 @@ def mismatch(
     store: SketchStore, meta: Mapping[str, Any], ids: npt.NDArray[Any], columns: Mapping[str, npt.NDArray[Any]]
 ) -> list[str]:
     """What of a description, ids and columns differs from those of a stored part; columns only where they are given."""
-    given = {**meta, "fingerprint": as_told_by(store.meta["fingerprint"], meta["fingerprint"])}
+    given = {
+        **meta,
+        "fingerprint": as_told_by(store.meta["fingerprint"], meta["fingerprint"]),
+        "quantities": kept_alike(store.meta["quantities"], meta["quantities"]),
+    }
     found = differences({key: store.meta[key] for key in COMPARED}, {key: given[key] for key in COMPARED})
     if not found and not np.array_equal(store.ids, ids):
         found = ["the sample ids differ"]
@@ -156,16 +159,10 @@ def describe(
         "columns": dict(columns),
         "fingerprint": dict(fingerprint),
         "plan": dict(plan or {}),
-        "written_by": _library_versions(),
+        "written_by": library_versions(),
     }
     readable: dict[str, Any] = json.loads(json.dumps(meta))
     return readable
-
-
-@cache
-def _library_versions() -> dict[str, str]:
-    """Read once: a process that has dropped its privileges may no longer reach the packages' files."""
-    return {name: importlib.metadata.version(name) for name in ("retrac_scale", "zarr", "numpy", "torch")}
 
 
 def write_block(
@@ -177,6 +174,7 @@ def write_block(
     *,
     losses: Float32 | None = None,
     timesteps: npt.NDArray[np.int64] | None = None,
+    contents: npt.NDArray[np.uint64] | None = None,
 ) -> None:
     """Write one block of a checkpoint, force it to the disk, and commit it.
 
@@ -188,6 +186,7 @@ def write_block(
         block: number of the block, an index into `store.blocks`.
         sketches: raw `[n, t, k]` of the block's samples.
         norms: `[n, t]`; losses and timesteps likewise.
+        contents: `[n, 4]`, see `retrac_scale.content`; not kept by a store of an earlier release.
 
     Raises:
         ValueError: a value is NaN or infinite; names checkpoint, sample and timestep. Nothing is written then.
@@ -199,7 +198,13 @@ def write_block(
     for what, plane in (("loss", losses), ("gradient norm", norms)):
         if plane is not None:
             _check_finite(plane, what, checkpoint, part.ids[samples], steps)
-    given: dict[str, Any] = {"sketch": sketches, "norm": norms, "loss": losses, "timestep": timesteps}
+    given: dict[str, Any] = {
+        "sketch": sketches,
+        "norm": norms,
+        "loss": losses,
+        "timestep": timesteps,
+        CONTENT: contents,
+    }
     count = samples.stop - samples.start
     scale = np.empty((count, *part.shape[1:2]), np.float32)
 
@@ -312,7 +317,7 @@ def write_store(
             f"weights are given for {sorted(weight_of)}, sketches for {sorted(arrays)}; give one for each."
         )
     planes = {
-        "norms": {name: np.linalg.norm(array, axis=2) for name, array in arrays.items()} if norms is None else norms,
+        "norms": {name: _lengths(array) for name, array in arrays.items()} if norms is None else norms,
         "losses": losses,
         "timesteps": _timestep_tables(timesteps, arrays, n),
     }
@@ -357,6 +362,12 @@ def _timestep_tables(timesteps: Any, arrays: Mapping[str, Any], n: int) -> Mappi
         return timesteps
     table = np.asarray(timesteps)
     return {name: np.tile(table, (n, 1)) if table.ndim == 1 else table for name in arrays}
+
+
+def _lengths(rows: Float32) -> npt.NDArray[np.float64]:
+    """Of the last axis, without a copy in float64, beyond whose range no square falls."""
+    lengths: npt.NDArray[np.float64] = np.sqrt(np.einsum("ntk,ntk->nt", rows, rows, dtype=np.float64))
+    return lengths
 
 
 def _planes(

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from retrac_scale.task.checkpoints import adapter_scales, weights_digest
-from retrac_scale.task.denoisers import is_a, settings, takes
+from retrac_scale.task.denoisers import class_of_diffusers, is_a, settings, takes
 from retrac_scale.task.identity import adapters_of
-from retrac_scale.task.noising import SPECIAL_TIME
+from retrac_scale.task.state import state_of
+from retrac_scale.task.told_time import OWN_PIPELINES, OWN_WAY, TIMES_T, TO_DATA, UNIT_TIME, own_way
 
 Call = Callable[[nn.Module, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 """call(model, noisy [n, c, ...], times [n], conditioning) -> prediction shaped like the clean sample."""
@@ -74,14 +75,21 @@ def call_model(model: nn.Module, noisy: Tensor, times: Tensor, conditioning: Map
     return prediction.narrow(1, 0, noisy.shape[1]) if prediction.shape[1] == 2 * noisy.shape[1] else prediction
 
 
-def check_callable(model: nn.Module) -> None:
-    """Raise ValueError for a model that `call_model` would call by a convention that is not its own.
+def check_callable(model: nn.Module, pipeline: object = None) -> None:
+    """Raise ValueError for a model, or one of a pipeline, that `call_model` would call by a convention not its own.
 
-    That is one of a class of one's own that holds a denoiser of diffusers, or is called like one, whose pipeline tells
-    it of time, or gives it images, in a way of its own.
+    That is one of a class of diffusers that has a convention of its own, or that this release does not know; and one of
+    a class of one's own that holds a denoiser of diffusers, or is called like one, whose pipeline tells it of time, or
+    gives it images, in a way of its own.
     """
-    special = {*SPECIAL_TIME, *LAYOUTS, *ROTATED}
-    if is_a(model, "diffusers", *special):
+    advice = "write a call(model, noisy, times, conditioning), and give DiffusionTask(call=...) that."
+    if why := own_way(model):
+        raise ValueError(f"{class_of_diffusers(model)} {why}; {advice}")
+    for kind, why in OWN_PIPELINES.items():
+        if is_a(pipeline, "diffusers", kind):
+            raise ValueError(f"{kind}: {why}; {advice}")
+    special = {*UNIT_TIME, *TO_DATA, *OWN_WAY, *LAYOUTS, *ROTATED}
+    if class_of_diffusers(model) in special | TIMES_T:
         return
     within = [type(part).__name__ for part in model.modules() if is_a(part, "diffusers", *special)]
     names = [kind.__name__ for kind in type(model).__mro__ if kind.__name__ in special]
@@ -89,7 +97,7 @@ def check_callable(model: nn.Module) -> None:
         relation = f"holds a {within[0]}" if within else f"is called {names[0]} but is not the one of diffusers"
         raise ValueError(
             f"the model's class, {type(model).__name__}, {relation}, so how it takes images and time is not known; "
-            "give that model itself or a subclass, or write a call(model, noisy, times, conditioning)."
+            f"give that model itself or a subclass, or {advice}"
         )
 
 
@@ -180,9 +188,11 @@ class ThroughUNet:
 
     @cached_property
     def digest(self) -> str:
-        """Hex digest of the U-Net's weights and adapters."""
+        """Hex digest of the U-Net's weights, adapters and FreeU's factors or an IP adapter's scales."""
         adapters = adapters_of(self.unet)
-        return weights_digest(self.unet.state_dict(), f"{adapter_scales(self.unet)} {adapters}" if adapters else "")
+        beside = f"{adapter_scales(self.unet)} {adapters}" if adapters else ""
+        state = {name: value for name, value in state_of(self.unet).items() if not name.startswith("torch.")}
+        return weights_digest(self.unet.state_dict(), f"{beside}{state}" if state else beside)
 
     def __call__(self, model: nn.Module, noisy: Tensor, times: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
         """See `Call`."""

@@ -74,12 +74,14 @@ class Takes:
         time: the name of the one that tells of time, None where it is the second one, whatever its name.
         reserved: names that are taken: of the noisy sample, the time, `return_dict`.
         names: all others.
+        needed: those of them that have no default.
         anything: it takes arguments of any name.
     """
 
     time: str | None
     reserved: frozenset[str]
     names: tuple[str, ...]
+    needed: tuple[str, ...]
     anything: bool
 
     def take(self, name: str) -> bool:
@@ -95,12 +97,20 @@ def takes(model: nn.Module) -> Takes:
     time = next((name for name in TIMES if name in named), None)
     reserved = {*named[: 2 if time is None else 1], "return_dict", *(() if time is None else (time,))}
     anything = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters)
-    return Takes(time, frozenset(reserved), tuple(name for name in named if name not in reserved), anything)
+    names = tuple(name for name in named if name not in reserved)
+    needed = tuple(one.name for one in parameters if one.name in names and one.default is inspect.Parameter.empty)
+    return Takes(time, frozenset(reserved), names, needed, anything)
 
 
 def forward_of_diffusers(model: nn.Module) -> bool:
     """Whether the forward that runs is one that diffusers wrote, rather than one of a subclass or put in its place."""
     return _package(inspect.unwrap(model.forward)) == "diffusers"
+
+
+def class_of_diffusers(model: object) -> str | None:
+    """The class of diffusers that a model is an instance of, by the nearest forward that diffusers wrote; else None."""
+    bases = (kind for kind in type(model).__mro__ if _package(kind) == "diffusers" and "forward" in vars(kind))
+    return next((kind.__name__ for kind in bases), None)
 
 
 def settings(model: object) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,14 +17,18 @@ from retrac_scale.task.calling import Call, ThroughUNet, call_model, check_calla
 from retrac_scale.task.checkpoints import COMPONENTS, Checkpoint, add_adapters, configuration, load_checkpoint
 from retrac_scale.task.denoisers import forward_of_diffusers, settings, takes, unwrapped
 from retrac_scale.task.encoding import Encoder, load_pipeline
+from retrac_scale.task.full_precision import in_float32
 from retrac_scale.task.identity import adapters_of, code_known, code_of, known_by
 from retrac_scale.task.items import CLASS_LABELS, Item, take_apart
 from retrac_scale.task.measures import OUTPUTS
 from retrac_scale.task.memory_order import channels_last, takes_any_order
 from retrac_scale.task.noising import noising_of, table_digest
+from retrac_scale.task.state import state_of
 from retrac_scale.task.weighting import Huber, MinSNR, PseudoHuber, SD3Weighting, Weighting, check_weighting
 
 Measure = Literal["mse", "l1", "mean_output", "mean_squared_output", "output_l1", "output_l2", "output_linf"]
+EMBEDDINGS_NAME = "encoder_hidden_states"
+"""The argument by which denoisers of diffusers take the embeddings of a prompt."""
 AnyMeasure = Measure | Huber | PseudoHuber
 
 
@@ -74,7 +79,7 @@ class DiffusionTask:
             raise ValueError(f"autocast must be None or 'bfloat16', got {autocast!r}.")
         model = unwrapped(model)
         if call is call_model:
-            check_callable(model)
+            check_callable(model, None if encoder is None else encoder.pipeline)
         self.model = model.to(device).eval()
         # a few per cent faster; mixed precision is slower
         self._channels_last = torch.device(device).type == "cpu" and autocast is None and takes_any_order(model)
@@ -127,8 +132,9 @@ class DiffusionTask:
             for each of `measures` values and losses, float32 `[n]` each; nothing is averaged over the batch. They are
             the same where the error is measured; for a function of the prediction the loss is the mean squared error.
         """
-        images, noise, timesteps = (x.to(self.device) for x in (images, noise, timesteps))
-        conditioning = {name: value.to(self.device) for name, value in conditioning.items()}
+        images, noise = (x.to(self.device, self._dtype) for x in (images, noise))
+        timesteps = timesteps.to(self.device)
+        conditioning = {name: self._as_weights(value.to(self.device)) for name, value in conditioning.items()}
         noisy = self.noising.noisy(images, noise, timesteps)
         with self._precision():
             prediction = self.call(self.model, noisy, self.noising.times(timesteps), conditioning)
@@ -158,6 +164,11 @@ class DiffusionTask:
             return channels_last(self.model) if self._channels_last else contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
+    def in_full_precision(self) -> contextlib.AbstractContextManager[None]:
+        """The model in float32 for a while, if its weights are of 16 bits and no `call=` has others beside it."""
+        narrow = self._dtype.itemsize < 4 and self.call is call_model
+        return in_float32(self.model) if narrow else contextlib.nullcontext()
+
     def load(self, name: str, checkpoint: Checkpoint) -> str:
         """Load a checkpoint into the model and return the hex digest of its weights; see `load_checkpoint`."""
         loader = None if self.encoder is None else type(self.encoder.pipeline)
@@ -170,6 +181,7 @@ class DiffusionTask:
         *,
         component: str | None = None,
         lora: str | os.PathLike[str] | None = None,
+        variant: str | None = None,
         **options: Any,
     ) -> DiffusionTask:
         """The task of a diffusers folder: its denoiser and scheduler, with VAE and text encoders for the items.
@@ -180,12 +192,14 @@ class DiffusionTask:
                 "transformer_2"; None takes the U-Net or the transformer.
             lora: a file or folder of LoRA adapters; they alone are differentiated, and checkpoints may be such files.
                 As in diffusers, alpha is the rank where the file's metadata do not tell it.
+            variant: of the weights, "fp16" say, where a folder holds several; None takes those without one, or the one
+                that is there.
             options: as for `DiffusionTask`.
 
         Raises:
             ValueError: the folder holds no pipeline, or it has no such component.
         """
-        pipeline = load_pipeline(path)
+        pipeline = load_pipeline(path, variant)
         parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
         name = component or next((name for name in COMPONENTS if name in parts), "")
         if name not in parts:
@@ -214,12 +228,13 @@ class DiffusionTask:
             "call": known_by(self.call, without=[*self.model.modules()]),
             "code": {**code_of(self.model), **code_known(self.weighting)},
             "adapters": adapters_of(self.model),
+            "state": state_of(self.model),
             "autocast": self.autocast,
             "noising": f"{self.noising.described} {table_digest(self.scheduler)}".strip(),
         }
 
     def read_item(self, number: Any, item: Any) -> Item:
-        """Take a dataset item apart and check it, without encoding anything.
+        """Take a dataset item apart and check it, without encoding anything; what the model does not take is left out.
 
         Args:
             number: names the item in errors.
@@ -237,7 +252,13 @@ class DiffusionTask:
                 "resize or convert it in the dataset."
             )
         self._check_arguments(number, found)
-        if found.label is not None and self._takes_labels():
+        self._check_given(number, found)
+        found = replace(
+            found,
+            label=found.label if self._takes_labels() else None,
+            prompt=found.prompt if self.encoder is not None and self._takes_prompts() else None,
+        )
+        if found.label is not None:
             self._check_label(number, found.label)
         dtype = found.sample.dtype
         narrow = self._dtype.itemsize < 4 and self.autocast is None and not self._encodes(found)
@@ -274,6 +295,24 @@ class DiffusionTask:
                 "embeddings by the names of the model's arguments, or leave it out of the items."
             )
 
+    def _check_given(self, number: Any, found: Item) -> None:
+        """Raise ValueError for what the model cannot do without, and an item does not bring."""
+        if self.call is not call_model:
+            return
+        given = {key.partition(".")[0] for key in found.conditioning}
+        needed = {*self.takes.needed, *(() if layout_of(self.model) is None else (EMBEDDINGS_NAME,))}
+        if self._labels_known() and self._takes_labels():
+            needed.add(CLASS_LABELS)
+        given |= set() if found.label is None else {CLASS_LABELS}
+        prompted = self.encoder is not None and found.prompt is not None
+        lacking = sorted(needed - given)
+        if lacking and not prompted:
+            raise ValueError(
+                f"dataset item {number} brings no {lacking[0]!r}, which the model's forward needs; give it in the items"
+                + (", as a label" if lacking[0] == CLASS_LABELS else "")
+                + (", or a prompt to a task of from_pretrained." if lacking[0] == EMBEDDINGS_NAME else ".")
+            )
+
     def _check_label(self, number: Any, label: Tensor) -> None:
         """Raise ValueError for a label that cannot be looked up in a table of classes."""
         config = settings(self.model) if self._labels_known() else {}
@@ -296,23 +335,24 @@ class DiffusionTask:
         Raises:
             ValueError: see `read_item`.
         """
-        found = self.read_item(number, item)
+        return self.encoded(self.read_item(number, item))
+
+    def encoded(self, found: Item) -> tuple[Tensor, dict[str, Tensor]]:
+        """What `check_item` gives for an item that was read."""
         sample, conditioning = found.sample, dict(found.conditioning)
-        if found.label is not None and self._takes_labels():
+        if found.label is not None:
             conditioning[CLASS_LABELS] = found.label
-        if self.encoder is not None and found.prompt is not None and self._takes_prompts():
+        if self.encoder is not None and found.prompt is not None:
             factor = getattr(self.encoder.pipeline, "vae_scale_factor", 1) if found.encoded else 1
             size = [factor * side for side in sample.shape[-2:]]
             conditioning = {**self.encoder.embeddings(found.prompt, size, self.device), **conditioning}
         if self.encoder is not None and self._encodes(found):
             sample = self.encoder.latents(sample, self.device)
-        if self._dtype.itemsize < 4:
-            return sample.to(self._dtype), conditioning
         # in the weights' type: what is noised and predicted in half precision loses a per cent
-        wide = {
-            key: value.to(self._dtype) if value.is_floating_point() else value for key, value in conditioning.items()
-        }
-        return sample.to(self._dtype), wide
+        return sample.to(self._dtype), {key: self._as_weights(value) for key, value in conditioning.items()}
+
+    def _as_weights(self, value: Tensor) -> Tensor:
+        return value.to(self._dtype) if value.is_floating_point() else value
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -323,7 +363,7 @@ class DiffusionTask:
         return self.encoder is not None and self.encoder.vae is not None and not item.encoded
 
     def _takes_prompts(self) -> bool:
-        return self.call is not call_model or self.takes.take("encoder_hidden_states")
+        return self.call is not call_model or self.takes.take(EMBEDDINGS_NAME)
 
     def _takes_labels(self) -> bool:
         """A forward of diffusers' own takes them where the model was made with classes, any other by its signature."""

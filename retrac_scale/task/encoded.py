@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,12 +13,17 @@ import zarr
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from retrac_scale.store.schema import Url, check_ids
+from retrac_scale.content import ITEM, STAMP, changed_items, look_through, read_again, refuse, stamps_of
+from retrac_scale.store.schema import CONTENT_WORDS, Url, check_ids
 from retrac_scale.task.diffusion import DiffusionTask
 from retrac_scale.task.items import LATENTS, brought, dataset_ids
 
+logger = logging.getLogger(__name__)
+
 BLOCK = 64
 """Samples that are encoded, written and counted at a time."""
+WORDS = "item words"
+"""The array of what was encoded, beside those named like arguments; groups of earlier releases have none."""
 
 
 class EncodedDataset:
@@ -49,19 +55,30 @@ class EncodedDataset:
         return {name: torch.as_tensor(np.array(value[row % BLOCK])) for name, value in values.items()}
 
 
-def encode(task: DiffusionTask, dataset: Any, out: Url, *, progress: bool = True) -> EncodedDataset:
+def encode(
+    task: DiffusionTask,
+    dataset: Any,
+    out: Url,
+    *,
+    replace: bool = False,
+    check_all: bool = False,
+    progress: bool = True,
+) -> EncodedDataset:
     """Pass every sample through the task's VAE and text encoder once, and keep the results.
 
-    Run again, it encodes what is missing and returns at once when nothing is. Sketch the dataset that it returns in
-    place of the one that was encoded.
+    Run again, it compares the samples with those that were encoded, and encodes what is missing. Sketch the dataset
+    that it returns in place of the one that was encoded.
 
     Args:
         task: from `DiffusionTask.from_pretrained`.
         dataset: map-style, with pixels and prompts.
         out: a path or fsspec URL for a Zarr group with one array per argument of the denoiser.
+        replace: encode samples anew that are others than those that were encoded; without it they are refused.
+        check_all: compare all samples, as for `sketch`.
         progress: show a bar.
 
     Raises:
+        ChangedItemsError: images or prompts are others than those that were encoded under the same ids.
         ValueError: a bad item, or `out` holds other samples.
     """
     ids = check_ids(dataset_ids(dataset), len(dataset))
@@ -81,6 +98,8 @@ def encode(task: DiffusionTask, dataset: Any, out: Url, *, progress: bool = True
             shape = tuple(value.shape)
             dtype = value.numpy().dtype
             group.create_array(name, shape=(len(ids), *shape), chunks=(BLOCK, *shape), dtype=dtype, overwrite=True)
+        shape, chunks = (len(ids), CONTENT_WORDS), (BLOCK, CONTENT_WORDS)
+        group.create_array(WORDS, shape=shape, chunks=chunks, dtype="uint64", overwrite=True)
         group.attrs.update(described | {"names": list(example)})
     for key, expected in described.items():
         if group.attrs[key] != expected:
@@ -88,12 +107,31 @@ def encode(task: DiffusionTask, dataset: Any, out: Url, *, progress: bool = True
     names: Any = group.attrs["names"]
     arrays: dict[str, Any] = {name: group[name] for name in names}
     done = arrays[LATENTS].attrs  # whose file is small: the group's holds all ids
-    blocks = range(done.get("rows", group.attrs.get("rows_done", 0)), len(ids), BLOCK)
-    for start in tqdm(blocks, desc="encode", unit="block", disable=not progress):
+    count: Any = done.get("rows", group.attrs.get("rows_done", 0))
+    known: Any = group.get(WORDS)
+    seen = np.zeros((len(ids), CONTENT_WORDS), np.uint64)
+    seen[:, STAMP] = stamps_of(dataset)
+    again: list[int] = []
+    if known is None:
+        logger.warning("%s was encoded by an earlier release: whether its items are the same cannot be told.", out)
+    elif count:
+        there = np.asarray(known[:count])
+        seen[:count], _ = look_through(task, dataset, ids[:count], there, every=check_all or replace)
+        changed = changed_items(task, dataset, ids[:count], seen[:count], there)
+        if changed and not replace:
+            refuse(out, "encode them anew with replace=True", changed, seen)
+        outdated = np.isin(ids[:count], np.asarray(changed)) | (there[:, ITEM] == 0)
+        again = (np.unique(np.flatnonzero(outdated) // BLOCK) * BLOCK).tolist()
+    for start in tqdm([*again, *range(count, len(ids), BLOCK)], desc="encode", unit="block", disable=not progress):
         rows = range(start, min(start + BLOCK, len(ids)))
-        items = [task.check_item(ids[row], dataset[row]) for row in rows]
+        read = [read_again(task, ids[row], dataset[row], seen[row]) for row in rows]
+        items = [task.encoded(item) for item, _ in read]
+        if known is not None:
+            known[start : rows.stop] = 0  # until the block is whole
         for name, array in arrays.items():
             values = [latents if name == LATENTS else conditioning[name] for latents, conditioning in items]
-            array[rows.start : rows.stop] = torch.stack(values).numpy()
-        done["rows"] = rows.stop
+            array[start : rows.stop] = torch.stack(values).numpy()
+        if known is not None:
+            known[start : rows.stop] = np.stack([words for _, words in read])
+        count = done["rows"] = max(count, rows.stop)
     return EncodedDataset(out, group, ids, brought(dataset, "columns"))

@@ -47,13 +47,15 @@ SCALES = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 """What of a VAE's configuration scales its latents."""
 
 
-def load_pipeline(path: str | os.PathLike[str]) -> Any:
+def load_pipeline(path: str | os.PathLike[str], variant: str | None = None) -> Any:
     """A diffusers pipeline in float32; parts that a local folder lacks, text encoders say, are None.
 
-    Where a folder has only a variant of its weights, such as fp16, that is read.
+    Args:
+        path: a folder, or a name on the hub.
+        variant: of the weights; None takes those without one, or the only one that there is, such as fp16.
 
     Raises:
-        ValueError: the folder holds no pipeline.
+        ValueError: the folder holds no pipeline, or has not that variant.
     """
     from diffusers import DiffusionPipeline  # takes seconds, and who reads a store needs none of it
 
@@ -67,8 +69,13 @@ def load_pipeline(path: str | os.PathLike[str]) -> Any:
             )
         parts = json.loads((folder / "model_index.json").read_text())
         absent = {name: None for name, kind in parts.items() if isinstance(kind, list) and not (folder / name).is_dir()}
-    place = folder if folder.is_dir() else path
-    return with_variant(DiffusionPipeline.from_pretrained, place, torch_dtype=torch.float32, **absent)
+    place, options = folder if folder.is_dir() else path, {"torch_dtype": torch.float32, **absent}
+    if variant is None:
+        return with_variant(DiffusionPipeline.from_pretrained, place, **options)
+    try:
+        return DiffusionPipeline.from_pretrained(place, variant=variant, **options)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read in the variant {variant!r}: {error}") from error
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,7 +34,7 @@ def known_by(function: Any, *, without: Sequence[Any] = ()) -> str:
         without: values that are told elsewhere, such as the model.
     """
     name = str(_plain(function).__qualname__)
-    if _installed(function) and not isinstance(function, (partial, MethodType)):
+    if is_installed(function) and not isinstance(function, (partial, MethodType)):
         return name
     digest = hashlib.blake2b(digest_size=8)
     for piece in _pieces(function, [*without]):
@@ -44,7 +44,7 @@ def known_by(function: Any, *, without: Sequence[Any] = ()) -> str:
 
 def code_known(thing: Any, *, without: Sequence[Any] = ()) -> dict[str, str]:
     """{name: digest} of a callable, empty for one that is installed, whose name is told elsewhere."""
-    if thing is None or _installed(thing):
+    if thing is None or is_installed(thing):
         return {}
     name, _, digest = known_by(thing, without=without).partition(" ")
     return {name: digest}
@@ -65,7 +65,7 @@ def code_of(model: nn.Module) -> dict[str, str]:
                 found.setdefault(name, set()).add(digest)
     for hook in [h for module in every for h in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())]:
         function = _plain(hook)
-        if not _installed(hook) and _returns(function):
+        if not is_installed(hook) and _returns(function):
             found.setdefault(f"hook {function.__qualname__}", set()).add(_bytes(_source(function).encode()))
     return {name: " ".join(sorted(digests)) for name, digests in found.items()}
 
@@ -98,7 +98,7 @@ def _plain(thing: Any) -> Any:
     return thing if isinstance(thing, (type, FunctionType, BuiltinFunctionType)) else type(thing)
 
 
-def _installed(thing: Any) -> bool:
+def is_installed(thing: Any) -> bool:
     """Whether a function or class, or an object's class, is of Python, of an installed package, or of this one."""
     plain = _plain(thing)
     module = str(plain.__module__)
@@ -155,7 +155,7 @@ def _pieces(value: Any, seen: list[Any]) -> Iterator[str]:
 def _code_pieces(value: Any, seen: list[Any]) -> Iterator[str]:
     """Of a function or class: its name where it is installed, else its source and what that holds or names."""
     yield value.__qualname__
-    if _installed(value):
+    if is_installed(value):
         return
     yield _source(value)
     if isinstance(value, type):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from retrac_scale.task.denoisers import is_a
+from retrac_scale.task.told_time import DATA_TIME, TO_DATA, UNIT_TIME, time_factor
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
@@ -94,12 +95,14 @@ class Flow:
         unit_time: the model is told s_t instead of T s_t.
         data_time: it is told the data's share, 1 - s_t, in place of the noise's.
         to_data: it predicts x - e.
+        factor: what the time is multiplied with.
     """
 
     sigmas: Tensor
     unit_time: bool = False
     data_time: bool = False
     to_data: bool = False
+    factor: float = 1.0
 
     def noisy(self, samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """See `Noising`."""
@@ -114,50 +117,16 @@ class Flow:
         """float32 `[n]`."""
         sigma = self.sigmas.to(timesteps.device)[timesteps]
         told = 1 - sigma if self.data_time else sigma
-        return told if self.unit_time else told * len(self.sigmas)
+        return told * self.factor if self.unit_time else told * (self.factor * len(self.sigmas))
 
     @property
     def described(self) -> str:
         """See `Noising`."""
         share = "(1 - s)" if self.data_time else "s"
-        return f"{share if self.unit_time else f'T {share}'} -> {'x - e' if self.to_data else 'e - x'}"
+        factor = "" if self.factor == 1 else f"{self.factor:g} "
+        return f"{factor}{share if self.unit_time else f'T {share}'} -> {'x - e' if self.to_data else 'e - x'}"
 
 
-# what the models' pipelines in diffusers 0.42.1 pass as timestep, and whether they negate the prediction
-UNIT_TIME = frozenset(
-    {
-        "AuraFlowTransformer2DModel",
-        "BriaFibo2Transformer2DModel",
-        "ChromaTransformer2DModel",
-        "FluxTransformer2DModel",
-        "Flux2Transformer2DModel",
-        "Ideogram4Transformer2DModel",
-        "Krea2Transformer2DModel",
-        "LongCatAudioDiTTransformer",
-        "LongCatImageTransformer2DModel",
-        "Lumina2Transformer2DModel",
-        "LuminaNextDiT2DModel",
-        "NucleusMoEImageTransformer2DModel",
-        "OvisImageTransformer2DModel",
-        "PRXTransformer2DModel",
-        "QwenImageTransformer2DModel",
-        "QwenImage21Transformer2DModel",
-        "ZImageTransformer2DModel",
-    }
-)
-DATA_TIME = frozenset(
-    {
-        "Ideogram4Transformer2DModel",
-        "LuminaNextDiT2DModel",
-        "Lumina2Transformer2DModel",
-        "MochiTransformer3DModel",
-        "ZImageTransformer2DModel",
-    }
-)
-TO_DATA = DATA_TIME | {"HiDreamImageTransformer2DModel", "NucleusMoEImageTransformer2DModel"}
-
-
-SPECIAL_TIME = UNIT_TIME | TO_DATA
 FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
 
 
@@ -165,7 +134,7 @@ def noising_of(scheduler: Any, model: nn.Module) -> Diffusion | Flow:
     """How a model with this scheduler is trained.
 
     A model of a class that is not of diffusers, nor a subclass of one, is told T s_t in flow matching, as the training
-    table of its scheduler says.
+    table of its scheduler says; T (1 - s_t) where that says `invert_sigmas`, and it then predicts x - e.
 
     Raises:
         ValueError: the scheduler is of another kind, or tells two things of the training.
@@ -175,7 +144,8 @@ def noising_of(scheduler: Any, model: nn.Module) -> Diffusion | Flow:
     if is_flow(scheduler):
         _check_flow(scheduler)
         unit, data, to_data = (is_a(model, "diffusers", *names) for names in (UNIT_TIME, DATA_TIME, TO_DATA))
-        return Flow(flow_sigmas(config), unit_time=unit, data_time=data, to_data=to_data)
+        turned = bool(config.get("invert_sigmas"))
+        return Flow(flow_sigmas(config), unit, data or turned, to_data or turned, time_factor(model))
     if prediction not in PREDICTIONS:
         raise ValueError(f"the scheduler's prediction_type {prediction!r} is none of {', '.join(PREDICTIONS)}.")
     if getattr(scheduler, "alphas_cumprod", None) is None:

@@ -183,7 +183,7 @@ class TrainingSketches:
             gathered = np.concatenate([file[block] for file in files], axis=1)
             if summed:
                 sketches = gathered["sketch"].sum(1, keepdims=True) / np.float32(weight or 1)
-                write_block(part, name, number, sketches, np.linalg.norm(sketches, axis=2))
+                write_block(part, name, number, sketches, np.linalg.norm(sketches.astype(np.float64), axis=2))
             else:
                 latest = np.argsort(gathered["step"], axis=1, kind="stable")[:, -shape[1] :]
                 kept = gathered[np.arange(len(gathered))[:, None], latest]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from retrac_scale.evaluate.datamodeling import sums_and_outcomes
-from retrac_scale.evaluate.intervals import Interval, percentiles
+from retrac_scale.evaluate.intervals import Interval, jackknife, percentiles
 from retrac_scale.evaluate.judging.base import Draws, Figure, Truth
 from retrac_scale.evaluate.spearman import Columns, correlation, resamples
 
@@ -43,25 +43,40 @@ class Subsets(Truth):
         """
         for kind, rows in self.rows.items():
             told = scores[rows] * (np.ptp(scores[rows], axis=1, keepdims=True) > 0)  # equal ones add up to rounding
-            both = sums_and_outcomes(told, self.members, self.losses[:, rows])
-            value = _bootstrapped(_correlations, both, draws)
-            yield Figure(kind, self.kinds[kind], "LDS", value, self.ceiling(kind, draws))
+            value = _bootstrapped(*sums_and_outcomes(told, self.members, self.losses[:, rows]), draws)
+            yield Figure(kind, self.kinds[kind], "LDS", value, self.ceiling(kind, draws.level))
 
-    def ceiling(self, kind: str, draws: Draws | None = None) -> Interval | None:
-        """The LDS of a method that knows the mean loss of each subset over all seeds; None without further seeds.
+    def ceiling(self, kind: str, level: float = 0.95) -> Interval | None:
+        """What a method reaches that knows the mean loss of each subset over all seeds; None without further seeds.
 
-        A loss is such a mean plus the luck of its seed, so by classical test theory the correlation of the mean with
-        one measurement is the root of the correlation r of two measurements with different seeds (the index of
-        reliability; Spearman 1904; Lord and Novick 1968, section 3.4). r is Spearman's, over the subsets that were
-        trained again, averaged over pairs of seeds and over queries; the root of a mean is at least the mean of roots,
-        so this is an upper bound. All m models share one seed: a method that knows what this seed does may pass it.
+        A loss is such a mean plus the luck of its seed. By classical test theory the correlation of the mean with one
+        measurement is the root of their reliability (Lord and Novick 1968, chapter 3): the covariance over subsets of
+        losses under two seeds, of which chance has no part, divided by the variance over subsets under one. The former
+        is taken from the r subsets that were trained again, the latter from all m; both are unbiased for few subsets,
+        which Spearman's correlation is not. The mean over pairs of seeds and queries is taken before the root, which
+        makes it an upper bound. The interval is by jackknife, over subsets and over queries, their variances added.
+
+        All m models share one seed: a method that knows what this seed does may pass the ceiling.
+
+        Args:
+            kind: of query.
+            level: of the interval.
         """
-        draws = Draws() if draws is None else draws
-        if not len(self.again):
+        s, r, _ = self.again.shape
+        if s < 1 or r < 3:
             return None
         rows = self.rows[kind]
-        seeds = np.concatenate([self.losses[None, : self.again.shape[1], rows], self.again[:, :, rows]])
-        return _bootstrapped(_agreements, tuple(seeds), draws, lambda r: float(np.sqrt(max(0.0, r))))
+        shared = np.concatenate([self.losses[None, :r, rows], self.again[:, :, rows]]).transpose(1, 2, 0)  # [r, q, s]
+        spread = self.losses[:, rows].var(0, ddof=1)
+        by_subset = jackknife(lambda some: _index_of_reliability(some, spread), shared, level=level)
+        by_query = jackknife(
+            lambda some, of: _index_of_reliability(some.transpose(1, 0, 2), of),
+            shared.transpose(1, 0, 2),
+            spread,
+            level=level,
+        )
+        value, reach = by_subset.value, np.hypot(by_subset.high - by_subset.value, by_query.high - by_query.value)
+        return Interval(value, max(0.0, value - float(reach)), min(1.0, value + float(reach)))
 
     @property
     def sentence(self) -> str:
@@ -93,19 +108,17 @@ def _correlations(columns: list[Columns], counts: Any = None) -> Float64:
     return np.nan_to_num(correlation(columns[0], columns[1], counts))
 
 
-def _agreements(seeds: list[Columns], counts: Any = None) -> Float64:
-    """Mean over pairs of seeds, `[q]`."""
-    pairs = [_correlations([a, b], counts) for a, b in combinations(seeds, 2)]
-    mean: Float64 = np.mean(pairs, axis=0)
-    return mean
+def _index_of_reliability(shared: Float64, spread: Float64) -> float:
+    """Of losses under several seeds, `[r, q, s]`, and their variance over subsets under one, `[q]`."""
+    centred = shared - shared.mean(0)
+    pairs = [(centred[..., a] * centred[..., b]).sum(0) for a, b in combinations(range(shared.shape[2]), 2)]
+    reliability = np.mean(pairs, axis=0) / (len(shared) - 1) / spread
+    return float(np.sqrt(np.clip(reliability.mean(), 0, 1)))
 
 
-def _bootstrapped(
-    each: Callable[..., Float64], arrays: tuple[Float64, ...], draws: Draws, then: Callable[[float], float] = float
-) -> Interval:
-    """`then` of the mean over queries of `each`, over resamples of rows and columns of all arrays `[m, q]` together."""
-    columns = [Columns.of(array) for array in arrays]
-    m, q = arrays[0].shape
+def _bootstrapped(sums: Float64, outcome: Float64, draws: Draws) -> Interval:
+    """The mean over queries of `_correlations`, over resamples of subsets and queries together."""
+    columns, (m, q) = [Columns.of(sums), Columns.of(outcome)], sums.shape
     drawn = resamples(m, q, draws.count, draws.seed)
-    values = [then(each(columns, counts)[chosen].mean()) for counts, chosen in drawn]
-    return percentiles(then(each(columns).mean()), values, draws.level)
+    values = [_correlations(columns, counts)[chosen].mean() for counts, chosen in drawn]
+    return percentiles(_correlations(columns).mean(), values, draws.level)

@@ -28,7 +28,7 @@ class Recipe:
 
 
 EMOJI = Training(epochs=60, kept=(15, 30, 45, 60), channels=(24, 48))
-TUNED = Training(epochs=300, kept=(300,), learning_rate=5e-4, channels=EMOJI.channels)
+TUNED = Training(epochs=1200, kept=(1200,), learning_rate=1e-3, channels=EMOJI.channels)
 SETTINGS = {
     "digits8": Recipe(data.digits8, Training()),
     "emoji16": Recipe(data.emoji16, EMOJI),
