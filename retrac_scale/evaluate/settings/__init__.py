@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from retrac_scale.evaluate.settings import data
+from retrac_scale.evaluate.settings.base import Setting, cache
 from retrac_scale.evaluate.settings.images import Images, joined
-from retrac_scale.evaluate.settings.setting import Setting, cache
 from retrac_scale.evaluate.settings.training import AdapterTraining, ClassTraining, DiTTraining, Training
 
 __all__ = ["SETTINGS", "Images", "Recipe", "Setting", "joined", "setting"]

@@ -10,9 +10,9 @@ import numpy.typing as npt
 
 from retrac_scale.evaluate.intervals import Interval, bootstrap
 from retrac_scale.evaluate.retraining import retrain
+from retrac_scale.evaluate.settings.base import Setting
 from retrac_scale.evaluate.settings.generating import generate_anew
 from retrac_scale.evaluate.settings.losses import Losses
-from retrac_scale.evaluate.settings.setting import Setting
 
 if TYPE_CHECKING:
     from retrac_scale.store.encoding import Float64
