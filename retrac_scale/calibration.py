@@ -1,15 +1,18 @@
-"""Choosing the batch size: the fastest that fits in memory."""
+"""Choosing the batch size, the fastest that fits in memory, and the number of threads."""
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import psutil
 import torch
 from torch import Tensor
 
 SMALLEST, LARGEST = 8, 256
+TURNS = 3
+"""Of each number of threads, by turns."""
 WORTHWHILE = 1.05
 """A batch twice as large is tried as long as the last one was this much faster per row."""
 SECONDS = 5.0
@@ -44,6 +47,39 @@ def fastest_batch(run: Callable[[int], Tensor], most: int, device: torch.device)
             not worthwhile or rows > most or 5 * (time.perf_counter() - began) > SECONDS
         ):  # the next takes four times this
             return chosen
+
+
+def fastest(run: Callable[[int], Tensor], most: int, device: torch.device) -> tuple[int, int]:
+    """Rows per backward pass, and threads: as many as torch is set to, or one.
+
+    Several threads wait for each other, on a busy machine longer than one would work; small models gain nothing.
+    Arguments as for `fastest_batch`.
+    """
+    rows, threads = fastest_batch(run, most, device), torch.get_num_threads()
+    if threads == 1 or device.type == "cuda":
+        return rows, threads
+    took = dict.fromkeys((threads, 1), float("inf"))
+    with torch_threads(threads):  # set back
+        for count in (threads, 1) * TURNS:
+            torch.set_num_threads(count)
+            start = time.perf_counter()
+            run(rows)
+            took[count] = min(took[count], time.perf_counter() - start)
+    if took[threads] <= took[1]:
+        return rows, threads
+    with torch_threads(1):
+        return fastest_batch(run, most, device), 1
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """torch on so many threads: rounding depends on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _kept_bytes(run: Callable[[int], Tensor]) -> int:

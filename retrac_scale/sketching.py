@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import platform
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,7 +18,7 @@ from torch.utils.data import Subset
 from tqdm.auto import tqdm
 from zarr.storage import MemoryStore
 
-from retrac_scale.calibration import fastest_batch
+from retrac_scale.calibration import fastest, torch_threads
 from retrac_scale.content import (
     ITEM,
     ChangedItemsError,
@@ -132,9 +131,9 @@ def sketch(
         projection: `CountSketch(dim)`, `LowRank(rank, dim)`, ...; None takes that of `like` or of the store at `out`,
             else `LowRank` with 2048 entries for all timesteps of a sample together, but at least 512 for each.
         dtype: how rows are stored, "int8", "float16" or "float32".
-        batch_size: rows (pairs x noise draws) per backward pass; "auto" measures which is
-            fastest in a quarter of the free memory. It stands in the store's plan, with the number of threads, and a
-            resumed run or a worker obeys it.
+        batch_size: rows (pairs x noise draws) per backward pass; "auto" measures which is fastest in a quarter of the
+            free memory, and whether one thread of torch is faster than all, as on a busy machine. Both stand in the
+            store's plan, and a resumed run or a worker obeys it.
         parameters: glob patterns or a predicate on names; None for all trainable ones, or those of `like`.
         precondition: {checkpoint: {parameter: what its gradients are divided by before they are projected}}, see
             `adam_divisors` and `fisher_divisors`. `like` does not pass it on: divide one side of a score, or both.
@@ -308,15 +307,14 @@ def _sketch_by_one_plan(
         )
         plan = {} if begun is None else begun.plan
         if not plan:
-            rows = batch_size
+            rows, threads = batch_size, torch.get_num_threads() if client is None else 1
             if rows == "auto":
                 first = next(iter(checkpoints))
                 if client is None:
-                    rows = _fastest_batch(job, sketcher, first)
+                    rows, threads = _fastest(job, sketcher, first)
                 else:
                     once = [Task("sketch-batch-size", (first,))]
-                    ((_, rows),) = run(_fastest_batch_there, once, client, shared=job, resources=resources)
-            threads = torch.get_num_threads() if client is None else 1
+                    ((_, (rows, _)),) = run(_fastest_there, once, client, shared=job, resources=resources)
             plan = {"batch_rows": rows, "threads": threads, **told}
         kept: dict[str, Any] = {
             "plan": plan,
@@ -448,7 +446,7 @@ class _Share:
             items = {row: item for row, item in items.items() if row in wanted}
             for row in wanted - items.keys():
                 items[row], contents[row] = _read(job, samples.start + row)
-            with _threads(store.plan["threads"]):
+            with torch_threads(store.plan["threads"]):
                 found = _sketched(self._sketcher, task, items, ids, plan, pairs)
                 for measure, (sketched, norm, _) in zip(measures, found, strict=True):
                     if measure not in self._checked:
@@ -516,9 +514,9 @@ def _sketch_there(
         return share.pairs_if_committed(checkpoint, block, lacking) or share.sketch(checkpoint, block, lacking)
 
 
-def _fastest_batch_there(job: _Job, checkpoint: str) -> int:
-    with _model_in_use, _threads(1):
-        return _fastest_batch(job, _new_sketcher(job), checkpoint)
+def _fastest_there(job: _Job, checkpoint: str) -> tuple[int, int]:
+    with _model_in_use, torch_threads(1):
+        return _fastest(job, _new_sketcher(job), checkpoint)
 
 
 Items = Sequence[Any] | Mapping[int, Any]
@@ -597,17 +595,6 @@ def measured_pairs(
     )
     shape = (len(pairs), plan.draws)
     return [(values.reshape(shape).mean(1), losses.reshape(shape).mean(1)) for values, losses in found]
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """torch on so many threads: rounding depends on it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _existing(out: Url) -> SketchStore | None:
@@ -699,7 +686,8 @@ def _grown_until(
                 stored = plans_of(store.fingerprint)
 
 
-def _fastest_batch(job: _Job, sketcher: GradientSketcher, checkpoint: str) -> int:
+def _fastest(job: _Job, sketcher: GradientSketcher, checkpoint: str) -> tuple[int, int]:
+    """Rows per backward pass, and threads."""
     ids = job.ids[:CALIBRATION_ITEMS]
     items = [_read(job, row)[0] for row in range(len(ids))]
     plan = job.timesteps.pairs(checkpoint, ids, job.task.num_train_timesteps)
@@ -709,7 +697,7 @@ def _fastest_batch(job: _Job, sketcher: GradientSketcher, checkpoint: str) -> in
         return _sketched(sketcher, job.task, items, ids, plan, pairs)[0][2]
 
     pairs = len(job.ids) * plan.timesteps.shape[1]
-    return fastest_batch(run, pairs * plan.draws, job.task.device)
+    return fastest(run, pairs * plan.draws, job.task.device)
 
 
 def _read(job: _Job, row: int) -> tuple[Any, Words]:

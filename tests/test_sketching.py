@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 import retrac_scale as rs
+from retrac_scale.calibration import fastest, torch_threads
 from retrac_scale.gradients.errors import GradientMismatchError
 from retrac_scale.task.diffusion import measure_name, measure_named
 from tests import oracle
@@ -561,3 +563,15 @@ def test_a_model_that_torch_cannot_differentiate_in_32_bits_is_checked_in_16() -
         parameters = list(model.parameters())
         alone = torch.autograd.grad(loss, parameters, retain_graph=True)
         np.testing.assert_allclose(norm, torch.cat([one.float().flatten() for one in alone]).norm(), rtol=0.02)
+
+
+@pytest.mark.parametrize(("slow", "chosen"), [(2, 1), (1, 2)])
+def test_all_threads_are_taken_unless_one_is_faster(slow: int, chosen: int) -> None:
+    def run(rows: int) -> torch.Tensor:
+        time.sleep(0.002 * rows if torch.get_num_threads() == slow else 0.0001 * rows)
+        return torch.zeros(rows)
+
+    with torch_threads(2):
+        rows, threads = fastest(run, 32, torch.device("cpu"))
+        assert (torch.get_num_threads(), threads) == (2, chosen)
+    assert 8 <= rows <= 32

@@ -41,7 +41,7 @@ def _told(module: nn.Module) -> Iterator[tuple[str, Any]]:
         constants = {name: getattr(module, name, None) for name in getattr(kind, "__constants__", ())}
         yield from ((f"torch.{name}", value) for name, value in _plain(constants))
     elif not is_installed(kind):
-        changing = _set_by_forward(kind)
+        changing = _set_by_forward(kind)  # type: ignore[arg-type] # mypy takes a module's hash for its class's
         own = {name: value for name, value in vars(module).items() if name not in changing}
         yield from ((f"{kind.__qualname__}.{name}", value) for name, value in _plain(own))
     else:
