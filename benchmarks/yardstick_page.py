@@ -274,17 +274,18 @@ batch, so that a query shares its noise with the samples at its own place in the
 [the yardstick](yardstick.md)."""
 
 WHEN = """- **What would retraining without these images do?** `ReTracRidge` over four timesteps under common noise, the
-  default: no method was clearly better at its price where the sentences below name none. Its sign is that of
-  the influence. If only the size matters, ask for squares: they predict losses better, but a strong opponent
-  then looks like a strong proponent.
-- **Common noise and a ridge decide, not what is differentiated.** The loss, D-TRAK's and DAS's functions and
-  plain activations under the same noise with a ridge whose damping suits them come out close together: see the
-  tables of fitted dampings. A comparison in which one method has its noise in common, or its damping fitted,
-  and the other has not, says little about the methods.
+  default. It is at the head of the tables and does not stand there alone: the table below names the rows that
+  are clearly better, and those that are not clearly worse, most of them other functions under the same noise
+  with such a ridge. Its sign is that of the influence. If only the size matters, ask for squares: they predict
+  losses better, but a strong opponent then looks like a strong proponent.
+- **Common noise and a ridge decide more than what is differentiated.** The loss, D-TRAK's and DAS's functions,
+  and on digits plain activations, come out close together under the same noise with a ridge whose damping suits
+  them: see the rows of fitted dampings. A comparison in which one method has its noise in common, or its
+  damping fitted, and the other has not, says little about the methods.
 - **No gradients at hand, or no time for them?** The middle activations of a forward pass under common noise,
   with the same ridge. They tell what the model takes to be alike; where they are named below as not clearly
   worse, take the cheaper one.
-- **Only pictures?** Pixel ridge, squared: better than most rows with gradients under noise of their own.
+- **Only pictures?** Pixel ridge, squared. How many rows with gradients it is ahead of is said below.
 - **A store under noise of its own, or of the training's, that cannot be measured again?** A ridge (`TRAK`,
   `ReTracRidge`), not an inner product (`TracIn`, `ReTrac`, `GradCos`).
 - **What did the training do, step by step?** `TracIn` and `ReTrac` with recorded timesteps: that is their

@@ -28,8 +28,9 @@ from benchmarks.yardstick_foreign import (
     trak_package,
 )
 from benchmarks.yardstick_lab import Lab, damped, digest
-from benchmarks.yardstick_methods import DAMPINGS, Found, Method, estimated, ours
+from benchmarks.yardstick_methods import DAMPINGS, Found, Method, estimated, fitted, ours
 from retrac_scale import evaluate
+from retrac_scale.estimators.ridge import AUTO
 from retrac_scale.evaluate.settings import Images
 from retrac_scale.projections import Identity
 from tests.conftest import tiny_unet
@@ -175,7 +176,7 @@ def test_methods_of_a_forward_pass_or_common_noise_score_every_query(lab: Lab) -
         if method.noise in ("common", "-") and "seed" not in method.name:
             found = method.ask(lab)
             for kind in lab.queries:
-                assert found.scores[kind].shape == (2, 12), method
+                assert found.scores[kind].shape == ((len(DAMPINGS), 2, 12) if method.fits else (2, 12)), method
                 assert np.isfinite(found.scores[kind]).all(), method
 
 
@@ -194,6 +195,12 @@ def test_baselines_are_what_they_say(lab: Lab) -> None:
         contrastive(inner, lab).scores["held out"], contrastive(inner, lab).scores["held out"]
     )
     assert forward("outputs", lab).bytes == 4 * 64
+
+
+def test_the_recipe_at_all_dampings_is_its_index_at_the_one_by_rule(lab: Lab) -> None:
+    indexed = estimated("common 4 x 512", rs.ReTracRidge(), lab).scores["held out"]
+    found = fitted("common 4 x 512", True, False, lab).scores["held out"][DAMPINGS.index(AUTO)]
+    assert np.corrcoef(indexed.ravel(), found.ravel())[0, 1] > 0.999  # the index keeps int8
 
 
 def test_shuffled_scores_are_the_recipes_in_another_order(lab: Lab) -> None:
@@ -223,16 +230,16 @@ def test_a_fitted_damping_never_sees_the_subsets_that_judge_it() -> None:
     scores = {kind: rng.standard_normal((len(DAMPINGS), 4, N)) for kind in truth.kinds}
     method = Method("some", "own", lambda _: Found({}, 0, 0, 0.0), fits=True)
 
-    def fitted(known: evaluate.Subsets) -> Any:
+    def at(known: evaluate.Subsets) -> Any:
         rule, row = yardstick.rows_of(method, scores, [known])
         assert not rule.half
         assert row.half
         return row
 
-    row = fitted(truth)
+    row = at(truth)
     other = truth.losses.copy()
     other[1::2] = rng.standard_normal(other[1::2].shape)
-    np.testing.assert_array_equal(fitted(replace(truth, losses=other)).scores["held out"], row.scores["held out"])
+    np.testing.assert_array_equal(at(replace(truth, losses=other)).scores["held out"], row.scores["held out"])
     means = [
         np.mean([spearmanr(truth.members[::2] @ one[q], -truth.losses[::2, q]).statistic for q in range(4)])
         for one in scores["held out"]
