@@ -218,6 +218,30 @@ def test_rerank_and_self_influence_are_those_of_common_noise() -> None:
     np.testing.assert_allclose(self_influence(store, estimator), itself, rtol=1e-4)
 
 
+def test_rerank_takes_the_measure_of_the_index_from_a_task_of_several(tmp_path: Path) -> None:
+    several, alone = (
+        rs.DiffusionTask(SmallDenoiser(), SCHEDULER, measure=measure)
+        for measure in (["mse", "mean_squared_output"], "mean_squared_output")
+    )
+    given: dict[str, Any] = {"checkpoints": STATES, "timesteps": rs.EvenlySpaced(2), "progress": False}
+    rs.sketch(several, images(6), tmp_path / "s", **given)
+    index = rs.build_index(rs.open_store(tmp_path / "s", measure="mean_squared_output"), rs.ReTrac("matched"))
+
+    def reranked(task: rs.DiffusionTask) -> rs.TopK:
+        return index.query(
+            rs.Samples(images(8)[6:], task, STATES), 6, rerank=6, train=rs.Samples(images(6), task, STATES)
+        )
+
+    expected = reranked(alone)
+    np.testing.assert_array_equal(reranked(several).ids, expected.ids)
+    np.testing.assert_allclose(reranked(several).scores, expected.scores, rtol=1e-5)
+    other = rs.build_index(rs.open_store(tmp_path / "s", measure="mse"), rs.ReTrac("matched"))
+    mse = other.query(
+        rs.Samples(images(8)[6:], several, STATES), 6, rerank=6, train=rs.Samples(images(6), several, STATES)
+    )
+    assert not np.allclose(mse.scores, expected.scores, rtol=0.01)
+
+
 def test_self_influence_refuses_the_same_noise_in_another_order(tmp_path: Path) -> None:
     one, other = (
         sketched(images(3), tmp_path / name, timesteps=plans)
