@@ -140,7 +140,7 @@ class _Expression:
             case ast.UnaryOp(op=ast.UAdd()):
                 return self._number(node.operand)
         raise self._error(
-            f"holds a {type(node).__name__.lower()}; use column names, values, comparisons, arithmetic, in, and, or, "
+            f"holds a {type(getattr(node, 'op', node)).__name__.lower()}; use column names, values, comparisons, arithmetic, in, and, or, "
             "not"
         )
 
