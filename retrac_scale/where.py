@@ -139,10 +139,8 @@ class _Expression:
                 return self._calculated(operator.sub, ast.Constant(0), node.operand)
             case ast.UnaryOp(op=ast.UAdd()):
                 return self._number(node.operand)
-        raise self._error(
-            f"holds a {type(getattr(node, 'op', node)).__name__.lower()}; use column names, values, comparisons, arithmetic, in, and, or, "
-            "not"
-        )
+        what = type(getattr(node, "op", node)).__name__.lower()
+        raise self._error(f"holds a {what}; use column names, values, comparisons, arithmetic, in, and, or, not")
 
     def _comparison(self, node: ast.Compare) -> Bools:
         found: Any = True
