@@ -219,10 +219,8 @@ def test_rerank_and_self_influence_are_those_of_common_noise() -> None:
 
 
 def test_rerank_takes_the_measure_of_the_index_from_a_task_of_several(tmp_path: Path) -> None:
-    several, alone = (
-        rs.DiffusionTask(SmallDenoiser(), SCHEDULER, measure=measure)
-        for measure in (["mse", "mean_squared_output"], "mean_squared_output")
-    )
+    several = rs.DiffusionTask(SmallDenoiser(), SCHEDULER, measure=["mse", "mean_squared_output"])
+    alone = rs.DiffusionTask(SmallDenoiser(), SCHEDULER, measure="mean_squared_output")
     given: dict[str, Any] = {"checkpoints": STATES, "timesteps": rs.EvenlySpaced(2), "progress": False}
     rs.sketch(several, images(6), tmp_path / "s", **given)
     index = rs.build_index(rs.open_store(tmp_path / "s", measure="mean_squared_output"), rs.ReTrac("matched"))
