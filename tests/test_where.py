@@ -63,7 +63,7 @@ CONDITIONS = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(expression=CONDITIONS)
 def test_an_expression_says_of_each_sample_what_python_does(expression: str) -> None:
     rows = [{name: values[row].item() for name, values in {**COLUMNS, "id": index().ids}.items()} for row in range(N)]
