@@ -46,7 +46,8 @@ def check_shown(store: SketchStore, ids: Sequence[Any], pictures: Iterable[Pictu
     unknown = found.count(None)
     if not unknown:
         return ""
-    return f"of {unknown} of {len(found)} it cannot be told whether they are the pictures that were sketched"
+    those = f"the {unknown} pictures" if unknown == len(found) else f"{unknown} of {len(found)} pictures"
+    return f"whether {those} are those that were sketched cannot be told"
 
 
 def _same(picture: Picture, shape: Sequence[int], words: Words, exact: bool) -> bool | None:
