@@ -39,7 +39,7 @@ OUTLIERS = 36
 GENERATED = 16
 SAMPLING_STEPS = 100
 QUERY_TIMESTEPS = 20
-TIMESTEPS, ENTRIES = 24, 1024
+TIMESTEPS, ENTRIES = 16, 2048
 """Four of 512 show sixes for a six as well; with these most names in a list come again in another run."""
 DIM = 4096
 
