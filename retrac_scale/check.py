@@ -15,7 +15,7 @@ from retrac_scale.gradients.nested import tensors
 from retrac_scale.gradients.recompute import alone_by, batched_sizes
 from retrac_scale.gradients.reference import ALONE_HALF_TOLERANCE, ALONE_TOLERANCE, HALF_TOLERANCE
 from retrac_scale.gradients.registry import why_alone
-from retrac_scale.sketching import in_float32, measured_pairs
+from retrac_scale.measuring import measured_pairs, without_autocast
 from retrac_scale.task.diffusion import DiffusionTask
 from retrac_scale.timesteps import EvenlySpaced
 
@@ -180,7 +180,7 @@ def _of_task(task: DiffusionTask, items: Any) -> tuple[Callable[[], Tensor], Cal
     """The values of dataset items at two timesteps each, the value of one pair alone, and how many there are."""
     ids = np.arange(len(items))
     items = [task.check_item(sample, item) for sample, item in zip(ids, items, strict=True)]
-    task, checked = in_float32(task, items)
+    task, checked = without_autocast(task, items)
     plan = EvenlySpaced(2).pairs("check", ids, task.num_train_timesteps)
     pairs = np.arange(plan.timesteps.size)
     return (

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from retrac_scale.gradients import GradientCapture, ParameterFilter
+from retrac_scale.measuring import measured_pairs
 from retrac_scale.preconditioning import Kronecker
 from retrac_scale.samples import Samples
-from retrac_scale.sketching import measured_pairs
 
 BATCH_PAIRS = 64
 

@@ -19,10 +19,10 @@ import torch
 from retrac_scale.columns import Texts
 from retrac_scale.execution import compute, constant, delayed, worker_threads
 from retrac_scale.index import Index, Reduce, Side, open_on_worker
+from retrac_scale.plans import plans_for_queries
 from retrac_scale.rerank import as_measured, exact_scores
 from retrac_scale.samples import Samples
 from retrac_scale.scan import Bools, Chunk, Found, merge, scores, top
-from retrac_scale.sketching import plans_for_queries
 from retrac_scale.store import SketchStore
 from retrac_scale.store.encoding import Float32, Float64
 from retrac_scale.store.schema import whereabouts

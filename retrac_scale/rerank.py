@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from retrac_scale.content import ITEM, ChangedItemsError, digest_of, stored_contents
 from retrac_scale.estimators import Estimator
+from retrac_scale.measuring import measured_pairs
 from retrac_scale.projections import GradientSketcher, Identity
 from retrac_scale.samples import Samples
-from retrac_scale.sketching import measured_pairs, plan_digest
 from retrac_scale.store import SketchStore
 from retrac_scale.store.compatibility import of_both
 from retrac_scale.store.encoding import Float32
@@ -23,7 +23,7 @@ from retrac_scale.store.schema import differences
 from retrac_scale.task.diffusion import DiffusionTask
 from retrac_scale.task.items import Item, brought
 from retrac_scale.task.noising import scheduler_spec
-from retrac_scale.timesteps import Pairs, TimestepPlan, grid_from_spec
+from retrac_scale.timesteps import Pairs, TimestepPlan, grid_from_spec, plan_digest
 
 BATCH_PAIRS = 64
 BATCH_BYTES = 256 * 2**20

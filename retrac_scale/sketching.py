@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import platform
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -30,14 +28,14 @@ from retrac_scale.content import (
 )
 from retrac_scale.execution import Task, gpu_label, run
 from retrac_scale.gradients import ParameterFilter
-from retrac_scale.gradients.nested import mapped
+from retrac_scale.measuring import Items, measured_pairs, without_autocast
 from retrac_scale.memory import keep_freed_pages
+from retrac_scale.plans import plans_of_call
 from retrac_scale.preconditioning import Divisors, digest_of
 from retrac_scale.projections import GradientMismatchError, GradientSketcher, LowRank, Projection, from_spec
 from retrac_scale.store import Dtype, Layout, SketchStore, create_store, grow_store, open_store, write_block
 from retrac_scale.store.compatibility import check_compatible, warn_of_versions
 from retrac_scale.store.encoding import check_dtype, decode
-from retrac_scale.store.part import plans_of
 from retrac_scale.store.reader import Words
 from retrac_scale.store.schema import CONTENT, SKETCHED, Url, check_columns, check_ids, whereabouts
 from retrac_scale.task.checkpoints import Checkpoint, absolute
@@ -45,20 +43,16 @@ from retrac_scale.task.diffusion import DiffusionTask
 from retrac_scale.task.items import brought, dataset_ids
 from retrac_scale.task.noising import scheduler_spec
 from retrac_scale.timesteps import (
-    RECOMMENDED,
-    EvenlySpaced,
     Grid,
     Ids,
     Pairs,
     Recorded,
     TimestepPlan,
-    draw_noise,
     further,
-    grid_from_spec,
-    grids_for_queries,
-    of_queries,
+    plan_digest,
 )
 from retrac_scale.training.record import read_record
+from retrac_scale.until import check_until, grown_until
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -68,8 +62,6 @@ CALIBRATION_ITEMS = 64
 CHECKED_PAIRS = 2
 ROW_ENTRIES, LEAST_DIM = 2048, 512
 """Entries of all timesteps of a sample and checkpoint together, and at least of each, where no projection is given."""
-QUERY_PLAN = EvenlySpaced(100, noise="own")
-"""Of queries, where the training side was measured where it was trained: S = 100 as in arXiv 2401.09031."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,12 +159,12 @@ def sketch(
     for known in (like, there):
         if known is not None:
             warn_of_versions(known)
-    plans = _plans(timesteps, like, there)
+    plans = plans_of_call(timesteps, like, there)
     if not checkpoints or not isinstance(checkpoints, Mapping):
         raise ValueError(f"sketch needs checkpoints={{'name': path or state dict}}, got {checkpoints!r}.")
     checkpoints = absolute(checkpoints)
     if until is not None:
-        _check_until(until, at_most, plans, out, like)
+        check_until(until, at_most, plans, out, like)
     if projection is None and (like or there) is not None:
         projection = from_spec((like or there).fingerprint["projection"])  # type: ignore[union-attr]
     if client is not None and out is None:
@@ -216,7 +208,7 @@ def sketch(
         return store
     assert isinstance(plans[0], Grid)
     again = partial(further, plans[0], num_train_timesteps=task.num_train_timesteps)
-    return _grown_until(store, until, at_most, again, partial(measured, grow=True))
+    return grown_until(store, until, at_most, again, partial(measured, grow=True))
 
 
 def _sketch_by_one_plan(
@@ -454,7 +446,7 @@ class _Share:
                         where = f"checkpoint {checkpoint!r}, sample {ids[row]}, timestep {plan.timesteps[row, step]}"
                         one = task.only(measure)
                         alone = partial(_values, one, items, ids, plan, pairs[:1])
-                        few = partial(_values, *in_float32(one, items), ids, plan, pairs[:CHECKED_PAIRS])
+                        few = partial(_values, *without_autocast(one, items), ids, plan, pairs[:CHECKED_PAIRS])
                         _check(self._sketcher, one, (sketched, norm), few, alone, where)
                         self._checked.add(measure)
             for row, (sketched, norm, loss) in enumerate(found):
@@ -519,10 +511,6 @@ def _fastest_there(job: _Job, checkpoint: str) -> tuple[int, int]:
         return _fastest(job, _new_sketcher(job), checkpoint)
 
 
-Items = Sequence[Any] | Mapping[int, Any]
-"""What `DiffusionTask.check_item` gives for samples of a block, by number: the first one and those asked for."""
-
-
 def _sketched(
     sketcher: GradientSketcher, task: DiffusionTask, items: Items, ids: Ids, plan: Pairs, pairs: Any
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -535,16 +523,6 @@ def _sketched(
             (*sketcher(values, retain_graph=number < last), losses.detach().float())
             for number, (values, losses) in enumerate(measured)
         ]
-
-
-def in_float32(task: DiffusionTask, items: Items) -> tuple[DiffusionTask, Items]:
-    """The same without mixed precision, for a check whose tolerance is not that of 16 bits."""
-    if task.autocast is None:
-        return task, items
-    full = copy.copy(task)
-    full.autocast = None
-    numbered = items.items() if isinstance(items, Mapping) else enumerate(items)
-    return full, {row: mapped(item, lambda x: x.float() if x.is_floating_point() else x) for row, item in numbered}
 
 
 def _check(sketcher: GradientSketcher, task: DiffusionTask, *given: Any) -> None:
@@ -562,128 +540,12 @@ def _values(task: DiffusionTask, items: Items, ids: Ids, plan: Pairs, pairs: Any
     return measured_pairs(task, items, ids, plan, pairs)[0][0]
 
 
-def measured_pairs(
-    task: DiffusionTask, items: Items, ids: Ids, plan: Pairs, pairs: Any
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Values to be differentiated and losses of some pairs of a block, means over their noise draws, `[pairs]` each.
-
-    One of each for every measure of the task.
-    """
-    rows, columns = np.divmod(pairs, plan.timesteps.shape[1])
-    steps, seeds = plan.timesteps[rows, columns], plan.seeds[rows, columns]
-    images = torch.stack([items[row][0] for row in rows])
-    whose = None if plan.noise == "common" else ids[rows]
-    noise = torch.stack(
-        [draw_noise(images.shape[1:], whose, steps, seeds, draw=draw) for draw in range(plan.draws)], dim=1
-    )
-    for row in rows:
-        if items[row][1].keys() != items[0][1].keys():
-            raise ValueError(
-                f"sample {ids[row]} brings {sorted(items[row][1])} and sample {ids[0]} {sorted(items[0][1])}; "
-                "give all samples the same conditioning."
-            )
-    conditioning = {key: torch.stack([items[row][1][key] for row in rows]) for key in items[0][1]}
-
-    def repeat(x: torch.Tensor) -> torch.Tensor:
-        return x.repeat_interleave(plan.draws, 0)
-
-    found = task.measured(
-        repeat(images),
-        repeat(torch.from_numpy(steps)),
-        noise.flatten(0, 1).to(images.dtype),
-        {key: repeat(value) for key, value in conditioning.items()},
-    )
-    shape = (len(pairs), plan.draws)
-    return [(values.reshape(shape).mean(1), losses.reshape(shape).mean(1)) for values, losses in found]
-
-
 def _existing(out: Url) -> SketchStore | None:
     """The store at `out`, None when there is none yet."""
     try:
         return None if out is None else open_store(out)
     except (FileNotFoundError, ValueError):  # whatever else is there, creating the store names it
         return None
-
-
-def plans_for_queries(
-    timesteps: TimestepPlan | Sequence[TimestepPlan] | None, store: SketchStore
-) -> list[TimestepPlan]:
-    """The plans by which queries of a store are measured, see `sketch`."""
-    return _plans(timesteps, store, None)
-
-
-def _plans(
-    timesteps: TimestepPlan | Sequence[TimestepPlan] | None, like: SketchStore | None, there: SketchStore | None
-) -> list[TimestepPlan]:
-    """The plans that are asked for, or those of another store, one after the other."""
-    stored = [] if like is None else plans_of(like.fingerprint)
-    of_like = grids_for_queries(stored)
-    if timesteps is None and there is not None:
-        grids = [grid_from_spec(spec) for spec in plans_of(there.fingerprint)]
-        if grids and grids == of_like[: len(grids)]:
-            return [*of_like]  # the store that they are compared with may have grown since
-        if None in grids or not grids:
-            raise ValueError(
-                f"{there.url} was not measured at the same timesteps for every sample; say where to measure: "
-                "timesteps=Recorded(path)."
-            )
-        return [grid for grid in grids if grid is not None]
-    if timesteps is None:
-        return [RECOMMENDED] if like is None else [*of_like] or [QUERY_PLAN]
-    given: list[TimestepPlan] = list(timesteps) if isinstance(timesteps, Sequence) else [timesteps]
-    for plan in given:
-        if not hasattr(plan, "pairs") or isinstance(plan, type):
-            raise ValueError(f"timesteps must be a plan, such as EvenlySpaced(4), got {plan!r}.")
-    if not given:
-        raise ValueError("timesteps= got an empty list; give a plan, such as EvenlySpaced(4).")
-    return given if like is None else [of_queries(plan, stored) for plan in given]
-
-
-def _check_until(until: float, at_most: int, plans: Sequence[TimestepPlan], out: Url, like: SketchStore | None) -> None:
-    """Raise ValueError unless a store can be measured again and again."""
-    if not 0 < until < 1:
-        raise ValueError(f"until is an overlap of lists between 0 and 1, such as 0.9, got {until!r}.")
-    if not isinstance(at_most, int) or at_most < 2:
-        raise ValueError(f"at_most must be an integer of 2 or more, got {at_most!r}.")
-    if out is None:
-        raise ValueError("until= adds to a store that is there; give out= a path or URL.")
-    if like is not None:
-        raise ValueError("until= is for the training side; queries are measured as it was, leave until= out.")
-    for plan in plans:
-        if not isinstance(plan, Grid):
-            raise ValueError(
-                f"until= measures every sample again under new noise, but {plan!r} has one pair for each, the one that "
-                "it was trained at; give a grid, such as EvenlySpaced(4), or leave until= out."
-            )
-
-
-def _grown_until(
-    store: SketchStore,
-    until: float,
-    at_most: int,
-    again: Callable[[int], Grid],
-    measured: Callable[[TimestepPlan], SketchStore],
-) -> SketchStore:
-    """Measure a store again and again until its answers repeat."""
-    from retrac_scale.repeatability import repeatability  # at call time: the street runs from sketches to answers
-
-    stored = plans_of(store.fingerprint)
-    if not store.is_complete:  # a call that was interrupted
-        for begun in map(grid_from_spec, stored[1:]):
-            store = store if begun is None else measured(begun)
-    each, number = store.parts[0].shape[1], 1
-    while True:
-        times, room = len(stored), (at_most - store.shape[1]) // each
-        wanted = 2 if store.shape[1] == 1 else repeatability(store).needed(until)
-        # no more than double: what is foretold is measured on the way
-        more = min(room, max(0, -(-(wanted - store.shape[1]) // each)), times)
-        if more <= 0:
-            return store
-        while len(stored) < times + more:
-            number += 1
-            if (another := again(number)).spec() not in stored:
-                store = measured(another)
-                stored = plans_of(store.fingerprint)
 
 
 def _fastest(job: _Job, sketcher: GradientSketcher, checkpoint: str) -> tuple[int, int]:
@@ -704,14 +566,6 @@ def _read(job: _Job, row: int) -> tuple[Any, Words]:
     """What the model takes of an item, and its words."""
     item, words = read_again(job.task, job.ids[row], job.dataset[row], job.content[row])
     return job.task.encoded(item), words
-
-
-def plan_digest(plans: Mapping[str, Pairs]) -> str:
-    """A digest of every timestep and noise seed of some samples at some checkpoints."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, plan in plans.items():
-        digest.update(name.encode() + plan.timesteps.tobytes() + plan.seeds.tobytes())
-    return digest.hexdigest()
 
 
 def _pairs_in(store: SketchStore, block: int) -> int:

@@ -102,6 +102,14 @@ class Pairs:
         return replace(self, timesteps=self.timesteps[rows], seeds=self.seeds[rows])
 
 
+def plan_digest(plans: Mapping[str, Pairs]) -> str:
+    """A digest of every timestep and noise seed of some samples at some checkpoints."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, plan in plans.items():
+        digest.update(name.encode() + plan.timesteps.tobytes() + plan.seeds.tobytes())
+    return digest.hexdigest()
+
+
 class TimestepPlan(Protocol):
     """What `sketch(timesteps=...)` accepts: says which pairs to measure each sample at."""
 
