@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import http.client
 import itertools
-import threading
 from collections import defaultdict
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +13,7 @@ from distributed import Client, LocalCluster
 
 import retrac_scale as rs
 from tests.test_cluster import Logged, sketch
-from tests.test_store_s3 import Proxy, server  # noqa: F401
+from tests.test_store_s3 import Proxy, bucket_behind, server  # noqa: F401
 
 pytest.importorskip("moto")
 pytest.importorskip("s3fs")
@@ -45,33 +42,19 @@ def test_workers_without_a_shared_disk_give_the_same_answers_through_failing_req
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    OneInAHundred.target = server
-    proxy = ThreadingHTTPServer(("127.0.0.1", 0), OneInAHundred)
-    threading.Thread(target=proxy.serve_forever, daemon=True).start()
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.server_port}",
-    }.items():
-        monkeypatch.setenv(name, value)
-    connection = http.client.HTTPConnection(*server)
-    connection.request("PUT", "/cluster")
-    connection.getresponse().read()
     here = sketch(Logged(tmp_path / "log"), tmp_path / "s")
     queries = rs.take(here, [3, 20])
     expected = rs.build_index(here, rs.ReTrac(), tmp_path / "i").query(queries, 4)
     with (
+        bucket_behind(OneInAHundred, server, monkeypatch, "cluster") as bucket,
         LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
         Client(cluster) as client,
     ):
-        store = sketch(Logged(tmp_path / "log"), "s3://cluster/s", client)
-        index = rs.build_index(store, rs.ReTrac(), "s3://cluster/i", client=client)
+        store = sketch(Logged(tmp_path / "log"), f"{bucket}/s", client)
+        index = rs.build_index(store, rs.ReTrac(), f"{bucket}/i", client=client)
         answer = index.query(queries, 4, client=client)
-    for name in "ab":
-        np.testing.assert_array_equal(store.sketches(name), here.sketches(name))
+        for name in "ab":
+            np.testing.assert_array_equal(store.sketches(name), here.sketches(name))
     np.testing.assert_array_equal(answer.ids, expected.ids)
     np.testing.assert_array_equal(answer.scores, expected.scores)
     assert OneInAHundred.injected >= 2
-    proxy.shutdown()
-    proxy.server_close()

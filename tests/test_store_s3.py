@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -98,34 +99,44 @@ def server() -> Iterator[tuple[str, int]]:
     process.wait()
 
 
-@pytest.fixture
-def bucket(server: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The URL of a bucket that is reached through the failing proxy."""
-    import fsspec
+@contextmanager
+def bucket_behind(
+    proxy_class: type[Proxy], server: tuple[str, int], monkeypatch: pytest.MonkeyPatch, name: str
+) -> Iterator[str]:
+    """The URL of a new bucket that is reached through a proxy; no connection of this process is left open."""
     import s3fs
 
-    monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": TIMEOUT_S}})
-    Proxy.target = server
-    Proxy.failed.clear()
-    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
+    proxy_class.target = server
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), proxy_class)
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
-    for name, value in {
+    for variable, value in {
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.server_port}",
     }.items():
-        monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()
+        monkeypatch.setenv(variable, value)
     connection = http.client.HTTPConnection(*server)
-    connection.request("PUT", "/bucket")
+    connection.request("PUT", f"/{name}")
     connection.getresponse().read()
-    yield "s3://bucket"
+    connection.close()
+    yield f"s3://{name}"
     for filesystem in s3fs.S3FileSystem._cache.values():
-        sync(filesystem._s3.close())
+        if filesystem._s3 is not None:
+            sync(filesystem._s3.close())
     s3fs.S3FileSystem.clear_instance_cache()
     proxy.shutdown()
     proxy.server_close()
+
+
+@pytest.fixture
+def bucket(server: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    import fsspec
+
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": TIMEOUT_S}})
+    Proxy.failed.clear()
+    with bucket_behind(Proxy, server, monkeypatch, "bucket") as url:
+        yield url
 
 
 def test_every_verb_survives_a_500_a_slow_down_a_cut_and_a_stalled_connection(bucket: str, tmp_path: Path) -> None:
