@@ -112,14 +112,21 @@ def lds(setting: Setting, subsets: int) -> evaluate.Subsets:
     """Losses of every query under models of random halves, and of some of these halves with other seeds."""
     kinds = {kind: len(setting.queries[kind]) for kind in KINDS_OF_LDS}
     members = evaluate.random_subsets(len(setting.ids), subsets, seed=setting.seed)
-    losses = retrained(setting, KINDS_OF_LDS, members, "subsets", setting.seed)
     name = f"{setting.name}-lds"
-    known = evaluate.truth(name) if name in evaluate.truths() else None
-    again = known.again if isinstance(known, evaluate.Subsets) else np.zeros((0, 0, losses.shape[1]))
-    about = protocol(
-        setting, kinds, seeds=[setting.seed, *MORE_SEEDS[: len(again)]], hours=hours(setting.work / "subsets")
-    )
+    file = evaluate.truth(name) if name in evaluate.truths() else None
+    known = file if isinstance(file, evaluate.Subsets) and same_protocol(setting, file) else None
+    there = known.losses[:subsets] if known else np.zeros((0, sum(kinds.values())))
+    losses = retrained(setting, KINDS_OF_LDS, members, "subsets", setting.seed, there)
+    again = known.again if known else np.zeros((0, 0, losses.shape[1]))
+    spent = hours(setting.work / "subsets") + (known.about.get("hours", 0) if known else 0)
+    about = protocol(setting, kinds, seeds=[setting.seed, *MORE_SEEDS[: len(again)]], hours=round(spent, 2))
     return evaluate.Subsets(name, kinds, len(setting.ids), about, members, losses, again)
+
+
+def same_protocol(setting: Setting, known: evaluate.Truth) -> bool:
+    """Whether a truth's models were trained on the same data in the same way, and asked about the same queries."""
+    now = protocol(setting, known.kinds)
+    return all(known.about[key] == now[key] for key in ("training", "data", "queries"))
 
 
 def seeds(setting: Setting, _: int) -> evaluate.Subsets:
@@ -210,12 +217,19 @@ def wanted(setting: Setting, what: str, parts: dict[str, Any], *metrics: str) ->
     return evaluate.Wanted(name, kinds, len(setting.ids), protocol(setting, kinds), every, metrics)
 
 
-def retrained(setting: Setting, kinds: Sequence[str], members: Any, folder: str, seed: int) -> Any:
-    """Losses `[m, q]` of the queries of these kinds under models trained on each row of `members`."""
+def retrained(setting: Setting, kinds: Sequence[str], members: Any, folder: str, seed: int, known: Any = None) -> Any:
+    """Losses `[m, q]` of the queries of these kinds under models trained on each row of `members`.
+
+    `known` holds those of the first rows, which are not trained again.
+    """
+    done = 0 if known is None else len(known)
+    if done == len(members):
+        return known
     measure = Losses(joined([setting.queries[kind] for kind in kinds]), setting.build(), setting.scheduler)
     trainer = replace(setting.trainer, progress=False)
-    chosen = [setting.ids[row] for row in members]
-    return evaluate.retrain(chosen, trainer, measure, setting.work / folder, seed=seed, key=measure.key)
+    chosen = [setting.ids[row] for row in members[done:]]
+    found = evaluate.retrain(chosen, trainer, measure, setting.work / folder, seed=seed, key=measure.key)
+    return np.concatenate([known, found]) if done else found
 
 
 def protocol(setting: Setting, kinds: Iterable[str], **more: Any) -> dict[str, Any]:
