@@ -20,8 +20,8 @@ import torch
 from diffusers.models import transformers, unets
 
 import retrac_scale as rs
-from retrac_scale.check import FALLBACK
 from retrac_scale.gradients import GradientCapture, UncapturableError
+from retrac_scale.sketching.check import FALLBACK
 from tests.architectures import ARCHITECTURES, batch, build, largest_error
 
 TOLERANCE = 1e-4

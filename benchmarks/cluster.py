@@ -31,12 +31,12 @@ import torch
 from distributed import Client, LocalCluster, get_task_stream
 
 import retrac_scale as rs
-import retrac_scale.indexing
+import retrac_scale.index.build
 from benchmarks.scaling import make_index
 from benchmarks.scanning import asked, median
 from retrac_scale import planner
-from retrac_scale.execution import Task, run
-from retrac_scale.indexing import build_index
+from retrac_scale.api.index import build_index
+from retrac_scale.runtime.execution import Task, run
 from retrac_scale.store import Layout, write_store
 from retrac_scale.store.schema import choose_layout
 from tests.torture import contents
@@ -412,8 +412,8 @@ def killed_walk(
 
 def many_chunks(folder: Path, chunks: int) -> None:
     """An index of chunks of 64 rows of 64 bytes, as small as they get."""
-    width = retrac_scale.indexing.MIN_CHUNK_SAMPLES
-    retrac_scale.indexing.CHUNK_BYTES = width * width
+    width = retrac_scale.index.build.MIN_CHUNK_SAMPLES
+    retrac_scale.index.build.CHUNK_BYTES = width * width
     rows = np.random.default_rng(0).standard_normal((chunks * width, 1, width), np.float32)
     index = build_index(write_store(folder / "rows", {"c": rows}), rs.ReTrac(), folder / "i")
     assert len(index.chunks) == chunks

@@ -27,10 +27,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import retrac_scale as rs
-from retrac_scale.execution import FailedTasksError
 from retrac_scale.gradients import UncapturableError
 from retrac_scale.projections import GradientMismatchError
 from retrac_scale.projections.live import LiveSketcher
+from retrac_scale.runtime.execution import FailedTasksError
 
 WIDTH, TOKENS, SIDE, SAMPLES = 8, 4, 5, 4
 TOLERANCE, HALF_TOLERANCE = 1e-3, 3e-2

@@ -20,8 +20,8 @@ from PIL import Image
 
 import retrac_scale as rs
 from benchmarks.models import build
-from retrac_scale import content
 from retrac_scale.datasets import ImageFiles
+from retrac_scale.sketching import content
 
 
 def main(files: int) -> None:

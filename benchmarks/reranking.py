@@ -16,7 +16,7 @@ from diffusers import DDPMScheduler
 
 import retrac_scale as rs
 from retrac_scale.demo import QUERY_TIMESTEPS, build_model, generate, load_scans, train
-from retrac_scale.rerank import exact_scores
+from retrac_scale.query.rerank import exact_scores
 
 DIM = 512
 TOP = 10

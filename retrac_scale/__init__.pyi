@@ -1,34 +1,36 @@
 """The public names; __init__.py imports each from here when it is first used."""
 
 from . import datasets, evaluate, gradients, projections, report
-from .check import ModelCheck, check_model
-from .content import ChangedItemsError
-from .curvature import fisher_divisors, kronecker_divisors
-from .diagonal import self_influence
+from .api.index import build_index
 from .estimators import DAS, DTRAK, TRAK, GradCos, GradDot, RelatIF, RenormIF, ReTrac, ReTracRidge, TracIn
-from .execution import FailedTasksError
-from .explain import Explanation
-from .halves import MeasuredOnceError, Repeatability
-from .index import Index, StaleIndexError, open_index
-from .indexing import build_index
-from .journey import Journey, sample_journey, sketch_journey
-from .preconditioning import adam_divisors
+from .estimators.self_influence import self_influence
+from .index.reader import StaleIndexError
+from .measurement.halves import MeasuredOnceError, Repeatability
+from .measurement.repeatability import repeatability
 from .projections import CountSketch, Dense, GradientSketcher, Identity, LowRank
-from .repeatability import repeatability
-from .samples import Samples, take
-from .sketching import sketch
+from .projections.preconditioning import adam_divisors
+from .query.explain import Explanation
+from .query.index import Index, open_index
+from .query.topk import TopK
+from .runtime.execution import FailedTasksError
+from .sketching.check import ModelCheck, check_model
+from .sketching.content import ChangedItemsError
+from .sketching.curvature import fisher_divisors, kronecker_divisors
+from .sketching.encoded import EncodedDataset, encode
+from .sketching.journey import Journey, sample_journey, sketch_journey
+from .sketching.samples import Samples, take
+from .sketching.sketch import sketch
 from .store import DamagedStoreError, IncompleteStoreError, Layout, SketchStore, open_store, write_store
 from .store.verify import repair_store, verify_store
 from .task.calling import ThroughUNet
 from .task.checkpoints import find_checkpoints
 from .task.diffusion import DiffusionTask
-from .task.encoded import EncodedDataset, encode
 from .task.noising import timestep_numbers
+from .task.timesteps import EvenlySpaced, Explicit, draw_noise
 from .task.weighting import Huber, MinSNR, PseudoHuber, SD3Weighting
-from .timesteps import EvenlySpaced, Explicit, Recorded, draw_noise
-from .topk import TopK
 from .training.callbacks import lightning_callback, transformers_callback
 from .training.record import TrainingRecord, read_record
+from .training.recorded import Recorded
 from .training.recorder import TrainingRecorder
 
 __all__ = [

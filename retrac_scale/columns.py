@@ -1,15 +1,17 @@
-"""The user's columns as an index holds them: numbers as they are, texts as codes of their sorted distinct values."""
+"""Sample ids and the user's columns: checked, and texts as codes of their sorted distinct values."""
 
 from __future__ import annotations
 
+import keyword
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import zarr
 
-from retrac_scale.store.schema import get_array, get_group, new_array
+RESERVED = ("id", "deleted", "parts")
+"""Names at the root of a store that neither a column nor a checkpoint may take."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,38 +47,80 @@ def distinct(column: Column) -> npt.NDArray[Any]:
     return column.values if isinstance(column, Texts) else np.unique(column)
 
 
-def write_column(root: zarr.Group, name: str, values: npt.NDArray[Any]) -> None:
-    """Write a column `[n]` of an index, in one chunk."""
-    group = root.require_group("column")
-    if values.dtype.kind in "biuf":
-        write_list(group, name, values)
-        return
-    texts = Texts.of(values)
-    write_list(group, f"{name}/value", texts.values)
-    write_list(group, f"{name}/code", texts.codes)
+def check_ids(ids: Sequence[Any] | npt.NDArray[Any] | None, n_samples: int) -> npt.NDArray[Any]:
+    """Sample ids as an int64 or string array `[n]`, 0 .. n-1 when None.
+
+    Raises:
+        ValueError: the wrong number, the wrong type, or an id given twice (which is named).
+    """
+    if ids is None:
+        return np.arange(n_samples, dtype=np.int64)
+    array = _texts(ids, "sample id")
+    if array.shape != (n_samples,):
+        raise ValueError(f"got ids of shape {array.shape} for {n_samples} samples; give one id per sample.")
+    if array.dtype.kind not in "iU":  # a list with a number beyond int64 becomes unsigned, float or object
+        beyond = [
+            one for one in np.asarray(ids, object).tolist() if isinstance(one, int) and not -(2**63) <= one < 2**63
+        ]
+        if beyond:
+            raise ValueError(f"sample id {beyond[0]} is beyond int64; give such ids as strings.")
+    if array.dtype.kind not in "iuU":
+        raise ValueError(f"sample ids must be integers or strings, got dtype {array.dtype}.")
+    values, counts = np.unique(array, return_counts=True)
+    if (counts > 1).any():
+        twice = values[np.argmax(counts > 1)].item()
+        places = np.flatnonzero(array == twice)[:2].tolist()
+        raise ValueError(f"id {twice!r} is given twice, at positions {places}; give every sample an id of its own.")
+    return array.astype(np.int64) if array.dtype.kind in "iu" else array
 
 
-def read_column(root: zarr.Group, name: str, some: slice = slice(None)) -> Column:
-    """A column of an index, or of some of its samples; those of earlier releases hold texts as they are."""
-    group = get_group(root, "column")
-    if name in group.array_keys():
-        values = np.asarray(get_array(group, name)[some])
-        return values if values.dtype.kind in "biuf" else Texts.of(values)
-    stored, codes = (np.asarray(get_array(group, f"{name}/{part}")[some]) for part in ("value", "code"))
-    return Texts(np.array(stored.tolist(), dtype=str), codes)
+def check_columns(columns: Mapping[str, Any] | None, n_samples: int) -> dict[str, npt.NDArray[Any]]:
+    """User columns as arrays `{name: [n]}` of booleans, numbers or strings.
+
+    Raises:
+        ValueError: the wrong length or type, or a name that cannot stand beside the ids; names the column.
+    """
+    if columns is not None and not isinstance(columns, Mapping):
+        raise ValueError(f"columns must map names to values, got a {type(columns).__name__}.")
+    checked = {}
+    for name, values in (columns or {}).items():
+        array = _texts(values, f"column {name!r}: value")
+        if not name.isidentifier() or keyword.iskeyword(name) or name in RESERVED:
+            raise ValueError(
+                f"a column cannot be called {name!r}; use letters, digits and '_', and neither one of {RESERVED} nor a "
+                "word that has a meaning in where=, such as 'in' and all of Python's keywords."
+            )
+        if array.shape != (n_samples,):
+            raise ValueError(
+                f"column {name!r} has shape {array.shape} for {n_samples} samples; give one value for each."
+            )
+        if array.dtype.kind not in "biufU":
+            dates = "write dates and times as strings, values.astype(str)"
+            advice = dates if array.dtype.kind in "mM" else "give booleans, numbers or strings"
+            raise ValueError(f"column {name!r} has dtype {array.dtype}; {advice}.")
+        checked[name] = array
+    return checked
 
 
-def column_names(root: zarr.Group) -> list[str]:
-    """Names of an index's columns, sorted."""
-    group = get_group(root, "column")
-    return sorted([*group.array_keys(), *group.group_keys()])
+def _texts(values: Any, what: str) -> npt.NDArray[Any]:
+    """Values as an array; Python strings that stand in one of objects, as pandas has them, as one of strings.
+
+    Raises:
+        ValueError: a string has no UTF-8, as a file's name in Latin-1; names it.
+    """
+    array = np.asarray(values)
+    if array.dtype == object and all(isinstance(value, str) for value in array.flat):
+        array = array.astype(str)
+    if array.dtype.kind == "U":
+        for text in array.flat:
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"{what} {str(text)!r} has no UTF-8; give it another name.") from None
+    return array
 
 
-def write_list(group: zarr.Group, name: str, values: npt.NDArray[Any], size: int | None = None) -> None:
-    """Write an array `[n]` of numbers or texts in chunks of so many entries, or in one."""
-    plain = values.dtype.kind in "biuf"
-    dtype = values.dtype if plain else "string"
-    length = size or max(1, len(values))
-    new_array(group, name, shape=values.shape, chunks=(length,), dtype=dtype, dims=["sample"])[:] = (
-        values if plain else values.astype(object)
-    )
+def column_types(ids: npt.NDArray[Any], columns: Mapping[str, npt.NDArray[Any]]) -> dict[str, str]:
+    """How zarr stores the ids and the columns: "string", or a NumPy type."""
+    every = {"id": ids, **columns}
+    return {name: "string" if values.dtype.kind in "UT" else values.dtype.name for name, values in every.items()}

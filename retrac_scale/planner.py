@@ -14,27 +14,20 @@ import numpy.typing as npt
 import torch
 from diffusers import AutoModel, DDPMScheduler
 
+from retrac_scale.api.index import build_index
+from retrac_scale.columns import check_columns, check_ids, column_types
 from retrac_scale.estimators import ReTrac
-from retrac_scale.indexing import build_index, chunk_samples
+from retrac_scale.index.build import chunk_samples
 from retrac_scale.projections import Projection
-from retrac_scale.sketching import sketch
+from retrac_scale.sketching.sketch import sketch
 from retrac_scale.store import Dtype, Layout, write_store
 from retrac_scale.store.encoding import array_dtype
 from retrac_scale.store.mapping import CRC_BYTES
 from retrac_scale.store.part import lay_out
-from retrac_scale.store.schema import (
-    CONTENT_WORDS,
-    LIST_CHUNK,
-    SKETCHED,
-    Url,
-    check_columns,
-    check_ids,
-    choose_layout,
-    column_types,
-)
+from retrac_scale.store.schema import CONTENT_WORDS, LIST_CHUNK, SKETCHED, Url, choose_layout
 from retrac_scale.store.writer import describe
 from retrac_scale.task.diffusion import DiffusionTask
-from retrac_scale.timesteps import EvenlySpaced
+from retrac_scale.task.timesteps import EvenlySpaced
 
 CALIBRATION_BATCHES = (1, 5)
 CALIBRATION_RUNS = 3

@@ -14,7 +14,7 @@ from PIL import Image
 
 import retrac_scale as rs
 from retrac_scale.evaluate import largest_share, unique_fraction
-from retrac_scale.halves import repeatability_of_rows
+from retrac_scale.measurement.halves import repeatability_of_rows
 from retrac_scale.report import Pictures, norm_curve, write_report
 from retrac_scale.serve import Limits, create_app
 from retrac_scale.serve.library import Library

@@ -21,9 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import retrac_scale as rs
-from retrac_scale.diagonal import self_influence
+from retrac_scale.estimators.self_influence import self_influence
 from retrac_scale.store.part import plans_of
-from retrac_scale.timesteps import further
+from retrac_scale.task.timesteps import further
 from tests import oracle
 from tests.conftest import MODELS, Labelled, random_images
 from tests.small_denoiser import SCHEDULER, SmallDenoiser, images

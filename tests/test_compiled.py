@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from retrac_scale.compiled import compiled
-from retrac_scale.threads import THREAD_BYTES, SharedPass, _torch_team, over_rows
+from retrac_scale.native.compiled import compiled
+from retrac_scale.native.threads import THREAD_BYTES, SharedPass, _torch_team, over_rows
 
 
 def test_a_function_is_compiled_where_it_cannot_be_kept() -> None:
@@ -34,7 +34,7 @@ def test_every_row_is_worked_on_once(rows: int, threads: int) -> None:
 def test_an_error_in_a_thread_is_raised(pool: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     if pool:
-        monkeypatch.setattr("retrac_scale.threads._torch_team", lambda: None)
+        monkeypatch.setattr("retrac_scale.native.threads._torch_team", lambda: None)
     elif _torch_team() is None:
         pytest.skip("this build of torch has no OpenMP")
 

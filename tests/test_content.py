@@ -17,11 +17,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 import retrac_scale as rs
-from retrac_scale import content
-from retrac_scale.content import ITEM, ChangedItemsError
 from retrac_scale.datasets import ImageFiles
 from retrac_scale.datasets.base import middle_square
 from retrac_scale.report import Pictures, write_report
+from retrac_scale.sketching import content
+from retrac_scale.sketching.content import ITEM, ChangedItemsError
 from retrac_scale.store import verify_store
 from tests.conftest import tiny_unet
 from tests.small_denoiser import SCHEDULER
@@ -272,7 +272,7 @@ def test_a_store_of_an_earlier_release_stays_usable_and_says_what_it_cannot_tell
 ) -> None:
     dataset = Items()
     with monkeypatch.context() as earlier:
-        earlier.setattr("retrac_scale.sketching.SKETCHED", ("loss", "timestep"))
+        earlier.setattr("retrac_scale.sketching.sketch.SKETCHED", ("loss", "timestep"))
         store = sketch(dataset, tmp_path / "s")
         assert not store.has("content")
     dataset.image(3)

@@ -21,9 +21,9 @@ import zarr
 from PIL import Image
 
 import retrac_scale as rs
+from retrac_scale.columns import check_columns
 from retrac_scale.datasets import Arrays, CorruptImageError, HuggingFace, ImageFiles, Parquet, TarShards
 from retrac_scale.datasets.base import pixels
-from retrac_scale.store.schema import check_columns
 from tests.conftest import tiny_unet
 from tests.small_denoiser import SCHEDULER
 

@@ -68,11 +68,11 @@ def test_an_index_of_more_files_than_a_process_may_map_keeps_some(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, queries = stores(tmp_path)
-    monkeypatch.setattr("retrac_scale.indexing.CHUNK_BYTES", 1)
+    monkeypatch.setattr("retrac_scale.index.build.CHUNK_BYTES", 1)
     index = rs.build_index(store, rs.ReTrac(), tmp_path / "i")
     expected = index.query(queries, 20)
     files_of_a_chunk = 3 * len(index.checkpoints) + 1
-    monkeypatch.setattr("retrac_scale.index.KEPT_MAPS", 2 * files_of_a_chunk)
+    monkeypatch.setattr("retrac_scale.index.reader.KEPT_MAPS", 2 * files_of_a_chunk)
     index = rs.open_index(tmp_path / "i")
     for _ in range(2):
         found = index.query(queries, 20)

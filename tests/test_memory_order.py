@@ -74,7 +74,7 @@ def test_a_model_with_code_of_its_own_gets_the_memory_order_it_was_written_for(s
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
 def test_a_sketcher_leaves_the_processs_memory_allocator_alone() -> None:
     code = (
-        "import torch, retrac_scale as rs, retrac_scale.memory as memory\n"
+        "import torch, retrac_scale as rs, retrac_scale.native.memory as memory\n"
         "model = torch.nn.Linear(3, 2)\n"
         "with rs.GradientSketcher(model, rs.Identity()) as sketcher: sketcher(model(torch.randn(2, 3)).sum(1))\n"
         "assert memory.keep_freed_pages.cache_info().misses == 0"

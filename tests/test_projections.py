@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import retrac_scale as rs
-from retrac_scale import threads as passes
 from retrac_scale.gradients.mixing import SETS, mix
 from retrac_scale.gradients.norms import squared_norm
+from retrac_scale.native import threads as passes
 from retrac_scale.projections import Projection, from_spec, random
 from retrac_scale.projections.folding import fold, fold_by_block
 

@@ -12,7 +12,7 @@ import pytest
 from scipy.stats import spearmanr
 
 import retrac_scale as rs
-from retrac_scale.halves import MeasuredOnceError, Repeatability, pairs_of_parts
+from retrac_scale.measurement.halves import MeasuredOnceError, Repeatability, pairs_of_parts
 from tests import oracle
 from tests.small_denoiser import SCHEDULER, SmallDenoiser, images
 

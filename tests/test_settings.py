@@ -22,7 +22,7 @@ from retrac_scale.evaluate.settings.removal import removal
 from retrac_scale.evaluate.settings.trainer import Trainer
 from retrac_scale.evaluate.settings.training import AdapterTraining, ClassTraining, DiTTraining, Training
 from retrac_scale.task.noising import noising_of
-from retrac_scale.timesteps import draw_noise
+from retrac_scale.task.timesteps import draw_noise
 from retrac_scale.training.record import read_record
 
 FEW = Path(__file__).parent / "data" / "emoji"

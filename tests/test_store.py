@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import retrac_scale as rs
+from retrac_scale.columns import check_ids
 from retrac_scale.store import create_store, write_block
 from retrac_scale.store.encoding import encode
-from retrac_scale.store.schema import check_ids, is_remote, whereabouts
+from retrac_scale.store.schema import is_remote, whereabouts
 
 
 def random_store(out: Any = None, **options: Any) -> rs.SketchStore:

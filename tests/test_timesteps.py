@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import retrac_scale as rs
-from retrac_scale.timesteps import grid_from_spec
+from retrac_scale.task.timesteps import grid_from_spec
 
 IDS = np.arange(5)
 
@@ -135,7 +135,7 @@ def test_the_last_pair_of_each_sample_is_found_in_pieces_from_the_newest_step_ba
         read.append((after, until))
         return whole(self, after, until)
 
-    monkeypatch.setattr("retrac_scale.timesteps.STEPS_AT_ONCE", 3)
+    monkeypatch.setattr("retrac_scale.training.recorded.STEPS_AT_ONCE", 3)
     monkeypatch.setattr(type(record), "rows", rows_noted)
     for name, previous in (("20", 0), ("30", 20), ("40", 30)):
         plan = rs.Recorded(tmp_path)

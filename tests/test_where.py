@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import retrac_scale as rs
 from retrac_scale.columns import Texts
-from retrac_scale.where import which
+from retrac_scale.query.where import which
 
 N = 60
 RNG = np.random.default_rng(0)

@@ -39,8 +39,8 @@ def _damping(given: str) -> float | str:
 
 
 def _run(arguments: argparse.Namespace) -> Answer:
+    from retrac_scale.api.index import build_index
     from retrac_scale.estimators import recommended
-    from retrac_scale.indexing import build_index
     from retrac_scale.store import open_store
 
     every = ("estimator", "measure", *OPTIONS, "dtype")

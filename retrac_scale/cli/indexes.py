@@ -10,7 +10,7 @@ from retrac_scale.cli.project import Project
 
 if TYPE_CHECKING:
     from retrac_scale.estimators import Estimator
-    from retrac_scale.index import Index
+    from retrac_scale.query.index import Index
 
 
 def open_indexes(urls: Sequence[str], project: Project) -> dict[str, Index]:
@@ -18,7 +18,7 @@ def open_indexes(urls: Sequence[str], project: Project) -> dict[str, Index]:
 
     Without URLs, those of the project, built where they are missing or older than their store.
     """
-    from retrac_scale.index import open_index
+    from retrac_scale.query.index import open_index
 
     if not urls:
         return build_indexes(project)
@@ -32,8 +32,8 @@ def open_indexes(urls: Sequence[str], project: Project) -> dict[str, Index]:
 
 def build_indexes(project: Project) -> dict[str, Index]:
     """The project's indexes; what stands already is kept. Of a store alone, that of the recommended estimator."""
+    from retrac_scale.api.index import build_index
     from retrac_scale.estimators import recommended
-    from retrac_scale.indexing import build_index
     from retrac_scale.store import open_store
 
     store = open_store(project.store)

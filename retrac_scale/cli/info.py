@@ -27,7 +27,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> Answer:
     import zarr
 
-    from retrac_scale.index import open_index
+    from retrac_scale.query.index import open_index
     from retrac_scale.store import open_store
     from retrac_scale.store.schema import ATTRIBUTE
 

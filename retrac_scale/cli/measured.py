@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from retrac_scale.datasets import ImageFiles
-    from retrac_scale.index import Index
-    from retrac_scale.samples import Samples
+    from retrac_scale.query.index import Index
+    from retrac_scale.sketching.samples import Samples
     from retrac_scale.task.diffusion import DiffusionTask
 
 
@@ -93,10 +93,10 @@ def measured_like(
     """
     import diffusers
 
-    from retrac_scale.samples import Samples
+    from retrac_scale.sketching.samples import Samples
     from retrac_scale.store.part import plans_of
     from retrac_scale.task.diffusion import DiffusionTask, measure_named
-    from retrac_scale.timesteps import EvenlySpaced
+    from retrac_scale.task.timesteps import EvenlySpaced
 
     store = index.check_store()
     if store is None or "scheduler" not in store.fingerprint:

@@ -102,8 +102,8 @@ def _repeated(arguments: argparse.Namespace, project: Project) -> tuple[_Run, An
         ValueError: there is no complete store, or it was measured once.
     """
     from retrac_scale.estimators import recommended
-    from retrac_scale.halves import NEVER
-    from retrac_scale.repeatability import repeatability
+    from retrac_scale.measurement.halves import NEVER
+    from retrac_scale.measurement.repeatability import repeatability
     from retrac_scale.store import open_store
 
     url = arguments.store or project.store

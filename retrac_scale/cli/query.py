@@ -14,8 +14,8 @@ from retrac_scale.cli.project import Project, find, parse_checkpoints
 from retrac_scale.cli.verb import Answer, Verb
 
 if TYPE_CHECKING:
-    from retrac_scale.index import Index
-    from retrac_scale.samples import Samples
+    from retrac_scale.query.index import Index
+    from retrac_scale.sketching.samples import Samples
     from retrac_scale.store import SketchStore
 
 
@@ -86,7 +86,7 @@ def _check_pictures(store: SketchStore, folder: str) -> None:
 def _queries(index: Index, arguments: argparse.Namespace, project: Project) -> SketchStore | Samples:
     """What is asked: stored ids, a store of sketches, or images, measured as the index's store was."""
     from retrac_scale.datasets.base import SUFFIXES
-    from retrac_scale.samples import take
+    from retrac_scale.sketching.samples import take
     from retrac_scale.store import open_store
 
     if (arguments.ids is None) == (not arguments.queries):

@@ -6,8 +6,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from retrac_scale.halves import Repeatability
-    from retrac_scale.index import Index
+    from retrac_scale.measurement.halves import Repeatability
+    from retrac_scale.query.index import Index
     from retrac_scale.store import SketchStore
 
 SMALL = 2**28
@@ -23,7 +23,7 @@ def told(store: SketchStore | Index, entries: int, asked: bool, url: str) -> tup
         asked: tell it however large it is.
         url: of it.
     """
-    from retrac_scale.repeatability import repeatability
+    from retrac_scale.measurement.repeatability import repeatability
 
     if entries > SMALL and not asked:
         why = f"not computed for so large a one; retrac-scale info {url} --repeatability does"

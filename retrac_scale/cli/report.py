@@ -11,7 +11,7 @@ from retrac_scale.cli.project import find
 from retrac_scale.cli.verb import Answer, Verb
 
 if TYPE_CHECKING:
-    from retrac_scale.index import Index
+    from retrac_scale.query.index import Index
     from retrac_scale.store import SketchStore
 
 

@@ -39,8 +39,8 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> Answer:
-    from retrac_scale.repeatability import repeatability
-    from retrac_scale.sketching import sketch
+    from retrac_scale.measurement.repeatability import repeatability
+    from retrac_scale.sketching.sketch import sketch
     from retrac_scale.task.diffusion import DiffusionTask
 
     project = overruled(find(arguments.config), arguments)
@@ -80,7 +80,7 @@ def _measured(project: Project) -> dict[str, Any]:
         ValueError: the project says otherwise than that store; names the entry and what to do.
     """
     from retrac_scale.store import open_store
-    from retrac_scale.timesteps import EvenlySpaced
+    from retrac_scale.task.timesteps import EvenlySpaced
 
     try:
         there = open_store(project.store)

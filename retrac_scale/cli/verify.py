@@ -47,7 +47,7 @@ def _is_index(url: Any) -> bool:
 
 
 def _index(url: Any) -> Answer:
-    from retrac_scale.store.seals import verify_index
+    from retrac_scale.index.seals import verify_index
 
     found = verify_index(url)
     lines = [*found, f"an index: {len(found)} objects are not what was written"]

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from retrac_scale.store.schema import check_columns, check_ids
+from retrac_scale.columns import check_columns, check_ids
 
 logger = logging.getLogger(__name__)
 

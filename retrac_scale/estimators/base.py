@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from retrac_scale.arrays import Float32
 from retrac_scale.estimators.ridge import Damping, Ridge
 from retrac_scale.store import SketchStore
-from retrac_scale.store.encoding import Float32
 
 Pairing = Literal["cross", "matched"]
 

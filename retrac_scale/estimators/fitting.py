@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from retrac_scale.arrays import Float32
 from retrac_scale.estimators import Estimator, common_timesteps
 from retrac_scale.estimators.ridge import Damping, Moments, Ridge, solve
-from retrac_scale.execution import compute, delayed
+from retrac_scale.runtime.execution import compute, delayed
 from retrac_scale.store import SketchStore, open_store
-from retrac_scale.store.encoding import Float32
 from retrac_scale.store.schema import Url, blocks, whereabouts
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from retrac_scale.arrays import Float32
 from retrac_scale.estimators.base import Estimator, Pairing
 from retrac_scale.store import SketchStore
-from retrac_scale.store.encoding import Float32
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from retrac_scale.arrays import Float32
 from retrac_scale.estimators.base import Estimator, Pairing
 from retrac_scale.estimators.inner import ReTrac, TracIn
 from retrac_scale.estimators.ridge import Damping, Floats, Ridge
 from retrac_scale.store import SketchStore
-from retrac_scale.store.encoding import Float32
 from retrac_scale.store.part import plans_of
 
 ALL = slice(None)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from retrac_scale.store.encoding import Float32, Float64
+from retrac_scale.arrays import Float32, Float64
 
 Damping = float | Literal["auto"]
 Floats = npt.NDArray[np.floating]

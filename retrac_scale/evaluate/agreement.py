@@ -11,7 +11,7 @@ import numpy.typing as npt
 from scipy.stats import spearmanr
 
 if TYPE_CHECKING:
-    from retrac_scale.store.encoding import Float64
+    from retrac_scale.arrays import Float64
 
 
 def recall_at(scores: npt.ArrayLike, exact: npt.ArrayLike, k: int = 10) -> Float64:

@@ -11,8 +11,7 @@ from retrac_scale.evaluate.intervals import Interval, percentiles
 from retrac_scale.evaluate.spearman import Columns, correlation, resamples
 
 if TYPE_CHECKING:
-    from retrac_scale.scan import Bools
-    from retrac_scale.store.encoding import Float64
+    from retrac_scale.arrays import Bools, Float64
 
 
 def lds(scores: npt.ArrayLike, members: npt.ArrayLike, losses: npt.ArrayLike) -> Float64:

@@ -13,9 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from tqdm.auto import tqdm
 
-from retrac_scale.execution import Task, run
-from retrac_scale.scan import Bools
-from retrac_scale.store.encoding import Float64
+from retrac_scale.arrays import Bools, Float64
+from retrac_scale.runtime.execution import Task, run
 
 if TYPE_CHECKING:
     from distributed import Client

@@ -12,7 +12,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from retrac_scale.compiled import LINE, compiled
 from retrac_scale.gradients.mixing import SETS
 from retrac_scale.gradients.products import scratch
 from retrac_scale.gradients.tiles import (
@@ -28,7 +27,8 @@ from retrac_scale.gradients.tiles import (
     mix_by_sets,
     transpose,
 )
-from retrac_scale.threads import over_rows
+from retrac_scale.native.compiled import LINE, compiled
+from retrac_scale.native.threads import over_rows
 
 BLOCK_BYTES = 256 << 10
 """So much of a sample's gradient is formed, and consumed, at a time."""

@@ -15,8 +15,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from retrac_scale.compiled import LINE, compiled, prefetch, prefetch_beyond
 from retrac_scale.gradients.mixing import SETS
+from retrac_scale.native.compiled import LINE, compiled, prefetch, prefetch_beyond
 
 _features = binding.get_host_cpu_features()
 LANES = 16 if _features.get("avx512f") else 8 if _features.get("avx") else 4

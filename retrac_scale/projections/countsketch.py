@@ -15,14 +15,7 @@ from torch import Tensor
 from retrac_scale.gradients.norms import squared_norm
 from retrac_scale.gradients.outer import OuterProducts
 from retrac_scale.projections import random
-from retrac_scale.projections.base import (
-    Projection,
-    Projector,
-    Shapes,
-    bias_beside,
-    check_dim,
-    inputs_last,
-)
+from retrac_scale.projections.base import Projection, Projector, Shapes, bias_beside, check_dim, inputs_last
 from retrac_scale.projections.folding import fold, fold_by_block
 
 

@@ -12,7 +12,6 @@ from numba import types
 from numba.extending import overload
 from torch import Tensor
 
-from retrac_scale.compiled import compiled
 from retrac_scale.gradients.outer import (
     OuterProducts,
     columns_of,
@@ -22,7 +21,8 @@ from retrac_scale.gradients.outer import (
     memory_for,
     sum_positions,
 )
-from retrac_scale.threads import Shared, SharedPass, over_rows
+from retrac_scale.native.compiled import compiled
+from retrac_scale.native.threads import Shared, SharedPass, over_rows
 
 BLOCK = 2048
 """Entries whose squares are added up in float32; these sums are added up in float64."""

@@ -18,8 +18,8 @@ from retrac_scale.gradients.reference import (
     TENSOR_FLOAT_TOLERANCE,
     Reference,
 )
-from retrac_scale.preconditioning import Divisors, Kronecker, check_divisors, divided
 from retrac_scale.projections.base import Projection
+from retrac_scale.projections.preconditioning import Divisors, Kronecker, check_divisors, divided
 
 NORM_TOLERANCE = 1e-5
 """Relative, of an exact norm against the float64 norm of the same gradient."""

@@ -10,14 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from retrac_scale.columns import distinct
-from retrac_scale.explain import Explanation, explain_lists
-from retrac_scale.halves import Repeatability
-from retrac_scale.index import Index, Side
+from retrac_scale.measurement.halves import Repeatability
+from retrac_scale.query.explain import Explanation, explain_lists
+from retrac_scale.query.index import Index
+from retrac_scale.query.topk import Side, TopK
 from retrac_scale.report.pictures import Images, PictureFiles, Pictures, data_uri
 from retrac_scale.report.shown import check_shown
 from retrac_scale.report.trust import Told, check_given, repeatability_for_page, shared_by_halves, told
 from retrac_scale.store import SketchStore
-from retrac_scale.topk import TopK
 
 MOST_LABELS = 1000
 """A column with more distinct values is no grouping."""

@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from retrac_scale.query.topk import TopK
 from retrac_scale.report.content import list_length
 from retrac_scale.report.pictures import Pictures
 from retrac_scale.store import SketchStore
-from retrac_scale.topk import TopK
 
 BINS = 25
 WIDTH, EDGE, CURVE, HEADING, LINE = 9.6, 0.06, 2.7, 0.27, 0.16

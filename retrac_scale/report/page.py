@@ -13,12 +13,12 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from retrac_scale.halves import Repeatability
-from retrac_scale.index import Index
+from retrac_scale.measurement.halves import Repeatability
+from retrac_scale.query.index import Index
+from retrac_scale.query.topk import TopK
 from retrac_scale.report.content import content
 from retrac_scale.report.pictures import Pictures
 from retrac_scale.store import SketchStore
-from retrac_scale.topk import TopK
 
 
 def write_report(

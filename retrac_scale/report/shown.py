@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from retrac_scale.content import ITEM, ChangedItemsError, digest_of, listed, looks_like, stored_contents
 from retrac_scale.datasets.base import pixels
+from retrac_scale.sketching.content import ITEM, ChangedItemsError, digest_of, listed, looks_like, stored_contents
 from retrac_scale.store import SketchStore
 from retrac_scale.store.reader import Words
 from retrac_scale.task.items import Item

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from retrac_scale.evaluate.intervals import Interval
-from retrac_scale.halves import Repeatability, repeatability_of_rows
-from retrac_scale.index import Index
-from retrac_scale.repeatability import repeatability
+from retrac_scale.measurement.halves import Repeatability, repeatability_of_rows
+from retrac_scale.measurement.repeatability import repeatability
+from retrac_scale.query.index import Index
 from retrac_scale.store import SketchStore
 from retrac_scale.store.schema import blocks
 

@@ -18,8 +18,11 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from retrac_scale.index import Index, Reduce, StaleIndexError
-from retrac_scale.query import Question
+from retrac_scale.index.reader import StaleIndexError
+from retrac_scale.query.answer import Question
+from retrac_scale.query.index import Index
+from retrac_scale.query.topk import Reduce
+from retrac_scale.query.where import LONGEST
 from retrac_scale.report.content import sides
 from retrac_scale.report.page import page
 from retrac_scale.serve.batcher import Batcher
@@ -28,7 +31,6 @@ from retrac_scale.serve.library import Asked, Library
 from retrac_scale.serve.limits import Limits
 from retrac_scale.serve.uploads import read_upload
 from retrac_scale.store import DamagedStoreError
-from retrac_scale.where import LONGEST
 
 Json = dict[str, Any]
 Stored = Literal["queries", "training"]

@@ -10,10 +10,13 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from retrac_scale.arrays import Bools, Float32
 from retrac_scale.columns import distinct
-from retrac_scale.halves import MeasuredOnceError, repeatability_of_rows
-from retrac_scale.index import Index
-from retrac_scale.query import Question, answer_rows
+from retrac_scale.measurement.halves import MeasuredOnceError, repeatability_of_rows
+from retrac_scale.query.answer import Question, answer_rows
+from retrac_scale.query.index import Index
+from retrac_scale.query.topk import TopK
+from retrac_scale.query.where import which
 from retrac_scale.report import Pictures, norm_curve
 from retrac_scale.report.content import (
     Json,
@@ -28,13 +31,9 @@ from retrac_scale.report.content import (
 from retrac_scale.report.pictures import PictureFiles, data_uri
 from retrac_scale.report.shown import check_shown
 from retrac_scale.report.trust import Told, joined, repeatability_for_page, shared_by_halves, told
-from retrac_scale.samples import Samples, take
-from retrac_scale.scan import Bools
 from retrac_scale.serve.uploads import Upload
+from retrac_scale.sketching.samples import Samples, take
 from retrac_scale.store import SketchStore
-from retrac_scale.store.encoding import Float32
-from retrac_scale.topk import TopK
-from retrac_scale.where import which
 
 T = TypeVar("T")
 Source = Literal["queries", "training", "uploads"]

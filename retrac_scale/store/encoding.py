@@ -9,12 +9,11 @@ import numpy.typing as npt
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from retrac_scale.compiled import compiled
-from retrac_scale.threads import over_rows
+from retrac_scale.arrays import Float32
+from retrac_scale.native.compiled import compiled
+from retrac_scale.native.threads import over_rows
 
 Dtype = Literal["int8", "float16", "float32", "bfloat16"]
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
 
 TILE_ENTRIES = 2**17
 """16-bit rows are converted so many entries at a time per thread, to stay in a core's cache."""

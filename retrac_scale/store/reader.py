@@ -12,19 +12,12 @@ import numpy.typing as npt
 import zarr
 from zarr.errors import GroupNotFoundError
 
+from retrac_scale.arrays import Float32
 from retrac_scale.store import commits, objects
-from retrac_scale.store.encoding import Float32, decode
+from retrac_scale.store.encoding import decode
 from retrac_scale.store.errors import DamagedStoreError, IncompleteStoreError
 from retrac_scale.store.part import ROOT, Part, check_root, digest_of, plans_of
-from retrac_scale.store.schema import (
-    ATTRIBUTE,
-    CONTENT,
-    CONTENT_WORDS,
-    FORMAT_VERSION,
-    Url,
-    get_group,
-    zarr_location,
-)
+from retrac_scale.store.schema import ATTRIBUTE, CONTENT, CONTENT_WORDS, FORMAT_VERSION, Url, get_group, zarr_location
 
 ALL = slice(None)
 WHAT = "sketch store"
@@ -236,7 +229,7 @@ class SketchStore:
         return timesteps
 
     def contents(self, checkpoint: str, samples: slice = ALL) -> Words:
-        """What the rows of a checkpoint were computed from, uint64 `[n, 4]`, see `retrac_scale.content`."""
+        """What the rows of a checkpoint were computed from, uint64 `[n, 4]`, see `retrac_scale.sketching.content`."""
         (contents,) = self._gather(checkpoint, samples, CONTENT)
         return contents
 

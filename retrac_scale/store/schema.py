@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import keyword
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,8 +30,6 @@ CONTENT, CONTENT_WORDS = "content", 4
 SKETCHED = ("loss", "timestep", CONTENT)
 """What `sketch` keeps beside sketch, scale and norm."""
 
-RESERVED = ("id", "deleted", "parts")
-"""Names at the root of a store that neither a column nor a checkpoint may take."""
 
 Url = str | os.PathLike[str] | None
 CHECKSUM = (Crc32cCodec(),)
@@ -165,33 +162,6 @@ def blocks(n_samples: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, n_samples)) for start in range(0, n_samples, size)]
 
 
-def check_ids(ids: Sequence[Any] | npt.NDArray[Any] | None, n_samples: int) -> npt.NDArray[Any]:
-    """Sample ids as an int64 or string array `[n]`, 0 .. n-1 when None.
-
-    Raises:
-        ValueError: the wrong number, the wrong type, or an id given twice (which is named).
-    """
-    if ids is None:
-        return np.arange(n_samples, dtype=np.int64)
-    array = _texts(ids, "sample id")
-    if array.shape != (n_samples,):
-        raise ValueError(f"got ids of shape {array.shape} for {n_samples} samples; give one id per sample.")
-    if array.dtype.kind not in "iU":  # a list with a number beyond int64 becomes unsigned, float or object
-        beyond = [
-            one for one in np.asarray(ids, object).tolist() if isinstance(one, int) and not -(2**63) <= one < 2**63
-        ]
-        if beyond:
-            raise ValueError(f"sample id {beyond[0]} is beyond int64; give such ids as strings.")
-    if array.dtype.kind not in "iuU":
-        raise ValueError(f"sample ids must be integers or strings, got dtype {array.dtype}.")
-    values, counts = np.unique(array, return_counts=True)
-    if (counts > 1).any():
-        twice = values[np.argmax(counts > 1)].item()
-        places = np.flatnonzero(array == twice)[:2].tolist()
-        raise ValueError(f"id {twice!r} is given twice, at positions {places}; give every sample an id of its own.")
-    return array.astype(np.int64) if array.dtype.kind in "iu" else array
-
-
 def differences(stored: Mapping[str, Any], given: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Readable differences between two fingerprints: field, stored value, given value."""
     found = []
@@ -207,55 +177,3 @@ def differences(stored: Mapping[str, Any], given: Mapping[str, Any], prefix: str
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def check_columns(columns: Mapping[str, Any] | None, n_samples: int) -> dict[str, npt.NDArray[Any]]:
-    """User columns as arrays `{name: [n]}` of booleans, numbers or strings.
-
-    Raises:
-        ValueError: the wrong length or type, or a name that cannot stand beside the ids; names the column.
-    """
-    if columns is not None and not isinstance(columns, Mapping):
-        raise ValueError(f"columns must map names to values, got a {type(columns).__name__}.")
-    checked = {}
-    for name, values in (columns or {}).items():
-        array = _texts(values, f"column {name!r}: value")
-        if not name.isidentifier() or keyword.iskeyword(name) or name in RESERVED:
-            raise ValueError(
-                f"a column cannot be called {name!r}; use letters, digits and '_', and neither one of {RESERVED} nor a "
-                "word that has a meaning in where=, such as 'in' and all of Python's keywords."
-            )
-        if array.shape != (n_samples,):
-            raise ValueError(
-                f"column {name!r} has shape {array.shape} for {n_samples} samples; give one value for each."
-            )
-        if array.dtype.kind not in "biufU":
-            dates = "write dates and times as strings, values.astype(str)"
-            advice = dates if array.dtype.kind in "mM" else "give booleans, numbers or strings"
-            raise ValueError(f"column {name!r} has dtype {array.dtype}; {advice}.")
-        checked[name] = array
-    return checked
-
-
-def _texts(values: Any, what: str) -> npt.NDArray[Any]:
-    """Values as an array; Python strings that stand in one of objects, as pandas has them, as one of strings.
-
-    Raises:
-        ValueError: a string has no UTF-8, as a file's name in Latin-1; names it.
-    """
-    array = np.asarray(values)
-    if array.dtype == object and all(isinstance(value, str) for value in array.flat):
-        array = array.astype(str)
-    if array.dtype.kind == "U":
-        for text in array.flat:
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                raise ValueError(f"{what} {str(text)!r} has no UTF-8; give it another name.") from None
-    return array
-
-
-def column_types(ids: npt.NDArray[Any], columns: Mapping[str, npt.NDArray[Any]]) -> dict[str, str]:
-    """How zarr stores the ids and the columns: "string", or a NumPy type."""
-    every = {"id": ids, **columns}
-    return {name: "string" if values.dtype.kind in "UT" else values.dtype.name for name, values in every.items()}

@@ -11,9 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
+from retrac_scale.arrays import Float32
+from retrac_scale.columns import RESERVED, check_columns, check_ids, column_types
 from retrac_scale.store import commits, objects
 from retrac_scale.store.compatibility import as_told_by, kept_alike, library_versions
-from retrac_scale.store.encoding import Dtype, Float32, array_dtype, check_dtype, encode
+from retrac_scale.store.encoding import Dtype, array_dtype, check_dtype, encode
 from retrac_scale.store.errors import DamagedStoreError
 from retrac_scale.store.part import ROOT, NewChunk, group_json, lay_out
 from retrac_scale.store.reader import WHAT, SketchStore, open_parts
@@ -21,13 +23,9 @@ from retrac_scale.store.schema import (
     ATTRIBUTE,
     CONTENT,
     FORMAT_VERSION,
-    RESERVED,
     Layout,
     Url,
-    check_columns,
-    check_ids,
     choose_layout,
-    column_types,
     differences,
     zarr_location,
 )
@@ -186,7 +184,7 @@ def write_block(
         block: number of the block, an index into `store.blocks`.
         sketches: raw `[n, t, k]` of the block's samples.
         norms: `[n, t]`; losses and timesteps likewise.
-        contents: `[n, 4]`, see `retrac_scale.content`; not kept by a store of an earlier release.
+        contents: `[n, 4]`, see `retrac_scale.sketching.content`; not kept by a store of an earlier release.
 
     Raises:
         ValueError: a value is NaN or infinite; names checkpoint, sample and timestep. Nothing is written then.

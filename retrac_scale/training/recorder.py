@@ -13,16 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
+from retrac_scale.columns import check_columns, check_ids
 from retrac_scale.gradients import ParameterFilter
 from retrac_scale.projections import Projection
 from retrac_scale.store import Dtype, objects
-from retrac_scale.store.schema import Url, check_columns, check_ids
+from retrac_scale.store.schema import Url
 from retrac_scale.task.checkpoints import StateDict
 from retrac_scale.task.diffusion import measure_name
 from retrac_scale.task.items import brought
 from retrac_scale.task.noising import is_flow, noising_of, timestep_numbers
+from retrac_scale.task.timesteps import check_timesteps, on_host
 from retrac_scale.task.weighting import Loss, Weighting, check_loss, check_weighting
-from retrac_scale.timesteps import check_timesteps, on_host
 from retrac_scale.training.record import (
     IDS,
     NO_SEED,

@@ -14,7 +14,7 @@ import numpy as np
 from retrac_scale.evaluate.intervals import Interval
 
 if TYPE_CHECKING:
-    from retrac_scale.store.encoding import Float64
+    from retrac_scale.arrays import Float64
 
 FOLDER = Path(__file__).parent.parent / "truths"
 FORMAT = 1

@@ -14,7 +14,7 @@ from retrac_scale.evaluate.judging import ranking
 from retrac_scale.evaluate.judging.base import Draws, Figure, Truth
 
 if TYPE_CHECKING:
-    from retrac_scale.store.encoding import Float64
+    from retrac_scale.arrays import Float64
 
 DEPTH = 3
 """Of NDCG."""

@@ -15,7 +15,7 @@ from retrac_scale.evaluate.intervals import Interval
 from retrac_scale.evaluate.judging.base import Draws, Figure, Truth, truth
 
 if TYPE_CHECKING:
-    from retrac_scale.store.encoding import Float64
+    from retrac_scale.arrays import Float64
 
 Scores = str | os.PathLike[str] | npt.ArrayLike | Mapping[str, npt.ArrayLike]
 

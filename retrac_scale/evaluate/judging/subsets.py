@@ -15,8 +15,7 @@ from retrac_scale.evaluate.judging.base import Draws, Figure, Truth
 from retrac_scale.evaluate.spearman import Columns, correlation, resamples
 
 if TYPE_CHECKING:
-    from retrac_scale.scan import Bools
-    from retrac_scale.store.encoding import Float64
+    from retrac_scale.arrays import Bools, Float64
 
 
 @dataclass(frozen=True, eq=False)

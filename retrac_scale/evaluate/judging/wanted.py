@@ -13,7 +13,7 @@ from retrac_scale.evaluate.judging import ranking
 from retrac_scale.evaluate.judging.base import Draws, Figure, Truth
 
 if TYPE_CHECKING:
-    from retrac_scale.store.encoding import Float64
+    from retrac_scale.arrays import Float64
 
 METRICS: dict[str, Callable[[Any], Float64]] = {
     "first": ranking.first,

@@ -11,7 +11,7 @@ import torch
 from retrac_scale.evaluate.settings.images import Images
 from retrac_scale.evaluate.settings.training import DEVICE
 from retrac_scale.task.diffusion import DiffusionTask
-from retrac_scale.timesteps import draw_noise
+from retrac_scale.task.timesteps import draw_noise
 
 TIMESTEPS, DRAWS = 50, 2
 

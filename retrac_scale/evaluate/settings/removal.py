@@ -15,7 +15,7 @@ from retrac_scale.evaluate.settings.generating import generate_anew
 from retrac_scale.evaluate.settings.losses import Losses
 
 if TYPE_CHECKING:
-    from retrac_scale.store.encoding import Float64
+    from retrac_scale.arrays import Float64
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,7 @@ from retrac_scale.evaluate.settings.images import Images
 from retrac_scale.evaluate.settings.training import DEVICE, Training
 from retrac_scale.task.checkpoints import load_checkpoint
 from retrac_scale.task.noising import noising_of
-from retrac_scale.timesteps import draw_noise
+from retrac_scale.task.timesteps import draw_noise
 from retrac_scale.training.recorder import TrainingRecorder
 
 

@@ -1,0 +1,1 @@
+"""What users call that joins several rooms: sketch until answers repeat, build an index."""

@@ -1,0 +1,52 @@
+"""build_index(): a store made ready for questions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from retrac_scale.estimators import Estimator
+from retrac_scale.index.build import IndexDtype, write_index
+from retrac_scale.measurement.halves import warn_of_own_noise
+from retrac_scale.query.index import Index
+from retrac_scale.store import SketchStore
+from retrac_scale.store.schema import Url
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+
+def build_index(
+    store: SketchStore,
+    estimator: Estimator | None = None,
+    out: Url = None,
+    *,
+    dtype: IndexDtype = "int8",
+    client: Client | None = None,
+) -> Index:
+    """Collapse a complete store for one estimator; an index of the same store and estimator at `out` is kept.
+
+    When the store has changed since, or a file on this disk fails its checksum, the index at `out` is replaced; those
+    who have it open are refused from then on.
+    Deleted samples are left out. Memory stays below a few blocks of the store per thread; an estimator that fits a
+    ridge takes a few float64 matrices of min(n, k) x k per part of a row, checkpoint and thread besides. Rows in int8
+    change a score by at most sum_c |w_c| max_k |row_k| sum_k |query_k| / 254, row and query as they are stored and
+    asked: where each timestep has a ridge, the parts of training rows are brought to one mean length, so that one scale
+    serves them all, and those of the query are divided by what theirs were multiplied with.
+
+    Args:
+        store: the training side.
+        estimator: `ReTracRidge()`, `ReTrac()`, ...; None takes what is recommended: `ReTracRidge()` for a store under
+            common noise, else `ReTrac()`; `DTRAK()` or `DAS()` where the measure is theirs.
+        out: path, fsspec URL, or None for memory.
+        dtype: how rows are stored, "int8", "float16" or "float32".
+        client: a `distributed.Client`; store and `out` must then be reachable from its workers.
+
+    Raises:
+        IncompleteStoreError: blocks are missing.
+        ValueError: `out` holds something else, the store lacks what the estimator needs or was measured otherwise, or
+            the estimator's ridge is singular.
+    """
+    reader, built = write_index(store, estimator, out, dtype=dtype, client=client)
+    if built and reader.estimator.pairing == "matched":
+        warn_of_own_noise(reader)
+    return Index(reader.root, out, store)

@@ -1,0 +1,1 @@
+"""Rules, one file per kind of layer; importing a file registers them."""

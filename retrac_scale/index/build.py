@@ -1,0 +1,258 @@
+"""Building an Index: a store's sketches collapsed for one estimator and written in chunks for scanning."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.storage import LocalStore
+
+from retrac_scale.arrays import Float32
+from retrac_scale.estimators import Estimator, common_timesteps, recommended
+from retrac_scale.estimators.fitting import fit, rows_at
+from retrac_scale.estimators.ridge import Ridge
+from retrac_scale.index import seals
+from retrac_scale.index.columns import write_column, write_list
+from retrac_scale.index.reader import IndexReader
+from retrac_scale.runtime.execution import Task, results
+from retrac_scale.store import IncompleteStoreError, SketchStore, objects, open_store
+from retrac_scale.store.compatibility import COMPARED
+from retrac_scale.store.encoding import encode
+from retrac_scale.store.part import ROOT, group_json, plans_of
+from retrac_scale.store.reader import open_root
+from retrac_scale.store.schema import (
+    ATTRIBUTE,
+    FORMAT_VERSION,
+    Url,
+    blocks,
+    differences,
+    get_array,
+    new_array,
+    whereabouts,
+    zarr_location,
+)
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+logger = logging.getLogger(__name__)
+
+IndexDtype = Literal["int8", "float16", "float32"]
+
+CHUNK_BYTES = 32 * 2**20
+MIN_CHUNKS = 8
+MIN_CHUNK_SAMPLES = 64
+NORM_ROWS = 256
+UNWRITTEN = -128
+"""Fill value of int8 rows, which no row holds; those of floats are NaN: a missing chunk is never data."""
+ASKED = ("format", "store", "measure", "estimator", "dtype")
+"""What of an index's description was asked for; the rest is what its store was when it was built."""
+FOUND = ("complete", "fit", "gains", "seals", "digest")
+"""What came out of building."""
+
+
+GAIN_ROWS = 1024
+"""Rows that the lengths of a row's parts are measured on."""
+
+
+def write_index(
+    store: SketchStore,
+    estimator: Estimator | None = None,
+    out: Url = None,
+    *,
+    dtype: IndexDtype = "int8",
+    client: Client | None = None,
+) -> tuple[IndexReader, bool]:
+    """See `retrac_scale.build_index`; also whether it was built, and not there already."""
+    if dtype not in ("int8", "float16", "float32"):
+        raise ValueError(f"an index's dtype must be 'int8', 'float16' or 'float32', got {dtype!r}.")
+    if not store.is_complete:
+        raise IncompleteStoreError(f"{store.url} is not complete; run its sketch(...) again before building an index.")
+    if client is not None and (out is None or store.url is None):
+        raise ValueError("workers cannot reach this process's memory; give store and index a path or URL.")
+    estimator = recommended(store) if estimator is None else estimator
+    if not isinstance(estimator, Estimator):
+        raise ValueError(f"estimator must be one, such as ReTrac(), got {estimator!r}.")
+    estimator.check_training(store)
+    kept = np.flatnonzero(~store.deleted)
+    if not len(kept):
+        raise ValueError(f"all samples of {store.url} are deleted; there is nothing to index.")
+    meta: dict[str, Any] = {
+        "what": "index",
+        "format": FORMAT_VERSION,
+        "estimator": estimator.spec(),
+        "dtype": dtype,
+        "checkpoints": store.weights,
+        "timesteps": common_timesteps(store) if estimator.pairing == "matched" else None,
+        "slots": estimator.parts(store),
+        "noise": plans_of(store.fingerprint),
+        "store": place if isinstance(place := whereabouts(store.url), str) else None,
+        "revision": store.revision,
+        "measure": store.fingerprint.get("measure"),
+        "fingerprint": {key: store.fingerprint.get(key) for key in COMPARED},
+    }
+    if "precondition" in store.fingerprint:
+        meta["precondition"] = store.fingerprint["precondition"]
+    location = zarr_location(out)
+    if (stored := _stored(location, out)) is not None:
+        if not isinstance(stored, dict) or stored.get("what") != "index":
+            raise ValueError(f"{out} holds something that is no index; choose another path.")
+        if stored.get("complete"):
+            found = differences({k: v for k, v in stored.items() if k not in FOUND}, meta)
+            if not found and (sound := _if_sound(out, store)) is not None:
+                return sound, False
+            other = differences({key: stored[key] for key in ASKED}, {key: meta[key] for key in ASKED})
+            if other or (found and meta["store"] is None):
+                what = "; ".join(other or found)
+                raise ValueError(f"{out} already holds a different index: {what}; choose another path.")
+    begun = group_json({"what": "index", "format": FORMAT_VERSION})
+    objects.write_all(objects.place_of(location), {ROOT: begun})  # first: what is there is no longer complete
+    root = zarr.open_group(location, mode="r+")
+    chunks = create_arrays(root, len(store.checkpoints), store.ids[kept], estimator.width(store), dtype)
+    root.create_group("column", overwrite=True)
+    for name, values in store.columns.items():
+        write_column(root, name, values[kept])
+    source: SketchStore | Url = store if client is None else whereabouts(store.url)
+    target: zarr.Group | Url = root if client is None else whereabouts(out)
+    ridges = fit(store, estimator, kept, client)
+    gains = _gains(store, estimator, ridges, kept) if ridges and estimator.parts(store) > 1 else {}
+    common = source, meta["measure"], target, estimator, ridges, gains, dtype
+    tasks = [
+        Task(f"build-index-{name}-samples-{samples.start}-{samples.stop}", (checkpoint, samples, kept[samples]))
+        for checkpoint, name in enumerate(store.checkpoints)
+        for samples in chunks
+    ]
+    results(_build_chunk, tasks, client, shared=common)
+    described = {name: _described(own, meta["slots"]) for name, own in ridges.items()}
+    objects.force_all(root)  # first: what is called complete survives a power cut
+    seals.seal(root, {**meta, "fit": described, "gains": gains, "complete": True})
+    return IndexReader(zarr.open_group(location, mode="r+"), out, store), True
+
+
+def _stored(location: Any, out: Url) -> Any:
+    """The description of what is at `out`: None when nothing is, or an index whose description cannot be read."""
+    try:
+        return zarr.open_group(location, mode="r").attrs.get(ATTRIBUTE, {})
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        place = objects.place_of(location)
+        if None in objects.read_all(place, [f"{name}/{ROOT}" for name in ("row", "scale", "norm")]).values():
+            raise ValueError(f"{out} holds something damaged that is no index: {error}; choose another path.") from None
+        logger.warning("%s is damaged and built again: %s", out, error)
+        return None
+
+
+def _described(ridges: Sequence[Ridge], slots: int) -> Any:
+    """How a checkpoint's ridges were damped; a list of them where there is one for each timestep."""
+    every = [ridge.describe() for ridge in ridges]
+    return every if slots > 1 else every[0]
+
+
+def _gains(
+    store: SketchStore, estimator: Estimator, ridges: Mapping[str, Sequence[Ridge]], kept: npt.NDArray[np.int64]
+) -> dict[str, list[float]]:
+    """For each checkpoint and part of a row what brings the training rows' parts to one mean length.
+
+    A ridge makes rows long where gradients are short, and one int8 scale for a row would drown the others;
+    `Index.query_rows` divides by the same.
+    """
+    some = kept[:: max(1, len(kept) // GAIN_ROWS)][:GAIN_ROWS]
+    found = {}
+    for name in store.checkpoints:
+        make = partial(_train_rows, store, estimator, name, ridges.get(name, ()))
+        rows = np.concatenate([rows for _, rows in rows_at(store, some, make)]).astype(np.float64)
+        squares = np.square(rows).reshape(len(rows), estimator.parts(store), -1).sum(2).mean(0)
+        lengths = np.sqrt(np.where(squares > 0, squares, 1.0))
+        found[name] = (lengths.mean() / lengths).tolist()
+    return found
+
+
+def _train_rows(
+    store: SketchStore, estimator: Estimator, name: str, ridges: Sequence[Ridge], samples: slice
+) -> Float32:
+    return estimator.train_rows(store, name, samples, ridges)
+
+
+def _if_sound(url: Url, store: SketchStore) -> IndexReader | None:
+    """The complete index at a URL; None where it is on this disk and damaged. Queries check no file again."""
+    try:
+        index = IndexReader(open_root(url, "index"), url, store)
+        if isinstance(index.root.store, LocalStore):
+            for number in range(len(index.chunks)):
+                index.chunk(number)
+        _ = index.columns
+    except (KeyError, ValueError) as error:
+        logger.warning("%s is damaged and built again: %s", url, error)
+        return None
+    if "seals" not in index.meta:
+        logger.warning("%s is of an earlier release, which did not seal it, and built again", url)
+        return None
+    return index
+
+
+def chunk_samples(n_samples: int, row_bytes: int) -> int:
+    """Samples per chunk of an index."""
+    by_bytes = max(1, CHUNK_BYTES // row_bytes)
+    return min(by_bytes, max(MIN_CHUNK_SAMPLES, -(-n_samples // MIN_CHUNKS)))
+
+
+def create_arrays(
+    root: zarr.Group, checkpoints: int, ids: npt.NDArray[Any], width: int, dtype: IndexDtype
+) -> list[slice]:
+    """The empty arrays of an index, their ids written; the sample ranges of their chunks, of about 32 MiB."""
+    n, c = len(ids), checkpoints
+    size = chunk_samples(n, width * np.dtype(dtype).itemsize)
+    dims, nan = ["checkpoint", "sample", "k"], float("nan")
+    fill = UNWRITTEN if dtype == "int8" else nan
+    new_array(root, "row", shape=(c, n, width), chunks=(1, size, width), dtype=dtype, dims=dims, fill_value=fill)
+    for name in ("scale", "norm"):
+        new_array(root, name, shape=(c, n), chunks=(1, size), dtype="float32", dims=dims[:2], fill_value=nan)
+    write_list(root, "id", ids, size)
+    return blocks(n, size)
+
+
+def write_rows(
+    root: zarr.Group, checkpoint: int, samples: slice, rows: Float32, weight: float, dtype: IndexDtype
+) -> None:
+    """Encode one chunk's rows `[n, k]` of a checkpoint and write them with their scales and norms."""
+    stored, scale = encode(rows, dtype)
+    scale = scale * np.float32(weight)
+    tiles = range(0, len(stored), NORM_ROWS)
+    # in float64: the squares of faint gradients are below float32's range
+    length = np.concatenate([np.linalg.norm(stored[i : i + NORM_ROWS].astype(np.float64), axis=1) for i in tiles])
+    get_array(root, "row")[checkpoint, samples] = stored
+    get_array(root, "scale")[checkpoint, samples] = scale
+    get_array(root, "norm")[checkpoint, samples] = (length * np.abs(scale) * (1 + 1e-5)).astype(np.float32)
+
+
+def _build_chunk(
+    common: tuple[
+        SketchStore | Url,
+        str | None,
+        zarr.Group | Url,
+        Estimator,
+        Mapping[str, Sequence[Ridge]],
+        Mapping[str, list[float]],
+        IndexDtype,
+    ],
+    checkpoint: int,
+    samples: slice,
+    kept: npt.NDArray[np.int64],
+) -> None:
+    """Collapse one chunk: the samples of an index that stand at places `kept` of the store."""
+    source, measure, target, estimator, ridges, gains, dtype = common
+    store = source if isinstance(source, SketchStore) else open_store(source, measure=measure)
+    root = target if isinstance(target, zarr.Group) else zarr.open_group(zarr_location(target), mode="r+")
+    name = store.checkpoints[checkpoint]
+    rows = np.empty((len(kept), estimator.width(store)), np.float32)
+    for some, values in rows_at(store, kept, partial(_train_rows, store, estimator, name, ridges.get(name, ()))):
+        rows[some] = values
+    if name in gains:
+        rows.reshape(len(kept), len(gains[name]), -1)[:] *= np.array(gains[name], np.float32)[:, None]
+    write_rows(root, checkpoint, samples, rows, store.weights[name], dtype)

@@ -1,0 +1,1 @@
+"""What is tuned to the machine: compiled loops, the thread team, memory."""

@@ -1,0 +1,105 @@
+"""TopK: the answer to a query."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from retrac_scale.arrays import Bools, Float64
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow
+
+Side = Literal["proponents", "opponents", "both"]
+Reduce = Literal["sum", "mean", "max"]
+
+
+@dataclass(frozen=True, eq=False)
+class TopK:
+    """The best training samples (or groups of them) of each query, best first.
+
+    Scores are sums over checkpoints of w_c times an inner product, in the estimator's units: squared loss gradient for
+    TracIn, cosines for ReTrac; under a ridge they have no unit of their own. A positive score means that training on
+    the sample lowered the query's loss (proponent), a negative one that it raised it (opponent).
+
+    Attributes:
+        ids: `[q, k]` sample ids, or labels of groups. Under side "both" the first half are proponents.
+        scores: float64 `[q, k]`.
+        query_ids: `[q]`.
+        side: "proponents", "opponents" or "both".
+        estimator: JSON description of the estimator.
+        errors: standard error of each score, float64 `[q, k]`, from how far its timesteps agree: that of the luck of
+            noise and timesteps and, but for what sketches of several timesteps have in common, of the projection. None
+            under cross pairing, whose rows are means that do not tell, where there is one timestep, for groups, and
+            after `rerank`; `repeatability` says more.
+        resolved: whether a result stands more than two standard errors of the difference before the next one, bool
+            `[q, k]`. None where there are no errors.
+        sketch_rank: after `rerank`, the rank (from 1) that the sketch gave to the result, `[q, k]`; where it is not
+            the result's rank, the place has changed.
+    """
+
+    ids: npt.NDArray[Any]
+    scores: Float64
+    query_ids: npt.NDArray[Any]
+    side: Side
+    estimator: dict[str, Any] = field(default_factory=dict)
+    errors: Float64 | None = None
+    resolved: Bools | None = None
+    sketch_rank: npt.NDArray[np.int64] | None = None
+
+    def to_frame(self) -> pd.DataFrame:
+        """A pandas table: query, rank (from 1), id, score; error, resolved and sketch_rank where known; side."""
+        import pandas as pd
+
+        q, width = self.ids.shape
+        sides = ["proponents", "opponents"] if self.side == "both" else [self.side]
+        k = width // len(sides)
+        columns = {
+            "query": np.repeat(self.query_ids, width),
+            "rank": np.tile(np.arange(1, k + 1), q * len(sides)),
+            "id": self.ids.ravel(),
+            "score": self.scores.ravel(),
+        }
+        known = {"error": self.errors, "resolved": self.resolved, "sketch_rank": self.sketch_rank}
+        columns |= {name: x.ravel() for name, x in known.items() if x is not None}
+        return pd.DataFrame({**columns, "side": np.tile(np.repeat(sides, k), q)})
+
+    def to_arrow(self) -> pyarrow.Table:
+        """The table of `to_frame` for Arrow and Parquet, with the estimator in its metadata."""
+        import pyarrow
+
+        table = pyarrow.Table.from_pandas(self.to_frame(), preserve_index=False)
+        return table.replace_schema_metadata({**table.schema.metadata, "estimator": json.dumps(self.estimator)})
+
+    def to_json(self) -> str:
+        """JSON: the estimator, the side, and for each query its ids and scores, and what else `to_frame` has."""
+        known = {"errors": self.errors, "resolved": self.resolved, "sketch_ranks": self.sketch_rank}
+        fields = {"ids": self.ids, "scores": self.scores} | {name: x for name, x in known.items() if x is not None}
+        results = [
+            {"query": query, **{name: values[place].tolist() for name, values in fields.items()}}
+            for place, query in enumerate(self.query_ids.tolist())
+        ]
+        return json.dumps({"estimator": self.estimator, "side": self.side, "results": results})
+
+    def report(
+        self, path: str | os.PathLike[str], images: npt.ArrayLike, query_images: npt.ArrayLike, *, ids: npt.ArrayLike
+    ) -> Path:
+        """Write a self-contained HTML page with each query beside its results.
+
+        Args:
+            path: the file to write.
+            images: training images `[n, h, w]` or `[n, h, w, 3]`, integers 0 .. 255 or floats 0 .. 1.
+            query_images: likewise `[q, ...]`.
+            ids: sample ids of `images`, `[n]`.
+        """
+        from retrac_scale.report import Pictures, write_report  # at call time: the street runs from query to report
+
+        pictures = Pictures(np.asarray(images), np.asarray(ids), np.asarray(query_images))
+        return write_report(path, {str(self.estimator.get("kind", "score")): self}, pictures)

@@ -1,0 +1,225 @@
+"""Which samples count: expressions over columns, masks, ids."""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from retrac_scale.arrays import Bools
+from retrac_scale.columns import Column, Texts
+from retrac_scale.index.reader import IndexReader
+
+LONGEST, MOST_TERMS = 2000, 64
+"""Characters and operations of an expression, each of which passes over all samples once."""
+
+
+def which(where: npt.ArrayLike | str | None, index: IndexReader) -> Bools | None:
+    """The samples that count, bool `[n]`; None for all.
+
+    Args:
+        where: an expression over the columns and `id`, a mask `[n]`, or ids.
+        index: whose samples.
+
+    Raises:
+        ValueError: it fits the index badly, or no sample is left.
+    """
+    if where is None:
+        return None
+    if isinstance(where, str):
+        return _evaluate(where, index)
+    chosen, ids = np.asarray(where), index.ids
+    if chosen.dtype == bool:
+        if chosen.shape != ids.shape:
+            raise ValueError(f"where= is a mask of shape {chosen.shape}; the index has {len(ids)} samples.")
+        mask = chosen
+    else:
+        unknown = ~np.isin(chosen, ids)
+        if unknown.any():
+            raise ValueError(f"where= names the id {chosen[unknown].tolist()[0]!r}, which is not in the index.")
+        mask = np.isin(ids, chosen)
+    if not mask.any():
+        raise ValueError("where= leaves no sample to score.")
+    return mask
+
+
+def _evaluate(expression: str, index: IndexReader) -> Bools:
+    tree = _parsed(expression)
+    named = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    names = ["id", *index.column_names]
+    if unknown := sorted(named - set(names)):
+        raise ValueError(f"where={expression!r} names {unknown[0]!r}; the columns are {', '.join(names)}.")
+    # first over no sample: what does not fit is told before anything is read
+    answer = _Expression(expression, {name: index.column(name, read=False) for name in named}).value(tree.body)
+    if not isinstance(answer, np.ndarray) or answer.dtype != bool or answer.ndim != 1:
+        raise ValueError(f"where={expression!r} must say yes or no for each sample.")
+    found: Bools = _Expression(expression, {name: index.column(name) for name in named}).value(tree.body)
+    if not found.any():
+        raise ValueError(f"where={expression!r} leaves no sample to score.")
+    return found
+
+
+def _parsed(expression: str) -> ast.Expression:
+    if len(expression) > LONGEST:
+        raise ValueError(f"where= has {len(expression)} characters; at most {LONGEST} are read.")
+    try:
+        tree = ast.parse(expression.strip(), mode="eval")
+        terms = sum(len(getattr(node, "ops", [0])) for node in ast.walk(tree) if isinstance(node, _COSTLY))
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # what ast.parse raises for wild strings
+        raise ValueError(f"where={expression!r} is no expression: {getattr(error, 'msg', error)}.") from error
+    if terms > MOST_TERMS:
+        raise ValueError(f"where= has {terms} operations; at most {MOST_TERMS} are made, and `in` takes a whole list.")
+    return tree
+
+
+_COSTLY = (ast.Compare, ast.BoolOp, ast.BinOp, ast.UnaryOp)
+_COMPARED: Mapping[type[ast.cmpop], Callable[[Any, Any], Any]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+}
+_MIRRORED: Mapping[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.Lt: ast.Gt,
+    ast.LtE: ast.GtE,
+    ast.Gt: ast.Lt,
+    ast.GtE: ast.LtE,
+}
+_LOGIC: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.BitAnd: operator.and_,
+    ast.BitOr: operator.or_,
+    ast.BitXor: operator.xor,
+}
+_ARITHMETIC: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {  # no powers: they leave every range
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+}
+
+
+class _Expression:
+    """What an expression says of each sample: arrays `[n]` of booleans, numbers or texts, or constants."""
+
+    def __init__(self, text: str, columns: Mapping[str, Column]) -> None:
+        self._text, self._columns = text, columns
+
+    def value(self, node: ast.expr) -> Any:
+        """The value of a part of the expression."""
+        match node:
+            case ast.Name():
+                return self._columns[node.id]
+            case ast.Constant() if isinstance(node.value, bool | int | float | str):
+                return node.value
+            case ast.List() | ast.Tuple():
+                raise self._error(f"holds {ast.unparse(node)}, which only stands behind `in`")
+            case ast.Compare():
+                return self._comparison(node)
+            case ast.BoolOp():
+                join = operator.and_ if isinstance(node.op, ast.And) else operator.or_
+                found = self._yes_or_no(node.values[0])
+                for other in node.values[1:]:
+                    found = join(found, self._yes_or_no(other))
+                return found
+            case ast.BinOp() if type(node.op) in _LOGIC:
+                return _LOGIC[type(node.op)](self._yes_or_no(node.left), self._yes_or_no(node.right))
+            case ast.BinOp() if type(node.op) in _ARITHMETIC:
+                return self._calculated(_ARITHMETIC[type(node.op)], node.left, node.right)
+            case ast.UnaryOp(op=ast.Not() | ast.Invert()):
+                return ~self._yes_or_no(node.operand)
+            case ast.UnaryOp(op=ast.USub()):
+                return self._calculated(operator.sub, ast.Constant(0), node.operand)
+            case ast.UnaryOp(op=ast.UAdd()):
+                return self._number(node.operand)
+        what = type(getattr(node, "op", node)).__name__.lower()
+        raise self._error(f"holds a {what}; use column names, values, comparisons, arithmetic, in, and, or, not")
+
+    def _comparison(self, node: ast.Compare) -> Bools:
+        found: Any = True
+        sides = [node.left, *node.comparators]
+        for left, op, right in zip(sides, node.ops, sides[1:], strict=False):
+            found = found & self._compared(left, op, right)
+        answer: Bools = found
+        return answer
+
+    def _compared(self, left: ast.expr, op: ast.cmpop, right: ast.expr) -> Any:
+        if isinstance(op, ast.In | ast.NotIn):
+            found = self._is_among(self.value(left), right)
+            return found if isinstance(op, ast.In) else ~found
+        if type(op) not in _COMPARED:
+            raise self._error("compares by `is`; use ==")
+        one, other = self.value(left), self.value(right)
+        if _is_text(one) != _is_text(other):
+            raise self._error(f"compares {ast.unparse(left)} with {ast.unparse(right)}, a text with a number")
+        if isinstance(one, str) and isinstance(other, Texts):
+            one, other, op = other, one, _MIRRORED.get(type(op), type(op))()
+        if isinstance(one, Texts) and isinstance(other, str):
+            return _codes_compared(one, type(op), other)
+        return np.asarray(_COMPARED[type(op)](_whole(one), _whole(other)))
+
+    def _is_among(self, one: Any, listed: ast.expr) -> Bools:
+        if not isinstance(listed, ast.List | ast.Tuple):
+            raise self._error(f"looks in {ast.unparse(listed)}; `in` takes a list of values, such as [1, 2]")
+        values = [self.value(value) for value in listed.elts]
+        if isinstance(one, str | bool | int | float) or any(_is_text(value) != _is_text(one) for value in values):
+            raise self._error(f"looks for a text among numbers, or for a number among texts: {ast.unparse(listed)}")
+        if not all(isinstance(value, str | bool | int | float) for value in values):
+            raise self._error(f"looks in {ast.unparse(listed)}, which holds more than values")
+        if isinstance(one, Texts):
+            chosen = np.isin(one.values, np.array(values, dtype=str))
+            return chosen[one.codes]
+        return np.isin(one, np.array(values))
+
+    def _yes_or_no(self, node: ast.expr) -> Bools:
+        found = self.value(node)
+        if not isinstance(found, np.ndarray) or found.dtype != bool:
+            raise self._error(f"takes {ast.unparse(node)} for a condition; put conditions joined by & or | into (...)")
+        return found
+
+    def _number(self, node: ast.expr) -> Any:
+        found = self.value(node)
+        if _is_text(found) or (isinstance(found, np.ndarray) and found.dtype == bool):
+            raise self._error(f"calculates with {ast.unparse(node)}, which is no number")
+        return found
+
+    def _calculated(self, operation: Callable[[Any, Any], Any], left: ast.expr, right: ast.expr) -> Any:
+        one, other = self._number(left), self._number(right)
+        if operation not in (operator.add, operator.sub):  # products leave the integers' range, quotients are none
+            one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+        try:
+            with np.errstate(all="ignore"):
+                return operation(one, other)
+        except OverflowError as error:
+            raise self._error(f"calculates with a number that is too large: {error}") from None
+
+    def _error(self, what: str) -> ValueError:
+        return ValueError(f"where={self._text!r} {what}.")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str | Texts) or (isinstance(value, np.ndarray) and value.dtype.kind == "U")
+
+
+def _whole(value: Any) -> Any:
+    return value.whole() if isinstance(value, Texts) else value
+
+
+def _codes_compared(column: Texts, op: type[ast.cmpop], text: str) -> Bools:
+    """A column of texts against one text, by the order of the codes."""
+    first = int(np.searchsorted(column.values, text))
+    there = first < len(column.values) and column.values[first] == text
+    bounds = {ast.Lt: first, ast.LtE: first + there, ast.Gt: first + there, ast.GtE: first}
+    if op in (ast.Lt, ast.LtE):
+        return column.codes < bounds[op]
+    if op in (ast.Gt, ast.GtE):
+        return column.codes >= bounds[op]
+    equal: Bools = column.codes == (first if there else -1)
+    return equal if op is ast.Eq else ~equal

@@ -1,0 +1,1 @@
+"""Tasks run here or on Dask workers."""
