@@ -2,6 +2,7 @@
 
 from . import datasets, evaluate, gradients, projections, report
 from .api.index import build_index
+from .api.sketch import sketch
 from .estimators import DAS, DTRAK, TRAK, GradCos, GradDot, RelatIF, RenormIF, ReTrac, ReTracRidge, TracIn
 from .estimators.self_influence import self_influence
 from .index.reader import StaleIndexError
@@ -19,7 +20,6 @@ from .sketching.curvature import fisher_divisors, kronecker_divisors
 from .sketching.encoded import EncodedDataset, encode
 from .sketching.journey import Journey, sample_journey, sketch_journey
 from .sketching.samples import Samples, take
-from .sketching.sketch import sketch
 from .store import DamagedStoreError, IncompleteStoreError, Layout, SketchStore, open_store, write_store
 from .store.verify import repair_store, verify_store
 from .task.calling import ThroughUNet

@@ -16,13 +16,13 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from retrac_scale.api.index import build_index
+from retrac_scale.api.sketch import sketch
 from retrac_scale.estimators import ReTrac, TracIn
 from retrac_scale.estimators.self_influence import self_influence
 from retrac_scale.evaluate import largest_share, unique_fraction
 from retrac_scale.measurement.repeatability import repeatability
 from retrac_scale.projections import CountSketch, LowRank
 from retrac_scale.report import Pictures, attribution_figure, norm_curve, write_report
-from retrac_scale.sketching.sketch import sketch
 from retrac_scale.store import SketchStore
 from retrac_scale.task.diffusion import DiffusionTask
 from retrac_scale.task.timesteps import EvenlySpaced, draw_noise

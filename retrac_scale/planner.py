@@ -15,11 +15,11 @@ import torch
 from diffusers import AutoModel, DDPMScheduler
 
 from retrac_scale.api.index import build_index
+from retrac_scale.api.sketch import sketch
 from retrac_scale.columns import check_columns, check_ids, column_types
 from retrac_scale.estimators import ReTrac
 from retrac_scale.index.build import chunk_samples
 from retrac_scale.projections import Projection
-from retrac_scale.sketching.sketch import sketch
 from retrac_scale.store import Dtype, Layout, write_store
 from retrac_scale.store.encoding import array_dtype
 from retrac_scale.store.mapping import CRC_BYTES

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from retrac_scale.measurement.repeatability import repeatability
 from retrac_scale.store import SketchStore
 from retrac_scale.store.part import plans_of
 from retrac_scale.store.schema import Url
@@ -36,9 +37,6 @@ def grown_until(
     measured: Callable[[TimestepPlan], SketchStore],
 ) -> SketchStore:
     """Measure a store again and again until its answers repeat."""
-    from retrac_scale.measurement.repeatability import (
-        repeatability,  # at call time: the street runs from sketches to answers
-    )
 
     stored = plans_of(store.fingerprint)
     if not store.is_complete:  # a call that was interrupted

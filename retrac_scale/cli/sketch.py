@@ -39,8 +39,8 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> Answer:
+    from retrac_scale.api.sketch import sketch
     from retrac_scale.measurement.repeatability import repeatability
-    from retrac_scale.sketching.sketch import sketch
     from retrac_scale.task.diffusion import DiffusionTask
 
     project = overruled(find(arguments.config), arguments)

@@ -20,6 +20,7 @@ from retrac_scale.store.compatibility import of_both
 from retrac_scale.store.part import plans_of
 from retrac_scale.store.reader import Words
 from retrac_scale.store.schema import differences
+from retrac_scale.task.checkpoints import borrowed_weights
 from retrac_scale.task.diffusion import DiffusionTask
 from retrac_scale.task.items import Item, brought
 from retrac_scale.task.noising import scheduler_spec
@@ -132,8 +133,7 @@ def _full_rows(
     task = samples.task
     if checkpoint not in samples.checkpoints:
         raise ValueError(f"rerank needs checkpoint {checkpoint!r}; give it in checkpoints=, as when sketching.")
-    before = {name: value.detach().clone() for name, value in task.model.state_dict().items()}
-    try:
+    with borrowed_weights(task.model):
         if task.load(checkpoint, samples.checkpoints[checkpoint]) != fingerprint["checkpoints"][checkpoint]:
             raise ValueError(f"checkpoint {checkpoint!r} has other weights than the one that the index was made with.")
         sketcher = GradientSketcher(task.model, Identity(), parameters=list(fingerprint["parameters"]).__contains__)
@@ -163,8 +163,6 @@ def _full_rows(
                         gradients[rows, column + steps], norms[rows, column + steps] = gradient, norm
                     column += plan.timesteps.shape[1]
                 yield batch, estimator.collapse(gradients, norms)
-    finally:
-        task.model.load_state_dict(before)
 
 
 def _same_item(task: DiffusionTask, number: Any, given: Any, known: Words | None) -> Item:

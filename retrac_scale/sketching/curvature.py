@@ -14,6 +14,7 @@ from retrac_scale.gradients import GradientCapture, ParameterFilter
 from retrac_scale.projections.preconditioning import Kronecker
 from retrac_scale.sketching.pairs import measured_pairs
 from retrac_scale.sketching.samples import Samples
+from retrac_scale.task.checkpoints import borrowed_weights
 
 BATCH_PAIRS = 64
 
@@ -96,15 +97,12 @@ def _at_checkpoints(
 ) -> dict[str, Any]:
     """What `make` makes of the means of moments over all pairs, for each checkpoint."""
     task = samples.task
-    before = {name: value.detach().clone() for name, value in task.model.state_dict().items()}
     capture = GradientCapture(task.model, parameters=parameters, check=True)
     made = {}
-    try:
+    with borrowed_weights(task.model):
         for checkpoint, weights in samples.checkpoints.items():
             task.load(checkpoint, weights)
             made[checkpoint] = make(partial(_mean, samples, checkpoint, capture))
-    finally:
-        task.model.load_state_dict(before)
     return made
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from retrac_scale.columns import check_ids
-from retrac_scale.sketching.sketch import sketch
+from retrac_scale.sketching.request import Request
+from retrac_scale.sketching.sketch import sketched
 from retrac_scale.store import SketchStore, create_store, write_block
 from retrac_scale.store.part import plans_of
 from retrac_scale.store.schema import Url
@@ -115,19 +116,12 @@ def sketch_journey(
     stored = plans_of(like.fingerprint)
     noise: Noise = "common" if any(one.get("noise") == "common" for one in stored) else "own"
     plans = [of_queries(Explicit([timestep], draws, noise=noise), stored) for timestep in journey.timesteps]
-    steps = [
-        sketch(
-            task,
-            _Step(journey, number, ids),
-            None,
-            checkpoints=checkpoints,
-            timesteps=plan,
-            dtype="float32",
-            like=like,
-            progress=False,
+    steps = []
+    for number, plan in enumerate(plans):
+        clean = _Step(journey, number, ids)
+        steps.append(
+            sketched(Request(task, clean, None, checkpoints, dtype="float32", like=like, progress=False), plan)
         )
-        for number, plan in enumerate(plans)
-    ]
     first = steps[0]
     described = {**plans[0].spec(), "kind": "Journey", "timesteps": journey.timesteps}
     store = create_store(

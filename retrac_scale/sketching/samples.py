@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from retrac_scale.columns import check_ids
-from retrac_scale.sketching.sketch import sketch
+from retrac_scale.sketching.request import Request
+from retrac_scale.sketching.sketch import sketched
 from retrac_scale.store import SketchStore, create_store, write_block
 from retrac_scale.store.part import plans_of
 from retrac_scale.store.schema import CONTENT, SKETCHED
@@ -59,16 +60,8 @@ class Samples:
         Raises:
             ValueError: they do not fit the other store.
         """
-        return sketch(
-            self.task,
-            self.dataset,
-            None,
-            checkpoints=self.checkpoints,
-            timesteps=self.timesteps,
-            dtype="float32",
-            like=like,
-            progress=False,
-        )
+        request = Request(self.task, self.dataset, None, self.checkpoints, dtype="float32", like=like, progress=False)
+        return sketched(request, self.timesteps)
 
 
 def take(store: SketchStore, ids: Sequence[Any] | npt.NDArray[Any]) -> SketchStore:

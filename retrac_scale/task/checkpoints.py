@@ -7,7 +7,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -272,3 +273,13 @@ def _refuse_other_configuration(model: nn.Module, name: str, weights: Weights) -
                 f"checkpoint {name!r} does not fit the model: {beside} says {key} = {there[key]!r}, the model has "
                 f"{here[key]!r}; build the model with the configuration that the checkpoint was trained with."
             )
+
+
+@contextmanager
+def borrowed_weights(model: torch.nn.Module) -> Iterator[None]:
+    """The model's weights may be changed within; afterwards they are what they were."""
+    before = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    try:
+        yield
+    finally:
+        model.load_state_dict(before)
