@@ -1,4 +1,4 @@
-"""Trains a tiny denoiser under accelerate as diffusers' example scripts do; run by tests/test_recorder.py."""
+"""Trains a tiny denoiser under accelerate as diffusers' example scripts do; run by tests/training/test_recorder.py."""
 
 from __future__ import annotations
 

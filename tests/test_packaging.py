@@ -63,7 +63,7 @@ def test_the_sdist_holds_all_that_its_tests_and_docs_need(dist: Path) -> None:
     with tarfile.open(next(dist.glob("*.tar.gz"))) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
     assert names >= package_files(ROOT)
-    assert names >= {f"tests/{file.name}" for file in (ROOT / "tests").glob("*.py")}
+    assert names >= {file.relative_to(ROOT).as_posix() for file in (ROOT / "tests").rglob("*.py")}
     assert names >= {f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md")}
     assert names >= {"CHANGELOG.md", "CITATION.cff", "LICENSE", "Makefile", "constraints.txt", "README.md"}
 

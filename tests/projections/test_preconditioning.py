@@ -12,7 +12,7 @@ from torch import nn
 
 import retrac_scale as rs
 from tests.conftest import random_images, tiny_dit, tiny_unet
-from tests.test_sketching import SCHEDULER, project, run
+from tests.sketching.test_sketching import SCHEDULER, project, run
 
 
 def trained(model: nn.Module, steps: int = 3, **options: Any) -> tuple[torch.optim.Optimizer, dict[str, list[Any]]]:

@@ -10,11 +10,11 @@ import numpy as np
 import retrac_scale as rs
 from retrac_scale.store import Layout, verify_store
 
-FIXTURE = Path(__file__).parent / "data" / "store-v1.zarr"
+FIXTURE = Path(__file__).parents[1] / "data" / "store-v1.zarr"
 
 
 def write(path: Path) -> rs.SketchStore:
-    """How the fixture was made: python -m tests.test_store_fixture PATH."""
+    """How the fixture was made: python -m tests.store.test_fixture PATH."""
     n, t, k = 9, 2, 8
     raw = np.arange(n * t * k, dtype=np.float32).reshape(n, t, k) - 70
     return rs.write_store(

@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 import retrac_scale as rs
 from tests import oracle
 from tests.conftest import MODELS, Labelled, random_images
-from tests.test_sketching import SCHEDULER
+from tests.sketching.test_sketching import SCHEDULER
 
 
 @pytest.mark.parametrize("noise_of_store", ["own", "common"])

@@ -23,8 +23,8 @@ from retrac_scale.estimators.ridge import AUTO, Moments, solve
 from retrac_scale.projections import TrakProjector
 from tests import oracle
 from tests.conftest import random_images, tiny_unet
-from tests.test_dense import SquaredError
-from tests.test_sketching import SCHEDULER, run
+from tests.projections.test_dense import SquaredError
+from tests.sketching.test_sketching import SCHEDULER, run
 
 K, DAMPING = 12, 0.3
 

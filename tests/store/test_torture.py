@@ -23,7 +23,7 @@ def test_a_store_written_through_30_kills_is_identical_to_an_uninterrupted_one(t
     """In a process of its own, with one thread: writers are forked, and a fork has no threads of its parent's."""
     subprocess.run(
         [sys.executable, "-c", TORTURE, str(tmp_path)],
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=True,
         timeout=300,

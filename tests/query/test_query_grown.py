@@ -13,8 +13,8 @@ from distributed import Client
 import retrac_scale as rs
 from tests import oracle
 from tests.conftest import Labelled, random_images, tiny_unet
-from tests.test_query import ESTIMATORS
-from tests.test_sketching import SCHEDULER
+from tests.query.test_query import ESTIMATORS
+from tests.sketching.test_sketching import SCHEDULER
 
 IMAGES, GENERATED = random_images(7, 3), random_images(2, 13)
 STATES = {name: tiny_unet(seed).state_dict() for seed, name in enumerate(["early", "late"])}

@@ -25,7 +25,7 @@ from retrac_scale.task.noising import noising_of
 from retrac_scale.task.timesteps import draw_noise
 from retrac_scale.training.record import read_record
 
-FEW = Path(__file__).parent / "data" / "emoji"
+FEW = Path(__file__).parents[1] / "data" / "emoji"
 DIGESTS = {
     "google": "663a1953ea832eb91b26e9ef9d5bb88c03dea6700951253fad466c1cca647a8b",
     "twitter": "2cee3413107b6a522e3595354bb40db42c88a8f21d5f196a7fe434fa3d07ec81",

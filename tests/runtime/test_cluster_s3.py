@@ -12,8 +12,8 @@ import pytest
 from distributed import Client, LocalCluster
 
 import retrac_scale as rs
-from tests.test_cluster import Logged, sketch
-from tests.test_store_s3 import Proxy, bucket_behind, server  # noqa: F401
+from tests.runtime.test_cluster import Logged, sketch
+from tests.store.test_s3 import Proxy, bucket_behind, server  # noqa: F401
 
 pytest.importorskip("moto")
 pytest.importorskip("s3fs")

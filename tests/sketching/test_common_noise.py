@@ -65,7 +65,7 @@ def test_sketches_of_pixel_models_and_of_a_class_conditional_one_equal_autograd(
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 def test_sketches_of_a_latent_model_equal_autograd_on_the_latents_of_its_vae(tmp_path: Path) -> None:
-    from tests.test_pipelines import Items, pixels, vae
+    from tests.task.test_pipelines import Items, pixels, vae
 
     torch.manual_seed(0)
     model = DiTTransformer2DModel(

@@ -26,7 +26,7 @@ from torch.optim.swa_utils import AveragedModel
 import retrac_scale as rs
 from retrac_scale.task.checkpoints import absolute, load_checkpoint
 from tests.conftest import tiny_unet
-from tests.test_pipelines import stable_diffusion, unet
+from tests.task.test_pipelines import stable_diffusion, unet
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -224,7 +224,7 @@ class Ran(Exception):
 
 class Bomb:
     def __reduce__(self) -> Any:
-        return exec, ("raise tests.test_checkpoints.Ran",)
+        return exec, ("raise tests.task.test_checkpoints.Ran",)
 
 
 def test_a_pickle_that_is_more_than_weights_is_refused_in_a_sentence_and_not_run(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import retrac_scale as rs
 from retrac_scale.store import Layout, verify_store
 from tests.conftest import Labelled, random_images, tiny_unet
-from tests.test_sketching import run
+from tests.sketching.test_sketching import run
 
 IMAGES = random_images(9)
 STATES = {name: tiny_unet(seed).state_dict() for seed, name in enumerate("ab")}

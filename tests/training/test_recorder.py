@@ -15,7 +15,7 @@ import torch
 import retrac_scale as rs
 from tests.small_denoiser import SCHEDULER, SmallDenoiser, images
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def losses(model: torch.nn.Module, clean: torch.Tensor, rows: Any) -> torch.Tensor:

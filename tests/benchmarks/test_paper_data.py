@@ -13,7 +13,7 @@ import retrac_scale as rs
 from benchmarks import paper
 from benchmarks.paper_data import LOADERS, artbench, captioned, cifar10, cifar_mnist, tiny_imagenet
 from benchmarks.paper_models import LoRATraining
-from tests.test_pipelines import stable_diffusion
+from tests.task.test_pipelines import stable_diffusion
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # of diffusers and peft
 

@@ -284,7 +284,7 @@ CHANGES: dict[str, tuple[str, Callable[[], Run]]] = {
     "the scheduler's class": ("scheduler.class", lambda: Run(scheduler=DDIMScheduler(**BETAS))),
     "flow matching": ("scheduler.class", lambda: Run(scheduler=FlowMatchEulerDiscreteScheduler(100))),
 }
-TABLE = (Path(__file__).parent.parent / "docs" / "fingerprint.md").read_text()
+TABLE = (Path(__file__).parents[2] / "docs" / "fingerprint.md").read_text()
 OUTCOMES = {
     row[0]: dict(zip(("store", "query", "rerank", "report", "grow"), row[2:], strict=True))
     for line in TABLE.splitlines()
@@ -463,11 +463,12 @@ def test_the_model_that_a_callable_holds_does_not_count_but_others_do() -> None:
 def test_names_and_digests_are_the_same_in_another_process() -> None:
     """Whatever order its sets have."""
     source = (
-        "from tests.test_fingerprint import *; print(known_by(Scaled({'a', 'b', 'c'})), Run().samples().task.forward)"
+        "from tests.sketching.test_fingerprint import *\n"
+        "print(known_by(Scaled({'a', 'b', 'c'})), Run().samples().task.forward)"
     )
     found = subprocess.run(
         [sys.executable, "-c", source],
-        env={**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(Path(__file__).parent.parent)},
+        env={**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
         check=True,

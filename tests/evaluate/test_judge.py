@@ -279,7 +279,7 @@ def test_a_truth_of_the_package_is_small_and_judges_what_it_holds(name: str) -> 
 
 
 def run(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-X", "importtime", "-m", "retrac_scale.cli", *words]
     return subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, check=False)
 

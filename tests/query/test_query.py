@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import retrac_scale as rs
 from tests import oracle
 from tests.conftest import random_images, tiny_unet
-from tests.test_sketching import SCHEDULER
+from tests.sketching.test_sketching import SCHEDULER
 
 ESTIMATORS = {
     "TracIn": (rs.TracIn(), oracle.tracin),
