@@ -36,7 +36,8 @@ from benchmarks.scaling import make_index
 from benchmarks.scanning import asked, median
 from retrac_scale import planner
 from retrac_scale.api.index import build_index
-from retrac_scale.runtime.execution import Task, run
+from retrac_scale.runtime.runs import run
+from retrac_scale.runtime.tasks import Task
 from retrac_scale.store import Layout, write_store
 from retrac_scale.store.schema import choose_layout
 from tests.torture import contents

@@ -30,7 +30,7 @@ import retrac_scale as rs
 from retrac_scale.gradients import UncapturableError
 from retrac_scale.projections import GradientMismatchError
 from retrac_scale.projections.live import LiveSketcher
-from retrac_scale.runtime.execution import FailedTasksError
+from retrac_scale.runtime.tasks import FailedTasksError
 
 WIDTH, TOKENS, SIDE, SAMPLES = 8, 4, 5, 4
 TOLERANCE, HALF_TOLERANCE = 1e-3, 3e-2

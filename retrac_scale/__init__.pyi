@@ -13,7 +13,7 @@ from .projections.preconditioning import adam_divisors
 from .query.explain import Explanation
 from .query.index import Index, open_index
 from .query.topk import TopK
-from .runtime.execution import FailedTasksError
+from .runtime.tasks import FailedTasksError
 from .sketching.check import ModelCheck, check_model
 from .sketching.content import ChangedItemsError
 from .sketching.curvature import fisher_divisors, kronecker_divisors

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from retrac_scale.arrays import Float32
 from retrac_scale.estimators import Estimator, common_timesteps
 from retrac_scale.estimators.ridge import Damping, Moments, Ridge, solve
-from retrac_scale.runtime.execution import compute, delayed
+from retrac_scale.runtime.graphs import compute, delayed
 from retrac_scale.store import SketchStore, open_store
 from retrac_scale.store.schema import Url, blocks, whereabouts
 

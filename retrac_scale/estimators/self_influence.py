@@ -12,7 +12,8 @@ from retrac_scale.arrays import Float32
 from retrac_scale.estimators import Estimator, common_timesteps
 from retrac_scale.estimators.fitting import fit
 from retrac_scale.estimators.ridge import Ridge
-from retrac_scale.runtime.execution import Task, results
+from retrac_scale.runtime.runs import results
+from retrac_scale.runtime.tasks import Task
 from retrac_scale.store import SketchStore, open_store
 from retrac_scale.store.compatibility import check_compatible, slots
 from retrac_scale.store.schema import Url, whereabouts

@@ -14,7 +14,8 @@ import numpy.typing as npt
 from tqdm.auto import tqdm
 
 from retrac_scale.arrays import Bools, Float64
-from retrac_scale.runtime.execution import Task, run
+from retrac_scale.runtime.runs import run
+from retrac_scale.runtime.tasks import Task
 
 if TYPE_CHECKING:
     from distributed import Client

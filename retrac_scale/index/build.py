@@ -19,7 +19,8 @@ from retrac_scale.estimators.ridge import Ridge
 from retrac_scale.index import seals
 from retrac_scale.index.columns import write_column, write_list
 from retrac_scale.index.reader import IndexReader
-from retrac_scale.runtime.execution import Task, results
+from retrac_scale.runtime.runs import results
+from retrac_scale.runtime.tasks import Task
 from retrac_scale.store import IncompleteStoreError, SketchStore, objects, open_store
 from retrac_scale.store.compatibility import COMPARED
 from retrac_scale.store.encoding import encode

@@ -23,7 +23,8 @@ from retrac_scale.index.scan import Chunk, Found, merge, scores, top
 from retrac_scale.query.rerank import as_measured, exact_scores
 from retrac_scale.query.topk import Reduce, Side, TopK
 from retrac_scale.query.where import which
-from retrac_scale.runtime.execution import compute, constant, delayed, worker_threads
+from retrac_scale.runtime.graphs import compute, constant, delayed
+from retrac_scale.runtime.workers import worker_threads
 from retrac_scale.sketching.plans import plans_for_queries
 from retrac_scale.sketching.samples import Samples
 from retrac_scale.store import SketchStore

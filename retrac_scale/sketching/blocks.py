@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 
 from retrac_scale.arrays import Bools, Float32, Ids, Int64
 from retrac_scale.projections import GradientMismatchError, GradientSketcher
-from retrac_scale.runtime.execution import Task, run
+from retrac_scale.runtime.runs import run
+from retrac_scale.runtime.tasks import Task
 from retrac_scale.sketching.calibration import torch_threads
 from retrac_scale.sketching.content import ITEM, ChangedItemsError
 from retrac_scale.sketching.job import Job, sketch_pairs

@@ -12,7 +12,9 @@ from torch.utils.data import Subset
 
 from retrac_scale.columns import check_columns, check_ids
 from retrac_scale.projections import GradientSketcher
-from retrac_scale.runtime.execution import Task, gpu_label, run
+from retrac_scale.runtime.runs import run
+from retrac_scale.runtime.tasks import Task
+from retrac_scale.runtime.workers import gpu_label
 from retrac_scale.sketching.blocks import fastest_there, fill
 from retrac_scale.sketching.content import changed_items, look_through, refuse, stored_contents
 from retrac_scale.sketching.description import describe

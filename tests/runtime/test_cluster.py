@@ -23,7 +23,10 @@ from distributed import Client
 from distributed.deploy.subprocess import SubprocessCluster
 
 import retrac_scale as rs
-from retrac_scale.runtime.execution import GIVE_UP, Task, compute, constant, delayed, gpu_label, run
+from retrac_scale.runtime.graphs import compute, constant, delayed
+from retrac_scale.runtime.runs import run
+from retrac_scale.runtime.tasks import GIVE_UP, Task
+from retrac_scale.runtime.workers import gpu_label
 from retrac_scale.store import Layout
 from tests.conftest import tiny_unet
 from tests.torture import contents

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import retrac_scale as rs
-from retrac_scale.runtime.execution import FailedTasksError
+from retrac_scale.runtime.tasks import FailedTasksError
 from retrac_scale.task.calling import call_model
 from retrac_scale.task.noising import scheduler_spec
 from tests.conftest import random_images, tiny_dit, tiny_unet
