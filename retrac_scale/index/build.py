@@ -70,47 +70,17 @@ def write_index(
     client: Client | None = None,
 ) -> tuple[IndexReader, bool]:
     """See `retrac_scale.build_index`; also whether it was built, and not there already."""
-    if dtype not in ("int8", "float16", "float32"):
-        raise ValueError(f"an index's dtype must be 'int8', 'float16' or 'float32', got {dtype!r}.")
-    if not store.is_complete:
-        raise IncompleteStoreError(f"{store.url} is not complete; run its sketch(...) again before building an index.")
     if client is not None and (out is None or store.url is None):
         raise ValueError("workers cannot reach this process's memory; give store and index a path or URL.")
     estimator = recommended(store) if estimator is None else estimator
-    if not isinstance(estimator, Estimator):
-        raise ValueError(f"estimator must be one, such as ReTrac(), got {estimator!r}.")
-    estimator.check_training(store)
+    _check(store, estimator, dtype)
     kept = np.flatnonzero(~store.deleted)
     if not len(kept):
         raise ValueError(f"all samples of {store.url} are deleted; there is nothing to index.")
-    meta: dict[str, Any] = {
-        "what": "index",
-        "format": FORMAT_VERSION,
-        "estimator": estimator.spec(),
-        "dtype": dtype,
-        "checkpoints": store.weights,
-        "timesteps": common_timesteps(store) if estimator.pairing == "matched" else None,
-        "slots": estimator.parts(store),
-        "noise": plans_of(store.fingerprint),
-        "store": place if isinstance(place := whereabouts(store.url), str) else None,
-        "revision": store.revision,
-        "measure": store.fingerprint.get("measure"),
-        "fingerprint": {key: store.fingerprint.get(key) for key in COMPARED},
-    }
-    if "precondition" in store.fingerprint:
-        meta["precondition"] = store.fingerprint["precondition"]
+    meta = _description(store, estimator, dtype)
     location = zarr_location(out)
-    if (stored := _stored(location, out)) is not None:
-        if not isinstance(stored, dict) or stored.get("what") != "index":
-            raise ValueError(f"{out} holds something that is no index; choose another path.")
-        if stored.get("complete"):
-            found = differences({k: v for k, v in stored.items() if k not in FOUND}, meta)
-            if not found and (sound := _if_sound(out, store)) is not None:
-                return sound, False
-            other = differences({key: stored[key] for key in ASKED}, {key: meta[key] for key in ASKED})
-            if other or (found and meta["store"] is None):
-                what = "; ".join(other or found)
-                raise ValueError(f"{out} already holds a different index: {what}; choose another path.")
+    if (there := _kept(out, _stored(location, out), meta, store)) is not None:
+        return there, False
     begun = group_json({"what": "index", "format": FORMAT_VERSION})
     objects.write_all(objects.place_of(location), {ROOT: begun})  # first: what is there is no longer complete
     root = zarr.open_group(location, mode="r+")
@@ -133,6 +103,60 @@ def write_index(
     objects.force_all(root)  # first: what is called complete survives a power cut
     seals.seal(root, {**meta, "fit": described, "gains": gains, "complete": True})
     return IndexReader(zarr.open_group(location, mode="r+"), out, store), True
+
+
+def _check(store: SketchStore, estimator: Estimator, dtype: IndexDtype) -> None:
+    """Raise unless an index can be made of a store by an estimator."""
+    if dtype not in ("int8", "float16", "float32"):
+        raise ValueError(f"an index's dtype must be 'int8', 'float16' or 'float32', got {dtype!r}.")
+    if not store.is_complete:
+        raise IncompleteStoreError(f"{store.url} is not complete; run its sketch(...) again before building an index.")
+    if not isinstance(estimator, Estimator):
+        raise ValueError(f"estimator must be one, such as ReTrac(), got {estimator!r}.")
+    estimator.check_training(store)
+
+
+def _description(store: SketchStore, estimator: Estimator, dtype: IndexDtype) -> dict[str, Any]:
+    """What an index is a function of, but for what comes out of building."""
+    place = whereabouts(store.url)
+    meta: dict[str, Any] = {
+        "what": "index",
+        "format": FORMAT_VERSION,
+        "estimator": estimator.spec(),
+        "dtype": dtype,
+        "checkpoints": store.weights,
+        "timesteps": common_timesteps(store) if estimator.pairing == "matched" else None,
+        "slots": estimator.parts(store),
+        "noise": plans_of(store.fingerprint),
+        "store": place if isinstance(place, str) else None,
+        "revision": store.revision,
+        "measure": store.fingerprint.get("measure"),
+        "fingerprint": {key: store.fingerprint.get(key) for key in COMPARED},
+    }
+    if "precondition" in store.fingerprint:
+        meta["precondition"] = store.fingerprint["precondition"]
+    return meta
+
+
+def _kept(out: Url, stored: Any, meta: dict[str, Any], store: SketchStore) -> IndexReader | None:
+    """The index that is at `out` already; None where one is to be built there.
+
+    Raises:
+        ValueError: something else is there, or another index.
+    """
+    if stored is None:
+        return None
+    if not isinstance(stored, dict) or stored.get("what") != "index":
+        raise ValueError(f"{out} holds something that is no index; choose another path.")
+    if not stored.get("complete"):
+        return None
+    found = differences({k: v for k, v in stored.items() if k not in FOUND}, meta)
+    if not found and (sound := _if_sound(out, store)) is not None:
+        return sound
+    other = differences({key: stored[key] for key in ASKED}, {key: meta[key] for key in ASKED})
+    if other or (found and meta["store"] is None):
+        raise ValueError(f"{out} already holds a different index: {'; '.join(other or found)}; choose another path.")
+    return None
 
 
 def _stored(location: Any, out: Url) -> Any:

@@ -14,7 +14,9 @@ import numpy.typing as npt
 
 from retrac_scale.arrays import Float32, Float64
 from retrac_scale.evaluate.intervals import Interval, percentiles
-from retrac_scale.query.answer import Question, all_scores_of, answer_rows
+from retrac_scale.query.answer import answer_rows
+from retrac_scale.query.question import Question
+from retrac_scale.query.source import all_scores_of
 from retrac_scale.sketching.samples import take
 from retrac_scale.store import SketchStore
 

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy.typing as npt
 
 from retrac_scale.index.reader import IndexReader, open_reader
-from retrac_scale.query.answer import Question, all_scores, answer
+from retrac_scale.query.answer import answer
 from retrac_scale.query.explain import Explanation, explain
+from retrac_scale.query.question import Question
+from retrac_scale.query.source import all_scores
 from retrac_scale.query.topk import Reduce, Side, TopK
 from retrac_scale.sketching.samples import Samples
 from retrac_scale.store import SketchStore

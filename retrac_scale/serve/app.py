@@ -19,8 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from retrac_scale.index.reader import StaleIndexError
-from retrac_scale.query.answer import Question
 from retrac_scale.query.index import Index
+from retrac_scale.query.question import Question
 from retrac_scale.query.topk import Reduce
 from retrac_scale.query.where import LONGEST
 from retrac_scale.report.content import sides

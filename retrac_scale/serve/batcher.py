@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from retrac_scale.query.answer import Question
+from retrac_scale.query.question import Question
 from retrac_scale.report.content import Json, ranked
 from retrac_scale.serve.library import Asked, Library
 

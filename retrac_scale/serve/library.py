@@ -13,8 +13,9 @@ import numpy as np
 from retrac_scale.arrays import Bools, Float32
 from retrac_scale.columns import distinct
 from retrac_scale.measurement.halves import MeasuredOnceError, repeatability_of_rows
-from retrac_scale.query.answer import Question, answer_rows
+from retrac_scale.query.answer import answer_rows
 from retrac_scale.query.index import Index
+from retrac_scale.query.question import Question
 from retrac_scale.query.topk import TopK
 from retrac_scale.query.where import which
 from retrac_scale.report import Pictures, norm_curve

@@ -33,7 +33,7 @@ import retrac_scale as rs
 from retrac_scale.cli import main
 from retrac_scale.cli.measured import measured_like
 from retrac_scale.datasets.base import pixels
-from retrac_scale.query.answer import Question
+from retrac_scale.query.question import Question
 from retrac_scale.report.content import ranked
 from retrac_scale.report.pictures import PictureFiles, Pictures
 from retrac_scale.serve import Limits, create_app

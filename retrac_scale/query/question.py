@@ -1,0 +1,49 @@
+"""Question: what is asked of an index."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from numbers import Integral
+from typing import get_args
+
+import numpy.typing as npt
+
+from retrac_scale.query.topk import Reduce, Side
+from retrac_scale.sketching.samples import Samples
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """What is asked of an index, see `Index.query`."""
+
+    k: int
+    side: Side
+    where: npt.ArrayLike | str | None
+    group_by: str | npt.ArrayLike | None
+    reduce: Reduce
+    exclude_self: bool
+    rerank: int | None = None
+    train: Samples | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.k, Integral) or self.k < 1:
+            raise ValueError(f"k must be an integer of 1 or more, got {self.k!r}.")
+        for name, value, kinds in (("side", self.side, Side), ("reduce", self.reduce, Reduce)):
+            if value not in get_args(kinds):
+                raise ValueError(f"{name} must be one of {get_args(kinds)}, got {value!r}.")
+        if self.rerank is None:
+            return
+        if self.train is None:
+            raise ValueError(
+                "rerank computes full gradients: give the training samples as train=rs.Samples(dataset, task, "
+                "checkpoints, timesteps)."
+            )
+        if self.group_by is not None:
+            raise ValueError("rerank orders samples, not groups; leave out group_by= or rerank=.")
+        if self.rerank < self.k:
+            raise ValueError(f"rerank must be at least k = {self.k}, got {self.rerank}.")
+
+    @property
+    def signs(self) -> tuple[int, ...]:
+        """1 for proponents, -1 for opponents."""
+        return {"proponents": (1,), "opponents": (-1,), "both": (1, -1)}[self.side]

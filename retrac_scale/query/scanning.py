@@ -1,0 +1,148 @@
+"""All chunks of an index, scanned for some queries by tasks here or on workers, and merged in a tree."""
+
+from __future__ import annotations
+
+import uuid
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import dask
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from retrac_scale.arrays import Bools, Float32, Float64
+from retrac_scale.index.reader import IndexReader
+from retrac_scale.index.scan import Found, merge, top
+from retrac_scale.query.groups import group_run, labels_of, merge_groups
+from retrac_scale.query.question import Question
+from retrac_scale.query.source import Source, chunks_of, for_workers, opened
+from retrac_scale.runtime.graphs import compute, constant, delayed
+from retrac_scale.runtime.workers import worker_threads
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+MERGE_WIDTH = 16
+RUN_CHUNKS = 64
+GROUP_CHUNKS = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """The chunks of an index, to be scanned for some queries by tasks here or on workers."""
+
+    index: IndexReader
+    rows: Float32
+    query_ids: npt.NDArray[Any]
+    question: Question
+    mask: Bools | None
+    client: Client | None
+
+    @property
+    def _matching(self) -> list[int]:
+        """Numbers of the chunks that hold a sample that counts."""
+        mask = self.mask
+        return [i for i, samples in enumerate(self.index.chunks) if mask is None or mask[samples].any()]
+
+    def samples(self, k: int) -> Found:
+        """The k best samples of each lane; of a squared score, those of the largest squares."""
+        if not self.index.estimator.squared:
+            return self._best(k, self.question.signs)
+        both = self._best(k, (1, -1))
+        q = self.rows.shape[1]
+        up, down = (
+            Found(both.scores[lanes], both.ids[lanes], both.parts[lanes]) for lanes in (slice(q), slice(q, None))
+        )
+        up.scores[up.scores < 0], down.scores[down.scores <= 0] = -np.inf, -np.inf  # each sample on one side
+        best = merge([up, down], k)
+        return replace(best, scores=np.where(best.scores == -np.inf, -np.inf, best.scores**2))
+
+    def _best(self, k: int, signs: tuple[int, ...]) -> Found:
+        question, chunks = self.question, self._matching
+        workers = torch.get_num_threads() if self.client is None else sum(worker_threads(self.client).values())
+        count = min(len(chunks), max(workers, -(-len(chunks) // RUN_CHUNKS) if self.client else 1))
+        floor = None if self.client else np.full(len(signs) * self.rows.shape[1], -np.inf)
+        excluded = self.query_ids if question.exclude_self else None
+        common = (k, signs, excluded, floor)
+        if self.client is None and count == 1:  # one thread: a graph of one task would cost a millisecond
+            return _scan_run(self.index, chunks, self._share(self.mask, chunks), self.rows, common)
+        runs = self._tasks("scan", _scan_run, [list(run) for run in np.array_split(chunks, count)], common)
+        while len(runs) > 1:
+            merged = delayed(merge)
+            runs = [merged(runs[i : i + MERGE_WIDTH], k) for i in range(0, len(runs), MERGE_WIDTH)]
+        found: Found = compute(runs, self.client)[0]
+        return found
+
+    def groups(self, group_by: str | npt.ArrayLike) -> tuple[npt.NDArray[Any], Float64]:
+        """Labels and scores of each lane's k best groups, `[lane, k]` both; -inf for groups without samples.
+
+        Sums are formed in an order that depends on the index's chunks and the mask alone.
+        """
+        labels, codes = labels_of(group_by, self.index)
+        chunks = self._matching
+        runs = [chunks[i : i + GROUP_CHUNKS] for i in range(0, len(chunks), GROUP_CHUNKS)]
+        question = self.question
+        excluded = self.query_ids if question.exclude_self else None
+        common = (question.signs, excluded, question.reduce, len(labels))
+        level = self._tasks("group", group_run, runs, common, codes)
+        while len(level) > 1:
+            merged = delayed(merge_groups)
+            level = [merged(level[i : i + MERGE_WIDTH], question.reduce) for i in range(0, len(level), MERGE_WIDTH)]
+        totals, counts = compute(level, self.client)[0]
+        many = np.tile(counts, (len(question.signs), 1))
+        if question.reduce == "mean":
+            totals = totals / np.maximum(many, 1)
+        totals = np.where(many > 0, totals, -np.inf)
+        best = np.argsort(-totals, axis=1, kind="stable")  # labels are sorted: equal scores are ordered by label
+        order = best[:, : question.k]
+        return labels[order], np.take_along_axis(totals, order, 1)
+
+    def _tasks(
+        self, name: str, function: Any, runs: list[list[int]], common: tuple[Any, ...], codes: Any = None
+    ) -> list[Any]:
+        """One delayed task per run of chunks, with its share of the mask and of the group codes."""
+        source = self.index if self.client is None else for_workers(self.index)
+        rows: Any = self.rows if self.client is None else constant(self.rows)
+        task, share = delayed(function), self._share
+
+        made = []
+        for run in runs:
+            key = f"{name}-chunks-{run[0]}-{run[-1] + 1}-{uuid.uuid4().hex[:8]}"
+            extra = [] if codes is None else [share(codes, run)]
+            with self._at_home(run):
+                made.append(task(source, run, share(self.mask, run), rows, common, *extra, dask_key_name=key))
+        return made
+
+    def _at_home(self, run: list[int]) -> AbstractContextManager[Any]:
+        """Sends a task to the same worker for every query, if that is there: it has mapped and verified its chunks."""
+        if self.client is None:
+            return nullcontext()
+        homes = [address for address, threads in sorted(worker_threads(self.client).items()) for _ in range(threads)]
+        if not homes:
+            return nullcontext()
+        home = homes[run[len(run) // 2] * len(homes) // len(self.index.chunks)]
+        placed: AbstractContextManager[Any] = dask.annotate(workers=[home], allow_other_workers=True)
+        return placed
+
+    def _share(self, values: npt.NDArray[Any] | None, run: list[int]) -> list[Any]:
+        """For each chunk of a run, its part of values `[n]`."""
+        chunks = self.index.chunks
+        return [None if values is None else values[chunks[number]] for number in run]
+
+
+def _scan_run(
+    source: Source, run: list[int], masks: list[Bools | None], rows: Float32, common: tuple[Any, ...]
+) -> Found:
+    k, signs, excluded, floor = common
+    index = opened(source)
+    return top(
+        chunks_of(index, run, masks),
+        rows,
+        k,
+        signs=signs,
+        query_ids=excluded,
+        floor=floor,
+        parts=index.meta.get("slots", 1),
+    )
