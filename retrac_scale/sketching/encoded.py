@@ -13,8 +13,10 @@ import zarr
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from retrac_scale.arrays import Ids
 from retrac_scale.columns import check_ids
 from retrac_scale.sketching.content import ITEM, STAMP, changed_items, look_through, read_again, refuse, stamps_of
+from retrac_scale.store.reader import Words
 from retrac_scale.store.schema import CONTENT_WORDS, Url
 from retrac_scale.task.diffusion import DiffusionTask
 from retrac_scale.task.items import LATENTS, brought, dataset_ids
@@ -83,6 +85,40 @@ def encode(
         ValueError: a bad item, or `out` holds other samples.
     """
     ids = check_ids(dataset_ids(dataset), len(dataset))
+    group = _opened(task, dataset, out, ids)
+    names: Any = group.attrs["names"]
+    arrays: dict[str, Any] = {name: group[name] for name in names}
+    done = arrays[LATENTS].attrs  # whose file is small: the group's holds all ids
+    count: Any = done.get("rows", group.attrs.get("rows_done", 0))
+    known: Any = group.get(WORDS)
+    seen = np.zeros((len(ids), CONTENT_WORDS), np.uint64)
+    seen[:, STAMP] = stamps_of(dataset)
+    again: list[int] = []
+    if known is None:
+        logger.warning("%s was encoded by an earlier release: whether its items are the same cannot be told.", out)
+    elif count:
+        there = np.asarray(known[:count])
+        seen[:count], _ = look_through(task, dataset, ids[:count], there, every=check_all or replace)
+        changed = changed_items(task, dataset, ids[:count], seen[:count], there)
+        if changed and not replace:
+            refuse(out, "encode them anew with replace=True", changed, seen)
+        outdated = np.isin(ids[:count], np.asarray(changed)) | (there[:, ITEM] == 0)
+        again = (np.unique(np.flatnonzero(outdated) // BLOCK) * BLOCK).tolist()
+    starts = [*again, *range(count, len(ids), BLOCK)]
+    for start in tqdm(starts, desc="encode", unit="block", disable=not progress):
+        rows = range(start, min(start + BLOCK, len(ids)))
+        read = [read_again(task, ids[row], dataset[row], seen[row]) for row in rows]
+        _write_rows(arrays, known, rows, [task.encoded(item) for item, _ in read], [words for _, words in read])
+        count = done["rows"] = max(count, rows.stop)
+    return EncodedDataset(out, group, ids, brought(dataset, "columns"))
+
+
+def _opened(task: DiffusionTask, dataset: Any, out: Url, ids: Ids) -> zarr.Group:
+    """The group at `out`, begun where it is new.
+
+    Raises:
+        ValueError: something else is there.
+    """
     described: dict[str, Any] = {
         "ids": json.dumps(ids.tolist()),
         "encoder": task.encoder.digests if task.encoder else {},
@@ -105,34 +141,15 @@ def encode(
     for key, expected in described.items():
         if group.attrs[key] != expected:
             raise ValueError(f"{out} was encoded from other samples or by another pipeline ({key}); give another path.")
-    names: Any = group.attrs["names"]
-    arrays: dict[str, Any] = {name: group[name] for name in names}
-    done = arrays[LATENTS].attrs  # whose file is small: the group's holds all ids
-    count: Any = done.get("rows", group.attrs.get("rows_done", 0))
-    known: Any = group.get(WORDS)
-    seen = np.zeros((len(ids), CONTENT_WORDS), np.uint64)
-    seen[:, STAMP] = stamps_of(dataset)
-    again: list[int] = []
-    if known is None:
-        logger.warning("%s was encoded by an earlier release: whether its items are the same cannot be told.", out)
-    elif count:
-        there = np.asarray(known[:count])
-        seen[:count], _ = look_through(task, dataset, ids[:count], there, every=check_all or replace)
-        changed = changed_items(task, dataset, ids[:count], seen[:count], there)
-        if changed and not replace:
-            refuse(out, "encode them anew with replace=True", changed, seen)
-        outdated = np.isin(ids[:count], np.asarray(changed)) | (there[:, ITEM] == 0)
-        again = (np.unique(np.flatnonzero(outdated) // BLOCK) * BLOCK).tolist()
-    for start in tqdm([*again, *range(count, len(ids), BLOCK)], desc="encode", unit="block", disable=not progress):
-        rows = range(start, min(start + BLOCK, len(ids)))
-        read = [read_again(task, ids[row], dataset[row], seen[row]) for row in rows]
-        items = [task.encoded(item) for item, _ in read]
-        if known is not None:
-            known[start : rows.stop] = 0  # until the block is whole
-        for name, array in arrays.items():
-            values = [latents if name == LATENTS else conditioning[name] for latents, conditioning in items]
-            array[start : rows.stop] = torch.stack(values).numpy()
-        if known is not None:
-            known[start : rows.stop] = np.stack([words for _, words in read])
-        count = done["rows"] = max(count, rows.stop)
-    return EncodedDataset(out, group, ids, brought(dataset, "columns"))
+    return group
+
+
+def _write_rows(arrays: dict[str, Any], known: Any, rows: range, items: list[Any], words: list[Words]) -> None:
+    """Rows of a block, which count as not encoded until all of them stand."""
+    if known is not None:
+        known[rows.start : rows.stop] = 0
+    for name, array in arrays.items():
+        values = [latents if name == LATENTS else conditioning[name] for latents, conditioning in items]
+        array[rows.start : rows.stop] = torch.stack(values).numpy()
+    if known is not None:
+        known[rows.start : rows.stop] = np.stack(words)

@@ -14,6 +14,7 @@ from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -120,11 +121,8 @@ def _pieces(value: Any, seen: list[Any]) -> Iterator[str]:
             yield "known"
             return
         seen.append(value)
-    if isinstance(value, Tensor):
-        value = value.detach().cpu().resolve_conj().contiguous()
-        yield f"{value.dtype} {tuple(value.shape)} {_bytes(value.view(-1).view(torch.uint8).numpy().tobytes())}"
-    elif isinstance(value, np.ndarray):
-        yield f"{value.dtype} {value.shape} {_bytes(np.ascontiguousarray(value).tobytes())}"
+    if isinstance(value, (Tensor, np.ndarray)):
+        yield _array_piece(value)
     elif isinstance(value, nn.Module):
         known = [one for other in seen[:-1] if isinstance(other, nn.Module) for one in other.parameters(recurse=False)]
         own = {name: one for name, one in value.state_dict(keep_vars=True).items() if not _among(one, known)}
@@ -138,7 +136,20 @@ def _pieces(value: Any, seen: list[Any]) -> Iterator[str]:
             yield from _pieces(one, seen)
     elif isinstance(value, (set, frozenset)):
         yield repr(sorted(" ".join(_pieces(one, [*seen])) for one in value))
-    elif isinstance(value, partial):
+    else:
+        yield from _object_pieces(value, seen)
+
+
+def _array_piece(value: Tensor | npt.NDArray[Any]) -> str:
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {value.shape} {_bytes(np.ascontiguousarray(value).tobytes())}"
+    value = value.detach().cpu().resolve_conj().contiguous()
+    return f"{value.dtype} {tuple(value.shape)} {_bytes(value.view(-1).view(torch.uint8).numpy().tobytes())}"
+
+
+def _object_pieces(value: Any, seen: list[Any]) -> Iterator[str]:
+    """Of a callable, a class, or an object of one."""
+    if isinstance(value, partial):
         yield from _pieces((value.func, value.args, value.keywords), seen)
     elif isinstance(value, MethodType):
         yield from _pieces((value.__func__, value.__self__), seen)
