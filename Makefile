@@ -3,12 +3,13 @@
 # make check   set up, then formatting, lint and types
 # make docs    set up, then build the documentation (into site/)
 # make notebooks   run the notebooks anew and keep what they print
+# make house   set up, then print which room imports from which, and what is too long
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: demo test check docs notebooks format clean
+.PHONY: demo test check docs notebooks house format clean
 
 demo: $(STAMP)
 	$(BIN)/retrac-scale demo
@@ -26,6 +27,9 @@ docs: $(STAMP)
 
 notebooks: $(STAMP)
 	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
+
+house: $(STAMP)
+	$(BIN)/python -m tests.house
 
 format: $(STAMP)
 	$(BIN)/ruff format .
