@@ -1,4 +1,4 @@
-# make demo    set up, then train, sketch, index, query and report on real digits (into demo/)
+# make demo    set up what the package itself needs, then train, sketch, index, query and report on real digits (into demo/)
 # make test    set up, then run the tests
 # make check   set up, then formatting, lint and types
 # make docs    set up, then build the documentation (into site/)
@@ -8,10 +8,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
+RUNS = $(VENV)/.runs
+INSTALL = $(BIN)/pip install -q -c constraints.txt
 
 .PHONY: demo test check docs notebooks house format clean
 
-demo: $(STAMP)
+demo: $(RUNS)
 	$(BIN)/retrac-scale demo
 
 test: $(STAMP)
@@ -35,10 +37,16 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+$(RUNS): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing what the package itself needs: two minutes or so, once"
+	$(INSTALL) -e .
+	touch $@
+
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev,docs]'
-	touch $@
+	$(INSTALL) -e '.[dev,docs]'
+	touch $@ $(RUNS)
 
 clean:
 	rm -rf $(VENV) demo build site *.egg-info
