@@ -18,7 +18,7 @@ from retrac_scale.gradients.reference import (
     TENSOR_FLOAT_TOLERANCE,
     Reference,
 )
-from retrac_scale.projections.base import Projection
+from retrac_scale.projections.base import Projection, Projector
 from retrac_scale.projections.preconditioning import Divisors, Kronecker, check_divisors, divided
 
 NORM_TOLERANCE = 1e-5
@@ -130,7 +130,7 @@ class GradientSketcher:
         unformed = projector.unformed and not self._divisors
         given = losses, add, projector.mixers
         reference = self._capture.backward(*given, unformed=unformed, retain_graph=retain_graph)
-        sketch, norm = self._finished(accumulator, squares)
+        sketch, norm = finished(projector, accumulator, squares)
         if reference is not None:
             self._compare(reference, sketch, norm)
         return sketch, norm
@@ -164,16 +164,11 @@ class GradientSketcher:
             whole = self._divided(name, gradient[None])
             projector.add(accumulator, name, projector.mixed(name, whole))
             squares += squared_norm(whole.flatten(1))
-        sketch, norm = self._finished(accumulator, squares)
+        sketch, norm = finished(projector, accumulator, squares)
         return sketch[0], norm[0]
 
     def _divided(self, name: str, gradient: Any) -> Any:
         return divided(gradient, self._divisors[name]) if self._divisors else gradient
-
-    def _finished(self, accumulator: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
-        sketch = self._projector.finish(accumulator)
-        exact = squares.sqrt().to(sketch.dtype)
-        return sketch, exact if self._projector.exact_norm else torch.linalg.vector_norm(sketch, dim=1)
 
     def check(
         self,
@@ -236,6 +231,13 @@ class GradientSketcher:
             if name not in found
             or float((found[name] - gradient).norm()) > max(tolerance * float(gradient.norm()), 0.01 * floor)
         ]
+
+
+def finished(projector: Projector, accumulator: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+    """Sketches `[n, k]` and norms `[n]`: the full gradient's, or the sketch's own."""
+    sketch = projector.finish(accumulator)
+    exact = squares.sqrt().to(sketch.dtype)
+    return sketch, exact if projector.exact_norm else torch.linalg.vector_norm(sketch, dim=1)
 
 
 def _differ(found: Tensor, expected: Tensor, tolerance: float) -> bool:
