@@ -6,17 +6,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from retrac_scale.gradients import ParameterFilter
 from retrac_scale.gradients.backward import Sink
 from retrac_scale.gradients.errors import GradientMismatchError
 from retrac_scale.gradients.live import LiveCapture
-from retrac_scale.gradients.outer import OuterProducts
 from retrac_scale.gradients.reference import HALF_TOLERANCE, TENSOR_FLOAT_TOLERANCE
+from retrac_scale.projections.accumulation import Accumulation, sketch_of
 from retrac_scale.projections.base import Projection
-from retrac_scale.projections.sketcher import finished
 
 
 class LiveSketcher:
@@ -34,13 +32,12 @@ class LiveSketcher:
     def __init__(self, model: nn.Module, projection: Projection, *, parameters: ParameterFilter = None) -> None:
         self._capture = LiveCapture(model, parameters=parameters)
         self._projector = projection.bind(self._capture.shapes, self._capture.mixable, next(model.parameters()).device)
-        self._projector.whole = self._capture.single_position
         self.passes: list[tuple[Tensor, Tensor]] = []
         """Sketches `[n, k]` and norms `[n]` of the backward passes since this was last emptied."""
         self._gradients: dict[str, Tensor] = {}
         self._handles: list[Any] = []
         self._watch()
-        self._capture.attach(self._begin, self._projector.mixers, unformed=self._projector.unformed)
+        self._capture.attach(self._begin, self._projector.mixers_in_forming, unformed=self._projector.unformed)
 
     @property
     def dim(self) -> int:
@@ -67,21 +64,14 @@ class LiveSketcher:
         self._stop_watching()
 
     def _begin(self, n: int) -> tuple[Sink, Callable[[], None]]:
-        projector = self._projector
-        accumulator = projector.start(n)
-        squares = torch.zeros(n, dtype=torch.float64, device=accumulator.device)
-
-        def add(name: str, gradient: Tensor | OuterProducts, samples: slice) -> None:
-            added = projector.add(accumulator[samples], name, gradient)
-            if added is not None:
-                squares[samples] += added
+        sums = Accumulation(self._projector, n, self._capture.single_position)
 
         def end() -> None:
-            self.passes.append(finished(projector, accumulator, squares))
+            self.passes.append(sums.finished())
             if self._handles:
                 self._compare_sum(self.passes[-1][0].sum(0))
 
-        return add, end
+        return sums.add, end
 
     def _watch(self) -> None:
         """Keep the weights' own gradients of the first pass."""
@@ -101,11 +91,8 @@ class LiveSketcher:
 
     def _compare_sum(self, summed: Tensor) -> None:
         self._stop_watching()
-        whole = self._projector.start(1)
-        for name, gradient in self._gradients.items():
-            self._projector.add(whole, name, self._projector.mixed(name, gradient[None]))
+        expected = sketch_of(self._projector, self._gradients, self._capture.single_position)
         self._gradients.clear()
-        expected = self._projector.finish(whole)[0]
         tolerance = HALF_TOLERANCE if self._capture.coarse else TENSOR_FLOAT_TOLERANCE
         off = float((summed - expected).norm() / expected.norm().clamp_min(1e-30))
         if off > tolerance:
