@@ -172,12 +172,13 @@ class _Several(Projector):
         return torch.zeros(n, sum(self.widths))
 
     def add(self, accumulator: Tensor, name: str, gradient: Tensor) -> Tensor | None:
-        for part in self.parts:
-            part.whole = self.whole
-        squares = [
-            part.add(own, name, gradient)
-            for part, own in zip(self.parts, torch.split(accumulator, self.widths, 1), strict=True)
-        ]
+        own = torch.split(accumulator, self.widths, 1)
+        squares = [part.add(each, name, gradient) for part, each in zip(self.parts, own, strict=True)]
+        return squares[0]
+
+    def add_mixed(self, accumulator: Tensor, name: str, gradient: Tensor) -> Tensor | None:
+        own = torch.split(accumulator, self.widths, 1)
+        squares = [part.add_mixed(each, name, gradient) for part, each in zip(self.parts, own, strict=True)]
         return squares[0]
 
     def finish(self, accumulator: Tensor) -> Tensor:

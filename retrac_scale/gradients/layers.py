@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Container, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -46,6 +46,10 @@ class Layer:
         module: Any = self.module
         return self.rule is not None and self.rule.unformed is not None and len(module.weight) < NARROW
 
+    def gives_products(self, grad_output: Tensor) -> bool:
+        """Whether, for such output gradients, its rule gives `OuterProducts`."""
+        return self.rule is not None and self.rule.unformed is not None and self.rule.unformed(self.module, grad_output)
+
 
 @dataclass
 class Call:
@@ -58,6 +62,43 @@ class Call:
     precision: Precision | None = None  # likewise
     grads: dict[int, Tensor] = field(default_factory=dict)
     kept: tuple[Tensor, ...] = ()
+
+    @property
+    def activation(self) -> Any:
+        """The first argument."""
+        return first_of(self.args, self.kwargs)
+
+    def widened(self) -> Call:
+        """The same with output gradients of 32 bits at least on a CPU, for which products are compiled."""
+        grad = self.grads[0]
+        narrow = grad.device.type == "cpu" and grad.itemsize < 4
+        return replace(self, grads={0: grad.float()}) if narrow else self
+
+
+def first_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The first argument of a call, by whichever way it came."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def check_unchanged(layer: Layer, call: Call) -> None:
+    """Raise UncapturableError when the model has changed in place what the layer's gradient is formed from."""
+    if any(tensor._version != version for tensor, version in call.versions):
+        raise UncapturableError(
+            f"an input of layer {layer.name!r} was changed in place after the layer had used it, so its "
+            "gradient cannot be formed; use the out-of-place operation in the model's forward.",
+            layer.parameters.values(),
+        )
+
+
+def check_rows(layer: Layer, call: Call, n: int) -> None:
+    """Raise UncapturableError unless the layer ran on as many rows for each of n samples."""
+    rows = call.grads[min(call.grads)].shape[0]
+    if rows < n or rows % n:
+        raise UncapturableError(
+            f"layer {layer.name!r} ran on {rows} rows for {n} losses, so its gradient cannot be told apart by sample; "
+            "give the model one row (or a fixed number of rows) per sample, or leave the layer out with parameters=.",
+            layer.parameters.values(),
+        )
 
 
 def layers_of(model: nn.Module, names: list[str]) -> list[Layer]:

@@ -39,7 +39,7 @@ MULTIPLICATIONS_PER_BYTE = 8
 Pairs = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class OuterProducts:
     """Gradients `[n, o, i, *kernel]` of n samples, float32 on a CPU, not formed yet.
 

@@ -57,6 +57,7 @@ class Reference:
 
     def __init__(self, n: int, parameters: Mapping[str, nn.Parameter]) -> None:
         device = next(iter(parameters.values())).device
+        self._parameters = parameters
         self.factors = told_apart(n).to(device)
         """`[n]`."""
         self.expected = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
@@ -66,12 +67,12 @@ class Reference:
         self._found: dict[str, Tensor] = {}
         self._sizes: dict[str, Tensor] = {}
 
-    def expect(self, output: Tensor, grad: Tensor | None, parameters: Mapping[str, nn.Parameter]) -> None:
+    def expect(self, output: Tensor, grad: Tensor | None = None) -> None:
         """Add what autograd makes of an output's gradient; keeps the graph."""
-        given = [parameter for parameter in parameters.values() if parameter.requires_grad]
+        given = [parameter for parameter in self._parameters.values() if parameter.requires_grad]
         found = torch.autograd.grad(output, given, grad, retain_graph=True, allow_unused=True)
         gradients = {id(parameter): one for parameter, one in zip(given, found, strict=True) if one is not None}
-        for name, parameter in parameters.items():
+        for name, parameter in self._parameters.items():
             if id(parameter) in gradients:
                 self.expected[name] += gradients[id(parameter)].to_dense()
 
@@ -105,12 +106,11 @@ class Reference:
         sizes = (factors.double().square() @ squares).cpu()
         self._sizes[name] = self._sizes.get(name, torch.zeros((), dtype=torch.float64)) + sizes
 
-    def compare(self, mixers: Mapping[str, Tensor], whole: Set[str], half: Set[str], where: str) -> None:
+    def compare(self, mixers: Mapping[str, Tensor], half: Set[str], where: str) -> None:
         """Compare the sums.
 
         Args:
-            mixers: of weights whose gradients were captured mixed.
-            whole: those that were not, all the same.
+            mixers: of the weights whose gradients were captured mixed.
             half: parameters whose gradients came in 16 bits.
             where: names the batch.
 
@@ -123,7 +123,7 @@ class Reference:
         for name, plain in self.expected.items():
             if name not in self._found and plain.any():
                 raise used_elsewhere(name)
-            expected = mix(mixers[name], plain[None])[0] if name in mixers.keys() - whole else plain
+            expected = mix(mixers[name], plain[None])[0] if name in mixers else plain
             found = self._found.get(name, torch.zeros_like(expected))
             sizes[name] = max(float(expected.double().norm()), float(self._sizes.get(name, torch.zeros(())).sqrt()))
             off[name] = float((found.double() - expected.double()).norm())

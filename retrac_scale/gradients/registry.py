@@ -39,10 +39,6 @@ class LayerRule:
     watch: Callable[[Any, Tensor, Tensor, Seen], Tensor] | None
     suits: Callable[[Any], bool] | None = None
 
-    def suits_products(self, layer: nn.Module, grad_output: Tensor) -> bool:
-        """Whether the weight's gradients come as `OuterProducts`."""
-        return self.unformed is not None and self.unformed(layer, grad_output)
-
 
 _rules: dict[str, LayerRule] = {}
 _whole: set[str] = set()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import asdict
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-
-from retrac_scale.gradients.mixing import mix
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -19,13 +18,13 @@ class Projector(ABC):
     """A projection bound to a model's parameters; linear, so contributions of parameters add up."""
 
     dim: int
-    mixers: Mapping[str, Tensor] = {}
-    whole: Set[str] = frozenset()
-    """Weights whose gradients are never mixed, because their layers see a sample at one position."""
+    mixers: Mapping[str, Tensor] = MappingProxyType({})
+    """Weights whose layers' output gradients are mixed, where they see a sample at several positions -> mixer `[r, o]`,
+    see `gradients.mixing`."""
     exact_norm: bool = True
-    """Whether `add` gives the squared norms of the full gradient."""
+    """Whether squared norms of the full gradients are given: these have to be formed then, and are mixed afterwards."""
     unformed: bool = False
-    """Whether `add` also takes `OuterProducts`, with the bias beside."""
+    """Whether `OuterProducts` are taken too, with the bias beside."""
 
     @abstractmethod
     def start(self, n: int) -> Tensor:
@@ -35,13 +34,18 @@ class Projector(ABC):
     def add(self, accumulator: Tensor, name: str, gradient: Any) -> Tensor | None:
         """Add one parameter's gradients `[n, *shape]`; returns their squared norms `[n]`, float64, if `exact_norm`."""
 
+    def add_mixed(self, accumulator: Tensor, name: str, gradient: Any) -> Tensor | None:
+        """The same for a weight in `mixers`: its gradients `[n, r, i, *kernel]`, mixed; if `exact_norm`, whole ones."""
+        return self.add(accumulator, name, gradient)
+
     @abstractmethod
     def finish(self, accumulator: Tensor) -> Tensor:
         """The sketches `[n, k]`."""
 
-    def mixed(self, name: str, gradient: Tensor) -> Tensor:
-        """A parameter's gradients `[n, *shape]` as `add` takes them: those of a mixed layer's weight mixed."""
-        return mix(self.mixers[name], gradient) if name in self.mixers.keys() - self.whole else gradient
+    @property
+    def mixers_in_forming(self) -> Mapping[str, Tensor]:
+        """Those that gradients are mixed with when they are formed, and never whole."""
+        return {} if self.exact_norm else self.mixers
 
 
 def bias_beside(weight: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -28,14 +27,11 @@ class SignedFold(Projector):
 
     unformed = True
 
-    def __init__(
-        self, dim: int, seed: int, device: torch.device, scales: Mapping[str, float] = MappingProxyType({})
-    ) -> None:
+    def __init__(self, dim: int, seed: int, device: torch.device) -> None:
         self.dim = dim
         self.seed = seed
         self.device = device
-        self.scales = scales
-        self._blocks: dict[tuple[str, int], Any] = {}
+        self._blocks: dict[tuple[str, int], Any] = {}  # drawn when they are first needed
 
     def _signs(self, name: str, size: int) -> Any:
         """Of a parameter's entries `[size]`, and shifts of their blocks; on a CPU as `Signs`, elsewhere in a tensor."""
@@ -49,16 +45,15 @@ class SignedFold(Projector):
             )
         return self._blocks[name, size]
 
-    def _scale(self, name: str) -> float:
-        return 1 if name in self.whole else self.scales.get(name, 1)
-
     def start(self, n: int) -> Tensor:
         """Two rounds wide, so that a rotated block is one contiguous addition."""
         return torch.zeros(n, 2 * self.dim, device=self.device)
 
     def add(self, accumulator: Tensor, name: str, gradient: Tensor | OuterProducts) -> Tensor | None:
         """Sign, rotate and add the blocks of one parameter."""
-        scale = self._scale(name)
+        return self._fold(accumulator, name, gradient, 1)
+
+    def _fold(self, accumulator: Tensor, name: str, gradient: Tensor | OuterProducts, scale: float) -> Tensor | None:
         size = prod(gradient.shape[1:])
         if isinstance(gradient, OuterProducts):
             of_bias = self._signs(bias_beside(name), gradient.left.shape[2]) if gradient.with_bias else None

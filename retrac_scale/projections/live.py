@@ -6,20 +6,18 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from retrac_scale.gradients import ParameterFilter
-from retrac_scale.gradients.capture import Sink
+from retrac_scale.gradients.backward import Sink
 from retrac_scale.gradients.errors import GradientMismatchError
 from retrac_scale.gradients.live import LiveCapture
-from retrac_scale.gradients.outer import OuterProducts
 from retrac_scale.gradients.reference import HALF_TOLERANCE, TENSOR_FLOAT_TOLERANCE
+from retrac_scale.projections.accumulation import Accumulation, sketch_of
 from retrac_scale.projections.base import Projection
-from retrac_scale.projections.sketcher import GradientSketcher
 
 
-class LiveSketcher(GradientSketcher):
+class LiveSketcher:
     """Sketches of every sample's part in the gradient that a training step computes anyway.
 
     The first backward pass is checked: every parameter's gradients, each sample's times a factor of its own, must be
@@ -32,46 +30,48 @@ class LiveSketcher(GradientSketcher):
     """
 
     def __init__(self, model: nn.Module, projection: Projection, *, parameters: ParameterFilter = None) -> None:
-        self._live = LiveCapture(model, parameters=parameters)
-        self._capture = self._live
-        self._projector = projection.bind(self._live.shapes, self._live.mixable, next(model.parameters()).device)
-        self._projector.whole = self._live.single_position
+        self._capture = LiveCapture(model, parameters=parameters)
+        self._projector = projection.bind(self._capture.shapes, self._capture.mixable, next(model.parameters()).device)
         self.passes: list[tuple[Tensor, Tensor]] = []
         """Sketches `[n, k]` and norms `[n]` of the backward passes since this was last emptied."""
         self._gradients: dict[str, Tensor] = {}
         self._handles: list[Any] = []
         self._watch()
-        self._live.attach(self._begin, self._projector.mixers, unformed=self._projector.unformed)
+        self._capture.attach(self._begin, self._projector.mixers_in_forming, unformed=self._projector.unformed)
+
+    @property
+    def dim(self) -> int:
+        """Entries k of a sketch."""
+        return self._projector.dim
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The sketched parameters and their shapes."""
+        return self._capture.shapes
 
     @property
     def recording(self) -> bool:
         """Whether forward passes are sketched in their backward pass."""
-        return self._live.recording
+        return self._capture.recording
 
     @recording.setter
     def recording(self, value: bool) -> None:
-        self._live.recording = value
+        self._capture.recording = value
 
     def detach(self) -> None:
         """Leave the model as it was."""
-        self._live.detach()
+        self._capture.detach()
+        self._stop_watching()
 
     def _begin(self, n: int) -> tuple[Sink, Callable[[], None]]:
-        projector = self._projector
-        accumulator = projector.start(n)
-        squares = torch.zeros(n, dtype=torch.float64, device=accumulator.device)
-
-        def add(name: str, gradient: Tensor | OuterProducts, samples: slice) -> None:
-            added = projector.add(accumulator[samples], name, gradient)
-            if added is not None:
-                squares[samples] += added
+        sums = Accumulation(self._projector, n, self._capture.single_position)
 
         def end() -> None:
-            self.passes.append(self._finished(accumulator, squares))
+            self.passes.append(sums.finished())
             if self._handles:
                 self._compare_sum(self.passes[-1][0].sum(0))
 
-        return add, end
+        return sums.add, end
 
     def _watch(self) -> None:
         """Keep the weights' own gradients of the first pass."""
@@ -81,19 +81,19 @@ class LiveSketcher(GradientSketcher):
                 self._gradients[name] = gradient
 
         for name in self.shapes:
-            parameter = self._live.model.get_parameter(name)
+            parameter = self._capture.model.get_parameter(name)
             self._handles.append(parameter.register_hook(partial(keep, name)))  # type: ignore[no-untyped-call]
 
-    def _compare_sum(self, summed: Tensor) -> None:
+    def _stop_watching(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        whole = self._projector.start(1)
-        for name, gradient in self._gradients.items():
-            self._projector.add(whole, name, self._projector.mixed(name, gradient[None]))
+
+    def _compare_sum(self, summed: Tensor) -> None:
+        self._stop_watching()
+        expected = sketch_of(self._projector, self._gradients, self._capture.single_position)
         self._gradients.clear()
-        expected = self._projector.finish(whole)[0]
-        tolerance = HALF_TOLERANCE if self._live.coarse else TENSOR_FLOAT_TOLERANCE
+        tolerance = HALF_TOLERANCE if self._capture.coarse else TENSOR_FLOAT_TOLERANCE
         off = float((summed - expected).norm() / expected.norm().clamp_min(1e-30))
         if off > tolerance:
             raise GradientMismatchError(

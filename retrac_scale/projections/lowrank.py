@@ -12,6 +12,7 @@ from torch import Tensor
 
 from retrac_scale.gradients.mixing import SETS, mix
 from retrac_scale.gradients.norms import squared_norm
+from retrac_scale.gradients.outer import OuterProducts
 from retrac_scale.gradients.tiles import ROWS_BY_SETS
 from retrac_scale.projections import random
 from retrac_scale.projections.base import Projection, Projector, Shapes, check_dim, inputs_last
@@ -65,21 +66,14 @@ class LowRank(Projection):
 
     def bind(self, shapes: Shapes, mixable: Mapping[str, int], device: torch.device) -> Projector:
         """See `Projection.bind`."""
-        mixers, scales = {}, {}
+        mixers = {}
         for name, outputs in mixable.items():
             rank = self._rank_of(shapes[name])
             if _worth_mixing(shapes[name], rank):
                 entries = random.orthogonal_signs(self.seed, f"{name} mixer", rank, outputs, SETS)
                 mixers[name] = torch.from_numpy(entries).to(device)
-                scales[name] = rank**-0.5  # with the signs, so that mixing multiplies by +-1, exact in bfloat16
-        if self.norm == "exact":
-            whole = _ExactNorm(self.dim, self.seed, device, scales)
-            whole.own_mixers = mixers
-            return whole
-        projector = SignedFold(self.dim, self.seed, device, scales)
-        projector.mixers = mixers
-        projector.exact_norm = False
-        return projector
+        kind = _MixedAfterwards if self.norm == "exact" else _Mixed
+        return kind(self.dim, self.seed, device, mixers)
 
     def _rank_of(self, shape: tuple[int, ...]) -> int:
         """For a weight `[o, i, *kernel]`."""
@@ -93,14 +87,27 @@ def _worth_mixing(shape: tuple[int, ...], rank: int) -> bool:
     return 8 * outputs >= shape[1] and 3 * mixed < 2 * outputs * entries
 
 
-class _ExactNorm(SignedFold):
+class _Mixed(SignedFold):
+    """Takes mixed gradients of some weights; its mixers are of signs, by which bfloat16 multiplies exactly."""
+
+    exact_norm = False
+
+    def __init__(self, dim: int, seed: int, device: torch.device, mixers: Mapping[str, Tensor]) -> None:
+        super().__init__(dim, seed, device)
+        self.mixers = mixers
+
+    def add_mixed(self, accumulator: Tensor, name: str, gradient: Tensor | OuterProducts) -> Tensor | None:
+        """Fold, with what makes signs entries of +-1/sqrt(r)."""
+        return self._fold(accumulator, name, gradient, len(self.mixers[name]) ** -0.5)
+
+
+class _MixedAfterwards(_Mixed):
     """Takes whole gradients, for their norms, and mixes them itself."""
 
-    own_mixers: Mapping[str, Tensor]
+    exact_norm = True
     unformed = False
 
-    def add(self, accumulator: Tensor, name: str, gradient: Any) -> Tensor | None:
+    def add_mixed(self, accumulator: Tensor, name: str, gradient: Any) -> Tensor | None:
         """Mix, then fold."""
-        mixer = None if name in self.whole else self.own_mixers.get(name)
-        super().add(accumulator, name, gradient if mixer is None else mix(mixer, gradient))
+        super().add_mixed(accumulator, name, mix(self.mixers[name], gradient))
         return squared_norm(inputs_last(gradient).flatten(1))

@@ -18,6 +18,7 @@ from retrac_scale.gradients.reference import (
     TENSOR_FLOAT_TOLERANCE,
     Reference,
 )
+from retrac_scale.projections.accumulation import Accumulation, sketch_of
 from retrac_scale.projections.base import Projection
 from retrac_scale.projections.preconditioning import Divisors, Kronecker, check_divisors, divided
 
@@ -64,7 +65,6 @@ class GradientSketcher:
         self._capture = GradientCapture(model, parameters=parameters, check=check)
         self._device = next(model.parameters()).device
         self._projector = projection.bind(self._capture.shapes, self._capture.mixable, self._device)
-        self._projector.whole = self._capture.single_position
         self._divisors: dict[str, Tensor | Kronecker] = {}
         self.precondition(precondition)
 
@@ -80,7 +80,7 @@ class GradientSketcher:
                 before whole gradients are formed.
         """
         if divisors is not None:
-            if self._projector.mixers:
+            if self._projector.mixers_in_forming:
                 raise ValueError(
                     f"{where}: LowRank never forms the whole gradients that are to be divided; "
                     "use CountSketch(dim), or LowRank(dim=dim, norm='exact')."
@@ -118,19 +118,16 @@ class GradientSketcher:
             UncapturableError: gradients of some parameters cannot be told apart by sample, or not be formed.
             GradientMismatchError: in the batch that is checked, some are not those of plain autograd; names them.
         """
-        projector = self._projector
-        accumulator = projector.start(len(losses) if losses.ndim else 0)
-        squares = torch.zeros(len(accumulator), dtype=torch.float64, device=accumulator.device)
+        projector, unmixed = self._projector, self._capture.single_position
+        sums = Accumulation(projector, len(losses) if losses.ndim else 0, unmixed)
 
         def add(name: str, gradient: Any, samples: slice) -> None:
-            added = projector.add(accumulator[samples], name, self._divided(name, gradient))
-            if added is not None:
-                squares[samples] += added
+            sums.add(name, self._divided(name, gradient), samples)
 
         unformed = projector.unformed and not self._divisors
-        given = losses, add, projector.mixers
+        given = losses, add if self._divisors else sums.add, projector.mixers_in_forming
         reference = self._capture.backward(*given, unformed=unformed, retain_graph=retain_graph)
-        sketch, norm = self._finished(accumulator, squares)
+        sketch, norm = sums.finished()
         if reference is not None:
             self._compare(reference, sketch, norm)
         return sketch, norm
@@ -157,23 +154,15 @@ class GradientSketcher:
 
     def _sketch_of(self, gradients: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The sketch `[k]` of one whole gradient, and its norm; exact, or the sketch's own."""
-        projector = self._projector
-        accumulator = projector.start(1)
-        squares = torch.zeros(1, dtype=torch.float64, device=accumulator.device)
-        for name, gradient in gradients.items():
-            whole = self._divided(name, gradient[None])
-            projector.add(accumulator, name, projector.mixed(name, whole))
-            squares += squared_norm(whole.flatten(1))
-        sketch, norm = self._finished(accumulator, squares)
-        return sketch[0], norm[0]
+        whole = {name: self._divided(name, gradient[None])[0] for name, gradient in gradients.items()}
+        sketch = sketch_of(self._projector, whole, self._capture.single_position)
+        if not self._projector.exact_norm:
+            return sketch, torch.linalg.vector_norm(sketch)
+        squares = torch.stack([squared_norm(gradient.reshape(1, -1)) for gradient in whole.values()])
+        return sketch, squares.sum().sqrt().to(sketch.dtype)
 
     def _divided(self, name: str, gradient: Any) -> Any:
         return divided(gradient, self._divisors[name]) if self._divisors else gradient
-
-    def _finished(self, accumulator: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
-        sketch = self._projector.finish(accumulator)
-        exact = squares.sqrt().to(sketch.dtype)
-        return sketch, exact if self._projector.exact_norm else torch.linalg.vector_norm(sketch, dim=1)
 
     def check(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -118,7 +119,7 @@ def test_a_left_side_is_mixed_and_its_bias_goes_along(order: tuple[int, ...], o:
         weight = mix(mixer.double(), weight)
     back = [order.index(axis) for axis in range(4)]
     products = of_linear(left.permute(order).contiguous().permute(back), right)
-    products.with_bias, products.mixer = True, mixer
+    products = replace(products, with_bias=True, mixer=mixer)
     assert products.shape == weight.shape
     torch.testing.assert_close(products.formed().double(), weight, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(products.bias().double(), bias, rtol=1e-4, atol=1e-4)

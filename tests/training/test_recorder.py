@@ -44,7 +44,7 @@ def test_two_accelerate_processes_record_and_sketch_every_step_whole_and_it_is_r
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
-        [*command, str(ROOT / "tests" / "accelerate_script.py"), str(tmp_path)],
+        [*command, str(ROOT / "tests" / "training" / "accelerate_script.py"), str(tmp_path)],
         env=environment, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

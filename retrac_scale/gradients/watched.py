@@ -1,0 +1,186 @@
+"""Hooks that note every call of a model's layers, and hand the gradients of what they gave to a backward pass."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from retrac_scale.gradients.backward import Backward, Traits
+from retrac_scale.gradients.errors import UncapturableError
+from retrac_scale.gradients.layers import (
+    Call,
+    Layer,
+    ParameterFilter,
+    Precision,
+    first_of,
+    layers_of,
+    selected_parameters,
+)
+from retrac_scale.gradients.nested import detached, mapped, tensors
+from retrac_scale.gradients.registry import LayerRule, Seen, why_alone
+from retrac_scale.gradients.seams import Hook, seam
+
+
+class WatchedModel:
+    """A model, its layers of selected parameters, and what they have seen of the current forward pass.
+
+    Args:
+        model: any torch module whose samples do not interact.
+        parameters: glob patterns, or a predicate on parameter names; None takes all that require a gradient.
+    """
+
+    def __init__(self, model: nn.Module, parameters: ParameterFilter) -> None:
+        self.model = model
+        names = selected_parameters(model, parameters)
+        self.shapes = {name: tuple(model.get_parameter(name).shape) for name in names}
+        self.layers = layers_of(model, names)
+        self.why_alone = why_alone(model)
+        users = Counter(name for layer in self.layers for name in layer.parameters.values())
+        self.traits = Traits({name for name, count in users.items() if count > 1})
+        self.coarse = any(parameter.itemsize < 4 for parameter in model.parameters())
+        """Whether 16 bits are anywhere on the way: in the model's weights, or by autocast in the last forward pass."""
+        self.recording = False
+        """Whether calls are noted."""
+        self.by_autograd_alone = False
+        """Whether the backward pass that is going on is not for the layers' gradients to be formed."""
+        self.backward: Backward | None = None
+        """That is going on."""
+        self._handles: list[Any] = []
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Those that are selected, by name."""
+        return {name: self.model.get_parameter(name) for name in self.shapes}
+
+    @property
+    def users(self) -> dict[str, tuple[nn.Module, LayerRule | None]]:
+        """The (first) layer that uses each selected parameter, and its rule; None is per-sample autograd."""
+        found: dict[str, tuple[nn.Module, LayerRule | None]] = {}
+        for layer in self.layers:
+            for name in layer.parameters.values():
+                found.setdefault(name, (layer.module, layer.rule))
+        return found
+
+    @property
+    def mixable(self) -> dict[str, int]:
+        """Weights of layers whose output gradients may be mixed: name -> number of output features."""
+        weights = [layer.parameters.get("weight", "") for layer in self.layers if layer.mixable]
+        return {name: self.shapes[name][0] for name in weights if name and name not in self.traits.shared}
+
+    @property
+    def differentiating(self) -> bool:
+        """Whether a backward pass is going on: a layer called then is one that was noted before, recomputed for it."""
+        return self.by_autograd_alone or self.backward is not None
+
+    @contextmanager
+    def autograd_alone(self) -> Iterator[None]:
+        """Backward passes inside are autograd's alone."""
+        self.by_autograd_alone = True
+        try:
+            yield
+        finally:
+            self.by_autograd_alone = False
+
+    def watch(self, going_on: Callable[[], Backward]) -> None:
+        """Have every layer's calls noted: what its rule is for, before hooks of the model's own change it.
+
+        Args:
+            going_on: gives the backward pass that an output's gradient has come up in.
+        """
+        for layer in self.layers:
+            note, first = partial(self._note, layer, going_on), layer.rule is not None
+            if not first:  # it will be called again, and its hooks with it
+                keep = Hook(layer.module, partial(_keep_given, layer))
+                self._handles.append(layer.module.register_forward_pre_hook(keep, prepend=True, with_kwargs=True))
+            hook = Hook(layer.module, note)
+            self._handles.append(layer.module.register_forward_hook(hook, prepend=first, with_kwargs=True))
+
+    def leave(self) -> None:
+        """Take the hooks off the layers."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def forget(self) -> None:
+        """Drop what was noted of the last forward pass."""
+        for layer in self.layers:
+            layer.calls.clear()
+            layer.given = (), {}
+
+    def check_samples(self, n: int) -> None:
+        """Raise UncapturableError when the model cannot tell n samples of a forward pass apart."""
+        if n > 1 and self.why_alone:
+            raise UncapturableError(
+                f"{self.why_alone}, so the gradients of {n} samples cannot be told apart; give it one sample in each "
+                "forward pass.",
+                self.shapes,
+            )
+
+    def _note(
+        self,
+        layer: Layer,
+        going_on: Callable[[], Backward],
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> Any:
+        if not self.recording or self.differentiating or not torch.is_grad_enabled():
+            return None
+        precision = _precision(output)
+        self.coarse |= precision[2]
+        if layer.rule is None:
+            args, kwargs = layer.given
+        own_args, own_kwargs = detached(args), detached(kwargs)
+        versions = [(tensor, tensor._version) for tensor in tensors((own_args, own_kwargs))]
+        call = Call(own_args, own_kwargs, versions)
+        layer.calls.append(call)
+        if layer.rule is None:
+            call.outputs.extend((tensor, tensor._version) for tensor in detached(list(tensors(output))))
+            call.precision = precision
+        places = itertools.count()
+
+        def seen_outside(tensor: Tensor) -> Tensor:
+            """The tensor as users outside the module see it, so that uses inside do not reach the hook."""
+            if not (tensor.is_floating_point() or tensor.is_complex()):
+                return tensor
+            place = next(places)
+            if not tensor.requires_grad:
+                tensor = tensor.detach().requires_grad_().clone()  # never a leaf: the model may change it in place
+            seen = self._on_gradient(layer, call, place, going_on)
+            if layer.rule is not None and layer.rule.watch is not None:
+                return layer.rule.watch(module, first_of(args, kwargs), tensor, seen)
+            return seam(tensor, seen, apart=layer.rule is None)
+
+        return mapped(output, seen_outside)
+
+    def _on_gradient(self, layer: Layer, call: Call, place: int, going_on: Callable[[], Backward]) -> Seen:
+        def on_gradient(grad: Tensor, *kept: Tensor) -> None:
+            if self.by_autograd_alone:
+                return
+            backward = going_on()
+            call.grads[place], call.kept = grad, kept
+            if layer.rule is not None and len(layer.calls) == 1:
+                backward.finish(layer)
+
+        return on_gradient
+
+
+def _precision(output: Any) -> Precision:
+    """Of the autocast that a layer was called under."""
+    kind = next(tensors(output), _NO_TENSOR).device.type
+    return kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+
+
+_NO_TENSOR = torch.empty(0)
+
+
+def _keep_given(layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    layer.given = args, kwargs
