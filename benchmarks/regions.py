@@ -118,7 +118,7 @@ def main() -> None:
     about = [
         f"`python -m benchmarks.regions --setting {setting.name}{told}`, {datetime.date.today()}, {cpu_name()}; torch",
         f"{torch.__version__}. Written by that command.\n",
-        f"{len(setting.train)} training images at {t} timesteps of {k} entries, sketched and indexed in {seconds:.0f} s;",
+        f"{len(setting.train)} training images at {t} timesteps of {k} entries, sketched in {seconds:.0f} s;",
         f"{queries} queries in {time.perf_counter() - started:.0f} s. Precision@1 of {2 * COMPOSITES} parts each;",
         f"brackets: 95 % intervals over {COMPOSITES} composites.\n",
     ]
