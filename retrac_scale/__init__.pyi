@@ -26,6 +26,7 @@ from .task.calling import ThroughUNet
 from .task.checkpoints import find_checkpoints
 from .task.diffusion import DiffusionTask
 from .task.noising import timestep_numbers
+from .task.regions import AllBut, Regions
 from .task.timesteps import EvenlySpaced, Explicit, draw_noise
 from .task.weighting import Huber, MinSNR, PseudoHuber, SD3Weighting
 from .training.callbacks import lightning_callback, transformers_callback
@@ -37,6 +38,7 @@ __all__ = [
     "DAS",
     "DTRAK",
     "TRAK",
+    "AllBut",
     "ChangedItemsError",
     "CountSketch",
     "DamagedStoreError",
@@ -64,6 +66,7 @@ __all__ = [
     "ReTrac",
     "ReTracRidge",
     "Recorded",
+    "Regions",
     "RelatIF",
     "RenormIF",
     "Repeatability",

@@ -95,7 +95,8 @@ def measured_like(
 
     from retrac_scale.sketching.samples import Samples
     from retrac_scale.store.part import plans_of
-    from retrac_scale.task.diffusion import DiffusionTask, measure_named
+    from retrac_scale.task.diffusion import DiffusionTask
+    from retrac_scale.task.measures import measure_named
     from retrac_scale.task.timesteps import EvenlySpaced
 
     store = index.check_store()

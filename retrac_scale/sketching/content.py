@@ -17,6 +17,7 @@ from retrac_scale.store.reader import Words
 from retrac_scale.store.schema import CONTENT_WORDS
 from retrac_scale.task.diffusion import DiffusionTask
 from retrac_scale.task.items import Item, brought
+from retrac_scale.task.regions import REGION
 
 if TYPE_CHECKING:
     from retrac_scale.store import SketchStore
@@ -53,7 +54,8 @@ class ChangedItemsError(ValueError):
 def digest_of(item: Item) -> int:
     """A digest, 64 bits, of an item: another type of its numbers, or order of its keys, is no change."""
     digest = hashlib.blake2b(f"{item.encoded} {item.prompt!r}".encode(), digest_size=8)
-    given = {"": item.sample, **item.conditioning} | ({} if item.label is None else {" label": item.label})
+    beside = {" label": item.label, REGION: item.region}
+    given = {"": item.sample, **item.conditioning} | {name: x for name, x in beside.items() if x is not None}
     for name, value in sorted(given.items()):
         array = _array(value)
         if array.dtype.kind != "c":

@@ -84,6 +84,8 @@ def encode(
         ChangedItemsError: images or prompts are others than those that were encoded under the same ids.
         ValueError: a bad item, or `out` holds other samples.
     """
+    if brought(dataset, "region"):
+        raise ValueError("encode takes whole pictures; encode the dataset, and take Regions of what comes back.")
     ids = check_ids(dataset_ids(dataset), len(dataset))
     group = _opened(task, dataset, out, ids)
     names: Any = group.attrs["names"]

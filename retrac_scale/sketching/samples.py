@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from retrac_scale.store.schema import CONTENT, SKETCHED
 from retrac_scale.task.checkpoints import Checkpoint
 from retrac_scale.task.diffusion import DiffusionTask
 from retrac_scale.task.items import dataset_ids
+from retrac_scale.task.regions import Regions
 from retrac_scale.task.timesteps import TimestepPlan
 
 
@@ -31,12 +32,19 @@ class Samples:
         checkpoints: {name: state dict, path, or callable}.
         timesteps: `EvenlySpaced(count)`, `Explicit([...])`, `Recorded(path)`; a list of those that a store grew by;
             None for those of the store that they are compared with.
+        region: the part of each picture that is asked about, as for `Regions`, which the dataset then is one of; None
+            for all of it.
     """
 
     dataset: Any
     task: DiffusionTask
     checkpoints: Mapping[str, Checkpoint]
     timesteps: TimestepPlan | Sequence[TimestepPlan] | None = None
+    region: InitVar[Any] = None
+
+    def __post_init__(self, region: Any) -> None:
+        if region is not None:
+            object.__setattr__(self, "dataset", Regions(self.dataset, region))
 
     @property
     def ids(self) -> npt.NDArray[Any]:

@@ -56,6 +56,7 @@ FIELDS = {
     "autocast": Field("mixed precision, as earlier releases told it", queries=False),
     "frozen": Field("the model's configuration; digests of VAE, text encoders, a ControlNet's U-Net"),
     "timesteps": Field("the plan, and a digest of every timestep and noise seed", queries=False, parts=False),
+    "region": Field("which part of every sample it is of, where it is not of all", queries=False),
     "precondition": Field("digests of what it is divided by, by checkpoint", queries=False, parts=False),
 }
 """Everything that a gradient is a function of, beside the samples themselves. A fingerprint has no other entries."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import copy
 import os
@@ -15,21 +14,20 @@ from torch import Tensor, nn
 
 from retrac_scale.task.calling import Call, ThroughUNet, call_model, check_callable, layout_of
 from retrac_scale.task.checkpoints import COMPONENTS, Checkpoint, add_adapters, configuration, load_checkpoint
-from retrac_scale.task.denoisers import forward_of_diffusers, settings, takes, unwrapped
-from retrac_scale.task.encoding import Encoder, load_pipeline
+from retrac_scale.task.denoisers import class_of_diffusers, forward_of_diffusers, settings, takes, unwrapped
+from retrac_scale.task.encoding import FRAMES_FIRST, Encoder, load_pipeline
 from retrac_scale.task.full_precision import in_float32
 from retrac_scale.task.identity import adapters_of, code_known, code_of, known_by
 from retrac_scale.task.items import CLASS_LABELS, Item, take_apart
-from retrac_scale.task.measures import OUTPUTS
+from retrac_scale.task.measures import OUTPUTS, AnyMeasure, Measure, errors, measure_name
 from retrac_scale.task.memory_order import channels_last, takes_any_order
 from retrac_scale.task.noising import noising_of, table_digest
+from retrac_scale.task.regions import REGION, cell_weights, pixel_mask
 from retrac_scale.task.state import state_of
-from retrac_scale.task.weighting import Huber, MinSNR, PseudoHuber, SD3Weighting, Weighting, check_weighting
+from retrac_scale.task.weighting import Huber, PseudoHuber, Weighting, check_weighting
 
-Measure = Literal["mse", "l1", "mean_output", "mean_squared_output", "output_l1", "output_l2", "output_linf"]
 EMBEDDINGS_NAME = "encoder_hidden_states"
 """The argument by which denoisers of diffusers take the embeddings of a prompt."""
-AnyMeasure = Measure | Huber | PseudoHuber
 
 
 class DiffusionTask:
@@ -126,7 +124,8 @@ class DiffusionTask:
             images: clean samples in the model's range, `[n, ...]`.
             timesteps: int64 `[n]`.
             noise: standard normal, shaped like `images`.
-            conditioning: further arguments of the model's forward, batched alike.
+            conditioning: further arguments of the model's forward, batched alike; under `REGION` how much of each
+                entry counts.
 
         Returns:
             for each of `measures` values and losses, float32 `[n]` each; nothing is averaged over the batch. They are
@@ -134,7 +133,10 @@ class DiffusionTask:
         """
         images, noise = (x.to(self.device, self._dtype) for x in (images, noise))
         timesteps = timesteps.to(self.device)
-        conditioning = {name: self._as_weights(value.to(self.device)) for name, value in conditioning.items()}
+        region = conditioning.get(REGION)
+        conditioning = {
+            name: self._as_weights(value.to(self.device)) for name, value in conditioning.items() if name != REGION
+        }
         noisy = self.noising.noisy(images, noise, timesteps)
         with self._precision():
             prediction = self.call(self.model, noisy, self.noising.times(timesteps), conditioning)
@@ -145,13 +147,16 @@ class DiffusionTask:
                 f"the model predicts {tuple(prediction.shape)} where {tuple(target.shape)} is expected; give a "
                 "call(model, noisy, times, conditioning) that returns a prediction shaped like the samples."
             )
-        error = prediction - target
+        error, weights = prediction - target, 1.0 if region is None else region.to(self.device).expand_as(target)
         found = []
         for measure in self._measures.values():
-            losses = _entries(measure, error).flatten(1).mean(1)
+            losses = (errors(measure, error) * weights).flatten(1).mean(1)
             if self.weighting is not None:
                 losses = losses * self.weighting(self.noising, timesteps).to(losses.dtype)
-            values = OUTPUTS[str(measure)](prediction.flatten(1)) if measure in OUTPUTS else losses
+            values = losses
+            if measure in OUTPUTS:
+                flat = weights if isinstance(weights, float) else weights.flatten(1)
+                values = OUTPUTS[str(measure)](prediction.flatten(1), flat)
             found.append((values, losses))
         return found
 
@@ -255,6 +260,7 @@ class DiffusionTask:
         self._check_given(number, found)
         found = replace(
             found,
+            region=None if found.region is None else self._pixel_mask(number, found),
             label=found.label if self._takes_labels() else None,
             prompt=found.prompt if self.encoder is not None and self._takes_prompts() else None,
         )
@@ -349,7 +355,20 @@ class DiffusionTask:
         if self.encoder is not None and self._encodes(found):
             sample = self.encoder.latents(sample, self.device)
         # in the weights' type: what is noised and predicted in half precision loses a per cent
-        return sample.to(self._dtype), {key: self._as_weights(value) for key, value in conditioning.items()}
+        conditioning = {key: self._as_weights(value) for key, value in conditioning.items()}
+        if found.region is not None:
+            conditioning[REGION] = cell_weights(found.region, sample.shape, self._frames_first)
+        return sample.to(self._dtype), conditioning
+
+    def _pixel_mask(self, number: Any, found: Item) -> Tensor:
+        cell = None if self.encoder is None or self.encoder.vae is None else self.encoder.cell
+        return pixel_mask(number, found, cell, self._frames_first and not self._encodes(found))
+
+    @property
+    def _frames_first(self) -> bool:
+        """Whether videos reach the model as `[f, c, h, w]`."""
+        pipeline = None if self.encoder is None else self.encoder.pipeline
+        return type(pipeline).__name__ in FRAMES_FIRST or class_of_diffusers(self.model) in FRAMES_FIRST
 
     def _as_weights(self, value: Tensor) -> Tensor:
         return value.to(self._dtype) if value.is_floating_point() else value
@@ -386,31 +405,3 @@ class DiffusionTask:
             return None
         height, width = (size, size) if isinstance(size, int) else size
         return int(channels), int(height), int(width)
-
-
-def _entries(measure: AnyMeasure, error: Tensor) -> Tensor:
-    if isinstance(measure, (Huber, PseudoHuber)):
-        return measure(error)
-    return error.abs() if measure == "l1" else error.square()
-
-
-def measure_name(measure: AnyMeasure, weighting: Weighting | None) -> str:
-    """How the fingerprint of a store calls what was measured."""
-    if weighting is None:
-        return str(measure)
-    return f"{measure} x {known_by(weighting) if ' at 0x' in repr(weighting) else weighting}"
-
-
-def measure_named(name: str) -> dict[str, Any]:
-    """The arguments `measure` and `weighting` of a task, out of what `measure_name` makes of them."""
-    measure, _, weighting = name.partition(" x ")
-    return {"measure": _described(measure), "weighting": _described(weighting) if weighting else None}
-
-
-def _described(text: str) -> Any:
-    """`Huber(delta=0.5)` from its text; the plain name of a measure is left as it is."""
-    call = ast.parse(text, mode="eval").body
-    if not isinstance(call, ast.Call):
-        return text
-    kinds = {kind.__name__: kind for kind in (Huber, PseudoHuber, MinSNR, SD3Weighting)}
-    return kinds[ast.unparse(call.func)](**{str(given.arg): ast.literal_eval(given.value) for given in call.keywords})

@@ -40,8 +40,15 @@ EMBEDDINGS: dict[str, tuple[str | None, ...]] = {
     "MochiPipeline": _MASKED,
     "HunyuanVideoPipeline": (*_ONE, "pooled_projections", "encoder_attention_mask"),
 }
-FRAMES_FIRST = ("CogVideoXPipeline",)
-"""Pipelines whose denoiser takes latents `[f, c, h, w]` where their VAE gives `[c, f, h, w]`."""
+FRAMES_FIRST = ("CogVideoXPipeline", "CogVideoXTransformer3DModel")
+"""Pipelines and denoisers that take latents `[f, c, h, w]` where their VAE gives `[c, f, h, w]`."""
+_IN_TIME = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor")
+_IN_SPACE = (
+    "vae_scale_factor",
+    "vae_scale_factor_spatial",
+    "vae_spatial_compression_ratio",
+    "vae_spatial_scale_factor",
+)
 
 SCALES = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 """What of a VAE's configuration scales its latents."""
@@ -92,6 +99,13 @@ class Encoder:
     def vae(self) -> Any:
         """The VAE, None when the model works on pixels."""
         return getattr(self.pipeline, "vae", None)
+
+    @property
+    def cell(self) -> tuple[int, int]:
+        """How many frames, and how many pixels in each direction, become one latent; 1 where a pipeline tells none."""
+        kinds = ([getattr(self.pipeline, name, None) for name in names] for names in (_IN_TIME, _IN_SPACE))
+        time, space = (next((int(x) for x in found if x), 1) for found in kinds)
+        return time, space
 
     @cached_property
     def digests(self) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,18 @@ LATENTS = "latents"
 SAMPLE_KEYS = (LATENTS, "image", "images", "pixel_values", "sample", "input", "video")
 PROMPT_KEYS = ("prompt", "text", "caption")
 LABEL_KEYS = ("label", "labels")
+OF_ALL = ("frozen", "region")
+"""What a dataset brings for all of its samples at once."""
 CLASS_LABELS = "class_labels"
 """What diffusers' models call the argument that takes a label."""
+
+
+@dataclass(frozen=True, eq=False)
+class Within:
+    """A dataset item, of which a part is asked about: a mask of pixels, a box, or `AllBut` of one."""
+
+    item: Any
+    region: Any
 
 
 def dataset_ids(dataset: Any) -> Any:
@@ -29,11 +39,11 @@ def dataset_ids(dataset: Any) -> Any:
 
 
 def brought(dataset: Any, name: str) -> Any:
-    """The `ids`, `columns` or `frozen` of a dataset, those of its own samples if it is a torch `Subset`; else None."""
+    """The `ids`, `columns`, ... of a dataset, those of its own samples if it is a torch `Subset`; else None."""
     if not isinstance(dataset, Subset):
         return getattr(dataset, name, None)
     whole, rows = brought(dataset.dataset, name), list(dataset.indices)
-    if whole is None or name == "frozen":
+    if whole is None or name in OF_ALL:
         return whole
     if name == "columns":
         return {key: np.asarray(values)[rows] for key, values in whole.items()}
@@ -50,6 +60,7 @@ class Item:
         label: a class label that came in a tuple or under one of `LABEL_KEYS`, None when there is none.
         prompt: to be encoded, None when there is none.
         encoded: whether the sample came under the key "latents".
+        region: the part that is asked about, as `Within` has it or a mask of pixels; None for all of it.
     """
 
     sample: Tensor
@@ -57,15 +68,20 @@ class Item:
     label: Tensor | None
     prompt: str | None
     encoded: bool
+    region: Any = None
 
 
 def take_apart(number: Any, item: Any) -> Item:
     """Read an item: a tensor, (tensor, label, prompt or dict), or a dict with the sample under one of `SAMPLE_KEYS`.
 
+    Any of them may come `Within` a region.
+
     Raises:
         ValueError: there is no sample in it, or it is not a finite floating point tensor, or it says something twice or
             in a place that nothing is read from; names the item.
     """
+    if isinstance(item, Within):
+        return replace(take_apart(number, item.item), region=item.region)
     key, extra = "", None
     if isinstance(item, Mapping):
         key = next((key for key in SAMPLE_KEYS if key in item), "")

@@ -1,30 +1,71 @@
-"""Functions of the model's output, differentiated in place of the loss."""
+"""What is differentiated: an error of the prediction, or a function of the prediction alone; and its name."""
 
 from __future__ import annotations
 
+import ast
+import math
 from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from retrac_scale.task.identity import known_by
+from retrac_scale.task.weighting import Huber, MinSNR, PseudoHuber, SD3Weighting, Weighting
 
-def _norm(order: float) -> Callable[[Tensor], Tensor]:
-    def norm(output: Tensor) -> Tensor:
-        values: Tensor = torch.linalg.vector_norm(output, order, dim=1)
+Measure = Literal["mse", "l1", "mean_output", "mean_squared_output", "output_l1", "output_l2", "output_linf"]
+AnyMeasure = Measure | Huber | PseudoHuber
+Weights = Tensor | float
+"""Of entries, `[n, entries]`; 1 where all of a sample counts."""
+
+
+def errors(measure: AnyMeasure, error: Tensor) -> Tensor:
+    """The loss of every entry; squares for a function of the prediction."""
+    if isinstance(measure, (Huber, PseudoHuber)):
+        return measure(error)
+    return error.abs() if measure == "l1" else error.square()
+
+
+def _norm(order: float) -> Callable[[Tensor, Weights], Tensor]:
+    def norm(output: Tensor, weights: Weights) -> Tensor:
+        factors = weights if order == math.inf else weights ** (1 / order)
+        values: Tensor = torch.linalg.vector_norm(output * factors, order, dim=1)
         return values
 
     return norm
 
 
-OUTPUTS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "mean_output": lambda output: output.mean(1),
-    "mean_squared_output": lambda output: output.square().mean(1),
+OUTPUTS: Mapping[str, Callable[[Tensor, Weights], Tensor]] = {
+    "mean_output": lambda output, weights: (output * weights).mean(1),
+    "mean_squared_output": lambda output, weights: (output.square() * weights).mean(1),
     "output_l1": _norm(1),
     "output_l2": _norm(2),
-    "output_linf": _norm(torch.inf),
+    "output_linf": _norm(math.inf),
 }
-"""Name -> function of the outputs `[n, entries]` that gives one value each, `[n]`.
+"""Name -> function of the outputs `[n, entries]` and their weights that gives one value each, `[n]`.
 
 Those of D-TRAK (Zheng et al. 2024, arXiv 2311.00500, which takes "mean_squared_output") and of DAS (Lin et al. 2024,
 arXiv 2410.18639, "mean_output").
 """
+
+
+def measure_name(measure: AnyMeasure, weighting: Weighting | None) -> str:
+    """How the fingerprint of a store calls what was measured."""
+    if weighting is None:
+        return str(measure)
+    return f"{measure} x {known_by(weighting) if ' at 0x' in repr(weighting) else weighting}"
+
+
+def measure_named(name: str) -> dict[str, Any]:
+    """The arguments `measure` and `weighting` of a task, out of what `measure_name` makes of them."""
+    measure, _, weighting = name.partition(" x ")
+    return {"measure": _described(measure), "weighting": _described(weighting) if weighting else None}
+
+
+def _described(text: str) -> Any:
+    """`Huber(delta=0.5)` from its text; the plain name of a measure is left as it is."""
+    call = ast.parse(text, mode="eval").body
+    if not isinstance(call, ast.Call):
+        return text
+    kinds = {kind.__name__: kind for kind in (Huber, PseudoHuber, MinSNR, SD3Weighting)}
+    return kinds[ast.unparse(call.func)](**{str(given.arg): ast.literal_eval(given.value) for given in call.keywords})

@@ -16,8 +16,8 @@ from retrac_scale.projections import Projection
 from retrac_scale.store import Dtype
 from retrac_scale.store.schema import Url
 from retrac_scale.task.checkpoints import StateDict
-from retrac_scale.task.diffusion import measure_name
 from retrac_scale.task.items import brought
+from retrac_scale.task.measures import measure_name
 from retrac_scale.task.noising import noising_of
 from retrac_scale.task.weighting import Loss, Weighting, check_loss, check_weighting
 from retrac_scale.training.recording import Recording

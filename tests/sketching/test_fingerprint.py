@@ -260,6 +260,7 @@ CHANGES: dict[str, tuple[str, Callable[[], Run]]] = {
     "timesteps": ("timesteps", lambda: Run(timesteps=rs.Explicit([20, 71], draws=2))),
     "noise": ("timesteps", lambda: Run(timesteps=rs.Explicit([20, 70], draws=2, seed=3))),
     "draws": ("timesteps", lambda: Run(timesteps=rs.Explicit([20, 70], draws=1))),
+    "a region": ("region", lambda: Run(data=rs.Regions(Images(), (0, 0, 4, 8)))),
     "a preconditioner": ("precondition", lambda: Run(precondition=2.0)),
     "a buffer": (
         "checkpoints.a",
@@ -340,7 +341,7 @@ def test_a_change_is_refused_where_the_documentation_says_so(
     with refused(says["rerank"], rf"({name}|forward.state)\S* (is|are)|other weights"):
         index.query(Run().samples(), k=2, rerank=N, train=changed().samples())
     if says["grow"] == "refused":  # what is not makes a part of its own, see test_store_growth
-        with pytest.raises(ValueError, match=f"cannot grow by this.*{name}"):
+        with pytest.raises(ValueError, match=f"cannot grow by this.*{name}|of other items under the same ids"):
             changed().sketch(Path(str(store.url)), grow=True)
     if what in WITHOUT_GRADIENT:
         with pytest.raises(rs.FailedTasksError, match="losses do not depend on any captured layer"):

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 import retrac_scale as rs
 from retrac_scale.gradients.errors import GradientMismatchError
 from retrac_scale.sketching.calibration import fastest, torch_threads
-from retrac_scale.task.diffusion import measure_name, measure_named
+from retrac_scale.task.measures import measure_name, measure_named
 from tests import oracle
 from tests.conftest import MODELS, Labelled, random_images, tiny_dit, tiny_unet
 from tests.small_denoiser import SmallDenoiser, images

@@ -1,0 +1,131 @@
+"""Whose part is it: pictures put together from two training pictures, asked about part by part.
+
+    python -m benchmarks.regions --setting emoji16 --folder FOLDER     # of the emoji tarballs
+    python -m benchmarks.regions --setting shapes16
+
+Two training pictures make one: its left half is the first's and its right half the second's, or its middle is the
+first's and the rest the second's; as they are, or each shifted by a pixel, a tenth darker, or enlarged by a seventh
+before. Precision@1 is the share of the parts whose source is named first. The model is trained first (minutes) unless
+it is there; the store is that of the recommended recipe, and knows nothing of regions. The table goes to
+benchmarks/results/regions-SETTING.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import retrac_scale as rs
+from benchmarks.altering import alter
+from benchmarks.measurement_page import cpu_name
+from benchmarks.yardstick_lab import damped
+from retrac_scale import evaluate
+from retrac_scale.estimators.ridge import AUTO
+from retrac_scale.evaluate.settings import SETTINGS
+
+HERE = Path(__file__).parent
+COMPOSITES = 100
+"""Of each kind."""
+ALTERED = ("plain", "shifted", "darker", "enlarged")
+METHODS = ("region", "whole picture", "masked pixel ridge", "masked pixels, nearest")
+
+
+def layouts(size: int) -> dict[str, Tensor]:
+    """Where the first picture stands, `[size, size]` of zeros and ones."""
+    left, middle = torch.zeros(2, size, size)
+    left[:, : size // 2] = 1
+    middle[size // 4 : -size // 4, size // 4 : -size // 4] = 1
+    return {"left and right": left, "middle and rest": middle}
+
+
+def altered(images: Tensor, how: str) -> Tensor:
+    """Images in -1 .. 1, `[n, c, h, w]`, as the parts are before they are put together."""
+    if how == "plain":
+        return images
+    if how == "enlarged":
+        size = images.shape[-1]
+        larger = F.interpolate(images, size=round(size * 8 / 7), mode="bilinear", antialias=True)
+        start = (larger.shape[-1] - size) // 2
+        return larger[..., start : start + size, start : start + size]
+    return alter(images, how)  # type: ignore[no-any-return]
+
+
+def by_pixels(train: Tensor, asked: Tensor, mask: Tensor) -> dict[str, Any]:
+    """The training image that pixels within a mask name first, `[n]`, by the recipe's ridge and by distance."""
+    inside = mask.bool()
+    mean = train[:, :, inside].flatten(1).mean(0)
+    own, theirs = ((x[:, :, inside].flatten(1) - mean).double().numpy() for x in (train, asked))
+    unit = [x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (own, theirs)]
+    nearest = np.square(theirs[:, None] - own[None]).sum(2).argmin(1)
+    return {
+        "masked pixel ridge": damped(*unit, [AUTO])[0].argmax(1),
+        "masked pixels, nearest": nearest,
+    }
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--setting", choices=list(SETTINGS), default="shapes16")
+    parser.add_argument("--folder", help="of the emoji tarballs")
+    parser.add_argument("--work", help="where models are kept (default: retrac_scale in the user's cache folder)")
+    parser.add_argument("--timesteps", type=int, help="how many (default: the recommended recipe)")
+    arguments = parser.parse_args()
+    setting = evaluate.setting(arguments.setting, folder=arguments.folder, work=arguments.work)
+    task = rs.DiffusionTask(setting.build(), setting.scheduler)
+    checkpoints = dict([list(setting.checkpoints.items())[-1]])
+    plan = None if arguments.timesteps is None else rs.EvenlySpaced(arguments.timesteps)
+    started = time.perf_counter()
+    store = rs.sketch(task, setting.train, None, checkpoints=checkpoints, timesteps=plan)
+    index = rs.build_index(store, None, None)
+    seconds = time.perf_counter() - started
+
+    def first(dataset: Any) -> Any:
+        return index.query(rs.Samples(dataset, task, checkpoints), k=1).ids[:, 0]
+
+    rng = np.random.default_rng(0)
+    lines, queries = [], 0
+    started = time.perf_counter()
+    for layout, mask in layouts(setting.images.shape[-1]).items():
+        sources = np.stack([rng.choice(len(setting.train), 2, replace=False) for _ in range(COMPOSITES)])
+        for how in ALTERED:
+            parts = altered(setting.images, how)
+            given = setting.train.some(sources[:, 0])  # what the model is told beside, where it is told something
+            made = parts[sources[:, 0]] * mask + parts[sources[:, 1]] * (1 - mask)
+            asked = type(given)(made, "made", given.given)
+            found = dict.fromkeys(METHODS, np.zeros((COMPOSITES, 2)))
+            regions = first(rs.Regions(asked, {"first": mask, "second": rs.AllBut(mask)})).reshape(-1, 2)
+            found["region"] = regions == sources
+            found["whole picture"] = first(asked)[:, None] == sources
+            for side, inside in enumerate((mask, 1 - mask)):
+                for name, named in by_pixels(setting.images, made, inside).items():
+                    found[name] = found[name].copy()
+                    found[name][:, side] = named == sources[:, side]
+            queries += 3 * COMPOSITES
+            cells = [f"{evaluate.bootstrap(np.mean, found[name]):.3g}" for name in METHODS]
+            lines.append(f"| {layout} | {how} | {' | '.join(cells)} |")
+            print(lines[-1], flush=True)
+    told = "" if arguments.timesteps is None else f" --timesteps {arguments.timesteps}"
+    _, t, k = store.shape
+    about = [
+        f"`python -m benchmarks.regions --setting {setting.name}{told}`, {datetime.date.today()}, {cpu_name()}; torch",
+        f"{torch.__version__}. Written by that command.\n",
+        f"{len(setting.train)} training images at {t} timesteps of {k} entries, sketched in {seconds:.0f} s;",
+        f"{queries} queries in {time.perf_counter() - started:.0f} s. Precision@1 of {2 * COMPOSITES} parts each;",
+        f"brackets: 95 % intervals over {COMPOSITES} composites.\n",
+    ]
+    head = [f"| composites | parts | {' | '.join(METHODS)} |", f"| --- | --- |{' --- |' * len(METHODS)}"]
+    text = "\n".join([f"# Parts of pictures: {setting.name}\n", *about, *head, *lines, ""])
+    (HERE / "results" / f"regions-{setting.name}.md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
