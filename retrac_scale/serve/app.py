@@ -250,7 +250,7 @@ def create_app(
             raise HTTPException(404, "uploads are not served: the service was started without a model.")
         check(k, [], [])
         content = await file.read()
-        image = await asyncio.to_thread(read_upload, content, library.image_shape, limits)
+        image = await asyncio.to_thread(read_upload, content, library.image_shape, limits, library.background)
         asked = await batcher.run(library.upload, image)
         return await answer([asked], k, where or None, list(library.indexes))
 
