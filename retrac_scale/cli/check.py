@@ -21,16 +21,20 @@ OFTEN = 20
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
-    del parser  # all that it needs stands in the file
+    parser.add_argument("index", nargs="?", help="path or URL of an index (default: those of the project)")
+    parser.add_argument("queries", nargs="?", help="of one: a store of images that rs.evaluate.Altered altered")
 
 
 def _run(arguments: argparse.Namespace) -> Answer:
     project = find(arguments.config)
-    store = open_sketches(project)
-    if not _is_asked(project, store):
-        task = project_task(project)
-        ask(project, task, project_images(project, project.images, task), store)
-    found = find_each(project)
+    if arguments.index is not None:
+        found = _find_in(arguments.index, arguments.queries)
+    else:
+        store = open_sketches(project)
+        if not _is_asked(project, store):
+            task = project_task(project)
+            ask(project, task, project_images(project, project.images, task), store)
+        found = find_each(project)
     text = "\n".join(line for name, one in found.items() for line in lines_of(name, one))
     return Answer(text, {"check": {name: as_json(one) for name, one in found.items()}}, int(not _first(found).is_well))
 
@@ -91,6 +95,17 @@ def as_json(found: Originals) -> dict[str, Any]:
     return {"well": found.is_well, "meaning": found.meaning, "first": counts, "causes": list(found.causes)}
 
 
+def _find_in(index: str, queries: str | None) -> dict[str, Originals]:
+    from retrac_scale.evaluate.originals import find_originals
+    from retrac_scale.query.index import open_index
+    from retrac_scale.store import open_store
+
+    if queries is None:
+        raise ValueError("give the store of altered images too: check INDEX QUERIES.")
+    opened = open_index(index)
+    return {type(opened.estimator).__name__: find_originals(opened, open_store(queries))}
+
+
 def _is_asked(project: Project, store: SketchStore) -> bool:
     """Whether all that is asked is sketched already, at as many timesteps as the store has by now."""
     from retrac_scale.store import open_store
@@ -110,7 +125,8 @@ VERB = Verb(
     "check",
     "Ask about training images, plain and altered a little: does each find its original?",
     """  retrac-scale check                            a dozen images of the project; sketch ends with the same
-                                                exit status 0: originals come first, 1: they do not""",
+                                                exit status 0: originals come first, 1: they do not
+  retrac-scale check demo/retracridge.zarr demo/check.zarr      those of the demo""",
     _options,
     _run,
 )
