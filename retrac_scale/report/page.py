@@ -74,7 +74,7 @@ def page(title: str, found: Mapping[str, Any], *scripts: str) -> str:
         found: what it shows, from `content`, or where it asks.
         scripts: further JavaScript, run after the page's own.
     """
-    style, script = _file("page.css"), "\n".join([_file("page.js"), *scripts, "start();"])
+    style, script = _file("page.css"), "\n".join([_file("page.js"), _file("overview.js"), *scripts, "start();"])
     return Template(_file("page.html")).substitute(
         title=html.escape(title),
         style=style,
