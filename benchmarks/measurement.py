@@ -28,7 +28,6 @@ import numpy as np
 import torch
 
 import retrac_scale as rs
-from benchmarks.altering import ALTERED, alter
 from benchmarks.measurement_page import cpu_name, page, pictures
 from benchmarks.truths import HERE, KINDS_OF_LDS, QUERIES
 from benchmarks.yardstick_lab import Measurement, forward_features, scores_of
@@ -37,6 +36,7 @@ from retrac_scale import evaluate
 from retrac_scale.estimators import Estimator
 from retrac_scale.estimators.ridge import AUTO
 from retrac_scale.evaluate import Interval
+from retrac_scale.evaluate.originals import ALTERED, alter
 from retrac_scale.evaluate.settings import SETTINGS, Images
 
 RECIPE = "common, 4 x 512, ReTracRidge"

@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.altering import ALTERED, alter
 from retrac_scale import evaluate
 from retrac_scale.evaluate.judging.base import write_truth
+from retrac_scale.evaluate.originals import ALTERED, alter
 from retrac_scale.evaluate.settings import SETTINGS, Images, Setting, joined
 from retrac_scale.evaluate.settings import images as images_module
 from retrac_scale.evaluate.settings import losses as losses_module

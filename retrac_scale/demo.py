@@ -19,7 +19,7 @@ from retrac_scale.api.index import build_index
 from retrac_scale.api.sketch import sketch
 from retrac_scale.estimators import ReTrac, TracIn
 from retrac_scale.estimators.self_influence import self_influence
-from retrac_scale.evaluate import largest_share, unique_fraction
+from retrac_scale.evaluate import Altered, find_originals, largest_share, unique_fraction
 from retrac_scale.measurement.repeatability import repeatability
 from retrac_scale.projections import CountSketch, LowRank
 from retrac_scale.report import Pictures, attribution_figure, norm_curve, write_report
@@ -206,6 +206,10 @@ def run(out: str | os.PathLike[str]) -> None:
     }
     queries = {"ReTracRidge": asked, "ReTrac": asked_of_paper, "TracIn": asked_of_paper}
     answers = {name: index.query(queries[name], k=10) for name, index in indexes.items()}
+    altered = sketch(
+        task, Altered(scans), folder / "check.zarr", checkpoints=last, like=common, progress="altered scans"
+    )
+    originals = {"ReTracRidge": find_originals(indexes["ReTracRidge"], altered)}
     again = {
         "ReTracRidge": repeatability(indexes["ReTracRidge"], asked),
         "ReTrac": repeatability(recorded, asked_of_paper, ReTrac()),
@@ -224,10 +228,12 @@ def run(out: str | os.PathLike[str]) -> None:
         indexes=indexes,
         queries=queries,
         repeatability=again,
+        check=originals,
     )
     captions = {name: f"two halves agree on {10 * found.halves.value:.1f} of 10" for name, found in again.items()}
     attribution_figure(answers, pictures, curve, captions).savefig(folder / "report.png", dpi=110)
     _print_findings(scans, recorded, answers, again, curve)
+    print(f"training scans as queries, {originals['ReTracRidge']}")
     print(f"\nstores   {folder / 'sketches.zarr'}  {folder / 'recorded.zarr'}")
     print(f"queries  {folder / 'queries.zarr'}  {folder / 'recorded-queries.zarr'}")
     print(f"indexes  {'  '.join(str(index.url) for index in indexes.values())}")

@@ -43,7 +43,7 @@ def sketch(
     at_most: int = 32,
     layout: Layout | None = None,
     client: Client | None = None,
-    progress: bool = True,
+    progress: bool | str = True,
 ) -> SketchStore:
     """Sketch the gradient of every (checkpoint, sample, timestep) into a SketchStore.
 
@@ -86,7 +86,7 @@ def sketch(
         at_most: timesteps of a sample in all, with `until`.
         layout: how samples are cut into blocks; None chooses.
         client: a `distributed.Client` to spread the blocks over; `out` must be reachable from its workers.
-        progress: show a bar with the rate in pairs per second.
+        progress: show a bar with the rate in pairs per second, under this name if it is one.
 
     Returns:
         the complete store, of the task's first measure; `open_store(out, measure=...)` opens the others.

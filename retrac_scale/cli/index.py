@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from retrac_scale.cli.indexes import build_indexes, make_estimator, with_options
+from retrac_scale.cli.indexes import build_indexes, make_estimator, open_sketches, place_of, with_options
 from retrac_scale.cli.project import find
 from retrac_scale.cli.verb import Answer, Verb
 
@@ -45,26 +45,33 @@ def _run(arguments: argparse.Namespace) -> Answer:
 
     every = ("estimator", "measure", *OPTIONS, "dtype")
     given = [name for name in every if getattr(arguments, name) is not None]
-    if arguments.store is None and given:
-        raise ValueError(f"--{given[0]} is for one index: index STORE OUT --{given[0]} ...")
-    if arguments.store is None:
-        indexes = build_indexes(find(arguments.config))
-    elif arguments.out is None:
+    project = find(arguments.config)
+    if arguments.store is None and not given:
+        indexes = build_indexes(project)
+    elif arguments.store is not None and arguments.out is None:
         raise ValueError("say where the index shall be made: index STORE OUT.")
+    elif arguments.store is None and arguments.estimator is None:
+        raise ValueError(f"--{given[0]} is for one index: say of which --estimator.")
     else:
-        store = open_store(arguments.store, measure=arguments.measure)
+        if arguments.store is None:
+            store = open_sketches(project)
+        else:
+            store = open_store(arguments.store, measure=arguments.measure)
         plain = make_estimator(arguments.estimator) if arguments.estimator else recommended(store)
         estimator = with_options(plain, {name: getattr(arguments, name) for name in OPTIONS})
-        built = build_index(store, estimator, arguments.out, dtype=arguments.dtype or "int8")
+        place = arguments.out or place_of(project, estimator)
+        built = build_index(store, estimator, place, dtype=arguments.dtype or "int8")
         indexes = {type(estimator).__name__: built}
     places = {name: str(index.url) for name, index in indexes.items()}
-    return Answer("\n".join(str(index) for index in indexes.values()), {"indexes": places})
+    lines = [f"{name}: {index.shape[1]:,} samples in {index.url}" for name, index in indexes.items()]
+    return Answer("\n".join(lines), {"indexes": places})
 
 
 VERB = Verb(
     "index",
     "Collapse a store for one estimator, ready for queries.",
     """  retrac-scale index                                                 those of retrac-scale.toml
+  retrac-scale index --estimator trak                                of its store, beside them
   retrac-scale index sketches.zarr index.zarr                        by the estimator recommended for the store
   retrac-scale index demo/sketches.zarr demo/retrac.zarr --estimator ReTrac
   retrac-scale index sketches.zarr matched.zarr --estimator ReTrac --pairing matched --dtype float16

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 from retrac_scale.cli.project import Project
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from retrac_scale.estimators import Estimator
     from retrac_scale.query.index import Index
+    from retrac_scale.store import SketchStore
 
 
 def open_indexes(urls: Sequence[str], project: Project) -> dict[str, Index]:
@@ -34,14 +37,37 @@ def build_indexes(project: Project) -> dict[str, Index]:
     """The project's indexes; what stands already is kept. Of a store alone, that of the recommended estimator."""
     from retrac_scale.api.index import build_index
     from retrac_scale.estimators import recommended
-    from retrac_scale.store import open_store
 
-    store = open_store(project.store)
+    store = open_sketches(project)
     wanted = [make_estimator(name) for name in project.estimators]
     if "estimators" not in project.stated:
         wanted = [recommended(store)]
     named = {type(estimator).__name__: estimator for estimator in wanted}
-    return {name: build_index(store, one, project.place(f"{name.lower()}.zarr")) for name, one in named.items()}
+    return {name: build_index(store, one, place_of(project, one)) for name, one in named.items()}
+
+
+def open_sketches(project: Project) -> SketchStore:
+    """The project's store of training sketches.
+
+    Raises:
+        FileNotFoundError: there is none yet; says which command makes it.
+    """
+    from retrac_scale.store import open_store
+
+    try:
+        return open_store(project.store)
+    except FileNotFoundError:
+        raise FileNotFoundError(project.missing(project.store)) from None
+
+
+def place_of(project: Project, estimator: Estimator) -> str:
+    """Where a project's index of an estimator stands."""
+    return project.place(f"{type(estimator).__name__.lower()}.zarr")
+
+
+def picture_names(index: Index) -> npt.NDArray[Any]:
+    """What names the files of an index's samples: their ids, or a column "path" beside ids of another kind."""
+    return index.columns["path"] if "path" in index.column_names else index.ids
 
 
 def make_estimator(name: str) -> Estimator:

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from retrac_scale.cli.project import find
 from retrac_scale.cli.repeated import told
+from retrac_scale.cli.sizes import in_bytes
 from retrac_scale.cli.verb import Answer, Verb
 
 if TYPE_CHECKING:
     from retrac_scale.store import SketchStore
 
+BYTES = {"int8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 SAMPLED_BLOCKS = 32
 """About how many blocks of each checkpoint are read for their norms."""
 
@@ -20,7 +22,7 @@ SAMPLED_BLOCKS = 32
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("url", nargs="?", help="path or fsspec URL")
     parser.add_argument(
-        "--repeatability", action="store_true", help="tell how far another run would agree, however large this one is"
+        "--repeatability", action="store_true", help="measure how far another run would agree: some seconds to minutes"
     )
 
 
@@ -31,23 +33,26 @@ def _run(arguments: argparse.Namespace) -> Answer:
     from retrac_scale.store import open_store
     from retrac_scale.store.schema import ATTRIBUTE
 
-    url = arguments.url or find(arguments.config).store
+    project = find(arguments.config)
+    url = arguments.url or project.store
     try:
         meta = zarr.open_group(url, mode="r").attrs.get(ATTRIBUTE)
     except FileNotFoundError:
-        raise FileNotFoundError(f"there is no store or index at {url}.") from None
+        said = f"there is no store or index at {url}." if arguments.url else project.missing(url)
+        raise FileNotFoundError(said) from None
     if isinstance(meta, dict) and meta.get("what") == "index":
         index = open_index(url)
         c, n, k = index.shape
+        kept = {name: index.meta[name] for name in ("estimator", "dtype", "store")}
         lines = [
-            f"index of {index.estimator}",
-            f"{c} checkpoints x {n} samples x {k} entries, {index.meta['dtype']}",
+            f"index of {in_words(kept['estimator'])}",
+            f"{n:,} samples, {c} checkpoint{'s' if c > 1 else ''}, {k:,} entries of {index.meta['dtype']} each: "
+            f"{in_bytes(c * n * k * BYTES[index.meta['dtype']])}",
             f"made from {index.meta['store']}",
         ]
         shape = {"checkpoints": c, "samples": n, "entries": k}
-        kept = {name: index.meta[name] for name in ("estimator", "dtype", "store")}
         if index.estimator.pairing == "matched":
-            line, kept["repeatability"] = told(index, c * n * k, arguments.repeatability, url)
+            line, kept["repeatability"] = told(index, arguments.repeatability)
             lines.append(line)
         return Answer("\n".join(lines), {"what": "index", **shape, **kept})
     stores = [open_store(url, measure=measure) for measure in open_store(url).measurements]
@@ -61,8 +66,8 @@ def _describe(store: SketchStore, url: str, repeatability: bool) -> tuple[str, d
     n, t, k = store.shape
     about = {key: store.fingerprint.get(key, "not stated") for key in ("projection", "measure", "timesteps")}
     lines = [
-        f"sketch store, {n} samples x {t} timesteps x {k} entries, {store.meta['dtype']}",
-        *(f"{key}: {value}" for key, value in about.items()),
+        f"sketch store: {n:,} samples at {t} timesteps, {k:,} entries of {store.meta['dtype']} each",
+        *(f"{key}: {in_words(value)}" for key, value in about.items()),
         f"columns: {', '.join(store.columns) or 'none'}; deleted samples: {store.deleted.sum()}",
         f"blocks of {store.meta['block_samples']} samples, {len(store.parts)} part(s), revision {store.revision}",
     ]
@@ -78,9 +83,9 @@ def _describe(store: SketchStore, url: str, repeatability: bool) -> tuple[str, d
         some = np.flatnonzero(done)[:: max(1, len(done) // SAMPLED_BLOCKS)].tolist() if store.has("timestep") else []
         norms += [store.norms(name, store.blocks[block]).ravel() for block in some]
         steps += [store.timesteps(name, store.blocks[block]).ravel() for block in some]
-    item = {"int8": 1, "float16": 2, "bfloat16": 2, "float32": 4}[store.meta["dtype"]]
-    size = f"{written * k * item / 1e6:.1f} MB of sketches, {4 / item:.0f} times smaller than in float32"
-    lines.append(f"{written} of {pairs} pairs, {size}")
+    item = BYTES[store.meta["dtype"]]
+    size = f"{in_bytes(written * k * item)} of sketches, {4 / item:.0f} times smaller than in float32"
+    lines.append(f"{written:,} of {pairs:,} pairs, {size}")
     curve = []
     every, norm = (np.concatenate([np.empty(0), *planes]) for planes in (steps, norms))
     every, norm = every[every >= 0], norm[every >= 0]  # a visit that was not made stands at -1
@@ -95,18 +100,29 @@ def _describe(store: SketchStore, url: str, repeatability: bool) -> tuple[str, d
     data |= {"columns": list(store.columns), "deleted": int(store.deleted.sum()), "revision": store.revision}
     data |= {"checkpoints": checkpoints, "pairs": pairs, "pairs_written": written, "norms": curve}
     if store.is_complete:
-        line, data["repeatability"] = told(store, n * t * k * len(store.checkpoints), repeatability, url)
+        line, data["repeatability"] = told(store, repeatability)
         lines += [line, f"to query it: retrac-scale index {url} index.zarr, then retrac-scale query index.zarr QUERIES"]
     else:
-        lines.append("not complete: repeat the sketch that began it, it computes only what is missing")
+        lines.append("not complete: run `retrac-scale sketch` again, it computes only what is missing")
     return "\n".join(lines), data | {"complete": store.is_complete}
+
+
+def in_words(about: Any) -> str:
+    """A description such as {"kind": "LowRank", "dim": 512} as LowRank, dim 512."""
+    if isinstance(about, list):
+        return "; ".join(map(in_words, about))
+    if not isinstance(about, dict):
+        return str(about)
+    rest = {key: value for key, value in about.items() if key not in ("kind", "digest") and value not in (None, False)}
+    words = [key if value is True else f"{key} {in_words(value)}" for key, value in rest.items()]
+    return ", ".join([str(about["kind"]), *words] if "kind" in about else words)
 
 
 VERB = Verb(
     "info",
     "Say what is in a store or an index.",
-    """  retrac-scale info demo/sketches.zarr          a store: checkpoints, samples, timesteps, what is committed,
-                                                and how far another run would agree with it
+    """  retrac-scale info demo/sketches.zarr          a store: checkpoints, samples, timesteps, what is committed
+  retrac-scale info demo/sketches.zarr --repeatability     and how far another run would agree with it
   retrac-scale info demo/retrac.zarr            an index: its estimator and size
   retrac-scale info s3://bucket/sketches.zarr   any fsspec URL""",
     _options,

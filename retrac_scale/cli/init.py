@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from retrac_scale.cli.project import FILE, Project, add_options, need, overruled
+from retrac_scale.cli import found
+from retrac_scale.cli.project import FILE, RECORDED, Project, add_options, need, overruled
 from retrac_scale.cli.verb import Answer, Verb
 
 
@@ -27,14 +26,13 @@ def _run(arguments: argparse.Namespace) -> Answer:
     project = overruled(Project(folder=str(file.parent) if file.parent != Path() else ""), arguments)
     if sys.stdin.isatty():
         project = _ask(project, _prompt)
-    if project.noise == "own":  # products at the same timestep would be the luck of two draws
-        project = replace(project, estimators=("TracIn", "ReTrac"))
     need(project.model, "--model")
     need(project.images, "--images")
-    told = _look(project)
-    file.write_text(project.dumps(), encoding="utf-8")
-    text = "\n".join([*told.values(), f"wrote {file}; next: retrac-scale sketch, then retrac-scale report"])
-    return Answer(text, {"config": str(file), **told})
+    project, beside, told = _look(project)
+    file.write_text(project.dumps(beside), encoding="utf-8")
+    options = f" --config {arguments.config}" if arguments.config else ""
+    text = "\n".join([*told, f"wrote {file}; next: retrac-scale sketch{options}, then retrac-scale report{options}"])
+    return Answer(text, {"config": str(file), "told": told})
 
 
 def _ask(project: Project, prompt: Callable[[str, str], str]) -> Project:
@@ -53,49 +51,42 @@ def _prompt(text: str, default: str) -> str:
     return input(f"{text}{f' [{default}]' if default else ''}: ").strip() or default
 
 
-def _look(project: Project) -> dict[str, str]:
-    """What stands at the places that the project names.
+def _look(project: Project) -> tuple[Project, dict[str, str], list[str]]:
+    """The project with what lies beside its model, checkpoints that are found and not used, and what to tell of it all.
 
     Raises:
-        ValueError: a folder lacks what it should hold, or images do not fit the model; says which.
+        ValueError: a place lacks what it should hold, or images do not fit the model; says which.
     """
-    from PIL import Image, ImageOps
-
-    from retrac_scale.datasets import ImageFiles
-
-    told, shape = {}, None
-    if os.path.isfile(project.path(project.model)):
-        raise ValueError(f"{project.model} is a file; give the diffusers folder of the model, or its name on the hub.")
-    if os.path.isdir(project.path(project.model)):
-        config = Path(project.denoiser, "config.json")
-        if not config.exists():
-            raise ValueError(f"{project.model} holds no diffusers model: no config.json, unet/ or transformer/.")
-        try:
-            found = json.loads(config.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{config} is no JSON: {error}.") from None
-        size = found.get("sample_size")
-        shape = None if size is None else (size, size) if isinstance(size, int) else (size[1], size[0])
-        takes = f"images of {size} in {found.get('in_channels')} channels"
-        told["model"] = f"model {project.denoiser}: {found.get('_class_name')}, {takes}"
-    for name in ("images", "query_images"):
-        if folder := getattr(project, name):
-            files = ImageFiles([project.path(folder)], 3).ids
-            with Image.open(files[0]) as first:
-                own = ImageOps.exif_transpose(first).size
-            if shape is not None and own != shape:
-                raise ValueError(
-                    f"{files[0]} is {own[0]} x {own[1]}, the model takes {shape[0]} x {shape[1]}; resize the images."
-                )
-            told[name] = f"{folder}: {len(files)} images of {own[0]} x {own[1]}"
-    return told
+    line, shape = found.look_at_model(project)
+    told = [line]
+    for folder in filter(None, (project.images, project.query_images)):
+        told += found.look_at_images(project, folder, shape)
+    if not project.record:
+        project = replace(project, record=found.find_record(project))
+    recorded = project.timesteps == RECORDED
+    if recorded:
+        told.append(found.look_at_record(project))
+    elif project.record:
+        told.append(f"record: {project.record}; --timesteps {RECORDED} measures where it says")
+    beside, line = ({}, "") if project.checkpoints else found.find_weights(project)
+    if recorded and not project.checkpoints:
+        project = replace(project, checkpoints=found.used_weights(project, beside))
+        beside = {}
+    if line and beside:
+        line += "; in the file as comments: the model's own weights alone are measured, which is the recommended recipe"
+    told += [line] if line else []
+    if recorded or project.noise == "own":  # products at the same timestep would be the luck of two draws
+        project = replace(project, noise="own", estimators=("TracIn", "ReTrac"))
+    return project, beside, told
 
 
 VERB = Verb(
     "init",
     f"Write {FILE} by asking for the model and the data.",
     """  retrac-scale init                             asks for what it is not told
-  retrac-scale init --model model --images training-images --query-images generated-images""",
+  retrac-scale init --model model --images training-images --query-images generated-images
+  retrac-scale init --model model --images training-images --background white        pictures with transparency
+  retrac-scale init --model run --images training-images --timesteps recorded        by the training's own record""",
     _options,
     _run,
 )

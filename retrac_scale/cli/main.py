@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from retrac_scale.cli import (
+    check,
     completion,
     demo,
     index,
@@ -23,22 +24,24 @@ from retrac_scale.cli import (
     sketch,
     verify,
 )
+from retrac_scale.cli.spoken import spoken
 from retrac_scale.cli.verb import Verb
 
 VERBS = (
-    *(demo.VERB, init.VERB, sketch.VERB, index.VERB, query.VERB, report.VERB, serve.VERB),
+    *(demo.VERB, init.VERB, sketch.VERB, check.VERB, report.VERB, query.VERB, serve.VERB, index.VERB),
     *(info.VERB, verify.VERB, plan.VERB, judge.VERB, completion.VERB),
 )
 EXAMPLES = f"""examples:
   retrac-scale demo                             train, sketch, index, query, report: the whole street on real digits
   retrac-scale init --model model --images training-images --query-images generated-images
-  retrac-scale sketch                           both folders, as {project.FILE} says
+  retrac-scale sketch                           both folders, as {project.FILE} says; ends with a check
   retrac-scale report                           who made the model draw the generated images: report.html
   retrac-scale info demo/sketches.zarr          what is in a store or an index
 
 {project.FILE} in the working directory, which `init` writes, says what is left out of a command; options come first.
 
-exit status: 0 done; 1 failed, told in one line; 2 wrong usage; 3 verify: sound but not complete; 130 interrupted"""
+exit status: 0 done; 1 failed, told in one line, or check: originals do not come first; 2 wrong usage;
+3 verify: sound but not complete; 130 interrupted"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         answer = arguments.run(arguments)
-        print(json.dumps(answer.data) if arguments.json else answer.text, flush=True)
+        print(json.dumps(answer.data) if arguments.json else spoken(answer.text), flush=True)
         status: int = answer.status
         return status
     except BrokenPipeError:  # the reader, such as head, has enough
@@ -98,5 +101,5 @@ def _told(error: Exception, as_json: bool) -> str:
         said = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     elif not isinstance(error, expected):
         said = f"{type(error).__name__}: {said}; --debug shows where"
-    said = " ".join(said.split())
+    said = spoken(" ".join(said.split()))
     return json.dumps({"error": said}) if as_json else f"retrac-scale: {said}"

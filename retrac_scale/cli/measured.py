@@ -3,14 +3,99 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from retrac_scale.cli.project import RECORDED, Project
 
 if TYPE_CHECKING:
     from retrac_scale.datasets import ImageFiles
     from retrac_scale.query.index import Index
     from retrac_scale.sketching.samples import Samples
     from retrac_scale.task.diffusion import DiffusionTask
+
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+"""Of a repository: owner/name."""
+
+
+def refuse_no_model(place: str) -> None:
+    """ValueError unless a place holds a model in diffusers' layout, or may be a name on the hub."""
+    if os.path.isfile(place):
+        raise ValueError(f"{place} is a file; give the diffusers folder of the model, or its name on the hub.")
+    if os.path.isdir(place):
+        if not any(os.path.isfile(os.path.join(place, name, "config.json")) for name in ("", "unet", "transformer")):
+            raise ValueError(f"{place} holds no diffusers model: neither config.json, nor unet/ or transformer/.")
+    elif not HUB_NAME.fullmatch(place) or os.path.isdir(place.split("/")[0]):
+        raise ValueError(f"there is no folder {place}, and no model on the hub is called so; give owner/name for one.")
+
+
+def project_task(project: Project) -> DiffusionTask:
+    """The task of a project: its model, loaded, and its scheduler."""
+    from retrac_scale.task.diffusion import DiffusionTask
+
+    refuse_no_model(project.denoiser)
+    model, scheduler = load_denoiser(project.denoiser), load_scheduler(project.scheduler)
+    return DiffusionTask(model, scheduler, measure=project.measure, device=project.device)  # type: ignore[arg-type]
+
+
+def project_images(project: Project, folder: str, task: DiffusionTask) -> ImageFiles:
+    """The images in a folder of the project; their ids do not depend on where the command is run.
+
+    Training images that are measured where they were trained have the record's ids, which their noise was drawn by.
+    """
+    import numpy as np
+
+    files = image_files([project.path(folder)], task)
+    files.background = project.background
+    names = files.ids.tolist() if os.path.isabs(folder) else [project.own_name(file) for file in files.ids.tolist()]
+    if project.timesteps == RECORDED and folder == project.images:
+        files.columns = {**files.columns, "path": np.array(names)}
+        files.ids = recorded_ids(project, names)
+    else:
+        files.ids = np.array(names)
+    return files
+
+
+def recorded_ids(project: Project, names: Sequence[str]) -> Any:
+    """The ids that a training record has for files, `[n]`; of places in the training set, those in the files' order.
+
+    Raises:
+        ValueError: there is no record, or it is of other samples; says which.
+    """
+    import numpy as np
+
+    from retrac_scale.training.record import read_record
+
+    folder = project.path(project.record)
+    record = read_record(folder) if project.record else None
+    if record is None:
+        where = f"{folder} holds none" if project.record else "none is given"
+        raise ValueError(f"recorded timesteps need the training record, and {where}; give its folder by --record.")
+    if record.ids is None:
+        if record.n_samples != len(names):
+            raise ValueError(
+                f"the record in {folder} is of {record.n_samples} samples, named by their places in the training set, "
+                f"and there are {len(names)} images; give the folder that was trained on, or let the recorder name the "
+                "samples: TrainingRecorder(path, dataset, scheduler)."
+            )
+        return np.arange(len(names))
+    known = {str(sample): sample for sample in record.ids.tolist()}
+    found = [by_ending(name, known) for name in names]
+    if None in found:
+        name = names[found.index(None)]
+        raise ValueError(
+            f"the record in {folder} names samples such as {next(iter(known))!r}, and none of them is {name!r}; give "
+            "the folder that was trained on."
+        )
+    return np.array([known[name] for name in found if name is not None], dtype=record.ids.dtype)
+
+
+def by_ending(name: str, known: Mapping[str, Any]) -> str | None:
+    """Of known names the longest that a file's path ends with, at a slash."""
+    parts = name.split("/")
+    return next((ending for cut in range(len(parts)) if (ending := "/".join(parts[cut:])) in known), None)
 
 
 def load_denoiser(place: str) -> Any:
@@ -23,8 +108,7 @@ def load_denoiser(place: str) -> Any:
 
     from retrac_scale.task.weights import with_variant
 
-    if os.path.isdir(place) and not os.path.isfile(f"{place}/config.json"):
-        raise ValueError(f"{place} holds no diffusers model: neither config.json, nor unet/ or transformer/.")
+    refuse_no_model(place)
     folder = _within(place, ("", "unet", "transformer"), diffusers.AutoModel.load_config, "model")
     return with_variant(diffusers.AutoModel.from_pretrained, place, subfolder=folder)
 
@@ -101,7 +185,9 @@ def measured_like(
 
     store = index.check_store()
     if store is None or "scheduler" not in store.fingerprint:
-        raise ValueError("images can only be sketched like a store that sketch(...) made and that is still there.")
+        raise ValueError(
+            "images can only be sketched like a store that `retrac-scale sketch` made and that is still there."
+        )
     config = dict(store.fingerprint["scheduler"])
     scheduler = getattr(diffusers, config.pop("class"))(**config)
     forward = store.fingerprint.get("forward") or store.fingerprint  # as earlier releases told it

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from retrac_scale.cli.indexes import make_estimator
-from retrac_scale.cli.project import Project, find, projection_of
+from retrac_scale.cli.info import in_words
+from retrac_scale.cli.project import RECORDED, Project, find, projection_of
 from retrac_scale.cli.repeated import as_json
+from retrac_scale.cli.sizes import in_bytes, in_time
 from retrac_scale.cli.verb import Answer, Verb
 
 if TYPE_CHECKING:
@@ -76,7 +79,8 @@ def _described(arguments: argparse.Namespace, project: Project) -> _Run:
     from retrac_scale.task.items import brought
 
     dataset: Any = None
-    usual = {"timesteps": project.timesteps, "checkpoints": len(project.weights), "dim": project.dim}
+    often = 1 if project.timesteps == RECORDED else project.timesteps
+    usual: dict[str, Any] = {"timesteps": often, "checkpoints": len(project.weights), "dim": project.dim}
     estimators, rank = project.estimators, project.rank
     if project.images:  # what the file says, where the options say nothing
         dataset = ImageFiles([project.path(project.images)], 3)
@@ -92,7 +96,7 @@ def _described(arguments: argparse.Namespace, project: Project) -> _Run:
     known = {name: brought(dataset, name) for name in ("ids", "columns")} if whole else {}
     projection = projection_of(rank if arguments.rank is None else arguments.rank, sizes["dim"] or 0).spec()
     made = [make_estimator(name) for name in estimators]
-    return _Run(**sizes, projection=projection, estimators=made, known=known)  # type: ignore[arg-type]
+    return _Run(**sizes, projection=projection, estimators=made, known=known)
 
 
 def _repeated(arguments: argparse.Namespace, project: Project) -> tuple[_Run, Answer]:
@@ -159,13 +163,14 @@ def _sizes(planned: _Run, dtype: Dtype) -> tuple[list[str], dict[str, Any]]:
     parts = [t if one.pairing == "matched" else 1 for one in planned.estimators]
     index = sum(planner.index_bytes(n, c, k, own) for own in parts)
     width = max(parts) * k
+    print("measuring how fast rows are scanned here ...", file=sys.stderr)
     speed = planner.measure_scanning(width)
     kinds = ", ".join(f"{type(one).__name__} with {one.pairing} pairing" for one in planned.estimators)
     lines = [
-        f"store: {size.array_bytes} bytes in {size.files} chunk files, {size.blocks} blocks",
-        f"       and about {size.metadata_bytes} bytes of metadata ({named}, unsharded)",
-        f"index: {index} bytes (int8, {kinds})",
-        f"scan:  {n * c * width / speed:.3g} s per query ({speed / 1e9:.2f} GB/s measured here, index in memory)",
+        f"store: {in_bytes(size.array_bytes)} in {size.files:,} chunk files, {size.blocks:,} blocks",
+        f"       and about {in_bytes(size.metadata_bytes)} of metadata ({named}, unsharded)",
+        f"index: {in_bytes(index)} (int8, {kinds})",
+        f"scan:  {in_time(n * c * width / speed)} per query ({speed / 1e9:.2f} GB/s measured here, index in memory)",
     ]
     data = {
         "store_bytes": size.array_bytes,
@@ -184,12 +189,13 @@ def _timed(planned: _Run, model: str, arguments: argparse.Namespace, lines: list
 
     projection = from_spec(planned.projection)
     task, item = planner.example_task(model, arguments.device)
+    print(f"measuring how fast {model} is sketched here ...", file=sys.stderr)
     rate = planner.measure_sketching(task, item, projection)
     seconds = rate.seconds(planned.samples * planned.timesteps * planned.checkpoints - planned.measured)
     missing = ", what is there already left out" if planned.measured else ""
     lines.append(
-        f"time:  {seconds:.0f} s on one worker like this ({1 / rate.pair_s:.1f} pairs/s, 1 noise draw, "
-        f"{projection}{missing})"
+        f"time:  {in_time(seconds)} on one worker like this ({1 / rate.pair_s:.1f} pairs/s, 1 noise draw, "
+        f"{in_words(planned.projection)}{missing})"
     )
     data["sketch_seconds"] = seconds
     if arguments.hours:

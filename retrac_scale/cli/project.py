@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import textwrap
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
 
 FILE = "retrac-scale.toml"
 DENOISERS = ("unet", "transformer")
+RECORDED = "recorded"
+"""In place of a number of timesteps."""
+ESTIMATORS = (
+    "which indexes are built, in upper or lower case: ReTracRidge (recommended); TracIn and ReTrac, the inner products "
+    "of arXiv 2401.09031; GradDot, GradCos, RelatIF, RenormIF, TRAK; several stand beside each other on the page"
+)
 
 
 @dataclass(frozen=True)
@@ -28,11 +35,13 @@ class Project:
         query_images: folder of images to ask about.
         out: folder for stores, indexes and the report.
         checkpoints: {name: weights}; default: the model's own.
-        timesteps: at how many evenly spaced timesteps each image is measured.
+        timesteps: at how many evenly spaced timesteps each image is measured; "recorded" for where it was trained.
         noise: "common" to all images and queries at a timestep, or each image's "own".
         rank: of the projection; -1 chooses it, 0 keeps the full gradient (CountSketch).
         dim: entries of a sketch.
         measure: "mse" or "l1".
+        record: folder of a training record, which "recorded" timesteps and the checkpoints' weights come from.
+        background: what transparent pictures are put onto, such as "white"; empty drops their transparency.
         device: where to compute.
         estimators: which indexes are built.
         folder: of the file.
@@ -44,11 +53,13 @@ class Project:
     query_images: str = ""
     out: str = "attribution"
     checkpoints: Mapping[str, str] = field(default_factory=dict)
-    timesteps: int = 4
+    timesteps: int | str = 4
     noise: str = "common"
     rank: int = -1
     dim: int = 512
     measure: str = "mse"
+    record: str = ""
+    background: str = ""
     device: str = "cpu"
     estimators: tuple[str, ...] = ("ReTracRidge",)
     folder: str = ""
@@ -79,6 +90,19 @@ class Project:
         return self.place("queries.zarr")
 
     @property
+    def checked(self) -> str:
+        """The store of training images that are asked about as a check."""
+        return self.place("check.zarr")
+
+    def missing(self, url: str) -> str:
+        """A sentence on a store that is not there: which command to run first."""
+        if not self.stated:
+            return (
+                f"there is no {FILE} here and no store at {url}; run `retrac-scale init`, then `retrac-scale sketch`."
+            )
+        return f"there is no store at {url} yet; run `retrac-scale sketch` first."
+
+    @property
     def denoiser(self) -> str:
         """The folder or hub name that the denoiser is loaded from."""
         path = self.path(self.model)
@@ -96,25 +120,36 @@ class Project:
         places = (f"{path}/scheduler", path, f"{os.path.dirname(path.rstrip('/'))}/scheduler")
         return next((one for one in places if os.path.isfile(f"{one}/scheduler_config.json")), path)
 
-    def dumps(self) -> str:
-        """The file's text."""
+    def dumps(self, beside: Mapping[str, str] | None = None) -> str:
+        """The file's text.
+
+        Args:
+            beside: {name: weights} of checkpoints that were found and are not used; they are written as comments.
+        """
+        often = self.timesteps if self.timesteps == RECORDED else f"{self.timesteps} x {self.dim}"
+        size = "" if often == RECORDED else f": {often} bytes of an image"
         lines = [
             "# Written by `retrac-scale init`. Options of a command come first; paths are relative to this file.",
             f"model = {_toml(self.model)}  # diffusers folder or hub name",
             f"images = {_toml(self.images)}  # folder of training images",
             f"query_images = {_toml(self.query_images)}  # folder of images to ask about",
             f"out = {_toml(self.out)}  # folder for stores, indexes and the report",
-            f"timesteps = {self.timesteps}  # evenly spaced, at each of which every image is measured",
+            f"timesteps = {_toml(self.timesteps)}  # evenly spaced, at each of which every image is measured; or"
+            f' "{RECORDED}": where it was trained, by the record',
+            f"record = {_toml(self.record)}  # folder that a TrainingRecorder wrote, if there is one",
             f'noise = {_toml(self.noise)}  # of a timestep: the same for all images and queries, or "own" for each',
             f"rank = {self.rank}  # of the projection; -1 chooses it, 0 keeps the full gradient",
-            f"dim = {self.dim}  # numbers kept of each gradient: {self.timesteps} x {self.dim} bytes of an image",
+            f"dim = {self.dim}  # numbers kept of each gradient{size}",
             f"measure = {_toml(self.measure)}  # the training loss: mse or l1",
+            f'background = {_toml(self.background)}  # under transparent pictures, such as "white" or "#808080"; '
+            "empty drops transparency",
             f"device = {_toml(self.device)}",
-            '# for the inner products of arXiv 2401.09031 beside the recommended: ["ReTracRidge", "ReTrac", "TracIn"]',
+            *textwrap.wrap(ESTIMATORS, 118, initial_indent="# ", subsequent_indent="# "),
             f"estimators = {_toml(list(self.estimators))}",
             "",
-            "[checkpoints]  # name = weights; with none, the model's own",
+            "[checkpoints]  # name = weights, whose scores are added up; with none, the model's own",
             *(f"{_toml(name)} = {_toml(path)}" for name, path in self.checkpoints.items()),
+            *(f"# {_toml(name)} = {_toml(path)}" for name, path in (beside or {}).items()),
         ]
         return "\n".join(lines) + "\n"
 
@@ -150,7 +185,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--query-images", help="folder of images to ask about")
     parser.add_argument("--out", help="folder for stores, indexes and the report (default: attribution)")
     parser.add_argument("--checkpoint", action="append", help="NAME=weights, for each (default: the model's own)")
-    parser.add_argument("--timesteps", type=int, help="evenly spaced, at which each image is measured (default: 4)")
+    parser.add_argument(
+        "--timesteps",
+        type=timesteps_of,
+        metavar="N|recorded",
+        help="evenly spaced, at which each image is measured (default: 4), or recorded: where each was trained",
+    )
+    parser.add_argument("--record", help="folder of the training record, for recorded timesteps")
     parser.add_argument(
         "--noise",
         choices=("common", "own"),
@@ -161,15 +202,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dim", type=int, help="numbers kept of each gradient at a timestep (default: 512)")
     parser.add_argument("--measure", choices=("mse", "l1"), help="the training loss (default: mse)")
+    parser.add_argument(
+        "--background",
+        help="what transparent pictures are put onto, such as white, black, #808080 (default: their transparency is "
+        "dropped, as diffusers' training examples do)",
+    )
     parser.add_argument("--device", help="where to compute (default: cpu)")
 
 
 def overruled(project: Project, arguments: argparse.Namespace) -> Project:
     """The project with what the options of `add_options` say."""
-    names = ("model", "images", "query_images", "out", "timesteps", "noise", "rank", "dim", "measure", "device")
+    names = {one.name for one in fields(Project)} - {"checkpoints", "estimators", "folder", "stated"}
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     checkpoints = parse_checkpoints(arguments.checkpoint) if arguments.checkpoint else project.checkpoints
     return replace(project, **given, checkpoints=checkpoints, stated=project.stated | given.keys())
+
+
+def timesteps_of(given: str) -> int | str:
+    """What --timesteps says."""
+    if given == RECORDED or given.removeprefix("-").isdecimal():
+        return given if given == RECORDED else int(given)
+    raise argparse.ArgumentTypeError(f"give a number or {RECORDED}, not {given!r}")
 
 
 def parse_checkpoints(items: list[str]) -> dict[str, str]:
@@ -208,10 +261,12 @@ def _check(found: Mapping[str, Any], file: Path) -> None:
         if name not in known:
             raise ValueError(f"{file} has an unknown entry {name!r}; known are {', '.join(sorted(known))}.")
         kind = list if name == "estimators" else dict if name == "checkpoints" else type(getattr(default, name))
+        if name == "timesteps" and value == RECORDED:
+            continue
         inner = value if isinstance(value, list) else value.values() if isinstance(value, dict) else ()
         if type(value) is not kind or not all(isinstance(one, str) for one in inner):
             raise ValueError(f"{file}: {name} must be like {getattr(default, name)!r}, got {value!r}.")
 
 
-def _toml(value: str | list[str]) -> str:
+def _toml(value: str | int | list[str]) -> str:
     return json.dumps(value, ensure_ascii=False)  # TOML's basic strings and arrays are JSON's

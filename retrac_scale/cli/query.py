@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 from retrac_scale.cli.indexes import open_indexes
 from retrac_scale.cli.measured import image_files, measured_like
 from retrac_scale.cli.project import Project, find, parse_checkpoints
+from retrac_scale.cli.report import project_queries, unsketched
 from retrac_scale.cli.verb import Answer, Verb
 
 if TYPE_CHECKING:
     from retrac_scale.query.index import Index
+    from retrac_scale.query.topk import TopK
     from retrac_scale.sketching.samples import Samples
     from retrac_scale.store import SketchStore
 
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("index", nargs="?", help="path or URL of an index")
     parser.add_argument("queries", nargs="*", help="a store of query sketches, or image files and folders of them")
-    parser.add_argument("--ids", nargs="+", help="ids of training samples, to query with them")
+    parser.add_argument(
+        "--ids", nargs="+", help="training samples to query with, by any short form: google/pear.png, pear"
+    )
     parser.add_argument("--model", help="for images: diffusers folder or hub name")
     parser.add_argument("--checkpoint", action="append", default=[], help="for images: NAME=weights, for each")
     parser.add_argument("--timesteps", type=int, help="for images: evenly spaced (default: those of the store)")
@@ -39,16 +43,15 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> Answer:
     project = find(arguments.config)
-    queries_of_project = arguments.index is None and arguments.ids is None
-    if arguments.index is None:
-        if queries_of_project:
-            arguments.queries = [project.queries]
-        index = list(open_indexes([], project).values())[-1]
-    else:
-        (index,) = open_indexes([arguments.index], project).values()
-    queries = _queries(index, arguments, project)
+    queries_of_project = not arguments.queries and arguments.ids is None
+    index = next(iter(open_indexes([arguments.index] if arguments.index else [], project).values()))
     if queries_of_project:
-        _check_pictures(queries, project.folder)  # type: ignore[arg-type]
+        arguments.queries = [project_queries(project)]
+    queries = _queries(index, arguments, project)
+    notes = []
+    if queries_of_project:
+        _check_pictures(queries, project)  # type: ignore[arg-type]
+        notes = unsketched(project, queries.ids)
     answer = index.query(
         queries,
         arguments.k,
@@ -59,7 +62,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
         exclude_self=arguments.ids is not None,
     )
     if arguments.out is None:
-        return Answer(answer.to_frame().to_string(index=False), json.loads(answer.to_json()))
+        return Answer(_text(answer, index, notes, arguments), json.loads(answer.to_json()))
     if arguments.out.endswith(".parquet"):
         import pyarrow.parquet
 
@@ -71,13 +74,25 @@ def _run(arguments: argparse.Namespace) -> Answer:
     return Answer(arguments.out, {"out": arguments.out})
 
 
-def _check_pictures(store: SketchStore, folder: str) -> None:
+def _text(answer: TopK, index: Index, notes: list[str], arguments: argparse.Namespace) -> str:
+    from retrac_scale.query.table import common_folder, table
+
+    what = f"{' and '.join(answer.sides)} among {index.shape[1]:,} samples"
+    below = "" if arguments.group_by else common_folder(index.ids.tolist())
+    what += f", all in {below}" if below else ""
+    what += f", where {arguments.where}" if arguments.where else ""
+    what += f", {arguments.reduce} by {arguments.group_by}" if arguments.group_by else ""
+    head = f"{type(index.estimator).__name__}: {what}"
+    return "\n\n".join([head, table(answer, below), *(f"note: {note}" for note in notes)])
+
+
+def _check_pictures(store: SketchStore, project: Project) -> None:
     """Raise ChangedItemsError where the files that the ids of queries name are not those that were sketched."""
     from retrac_scale.report import read_images
     from retrac_scale.report.shown import check_shown
 
     try:
-        images = read_images(None, store.ids, folder)
+        images = read_images(None, store.ids, project.folder, project.background)
     except ValueError:  # the ids name no files
         return
     check_shown(store, store.ids.tolist(), images, exact=True)
@@ -86,6 +101,7 @@ def _check_pictures(store: SketchStore, folder: str) -> None:
 def _queries(index: Index, arguments: argparse.Namespace, project: Project) -> SketchStore | Samples:
     """What is asked: stored ids, a store of sketches, or images, measured as the index's store was."""
     from retrac_scale.datasets.base import SUFFIXES
+    from retrac_scale.query.table import in_full
     from retrac_scale.sketching.samples import take
     from retrac_scale.store import open_store
 
@@ -95,11 +111,7 @@ def _queries(index: Index, arguments: argparse.Namespace, project: Project) -> S
         store = index.check_store()
         if store is None:
             raise ValueError("the store that the index was built from is needed for --ids; it was in memory.")
-        numbers = store.ids.dtype.kind in "iu"
-        wrong = [name for name in arguments.ids if numbers and not name.removeprefix("-").isdecimal()]
-        if wrong:
-            raise ValueError(f"--ids {wrong[0]}: the samples' ids are whole numbers, such as {store.ids[0]}.")
-        return take(store, [int(name) if numbers else name for name in arguments.ids])
+        return take(store, in_full(arguments.ids, store.ids.tolist()))
     first = arguments.queries[0]
     is_store = "://" in first or Path(first, "zarr.json").exists()
     if len(arguments.queries) == 1 and (is_store or not (Path(first).is_dir() or first.lower().endswith(SUFFIXES))):
@@ -109,13 +121,17 @@ def _queries(index: Index, arguments: argparse.Namespace, project: Project) -> S
     if model is None or not checkpoints:
         raise ValueError("to query with images give --model and a --checkpoint NAME=weights for each checkpoint.")
     measured = measured_like(index, model, checkpoints, arguments.timesteps, arguments.device or project.device)
-    return replace(measured, dataset=image_files(arguments.queries, measured.task))
+    files = image_files(arguments.queries, measured.task)
+    files.background = project.background
+    return replace(measured, dataset=files)
 
 
 VERB = Verb(
     "query",
     "Print the training samples that influenced each query most.",
-    """  retrac-scale query demo/retrac.zarr demo/queries.zarr           a table of the top 10 of every query
+    """  retrac-scale query                                             the queries of retrac-scale.toml
+  retrac-scale query --ids google/pear                           a training image of it as a query
+  retrac-scale query demo/retrac.zarr demo/queries.zarr           the top 10 of every query
   retrac-scale query demo/retrac.zarr demo/queries.zarr -k 3 --side both --where "id < 1000"
   retrac-scale query demo/retrac.zarr --ids 3 1800                training samples as queries, themselves left out
   retrac-scale query retrac.zarr a.png folder/ --model google/ddpm-cifar10-32 \\

@@ -10,24 +10,19 @@ if TYPE_CHECKING:
     from retrac_scale.query.index import Index
     from retrac_scale.store import SketchStore
 
-SMALL = 2**28
-"""Entries of sketches up to which it is told without being asked for."""
 
-
-def told(store: SketchStore | Index, entries: int, asked: bool, url: str) -> tuple[str, dict[str, Any]]:
+def told(store: SketchStore | Index, asked: bool) -> tuple[str, dict[str, Any]]:
     """A line and JSON data: the repeatability under the recommended estimator, or why it is not told.
 
     Args:
         store: a complete store, or an index with matched pairing.
-        entries: of all its rows.
-        asked: tell it however large it is.
-        url: of it.
+        asked: whether it is to be measured.
     """
+    if not asked:
+        why = "not measured; --repeatability does"
+        return f"repeatability: {why}", {"unknown": why}
     from retrac_scale.measurement.repeatability import repeatability
 
-    if entries > SMALL and not asked:
-        why = f"not computed for so large a one; retrac-scale info {url} --repeatability does"
-        return f"repeatability: {why}", {"unknown": why}
     try:
         found = repeatability(store)
     except ValueError as error:  # measured once, too few samples, or nothing to compare

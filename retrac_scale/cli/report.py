@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from retrac_scale.cli.indexes import open_indexes
-from retrac_scale.cli.project import find
+from retrac_scale.cli.check import find_each
+from retrac_scale.cli.indexes import open_indexes, picture_names
+from retrac_scale.cli.project import Project, find
 from retrac_scale.cli.verb import Answer, Verb
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from retrac_scale.query.index import Index
     from retrac_scale.store import SketchStore
 
@@ -50,31 +54,69 @@ def open_queries(urls: Sequence[str], indexes: Mapping[str, Index]) -> dict[str,
     return dict(zip(indexes, stores, strict=False))
 
 
+def project_queries(project: Project) -> str:
+    """The project's store of queries.
+
+    Raises:
+        FileNotFoundError: there is none; says what to do.
+    """
+    from retrac_scale.store import open_store
+
+    try:
+        open_store(project.queries)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"there are no queries at {project.queries}: say what is asked by --queries STORE, or name the folder of "
+            "images to ask about (query_images, --query-images) and run `retrac-scale sketch`."
+        ) from None
+    return project.queries
+
+
+def unsketched(project: Project, asked: npt.NDArray[Any]) -> list[str]:
+    """A sentence on files that came to the folder of images to ask about after it was sketched, if any did."""
+    from retrac_scale.datasets import ImageFiles
+
+    folder = project.path(project.query_images)
+    if not project.query_images or not os.path.isdir(folder):
+        return []
+    names = ImageFiles([folder]).ids.tolist()
+    own = names if os.path.isabs(project.query_images) else [project.own_name(name) for name in names]
+    new = sorted(set(own) - set(asked.tolist()))
+    if not new:
+        return []
+    which = f"{len(new)} files in {project.query_images} were not asked about, such as {new[0]}"
+    return [f"{which}: run `retrac-scale sketch`"]
+
+
 def _run(arguments: argparse.Namespace) -> Answer:
     from retrac_scale.report import Pictures, norm_curve, read_images, write_report
     from retrac_scale.report.content import sides
 
     project = find(arguments.config)
     indexes = open_indexes(arguments.index, project)
-    if arguments.index and not arguments.queries:
-        raise ValueError("say what is asked: --queries STORE.")
-    queries = open_queries(arguments.queries or [project.queries], indexes)
+    queries = open_queries(arguments.queries or [project_queries(project)], indexes)
     first = next(iter(indexes.values()))
     store = first.check_store()
-    images = read_images(arguments.images, first.ids, project.folder)
+    images = read_images(arguments.images, picture_names(first), project.folder, project.background)
     asked = next(iter(queries.values())).ids
-    pictures = Pictures(images, first.ids, read_images(arguments.query_images, asked, project.folder))
+    shown = read_images(arguments.query_images, asked, project.folder, project.background)
+    pictures = Pictures(images, first.ids, shown)
     answers = {name: index.query(queries[name], arguments.k, side=sides(index)) for name, index in indexes.items()}
     curve = norm_curve(store) if store is not None and store.has("timestep") else None
     out = arguments.out or ("report.html" if arguments.index else project.place("report.html"))
     common = {"title": arguments.title, "curve": curve, "indexes": indexes, "queries": queries}
-    return Answer(str(write_report(out, answers, pictures, **common)), {"report": out})
+    checked = {} if arguments.index else find_each(project)
+    write_report(out, answers, pictures, check=checked or None, **common)
+    notes = [] if arguments.queries else unsketched(project, asked)
+    lines = [out, *(f"note: {note}" for note in notes)]
+    return Answer("\n".join(lines), {"report": out})
 
 
 VERB = Verb(
     "report",
     "Write a self-contained HTML page of queries and their results.",
     """  retrac-scale report                                           what retrac-scale.toml says
+  retrac-scale report attribution/retracridge.zarr attribution/trak.zarr     its queries, under other indexes
   retrac-scale report demo/tracin.zarr demo/retrac.zarr --queries demo/queries.zarr \\
       --images demo/images.npy --query-images demo/generated.npy --out report.html""",
     _options,

@@ -6,11 +6,12 @@ import argparse
 import json
 import os
 from pathlib import Path
+from typing import Any
 
-from retrac_scale.cli.indexes import open_indexes
+from retrac_scale.cli.indexes import open_indexes, picture_names
 from retrac_scale.cli.measured import measured_like
-from retrac_scale.cli.project import find, parse_checkpoints
-from retrac_scale.cli.report import add_sources, open_queries
+from retrac_scale.cli.project import Project, find, parse_checkpoints
+from retrac_scale.cli.report import add_sources, open_queries, project_queries
 from retrac_scale.cli.verb import Answer, Verb
 
 
@@ -40,11 +41,11 @@ def _run(arguments: argparse.Namespace) -> Answer:
     project = find(arguments.config)
     indexes = open_indexes(arguments.index, project)
     first = next(iter(indexes.values()))
-    stored = arguments.queries or ([] if arguments.index else [project.queries])
-    queries = open_queries(stored, indexes)
+    queries = open_queries(arguments.queries or _queries_of_project(project), indexes)
     ids = next(iter(queries.values())).ids if queries else None
-    shown = [] if ids is None else read_images(arguments.query_images, ids, project.folder)
-    pictures = Pictures(read_images(arguments.images, first.ids, project.folder), first.ids, shown)
+    places = (project.folder, project.background)
+    shown = [] if ids is None else read_images(arguments.query_images, ids, *places)
+    pictures = Pictures(read_images(arguments.images, picture_names(first), *places), first.ids, shown)
     own = not arguments.index and bool(project.model)
     model = arguments.model or (project.denoiser if own else None)
     weights = parse_checkpoints(arguments.checkpoint) or (project.weights if own else {})
@@ -63,7 +64,8 @@ def _run(arguments: argparse.Namespace) -> Answer:
         k=arguments.max_k,
         concurrent=arguments.max_concurrent,
     )
-    library = Library(indexes, pictures, queries=queries, measured=measured, kept_uploads=limits.kept_uploads)
+    more: dict[str, Any] = {"measured": measured, "kept_uploads": limits.kept_uploads, "background": project.background}
+    library = Library(indexes, pictures, queries=queries or None, **more)
 
     def announce(url: str) -> None:
         print(json.dumps({"url": url}) if arguments.json else f"serving at {url} ; Ctrl-C ends it", flush=True)
@@ -71,6 +73,13 @@ def _run(arguments: argparse.Namespace) -> Answer:
     place = {"host": arguments.host, "port": arguments.port}
     serve.run(library, **place, token=token, limits=limits, title=arguments.title, announce=announce)
     return Answer("ended", {"ended": True})
+
+
+def _queries_of_project(project: Project) -> list[str]:
+    try:
+        return [project_queries(project)]
+    except FileNotFoundError:  # training samples and uploads can be asked about all the same
+        return []
 
 
 VERB = Verb(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import TYPE_CHECKING, Any
 
-from retrac_scale.cli.measured import image_files, load_denoiser, load_scheduler
-from retrac_scale.cli.project import FILE, Project, add_options, find, need, overruled, projection_of
+from retrac_scale.cli import check
+from retrac_scale.cli.measured import project_images, project_task
+from retrac_scale.cli.project import FILE, RECORDED, Project, add_options, find, need, overruled, projection_of
 from retrac_scale.cli.repeated import as_json
+from retrac_scale.cli.sizes import in_bytes
 from retrac_scale.cli.verb import Answer, Verb
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ def _options(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> Answer:
     from retrac_scale.api.sketch import sketch
     from retrac_scale.measurement.repeatability import repeatability
-    from retrac_scale.task.diffusion import DiffusionTask
 
     project = overruled(find(arguments.config), arguments)
     need(project.model, "--model")
@@ -53,24 +53,63 @@ def _run(arguments: argparse.Namespace) -> Answer:
     elif arguments.at_most is not None:
         raise ValueError("--at-most is the budget of --until: give both, such as --until 0.9 --at-most 16.")
     measured = _measured(project)
-    model, scheduler = load_denoiser(project.denoiser), load_scheduler(project.scheduler)
-    task = DiffusionTask(model, scheduler, measure=project.measure, device=project.device)  # type: ignore[arg-type]
-    training = _images(project, project.images, task)
-    store = sketch(task, training, project.store, checkpoints=project.weights, **measured, **until, **again)
-    made = [store]
-    if project.query_images:
-        asked = _images(project, project.query_images, task)
-        made.append(sketch(task, asked, project.queries, checkpoints=project.weights, like=store, **again))
-    lines = [str(one) for one in made]
+    task = project_task(project)
+    training = project_images(project, project.images, task)
+    asked = project_images(project, project.query_images, task) if project.query_images else None
+    if asked is not None:
+        _look_at_queries(asked, training, task)
+    common = {"checkpoints": project.weights, **again}
+    store = sketch(task, training, project.store, progress="training images", **common, **measured, **until)
+    made = {"store": store}
+    if asked is not None:
+        made["queries"] = _queries(project, task, asked, store, **common)
+    lines = [f"{name}: {_told(one)}" for name, one in made.items()]
     data: dict[str, Any] = {"store": project.store, "samples": store.shape[0]}
-    if len(made) > 1:
-        data |= {"queries": project.queries, "query_samples": made[1].shape[0]}
+    if asked is not None:
+        data |= {"queries": project.queries, "query_samples": made["queries"].shape[0]}
     if until:
         told = repeatability(store)
         reached = told.overlap.value >= arguments.until
         lines.append(f"{told}: {'as asked' if reached else f'not {arguments.until:g}; raise --at-most to go on'}")
         data |= {"repeatability": as_json(told), "reached": reached}
+    check.ask(project, task, training, store, **again)
+    found = check.find_each(project)
+    lines += [line for name, one in found.items() for line in check.lines_of(name, one)]
+    data["check"] = {name: check.as_json(one) for name, one in found.items()}
     return Answer("\n".join(lines), data)
+
+
+def _look_at_queries(asked: ImageFiles, training: ImageFiles, task: DiffusionTask) -> None:
+    """ValueError where an image to ask about cannot be read, or is of another size: now, not after the long run."""
+    from retrac_scale.sketching.content import look_through
+
+    look_through(task, asked, asked.ids)
+    own, others = (task.read_item(one.ids[0], one[0]).sample.shape for one in (training, asked))
+    if own != others:
+        sizes = " x ".join(map(str, others[:0:-1])), " x ".join(map(str, own[:0:-1]))
+        raise ValueError(f"{asked.ids[0]} is {sizes[0]}, the training images are {sizes[1]}; resize the images.")
+
+
+def _queries(
+    project: Project, task: DiffusionTask, asked: ImageFiles, store: SketchStore, **common: Any
+) -> SketchStore:
+    """The sketches of the images to ask about; of those that came to the folder since, too."""
+    from retrac_scale.api.sketch import sketch
+    from retrac_scale.store import open_store
+
+    try:
+        grown = bool(set(asked.ids.tolist()) - set(open_store(project.queries).ids.tolist()))
+    except FileNotFoundError:
+        grown = False
+    return sketch(task, asked, project.queries, like=store, progress="queries", grow=grown, **common)
+
+
+def _told(store: SketchStore) -> str:
+    n, t, k = store.shape
+    c = len(store.checkpoints)
+    entries = {"int8": 1, "float16": 2, "float32": 4}[store.meta["dtype"]]
+    checkpoints = f", {c} checkpoints" if c > 1 else ""
+    return f"{n:,} images at {t} timesteps{checkpoints} in {store.url}, {in_bytes(c * n * t * k * entries)}"
 
 
 def _measured(project: Project) -> dict[str, Any]:
@@ -81,20 +120,22 @@ def _measured(project: Project) -> dict[str, Any]:
     """
     from retrac_scale.store import open_store
     from retrac_scale.task.timesteps import EvenlySpaced
+    from retrac_scale.training.recorded import Recorded
 
+    recorded = Recorded(project.path(project.record)) if project.timesteps == RECORDED else None
     try:
         there = open_store(project.store)
     except (FileNotFoundError, ValueError):  # whatever else is there, sketch names it
-        plan = EvenlySpaced(project.timesteps, noise=project.noise)  # type: ignore[arg-type]
+        plan = recorded or EvenlySpaced(project.timesteps, noise=project.noise)  # type: ignore[arg-type]
         return {"timesteps": plan, "projection": projection_of(project.rank, project.dim)}
     for entry, held in _held(there).items():
         said = getattr(project, entry)
-        if entry in project.stated and said != held:
+        if entry in project.stated and said != held and not (recorded and entry == "noise"):
             raise ValueError(
                 f"{project.store} was sketched with {entry} = {held!r}, but {FILE} or an option says {said!r}; say "
                 f"{entry} = {held!r} to go on with it, or begin another store with another out (--out)."
             )
-    return {}
+    return {"timesteps": recorded} if recorded else {}
 
 
 def _held(store: SketchStore) -> dict[str, Any]:
@@ -107,27 +148,17 @@ def _held(store: SketchStore) -> dict[str, Any]:
 
     first = next(iter(plans_of(store.fingerprint)), {"kind": "given"})
     projection = store.fingerprint["projection"]
-    if first["kind"] not in ("EvenlySpaced", "Explicit"):
+    if first["kind"] not in ("EvenlySpaced", "Explicit", "Recorded"):
         raise ValueError(
-            f"{store.url} was not measured at the same timesteps for every image ({first['kind']}), as a command does; "
-            "go on with it by sketch(..., timesteps=) in Python, or begin another store with another out (--out)."
+            f"{store.url} was not measured by a command, but given its sketches ({first['kind']}); begin another store "
+            "with another out (--out)."
         )
     return {
-        "timesteps": first.get("count", first.get("timesteps")),
+        "timesteps": RECORDED if first["kind"] == "Recorded" else first.get("count", first.get("timesteps")),
         "noise": first.get("noise", "own"),
         "rank": 0 if projection["kind"] == "CountSketch" else projection.get("rank") or -1,
         "dim": projection.get("dim"),
     }
-
-
-def _images(project: Project, folder: str, task: DiffusionTask) -> ImageFiles:
-    """The images in a folder of the project; their ids do not depend on where the command is run."""
-    import numpy as np
-
-    files = image_files([project.path(folder)], task)
-    if not os.path.isabs(folder):
-        files.ids = np.array([project.own_name(file) for file in files.ids.tolist()])
-    return files
 
 
 VERB = Verb(
@@ -137,7 +168,8 @@ VERB = Verb(
   retrac-scale sketch --until 0.9 --at-most 16  measures again and again, until answers would repeat so far
   retrac-scale sketch --replace                 images that were changed, under the same names, are sketched anew
   retrac-scale sketch --model model --images training-images --query-images generated-images
-  retrac-scale sketch --model model --images folder --checkpoint early=epoch-10.pt --checkpoint late=model/unet""",
+  retrac-scale sketch --model model --images folder --checkpoint early=epoch-10.pt --checkpoint late=model/unet
+  retrac-scale sketch --timesteps recorded --record run/recorded      where the training met each image""",
     _options,
     _run,
 )

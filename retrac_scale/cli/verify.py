@@ -31,7 +31,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
         if beyond:
             return Answer("\n".join(lines), data | {"beyond_repair": beyond}, 1)
         verdict = verify_store(url)
-        lines.append(f"repaired; {len(verdict.of('unwritten'))} blocks to be written by the next sketch(...)")
+        lines.append(f"repaired; {len(verdict.of('unwritten'))} blocks to be written by the next `retrac-scale sketch`")
         data |= {"repaired": True, "unwritten": len(verdict.of("unwritten"))}
     return Answer("\n".join(lines), data, 0 if verdict.is_whole else 3 if verdict.is_sound else 1)
 

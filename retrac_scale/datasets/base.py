@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageColor, ImageOps
 from torch import Tensor
 
 from retrac_scale.columns import check_columns, check_ids
@@ -87,6 +87,8 @@ class ImageDataset(ABC):
     """
 
     advice = "repair it, or leave such images out with corrupt='skip'"
+    background = ""
+    """A colour, such as "white" or "#808080", that transparent images are put onto; empty: see `opaque`."""
 
     def __init__(
         self,
@@ -135,13 +137,13 @@ class ImageDataset(ABC):
         files = self.files()
         if files is None:
             return None
-        how = f"{self.channels} {self.size}"
+        how = f"{self.channels} {self.size}" + (f" {self.background}" if self.background else "")
         stamp_of = {file: _stamp(file, how) for file in dict.fromkeys(files)}
         return np.array([stamp_of[file] for file in files], np.uint64)[self._rows]
 
     def read(self, row: int) -> Tensor:
         """The image of a row, before any is left out, as a tensor."""
-        return pixels(self.raw(row), self.channels, self.size)
+        return pixels(self.raw(row), self.channels, self.size, self.background)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -212,17 +214,48 @@ def check_depth(image: Image.Image) -> None:
         raise ValueError(f"the image has more than 8 bits per channel ({image.mode}); convert it to 8 bits first")
 
 
-def pixels(image: Any, channels: int, size: int | None) -> Tensor:
+def opaque(image: Image.Image, background: str = "") -> Image.Image:
+    """An image without transparency, put onto a ground of one colour.
+
+    Without a colour the transparency is dropped and the colours beneath it come out, as in diffusers' training
+    examples, which call `convert("RGB")`.
+
+    Raises:
+        ValueError: the colour is none.
+    """
+    if not background:
+        return image
+    try:
+        ground = ImageColor.getrgb(background)
+    except ValueError:
+        raise ValueError(f"background must be a colour such as white or #808080, got {background!r}.") from None
+    if not is_transparent(image):
+        return image
+    whole = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", whole.size, ground), whole)
+
+
+def is_transparent(image: Image.Image) -> bool:
+    """Whether an image has a pixel that is not opaque."""
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return False
+    lowest, _ = image.convert("RGBA").getchannel("A").getextrema()
+    return bool(lowest < 255)  # type: ignore[operator]
+
+
+def pixels(image: Any, channels: int, size: int | None, background: str = "") -> Tensor:
     """An image as float32 `[channels, h, w]` in -1 .. 1.
 
     Args:
         image: encoded bytes, a PIL image, or uint8 `[h, w]` or `[h, w, channels]`.
         channels: 1 or 3.
         size: see `ImageDataset`.
+        background: see `opaque`.
     """
     if isinstance(image, bytes):
         with Image.open(BytesIO(image)) as opened:
-            return pixels(ImageOps.exif_transpose(opened), channels, size)  # upright, as diffusers' examples have it
+            upright = ImageOps.exif_transpose(opened)  # as diffusers' examples have it
+            return pixels(upright, channels, size, background)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8:
             raise ValueError(f"an image array has dtype {image.dtype}; give uint8.")
@@ -232,7 +265,7 @@ def pixels(image: Any, channels: int, size: int | None) -> Tensor:
     if not isinstance(image, Image.Image):
         raise ValueError(f"there is a {type(image).__name__} where an image should be")
     check_depth(image)
-    image = image.convert("L" if channels == 1 else "RGB")
+    image = opaque(image, background).convert("L" if channels == 1 else "RGB")
     if size is not None:
         image = middle_square(image, size)
     values = torch.from_numpy(np.asarray(image, dtype=np.float32))

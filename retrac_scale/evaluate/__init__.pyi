@@ -4,17 +4,20 @@ from .agreement import rank_correlation, recall_at, stability
 from .datamodeling import lds, lds_mean
 from .intervals import Interval, bootstrap, jackknife, percentiles
 from .judging import Figure, Groups, Judgement, Subsets, Truth, Wanted, judge, truth, truths
+from .originals import Altered, Originals, find_originals
 from .outliers import Detection, detection
 from .retraining import counterfactual, random_subsets, retrain
 from .settings import Setting, setting
 from .specificity import hubs, largest_share, norm_correlation, unique_fraction
 
 __all__ = [
+    "Altered",
     "Detection",
     "Figure",
     "Groups",
     "Interval",
     "Judgement",
+    "Originals",
     "Setting",
     "Subsets",
     "Truth",
@@ -22,6 +25,7 @@ __all__ = [
     "bootstrap",
     "counterfactual",
     "detection",
+    "find_originals",
     "hubs",
     "jackknife",
     "judge",

@@ -54,22 +54,50 @@ class TopK:
     resolved: Bools | None = None
     sketch_rank: npt.NDArray[np.int64] | None = None
 
+    @property
+    def sides(self) -> dict[str, slice]:
+        """{side: its places in a row of `ids`}."""
+        width = self.ids.shape[1]
+        if self.side != "both":
+            return {self.side: slice(width)}
+        return {"proponents": slice(width // 2), "opponents": slice(width // 2, width)}
+
+    @property
+    def listed(self) -> Bools:
+        """Which places hold what they say, `[q, k]`: a positive score is no opponent's, a negative one no proponent's.
+
+        Tables and pages leave the others out, so that a list ends at zero where too few samples stand on its side.
+        """
+        listed = np.zeros(self.scores.shape, bool)
+        for side, places in self.sides.items():
+            own = self.scores[:, places]
+            listed[:, places] = own > 0 if side == "proponents" else own < 0
+        return listed
+
     def to_frame(self) -> pd.DataFrame:
-        """A pandas table: query, rank (from 1), id, score; error, resolved and sketch_rank where known; side."""
+        """A pandas table of what is `listed`: id, score, rank (from 1), query, side, and what else is known.
+
+        That is error, resolved and sketch_rank. Id and score come first, so that a narrow terminal leaves out others.
+        """
         import pandas as pd
 
         q, width = self.ids.shape
-        sides = ["proponents", "opponents"] if self.side == "both" else [self.side]
-        k = width // len(sides)
+        k = width // len(self.sides)
         columns = {
-            "query": np.repeat(self.query_ids, width),
-            "rank": np.tile(np.arange(1, k + 1), q * len(sides)),
             "id": self.ids.ravel(),
             "score": self.scores.ravel(),
+            "rank": np.tile(np.arange(1, k + 1), q * len(self.sides)),
+            "query": np.repeat(self.query_ids, width),
+            "side": np.tile(np.repeat(list(self.sides), k), q),
         }
         known = {"error": self.errors, "resolved": self.resolved, "sketch_rank": self.sketch_rank}
         columns |= {name: x.ravel() for name, x in known.items() if x is not None}
-        return pd.DataFrame({**columns, "side": np.tile(np.repeat(sides, k), q)})
+        return pd.DataFrame(columns)[self.listed.ravel()].reset_index(drop=True)
+
+    def __str__(self) -> str:
+        from retrac_scale.query.table import table
+
+        return table(self)
 
     def to_arrow(self) -> pyarrow.Table:
         """The table of `to_frame` for Arrow and Parquet, with the estimator in its metadata."""
@@ -79,12 +107,12 @@ class TopK:
         return table.replace_schema_metadata({**table.schema.metadata, "estimator": json.dumps(self.estimator)})
 
     def to_json(self) -> str:
-        """JSON: the estimator, the side, and for each query its ids and scores, and what else `to_frame` has."""
+        """JSON: the estimator, the side, and for each query the `listed` ids and scores, and what else is known."""
         known = {"errors": self.errors, "resolved": self.resolved, "sketch_ranks": self.sketch_rank}
         fields = {"ids": self.ids, "scores": self.scores} | {name: x for name, x in known.items() if x is not None}
         results = [
-            {"query": query, **{name: values[place].tolist() for name, values in fields.items()}}
-            for place, query in enumerate(self.query_ids.tolist())
+            {"query": query, **{name: values[place][listed].tolist() for name, values in fields.items()}}
+            for place, (query, listed) in enumerate(zip(self.query_ids.tolist(), self.listed, strict=True))
         ]
         return json.dumps({"estimator": self.estimator, "side": self.side, "results": results})
 

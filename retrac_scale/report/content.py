@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrac_scale.columns import distinct
+from retrac_scale.evaluate.originals import Originals
 from retrac_scale.measurement.halves import Repeatability
 from retrac_scale.query.explain import Explanation, explain_lists
 from retrac_scale.query.index import Index
@@ -37,6 +38,7 @@ def content(
     indexes: Mapping[str, Index] | None = None,
     queries: SketchStore | Mapping[str, SketchStore] | None = None,
     repeatability: Mapping[str, Told] | None = None,
+    check: Mapping[str, Originals] | None = None,
 ) -> Json:
     """All that a page holds; arguments as for `write_report`. Ids are strings, scores numbers or null."""
     first = next(iter(answers.values()))
@@ -78,6 +80,7 @@ def content(
         "samples": samples(every, pictures, rows),
         "curve": None if curve is None else curve_of(curve),
         "notes": notes,
+        "check": {name: checked(one) for name, one in (check or {}).items()},
         "repeatability": {
             name: told(measured[name], indexes[name].shape[1] if name in indexes else None)
             for name in answers
@@ -153,17 +156,23 @@ def sides(index: Index) -> Side:
 
 
 def ranked(answer: TopK) -> list[dict[str, list[Json]]]:
-    """For each query the lists of each side, best first: id, score, and where known its error and whether resolved."""
-    both = ["proponents", "opponents"] if answer.side == "both" else [answer.side]
-    k = list_length(answer)
+    """For each query the lists of each side, best first: id, score, and where known its error and whether resolved.
+
+    A list ends at zero: a positive score is no opponent's, a negative one no proponent's.
+    """
+    listed, sides = answer.listed, answer.sides
     known = {"id": answer.ids, "score": answer.scores, "error": answer.errors, "resolved": answer.resolved}
     fields = {name: values for name, values in known.items() if values is not None}
 
     def result(query: int, place: int) -> Json:
         return {n: str(x[query, place]) if n == "id" else plain(x[query, place]) for n, x in fields.items()}
 
+    width = answer.ids.shape[1]
     return [
-        {side: [result(query, part * k + rank) for rank in range(k)] for part, side in enumerate(both)}
+        {
+            side: [result(query, place) for place in np.arange(width)[places] if listed[query, place]]
+            for side, places in sides.items()
+        }
         for query in range(len(answer.ids))
     ]
 
@@ -192,6 +201,12 @@ def explained(explanation: Explanation) -> Json:
         "timesteps": None if steps is None else steps.tolist(),
         "query_timesteps": None if asked is None or (asked != asked[0]).any() else asked[0].tolist(),
     }
+
+
+def checked(found: Originals) -> Json:
+    """What asking about training images themselves showed."""
+    firsts = ", ".join(f"{how} {first} of {count}" for how, (first, count) in found.counts.items())
+    return {"well": found.is_well, "meaning": found.meaning, "firsts": firsts, "causes": list(found.causes)}
 
 
 def curve_of(curve: tuple[Any, Any, Any]) -> Json:

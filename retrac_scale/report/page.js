@@ -8,6 +8,8 @@ const SIDES = ["proponents", "opponents"];
 const PAGE = 40;
 const MOST_CHOICES = 60;
 const HUBS = 8;
+const LUCK = 0.5;
+const LONGEST = 22;
 const HUB_SHARE = 0.5;
 const shown = { search: "", columns: new Map(), sides: new Set(SIDES), hidden: new Set(), pages: 1 };
 // The live page replaces these: how an explanation, a query's group totals, and what its halves share are had.
@@ -22,7 +24,8 @@ const at = (id) => document.getElementById(id);
 function h(name, properties = {}, ...children) {
   const element = document.createElement(name);
   for (const [key, value] of Object.entries(properties)) {
-    if (key.startsWith("aria") || key === "for" || key === "role" || key === "scope") element.setAttribute(key, value);
+    if (key.startsWith("aria")) element.setAttribute(key.replace(/^aria(?=[A-Z])/, "aria-").toLowerCase(), value);
+    else if (key === "for" || key === "role" || key === "scope") element.setAttribute(key, value);
     else element[key] = value;
   }
   element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined));
@@ -42,150 +45,68 @@ const percent = (x) => `${Math.round(100 * x)} %`;
 const names = () => [...new Set(queries.flatMap((query) => Object.keys(query.lists)))];
 const valuesOf = (id) => samples.get(id)?.columns || {};
 
+// The part of each name that tells it from all others: the end of a path, without what all share.
+function shortNames(ids) {
+  const bare = ids.map((id) => id.replace(/(?<=[^/])\.[a-z]\w{1,4}$/i, "").split("/"));
+  const short = new Map();
+  for (let parts = 1, left = ids.map((_, place) => place); left.length; parts += 1) {
+    const ends = new Map();
+    for (const place of left) {
+      const end = bare[place].slice(-parts).join("/");
+      ends.set(end, [...(ends.get(end) || []), place]);
+    }
+    left = [];
+    for (const [end, places] of ends) {
+      const whole = places.every((place) => bare[place].length <= parts);
+      if (places.length === 1 || whole) places.forEach((place) => short.set(ids[place], places.length === 1 ? end : ids[place]));
+      else left.push(...places);
+    }
+  }
+  const cut = (name) => (name.length > LONGEST ? `…${name.slice(1 - LONGEST)}` : name);
+  const cuts = [...short.values()].map(cut);
+  const alike = new Set(cuts.filter((name, place) => cuts.indexOf(name) !== place));
+  return new Map([...short].map(([id, name]) => [id, alike.has(cut(name)) ? name : cut(name)]));
+}
+
+let called = new Map();
+let calledOf = -1;
+// A sample's or a query's name, in short.
+function shortName(id) {
+  const known = [...new Set([...samples.keys(), ...queries.filter(({ source }) => source !== "uploads").map((query) => query.id)])];
+  if (known.length !== calledOf) [called, calledOf] = [shortNames(known), known.length];
+  return called.get(id) || id;
+}
+
+// ---- tabs -----------------------------------------------------------------------------------------------------------
+
+const TABS = ["answers", "trust", "overview"];
+
+function offer(name, there) {
+  at(`tab-${name}`).hidden = !there;
+  if (!there && !at(name).hidden) choose("answers");
+  at("tabs").hidden = TABS.slice(1).every((other) => at(`tab-${other}`).hidden);
+}
+
+function choose(name) {
+  for (const one of TABS) {
+    at(one).hidden = one !== name;
+    at(`tab-${one}`).setAttribute("aria-selected", String(one === name));
+    at(`tab-${one}`).tabIndex = one === name ? 0 : -1;
+  }
+}
+
+function tabKeys(event) {
+  const tabs = TABS.filter((name) => !at(`tab-${name}`).hidden);
+  const place = tabs.findIndex((name) => at(`tab-${name}`) === document.activeElement);
+  const next = { ArrowRight: place + 1, ArrowLeft: place - 1, Home: 0, End: tabs.length - 1 }[event.key];
+  if (next === undefined || !tabs[next]) return;
+  event.preventDefault();
+  choose(tabs[next]);
+  at(`tab-${tabs[next]}`).focus();
+}
+
 function picture(uri, alt) {
   return h("img", { src: uri, alt, loading: "lazy", decoding: "async", className: uri.startsWith("data:image/png") ? "small" : "" });
-}
-
-// ---- trust ----------------------------------------------------------------------------------------------------------
-
-// Nothing to tell: hidden; null: still being measured, by the service.
-function drawTrust() {
-  const told = found.repeatability === null ? null : Object.entries(found.repeatability || {});
-  at("trust").hidden = told !== null && told.length === 0;
-  if (at("trust").hidden) return;
-  at("trust").replaceChildren(h("h2", { id: "trust-title" }, "How far to trust these lists"), ...(told === null
-    ? [h("p", { className: "hint" }, "Parts of the measurements are being compared …")]
-    : [h("ul", { className: "told" }, told.map(([name, { sentence }]) => h("li", {}, h("strong", {}, name), `: ${sentence}`))), ...halves(told.filter(([, one]) => one.halves))]));
-}
-
-function halves(told) {
-  if (!told.length) return [];
-  const range = (ends, k, digits) => {
-    const [value, low, high] = ends.map((x) => (k * x).toFixed(digits).replace(/^-(?=[0.]+$)/, ""));
-    return `${value} (${low} to ${high})`;
-  };
-  const rows = {
-    "measured": ({ measurements }) => `${measurements} times`,
-    "two halves share": ({ halves, k }) => range(halves, k, 1),
-    "two whole runs would share": ({ overlap, k }) => range(overlap, k, 1),
-    "rank correlation of their scores": ({ correlation }) => range(correlation, 1, 2),
-  };
-  return [
-    h("div", { className: "scroll" }, h("table", { id: "halves" },
-      h("thead", {}, h("tr", {}, h("td"), told.map(([name]) => h("th", { scope: "col" }, name)))),
-      h("tbody", {}, Object.entries(rows).map(([head, cell]) => h("tr", {}, h("th", { scope: "row" }, head), told.map(([, one]) => h("td", {}, cell(one)))))))),
-    h("p", { className: "hint" }, "Each half of the measurements answers by itself; from how far halves agree, the agreement of two whole runs is foretold. In brackets 95 % intervals over queries and halves."),
-  ];
-}
-
-// One line for each estimator that can tell; it may come later than the lists.
-async function tellShared(query, lines) {
-  try {
-    const shared = await source.shared(query);
-    for (const [name, line] of lines) {
-      const own = shared[name];
-      if (own) line.textContent = `Two halves of the measurements share ${Math.round(own.shared)} of the ${own.k} proponents.`;
-      line.hidden = !own;
-    }
-  } catch (error) {
-    for (const line of lines.values()) Object.assign(line, { textContent: error.message, hidden: false });
-  }
-}
-
-// ---- overview -------------------------------------------------------------------------------------------------------
-
-function counts(estimator) {
-  const times = new Map();
-  let places = 0;
-  const lists = queries.map((query) => query.lists[estimator]?.proponents).filter(Boolean);
-  for (const list of lists) {
-    places += list.length;
-    for (const { id } of list) times.set(id, (times.get(id) || 0) + 1);
-  }
-  const hubs = [...times].sort((a, b) => b[1] - a[1]);
-  return { lists: lists.length, length: lists[0]?.length || 0, unique: places ? times.size / places : 0, hubs };
-}
-
-function warnings() {
-  const lines = [...(found.notes || [])];
-  for (const estimator of names()) {
-    const results = queries.flatMap((query) => Object.values(query.lists[estimator] || {}).flat());
-    const near = results.filter((result) => result.resolved === false).length;
-    if (near) {
-      lines.push(
-        `${estimator}: ${near} of ${results.length} results stand less than two standard errors of the difference before the next one (≈); their order is not resolved.`,
-      );
-    }
-    const { lists, hubs } = counts(estimator);
-    if (lists > 3 && hubs[0][1] > HUB_SHARE * lists) {
-      lines.push(`${estimator}: sample ${hubs[0][0]} is among the top proponents of ${hubs[0][1]} of ${lists} queries; it says little about any one of them.`);
-    }
-  }
-  return lines;
-}
-
-function drawOverview() {
-  const parts = [];
-  const lines = warnings();
-  if (lines.length) {
-    parts.push(h("section", { className: "card warnings" }, h("h3", {}, "Read with care"), h("ul", {}, lines.map((line) => h("li", {}, line)))));
-  }
-  if (queries.length) parts.push(summary());
-  if (found.curve) parts.push(curve(found.curve));
-  if (queries.length) parts.push(hubs());
-  at("overview").replaceChildren(...parts);
-}
-
-function summary() {
-  const heads = ["estimator", "list length", "unique fraction", "largest share"];
-  const rows = names().map((name) => {
-    const { length, unique, hubs, lists } = counts(name);
-    const cells = [String(length), unique.toFixed(3), lists ? percent(hubs[0][1] / lists) : "–"];
-    return h("tr", {}, h("th", { scope: "row" }, name), cells.map((cell) => h("td", { className: "number" }, cell)));
-  });
-  return h(
-    "section",
-    { className: "card" },
-    h("h3", {}, "How specific the answers are"),
-    h("div", { className: "scroll" }, h("table", { id: "specificity" },
-      h("thead", {}, h("tr", {}, heads.map((head, i) => h("th", { scope: "col", className: i ? "number" : "" }, head)))),
-      h("tbody", {}, rows))),
-    h("p", { className: "hint" }, "Unique fraction: distinct samples in all top lists over all places in them; 1 when no two queries share one. Largest share: of the lists, those that hold the most frequent sample."),
-  );
-}
-
-function hubs() {
-  const parts = names().map((name) => {
-    const { hubs, lists } = counts(name);
-    const items = hubs.slice(0, HUBS).filter(([, times]) => times > 1).map(([id, times]) =>
-      h("li", {}, h("button", { type: "button", className: "hub", onclick: () => search(`id:${id}`), title: `Show where sample ${id} stands` },
-        picture(samples.get(id).picture, `training sample ${id}`), h("span", {}, `in ${times} of ${lists}`))));
-    return h("div", {}, h("h4", {}, name), items.length ? h("ul", { className: "hubs", ariaLabel: `Hubs under ${name}` }, items) : h("p", { className: "hint" }, "No sample is shared by two lists."));
-  });
-  return h("section", { className: "card", id: "hubs" }, h("h3", {}, "Hubs: samples that influence everything"), h("div", { className: "estimators" }, parts));
-}
-
-function curve({ timestep, mean, deviation }) {
-  const [w, height, left, bottom] = [560, 200, 44, 34];
-  const [low, high] = [Math.min(...timestep), Math.max(...timestep)];
-  const top = Math.max(...mean.map((m, i) => m + deviation[i])) || 1;
-  const x = (t) => left + ((w - left - 10) * (t - low)) / (high - low || 1);
-  const y = (v) => height - bottom - ((height - bottom - 10) * Math.max(0, v)) / top;
-  const line = (values) => values.map((v, i) => `${x(timestep[i]).toFixed(1)},${y(v).toFixed(1)}`);
-  const band = [...line(mean.map((m, i) => m + deviation[i])), ...line(mean.map((m, i) => m - deviation[i])).reverse()];
-  const text = (px, py, anchor, label) => { const t = svg("text", { x: px, y: py, "text-anchor": anchor }); t.textContent = label; return t; };
-  const label = `Mean gradient norm by timestep: ${number(mean[0])} at timestep ${Math.round(low)}, ${number(mean.at(-1))} at timestep ${Math.round(high)}`;
-  return h("figure", { className: "card" },
-    h("h3", {}, "Gradient norm by timestep"),
-    svg("svg", { class: "curve", viewBox: `0 0 ${w} ${height}`, role: "img", "aria-label": label },
-      svg("line", { class: "axis", x1: left, x2: w - 10, y1: y(0), y2: y(0) }),
-      svg("line", { class: "axis", x1: left, x2: left, y1: 10, y2: y(0) }),
-      svg("polygon", { class: "band", points: band.join(" ") }),
-      svg("polyline", { class: "mean", points: line(mean).join(" ") }),
-      text(left - 6, 16, "end", number(top)), text(left - 6, y(0), "end", "0"),
-      text(x(low), height - 18, "start", String(Math.round(low))), text(x(high), height - 18, "end", String(Math.round(high))),
-      text((left + w) / 2, height - 4, "middle", "diffusion timestep")),
-    h("figcaption", {}, "Mean and standard deviation over samples and checkpoints. Where the norm is large, a sample trained at that timestep scores high for every query under TracIn; ReTrac divides the norm out."));
 }
 
 // ---- filters --------------------------------------------------------------------------------------------------------
@@ -271,17 +192,17 @@ function article(query, lists) {
   const lines = new Map();
   const columns = Object.entries(lists).map(([name, sides]) => {
     const every = Object.values(query.lists[name]).flat();
-    const scale = Math.max(...every.map(({ score, error }) => Math.abs(score) + (error || 0))) || 1;
+    const scale = Math.max(0, ...every.map(({ score, error }) => Math.abs(score) + (error || 0))) || 1;
     if (sides.proponents) lines.set(name, h("p", { className: "hint shared", hidden: true }));
     return h("section", {}, h("h3", {}, name), lines.get(name), Object.entries(sides).map(([side, results]) => [
       h("h4", {}, side),
-      results.length ? strip(query, name, side, results, scale) : h("p", { className: "hint" }, "none that match"),
+      results.length ? strip(query, name, side, results, scale) : h("p", { className: "hint" }, query.lists[name][side].length ? "none that match" : `none: no score is ${side === "proponents" ? "positive" : "negative"}`),
     ]));
   });
   if (lines.size) tellShared(query, lines);
   const groups = query.groupColumns || Object.keys(query.groups || {});
   return h("article", { className: "query card", ariaLabel: `Query ${query.id}` },
-    h("figure", { className: "asked" }, picture(query.picture, `query ${query.id}`), h("figcaption", {}, query.label || `query ${query.id}`)),
+    h("figure", { className: "asked" }, picture(query.picture, `query ${query.id}`), h("figcaption", { title: query.id }, query.label || `query ${shortName(query.id)}`)),
     h("div", { className: "estimators" }, columns),
     h("div", { className: "details" }, groups.map((column) => groupDetails(query, column))));
 }
@@ -296,7 +217,7 @@ function strip(query, estimator, side, results, scale) {
       onclick: () => openExplanation(query, estimator, side, result, rank),
     },
     picture(samples.get(result.id).picture, `training sample ${result.id}`),
-    h("span", { className: "name", ariaHidden: "true" }, `#${result.id.split("/").pop()}`),
+    h("span", { className: "name", ariaHidden: "true" }, shortName(result.id)),
     h("span", { className: "score" }, number(result.score)),
     bar(result, scale),
     h("span", { className: "unseen" }, `${error}, rank ${rank}${near ? ", order against the next not resolved" : ""}`));
@@ -431,6 +352,9 @@ function draw() {
 }
 
 function start() {
+  at("filtering").open = !found.live && queries.length > 1 && window.matchMedia("(min-width: 60rem)").matches;
+  for (const name of TABS) at(`tab-${name}`).onclick = () => choose(name);
+  at("tabs").addEventListener("keydown", tabKeys);
   at("more").onclick = () => { shown.pages += 1; drawList(); };
   at("explanation").addEventListener("click", (event) => { if (event.target === event.currentTarget) event.currentTarget.close(); });
   draw();

@@ -13,6 +13,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from retrac_scale.evaluate.originals import Originals
 from retrac_scale.measurement.halves import Repeatability
 from retrac_scale.query.index import Index
 from retrac_scale.query.topk import TopK
@@ -31,6 +32,7 @@ def write_report(
     indexes: Mapping[str, Index] | None = None,
     queries: SketchStore | Mapping[str, SketchStore] | None = None,
     repeatability: Mapping[str, Repeatability | str] | None = None,
+    check: Mapping[str, Originals] | None = None,
 ) -> Path:
     """Write a self-contained page.
 
@@ -47,6 +49,7 @@ def write_report(
         repeatability: {estimator: what `rs.repeatability` found with these queries, or a sentence why it is not told};
             None measures it where that is cheap: under matched pairing, and under cross pairing for small stores, of
             lists of all samples, so that answers under `where=` need it given.
+        check: {estimator: what `rs.evaluate.find_originals` found}, told where it is given.
 
     Raises:
         ValueError: pictures, queries, indexes and repeatability do not belong together; says which.
@@ -56,9 +59,8 @@ def write_report(
         raise ValueError(
             f"the answers are for {sorted(counts)} queries, but {len(pictures.queries)} pictures are given."
         )
-    found = content(
-        answers, pictures, title=title, curve=curve, indexes=indexes, queries=queries, repeatability=repeatability
-    )
+    of_measurement: dict[str, Any] = {"curve": curve, "repeatability": repeatability, "check": check}
+    found = content(answers, pictures, title=title, indexes=indexes, queries=queries, **of_measurement)
     target = Path(path)
     target.write_text(page(title, found), encoding="utf-8")
     return target
@@ -72,7 +74,7 @@ def page(title: str, found: Mapping[str, Any], *scripts: str) -> str:
         found: what it shows, from `content`, or where it asks.
         scripts: further JavaScript, run after the page's own.
     """
-    style, script = _file("page.css"), "\n".join([_file("page.js"), *scripts, "start();"])
+    style, script = _file("page.css"), "\n".join([_file("page.js"), _file("overview.js"), *scripts, "start();"])
     return Template(_file("page.html")).substitute(
         title=html.escape(title),
         style=style,

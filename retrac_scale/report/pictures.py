@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
+from retrac_scale.datasets.base import opaque
+
 SMALL, LARGEST = 64, 160
 Images = npt.NDArray[Any] | Sequence[npt.NDArray[Any]]
 """`[n, h, w(, 3)]`, floats 0 .. 1 or integers 0 .. 255; or as many arrays, read when they are asked for."""
@@ -20,24 +22,26 @@ Images = npt.NDArray[Any] | Sequence[npt.NDArray[Any]]
 class PictureFiles(Sequence[npt.NDArray[Any]]):
     """Image files as arrays `[h, w, 3]`, read when they are asked for."""
 
-    def __init__(self, paths: Sequence[str]) -> None:
-        self.paths = paths
+    def __init__(self, paths: Sequence[str], background: str = "") -> None:
+        self.paths, self.background = paths, background
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, row: Any) -> Any:
         with Image.open(self.paths[row]) as picture:
-            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))  # upright, as the dataset has it
+            upright = ImageOps.exif_transpose(picture)  # upright and opaque, as the dataset has it
+            return np.asarray(opaque(upright, self.background).convert("RGB"))
 
 
-def read_images(file: str | None, ids: npt.NDArray[Any], folder: str = "") -> Images:
+def read_images(file: str | None, ids: npt.NDArray[Any], folder: str = "", background: str = "") -> Images:
     """The images of samples: a .npy file `[n, h, w(, 3)]`, or without one the files that their ids name.
 
     Args:
         file: None for the files that the ids name.
-        ids: of the samples `[n]`.
+        ids: of the samples `[n]`, or what else names their files.
         folder: that the ids are relative to; where it has no such files, they are taken as they are.
+        background: of transparent files, see `datasets.base.opaque`.
 
     Raises:
         ValueError: the ids name no files, or the file is no array of images.
@@ -45,7 +49,7 @@ def read_images(file: str | None, ids: npt.NDArray[Any], folder: str = "") -> Im
     if file is None:
         for base in (folder, "") if ids.dtype.kind == "U" else ():
             if os.path.isfile(os.path.join(base, ids[0])):
-                return PictureFiles([os.path.join(base, name) for name in ids.tolist()])
+                return PictureFiles([os.path.join(base, name) for name in ids.tolist()], background)
         raise ValueError(f"the ids, such as {ids[0]!s}, are no image files; give the pictures in a .npy file.")
     try:
         images = np.lib.format.open_memmap(file, mode="r")

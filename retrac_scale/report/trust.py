@@ -43,10 +43,7 @@ def repeatability_for_page(index: Index, queries: SketchStore, k: int, small: in
             return "not measured, because the store that the index was built from was in memory."
         n, t, width = store.shape
         if n * (t * width * len(store.checkpoints) + SCORES * len(queries.ids)) > small:
-            return (
-                "not measured, because that would take an index for each part of a large store; "
-                f"rs.repeatability(store, queries, rs.{index.estimator}) measures it."
-            )
+            return "not measured, because that would take an index for each part of a large store."
         return repeatability(store, queries, index.estimator, k)
     except ValueError as error:  # measured once, or a part that cannot be indexed: the page says so
         return str(error)

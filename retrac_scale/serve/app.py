@@ -36,7 +36,7 @@ Json = dict[str, Any]
 Stored = Literal["queries", "training"]
 Name = Annotated[str, Field(max_length=4096)]
 Where = Annotated[str, Field(max_length=LONGEST, description="which samples count, such as `year < 2000`")]
-MOST_IDS = 1000
+MOST_IDS, MOST_PICTURES = 1000, 100
 
 
 class Body(BaseModel):
@@ -232,8 +232,13 @@ def create_app(
         source: Stored,
         contains: Annotated[str, Query(max_length=200)] = "",
         count: Annotated[int, Query(ge=1, le=MOST_IDS)] = 100,
+        pictures: Annotated[bool, Query(description="their pictures too, of at most 100")] = False,
     ) -> Json:
-        return {"ids": await asyncio.to_thread(library.ids, source, contains, count)}
+        names = await asyncio.to_thread(library.ids, source, contains, min(count, MOST_PICTURES) if pictures else count)
+        if not pictures:
+            return {"ids": names}
+        asked = [Asked(source, name) for name in names]
+        return {"ids": names, "pictures": await asyncio.to_thread(lambda: list(map(library.query_picture, asked)))}
 
     @app.post("/api/query", summary=Ask.__doc__)
     async def query(ask: Ask) -> Json:
@@ -250,7 +255,7 @@ def create_app(
             raise HTTPException(404, "uploads are not served: the service was started without a model.")
         check(k, [], [])
         content = await file.read()
-        image = await asyncio.to_thread(read_upload, content, library.image_shape, limits)
+        image = await asyncio.to_thread(read_upload, content, library.image_shape, limits, library.background)
         asked = await batcher.run(library.upload, image)
         return await answer([asked], k, where or None, list(library.indexes))
 

@@ -67,6 +67,7 @@ class Library:
         measured: how uploads are sketched: task, checkpoints and, unless as each index's store was, timesteps; its
             dataset is not used.
         kept_uploads: how many uploads are remembered.
+        background: that transparent uploads are put onto, as the training images were.
 
     Raises:
         ValueError: the indexes hold other samples, the queries fit one badly or are not the same for all, or uploads
@@ -81,8 +82,10 @@ class Library:
         queries: SketchStore | Mapping[str, SketchStore] | None = None,
         measured: Samples | None = None,
         kept_uploads: int = 64,
+        background: str = "",
     ) -> None:
         self.indexes, self.pictures, self.measured = dict(indexes), pictures, measured
+        self.background = background
         check_same_samples(self.indexes)
         self.queries = queries_of_indexes(self.indexes, queries)
         first = next(iter(self.indexes.values()))

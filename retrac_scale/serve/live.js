@@ -23,7 +23,7 @@ source.explain = (query, estimator, { id }) => post("/api/explain", { source: qu
 source.groups = (query, column) => post("/api/groups", { source: query.source, id: query.id, column, where: query.where });
 // Asked once for each answer; the lists are on the page by then.
 source.shared = (query) => {
-  const k = Object.values(query.lists)[0].proponents.length;
+  const k = Math.max(1, ...Object.values(query.lists).map((sides) => sides.proponents.length));
   query.shared ??= post("/api/repeatability", { source: query.source, id: query.id, k, where: query.where });
   return query.shared;
 };
@@ -45,78 +45,94 @@ function take({ queries: answered, samples: shownSamples }, where) {
   for (const query of answered) {
     const place = queries.findIndex((one) => one.source === query.source && one.id === query.id);
     if (place >= 0) queries.splice(place, 1);
-    const label = { queries: `query ${query.id}`, training: `training sample ${query.id}`, uploads: "upload" }[query.source];
-    queries.unshift({ ...query, where, groupColumns: about.group_columns, label: query.note ? `${label}, ${query.note}` : label });
+    queries.unshift({ ...query, where, groupColumns: about.group_columns });
   }
+  for (const query of queries) {
+    const label = { queries: `query ${shortName(query.id)}`, training: `training sample ${shortName(query.id)}`, uploads: "upload" }[query.source];
+    query.label = query.note ? `${label}, ${query.note}` : label;
+  }
+  choose("answers");
   draw();
-  at("queries").focus();
 }
+
+const CHOICES = 24;
 
 function drawAsk() {
   const alert = h("p", { role: "alert" });
   const status = h("p", { role: "status", className: "hint" });
   const k = h("input", { type: "number", id: "k", min: 1, max: about.limits.k, value: 10, required: true });
   const where = h("input", { type: "text", id: "where", placeholder: Object.keys(about.columns).length ? `${Object.keys(about.columns)[0]} == …` : "id < 100", maxLength: 2000 });
-  const from = h("select", { id: "source" }, about.sources.map((name) => h("option", { value: name }, { queries: "stored queries", training: "training samples" }[name])));
-  const choices = h("datalist", { id: "ids" });
-  const id = h("input", { type: "text", id: "id", required: true });
-  id.setAttribute("list", "ids");
+  const from = h("select", { id: "source", ariaLabel: "Ask about" }, about.sources.map((name) => h("option", { value: name }, { queries: "stored queries", training: "training samples" }[name])));
+  const choices = h("ul", { id: "choices", ariaLabel: "Pictures to ask about" });
+  const contains = h("input", { type: "search", id: "part", placeholder: "part of a name", ariaLabel: "part of a name" });
   const file = h("input", { type: "file", id: "file", accept: "image/png,image/jpeg,image/webp,image/bmp", required: true });
 
+  // The lists of a question, wherever it comes from; false when it was refused.
+  async function answering(ask, button) {
+    alert.textContent = "";
+    status.textContent = "Asking …";
+    button.disabled = true;
+    try {
+      take(await ask(), where.value || null);
+      return true;
+    } catch (error) {
+      alert.textContent = error.message;
+      return false;
+    } finally {
+      status.textContent = "";
+      button.disabled = false;
+    }
+  }
+  const ask = (button) => answering(() => post("/api/query", { source: from.value, ids: [button.value], k: Number(k.value), where: where.value || null }), button);
+
+  async function pick(event) {
+    const button = event.currentTarget;
+    if (!(await ask(button))) return;
+    for (const other of choices.querySelectorAll("button")) other.setAttribute("aria-pressed", String(other === button));
+  }
   async function suggest() {
     try {
-      const { ids } = await call(`/api/ids?${new URLSearchParams({ source: from.value, contains: id.value, count: 50 })}`);
-      choices.replaceChildren(...ids.map((value) => h("option", { value })));
-      if (!id.value && ids.length) id.placeholder = `such as ${ids[0]}`;
+      const { ids, pictures } = await call(`/api/ids?${new URLSearchParams({ source: from.value, contains: contains.value, count: CHOICES, pictures: true })}`);
+      const short = shortNames(ids);
+      choices.replaceChildren(...ids.map((value, place) => h("li", {}, h("button", { type: "button", value, title: value, onclick: pick, ariaPressed: "false" },
+        picture(pictures[place], value), h("span", {}, short.get(value))))));
     } catch (error) {
       alert.textContent = error.message;
     }
   }
   let timer = 0;
-  id.oninput = () => { clearTimeout(timer); timer = setTimeout(suggest, 200); };
-  from.onchange = () => { id.value = ""; suggest(); };
+  contains.oninput = () => { clearTimeout(timer); timer = setTimeout(suggest, 200); };
+  from.onchange = () => { contains.value = ""; suggest(); };
 
-  const answering = (ask) => async (event) => {
-    event.preventDefault();
-    alert.textContent = "";
-    status.textContent = "Asking …";
-    const button = event.target.querySelector("button");
-    button.disabled = true;
-    try {
-      take(await ask(), where.value || null);
-    } catch (error) {
-      alert.textContent = error.message;
-    } finally {
-      status.textContent = "";
-      button.disabled = false;
-    }
-  };
-  const forms = [];
+  const parts = [];
   if (about.sources.length) {
-    forms.push(h("form", { id: "pick", onsubmit: answering(() => post("/api/query", { source: from.value, ids: [id.value], k: Number(k.value), where: where.value || null })) },
-      h("label", {}, "Ask about", from), h("label", {}, "id", id), choices, h("button", {}, "Ask")));
+    parts.push(h("form", { id: "pick", onsubmit: (event) => event.preventDefault() }, from, contains), choices);
   }
+  const further = [h("form", { onsubmit: (event) => event.preventDefault() }, h("label", {}, "results per side", k), h("label", {}, "only samples where", where))];
   if (about.uploads) {
-    forms.push(h("form", { id: "upload", onsubmit: answering(() => {
-      if (file.files[0].size > about.limits.upload_bytes) throw new Error(`The file is larger than ${about.limits.upload_bytes} bytes.`);
-      const body = new FormData();
-      body.append("file", file.files[0]);
-      body.append("k", k.value);
-      if (where.value) body.append("where", where.value);
-      return call("/api/upload", { method: "POST", body });
-    }) }, h("label", {}, "or about an image of your own", file), h("button", {}, "Upload and ask")));
+    further.push(h("form", { id: "upload", onsubmit: (event) => {
+      event.preventDefault();
+      answering(() => {
+        if (file.files[0].size > about.limits.upload_bytes) throw new Error(`The file is larger than ${about.limits.upload_bytes} bytes.`);
+        const body = new FormData();
+        body.append("file", file.files[0]);
+        body.append("k", k.value);
+        if (where.value) body.append("where", where.value);
+        return call("/api/upload", { method: "POST", body });
+      }, event.target.querySelector("button"));
+    } }, h("label", {}, "an image of your own", file), h("button", {}, "Upload and ask")));
   }
-  at("ask").replaceChildren(h("h2", { id: "ask-title" }, "Ask"), ...forms,
-    h("form", { onsubmit: (event) => event.preventDefault() }, h("label", {}, "results per side", k), h("label", {}, "only samples where", where)), status, alert);
+  parts.push(h("details", { id: "further", open: !about.sources.length }, h("summary", {}, about.uploads ? "an image of your own, more options" : "more options"), further));
+  at("ask").replaceChildren(...parts, status, alert);
   at("ask").className = "card";
   at("ask").hidden = false;
-  if (about.sources.length) suggest();
+  return about.sources.length ? suggest().then(() => choices.querySelector("button")?.click()) : null;
 }
 
 function drawToken() {
   const field = h("input", { type: "password", id: "token", required: true, autocomplete: "off" });
   const alert = h("p", { role: "alert" });
-  at("ask").replaceChildren(h("h2", { id: "ask-title" }, "This service asks for a token"), h("form", { onsubmit: async (event) => {
+  at("ask").replaceChildren(h("h2", {}, "This service asks for a token"), h("form", { onsubmit: async (event) => {
     event.preventDefault();
     call.token = field.value;
     try { await begin(); } catch (error) { alert.textContent = error.message; }
@@ -130,8 +146,8 @@ async function begin() {
   if (call.token) sessionStorage.setItem("token", call.token);
   history.replaceState(null, "", location.pathname);
   found.curve = about.curve;
-  drawAsk();
   draw();
+  await drawAsk(); // opens with the first picture
   tellTrust();
 }
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from retrac_scale.datasets.base import check_depth, middle_square
+from retrac_scale.datasets.base import check_depth, is_transparent, middle_square, opaque
 from retrac_scale.serve.limits import Limits
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
@@ -54,13 +54,14 @@ class _One:
         return torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
-def read_upload(content: bytes, shape: tuple[int, int, int], limits: Limits) -> Upload:
+def read_upload(content: bytes, shape: tuple[int, int, int], limits: Limits, background: str = "") -> Upload:
     """Decode an image and bring it to the model's size.
 
     Args:
         content: the file.
         shape: (channels, height, width) that the model takes.
         limits: its size is checked before anything is decoded.
+        background: that a transparent image is put onto, see `datasets.base.opaque`.
 
     Raises:
         ValueError: it is no image of a known format, damaged, or too large; says which.
@@ -77,7 +78,9 @@ def read_upload(content: bytes, shape: tuple[int, int, int], limits: Limits) -> 
             if max(size) > MOST_ASPECT * min(size):
                 raise ValueError(f"{has}; one side may be {MOST_ASPECT} times the other.")
             check_depth(image)
-            upright = ImageOps.exif_transpose(image.convert("L" if channels == 1 else "RGB"))
+            transparent = is_transparent(image)
+            upright = ImageOps.exif_transpose(opaque(image, background).convert("L" if channels == 1 else "RGB"))
+            size = upright.size
             square = height == width  # as the datasets do it; they know no other shape
             fitted = middle_square(upright, width) if square else ImageOps.fit(upright, (width, height))
     except ValueError as error:
@@ -88,5 +91,14 @@ def read_upload(content: bytes, shape: tuple[int, int, int], limits: Limits) -> 
         raise ValueError(f"the file is no image; {known} are read.") from None
     except Exception as error:  # whatever a damaged file makes a decoder raise
         raise ValueError(f"the image is damaged or too large: {error}") from error
-    note = "" if size == (width, height) else f"cropped and resized from {size[0]} x {size[1]} to {width} x {height}"
-    return Upload(hashlib.blake2b(content, digest_size=8).hexdigest(), np.asarray(fitted), note)
+    notes = [_fitting(size, (width, height))] if size != (width, height) else []
+    if transparent:
+        notes.append(f"put onto {background}" if background else "its transparency dropped")
+    return Upload(hashlib.blake2b(content, digest_size=8).hexdigest(), np.asarray(fitted), ", ".join(notes))
+
+
+def _fitting(size: tuple[int, int], wanted: tuple[int, int]) -> str:
+    """What was done to an image of another size."""
+    alike = size[0] * wanted[1] == size[1] * wanted[0]
+    how = "resized" if alike else "cropped" if min(size) == min(wanted) else "cropped and resized"
+    return f"{how} from {size[0]} x {size[1]} to {wanted[0]} x {wanted[1]}"

@@ -44,14 +44,15 @@ def fill(
     sketcher: GradientSketcher,
     client: Client | None,
     resources: Mapping[str, float] | None,
-    progress: bool,
+    progress: bool | str,
 ) -> None:
     """Compute what parts lack, those over the same samples together."""
     together: dict[str, list[SketchStore]] = {}
     for store in parts:
         together.setdefault(store.only_part.same_samples, []).append(store)
     rows = {sample: row for row, sample in enumerate(job.ids.tolist())}
-    with tqdm(total=0, unit="pair", desc="sketch", disable=not progress) as bar:
+    name = progress if isinstance(progress, str) else "sketch"
+    with tqdm(total=0, unit="pair", desc=name, disable=not progress) as bar:
         for stores in together.values():
             ids, todo = stores[0].ids, _missing(stores)
             chosen = [rows[sample] for sample in ids.tolist()]

@@ -46,7 +46,7 @@ class Request:
     check_all: bool = False
     layout: Layout | None = None
     client: Client | None = None
-    progress: bool = True
+    progress: bool | str = True
 
     def projection_of(self, timesteps: int) -> Projection:
         """The projection, or the default for so many timesteps of a sample."""

@@ -14,6 +14,7 @@ import pytest
 
 import retrac_scale as rs
 from retrac_scale.cli import main
+from retrac_scale.query.table import in_full
 
 
 @pytest.fixture
@@ -29,7 +30,22 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "verb", ["", "demo", "init", "sketch", "index", "info", "verify", "plan", "query", "report", "serve", "completion"]
+    "verb",
+    [
+        "",
+        "demo",
+        "init",
+        "sketch",
+        "check",
+        "index",
+        "info",
+        "verify",
+        "plan",
+        "query",
+        "report",
+        "serve",
+        "completion",
+    ],
 )
 def test_help_teaches_by_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
@@ -54,11 +70,14 @@ def test_query_prints_a_table_or_json(folder: Path, capsys: pytest.CaptureFixtur
     expected = rs.open_index(folder / "retrac.zarr").query(rs.open_store(folder / "q.zarr"), 3)
     arguments = ["query", str(folder / "retrac.zarr"), str(folder / "q.zarr"), "-k", "3"]
     assert main(arguments) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["query", "rank", "id", "score", "side"]
-    assert [int(line.split()[2]) for line in lines[1:]] == expected.ids.ravel().tolist()
+    told = capsys.readouterr().out
+    assert told.startswith("ReTrac: proponents among 6 samples\n\nquery 0\n")
+    rows = [line.split() for line in told.splitlines() if line.startswith("   ")]
+    positive = expected.scores > 0
+    assert [int(row[1]) for row in rows] == expected.ids[positive].tolist()
+    np.testing.assert_allclose([float(row[2]) for row in rows], expected.scores[positive], rtol=1e-3)
     assert main([*arguments, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["results"][0]["ids"] == expected.ids[0].tolist()
+    assert json.loads(capsys.readouterr().out)["results"][0]["ids"] == expected.ids[0][positive[0]].tolist()
 
 
 @pytest.mark.parametrize("name", ["samples", "timesteps", "checkpoints", "dim"])
@@ -88,7 +107,17 @@ def test_verify_names_what_is_wrong_with_an_index(
 
 def test_an_id_that_is_no_number_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["query", str(folder / "retrac.zarr"), "--ids", "3", "three"]) == 1
-    assert "--ids three: the samples' ids are whole numbers" in capsys.readouterr().err
+    assert "there is no sample three: such as 0; give an id" in capsys.readouterr().err
+
+
+def test_ids_are_known_by_any_short_form_that_is_none_of_two() -> None:
+    ids = ["images/google/pear.png", "images/apple/pear.png", "images/apple/plum.png", "images/apple/plum"]
+    assert in_full(["google/pear.png", "apple/pear", "plum.png", ids[3]], ids) == [ids[0], ids[1], ids[2], ids[3]]
+    with pytest.raises(ValueError, match=r"2 samples are called pear: images/google/pear.png, images/apple/pear.png"):
+        in_full(["pear"], ids)
+    with pytest.raises(ValueError, match=r"there is no sample lum.png: such as images/google/pear.png"):
+        in_full(["lum.png"], ids)
+    assert in_full(["3"], [1, 3]) == [3]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +139,7 @@ def test_files_that_hold_no_pictures_are_told(
 
 def test_info_describes_stores_and_indexes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", str(folder / "s.zarr")]) == 0
-    assert "6 samples x 1 timesteps x 8 entries, int8" in capsys.readouterr().out
+    assert "6 samples at 1 timesteps, 8 entries of int8 each" in capsys.readouterr().out
     assert main(["info", str(folder / "retrac.zarr")]) == 0
     assert "index of ReTrac" in capsys.readouterr().out
 

@@ -201,7 +201,7 @@ def test_groups_equal_brute_force(reduce: Any, side: Any) -> None:
     np.testing.assert_array_equal(answer.ids, expected_order(expected, artists, 5))
     np.testing.assert_allclose(sign * answer.scores, -np.sort(-expected, axis=1)[:, :5], atol=1e-6)
     np.testing.assert_array_equal(index.query(queries, 5, group_by=COLUMNS["artist"], **options).ids, answer.ids)
-    assert list(answer.to_frame().columns) == ["query", "rank", "id", "score", "side"]
+    assert list(answer.to_frame().columns) == ["id", "score", "rank", "query", "side"]
 
 
 def test_groups_without_samples_are_left_out_and_wrong_groups_named() -> None:
@@ -456,10 +456,10 @@ def test_answers_become_tables_and_json() -> None:
     store, queries, *_ = pair_of_stores(3, 20, 1)
     answer = rs.build_index(store, rs.TracIn(), None).query(queries, 2)
     frame = answer.to_frame()
-    assert list(frame.columns) == ["query", "rank", "id", "score", "side"]
+    assert list(frame.columns) == ["id", "score", "rank", "query", "side"]
     store, queries, *_ = pair_of_stores(3, 20, 2)
     matched = rs.build_index(store, rs.TracIn("matched"), None).query(queries, 2).to_frame()
-    assert list(matched.columns) == ["query", "rank", "id", "score", "error", "resolved", "side"]
+    assert list(matched.columns) == ["id", "score", "rank", "query", "side", "error", "resolved"]
     assert frame["id"].tolist() == answer.ids.ravel().tolist()
     parsed = json.loads(answer.to_json())
     assert parsed["estimator"]["kind"] == "TracIn"
@@ -467,6 +467,30 @@ def test_answers_become_tables_and_json() -> None:
     table = answer.to_arrow()
     assert table.column("score").to_pylist() == answer.scores.ravel().tolist()
     assert json.loads(table.schema.metadata[b"estimator"])["kind"] == "TracIn"
+
+
+def test_lists_end_at_zero_where_they_are_shown() -> None:
+    scores = np.array([[0.5, 0.2, -0.3, -0.1], [0.5, -0.2, 0.3, 0.0]])
+    ids = np.array([["a/1.png", "a/2.png", "a/3.png", "a/4.png"]] * 2)
+    both = rs.TopK(ids, scores, np.array(["p", "q"]), "both", errors=np.abs(scores) / 2, resolved=scores > 0.3)
+    assert both.listed.tolist() == [[True, True, True, True], [True, False, False, False]]
+    assert both.to_frame()[["query", "side", "id"]].to_numpy().tolist() == [
+        ["p", "proponents", "a/1.png"],
+        ["p", "proponents", "a/2.png"],
+        ["p", "opponents", "a/3.png"],
+        ["p", "opponents", "a/4.png"],
+        ["q", "proponents", "a/1.png"],
+    ]
+    assert [len(one["scores"]) for one in json.loads(both.to_json())["results"]] == [4, 1]
+    told = str(both)
+    assert told.count("no opponents: no score is negative") == 1
+    assert [line.split() for line in told.splitlines()[2:4]] == [
+        ["1", "a/1.png", "0.5", "±", "0.25"],
+        ["2", "a/2.png", "0.2", "±", "0.1", "~"],
+    ]
+    assert told.count("order is not resolved") == 1
+    frame = repr(rs.TopK(ids, scores, np.array(["a" * 40] * 2), "both", errors=scores, resolved=scores > 0).to_frame())
+    assert "a/1.png    0.5" in frame  # however wide the rest
 
 
 @pytest.mark.parametrize(

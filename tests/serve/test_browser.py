@@ -92,13 +92,15 @@ def test_a_file_shows_every_result_with_its_picture_and_score(page: Any, file: s
     expected = []
     answers = answered(library)
     for query in range(QUERIES):
-        expected += [str(sample) for answer in answers.values() for sample in answer.ids[query]]
+        expected += [str(x) for answer in answers.values() for x in answer.ids[query][answer.listed[query]]]
     assert shown(page) == expected
     page.wait_for_function("[...document.images].slice(0, 20).every(i => i.complete && i.naturalWidth > 0)")
     assert page.locator("h1").inner_text() == HOSTILE
+    page.get_by_role("tab", name="Hubs and norms").click()
     table = page.locator("#specificity tbody tr").evaluate_all("rows => rows.map(r => r.innerText.split('\\t'))")
     for row, (name, answer) in zip(table, answers.items(), strict=True):
         proponents = answer.ids[:, :K]
+        assert answer.listed[:, :K].all()
         share = f"{100 * largest_share(proponents):.0f} %"
         assert row == [name, str(K), f"{unique_fraction(proponents):.3f}", share]
     assert page.locator("svg.curve").get_attribute("aria-label").startswith("Mean gradient norm by timestep")
@@ -107,7 +109,11 @@ def test_a_file_shows_every_result_with_its_picture_and_score(page: Any, file: s
 
 def test_a_file_leads_with_how_far_its_lists_would_come_again(page: Any, file: str, library: Library) -> None:
     page.goto(file)
-    card = page.get_by_role("region", name="How far to trust these lists")
+    verdict = page.locator("#verdict p").first.inner_text()
+    assert verdict.startswith(f"Measured again, of {K} names would come again: TracIn ")
+    page.get_by_role("tab", name="How far to trust them").click()
+    assert not page.locator("#answers").is_visible()
+    card = page.get_by_role("tabpanel", name="How far to trust them")
     lines = card.get_by_role("listitem").all_inner_texts()
     for line, (name, index) in zip(lines, library.indexes.items(), strict=True):
         store = index.check_store()
@@ -132,15 +138,56 @@ def test_estimators_that_cannot_tell_show_neither_whiskers_nor_doubt(page: Any, 
         section = first.locator("section").nth(place)
         assert section.locator("h3").inner_text() == name
         assert (section.locator(".bar .error").count() > 0) == (name == "ReTracRidge")
-    doubts = [line for line in page.locator(".warnings li").all_inner_texts() if "≈" in line]
+    doubts = [line for line in page.locator(".warnings li").all_text_contents() if "≈" in line]
     assert [line.split(":")[0] for line in doubts] == ["ReTracRidge"]
 
 
 def test_a_page_that_knows_nothing_of_it_has_no_such_card(page: Any, folder: Path, library: Library) -> None:
     out = write_report(folder / "plain.html", answered(library), library.pictures)
     page.goto(out.as_uri())
-    assert not page.locator("#trust").is_visible()
+    assert page.get_by_role("tab").all_inner_texts() == ["Queries", "Hubs and norms"]
     assert page.locator(".shared:visible").count() == 0
+
+
+@pytest.mark.parametrize("width", [420, 1280, 1920])
+def test_the_first_querys_proponents_are_inside_the_first_screen(
+    page: Any, file: str, service: str, width: int
+) -> None:
+    page.set_viewport_size({"width": width, "height": 800})
+    for address in (file, service):
+        page.goto(address)
+        page.locator(".result").first.wait_for()
+        page.locator("#verdict p").first.wait_for()  # of the service it comes later
+        box = page.locator(".strip.proponents").first.bounding_box()
+        assert box["y"] + box["height"] <= 800, (address, box)
+
+
+def test_tabs_are_reached_by_arrows_and_a_hub_leads_back(page: Any, file: str) -> None:
+    page.goto(file)
+    page.get_by_role("tab", name="Queries").focus()
+    page.keyboard.press("End")
+    assert page.evaluate("document.activeElement.id") == "tab-overview"
+    assert page.locator("#overview").is_visible()
+    page.locator(".hub").first.click()
+    assert page.locator("#answers").is_visible()
+
+
+def test_captions_keep_what_tells_two_pictures_apart(page: Any, folder: Path) -> None:
+    names = [f"images/{maker}/{what}.png" for maker in ("apple", "google") for what in ("pear", "plum", maker)]
+    names += [f"images/google/{'long' * 9}-{last}.png" for last in "ab"]
+    rng = np.random.default_rng(0)
+    index = rs.build_index(rs.write_store(None, {"c": rng.standard_normal((8, 1, 16))}, ids=names), rs.TracIn(), None)
+    queries = rs.write_store(None, {"c": rng.standard_normal((1, 1, 16))})
+    pictures = Pictures(rng.random((8, 8, 8)), index.ids, rng.random((1, 8, 8)))
+    out = write_report(folder / "named.html", {"TracIn": index.query(queries, 8, side="both")}, pictures)
+    page.goto(out.as_uri())
+    told = dict(zip(shown(page), page.locator(".result .name").all_inner_texts(), strict=True))
+    assert len(set(told.values())) == len(told)
+    for name, caption in told.items():
+        assert name.removesuffix(".png").endswith(caption.removeprefix("…"))
+    assert told["images/apple/apple.png"] == "apple"
+    assert told["images/google/pear.png"] == "google/pear"
+    assert {told[name][-2:] for name in names[-2:]} == {"-a", "-b"}
 
 
 def test_search_and_filters_leave_what_matches(page: Any, file: str, library: Library) -> None:
@@ -195,6 +242,7 @@ def test_an_explanation_adds_up_to_its_score(page: Any, file: str) -> None:
 
 def test_a_hub_leads_to_the_lists_that_hold_it(page: Any, file: str) -> None:
     page.goto(file)
+    page.get_by_role("tab", name="Hubs and norms").click()
     hub = page.locator(".hub").first
     sample = hub.locator("img").get_attribute("alt").removeprefix("training sample ")
     hub.click()
@@ -215,6 +263,16 @@ def test_nothing_sticks_out_of_the_window(page: Any, file: str, width: int) -> N
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.locator(".result").first.click()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    close = page.get_by_role("button", name="Close").bounding_box()
+    assert close["height"] < 45  # one line
+    page.keyboard.press("Escape")
+    for tab in page.get_by_role("tab").all():
+        tab.click()
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        letters = (
+            "x => x.filter(i => i.innerText.length > 2 && i.clientWidth && i.clientWidth < 20).map(i => i.innerText)"
+        )
+        assert page.locator("td, th").evaluate_all(letters) == []
 
 
 def test_dark_and_light_text_is_readable(browser: Any, file: str) -> None:
@@ -222,7 +280,16 @@ def test_dark_and_light_text_is_readable(browser: Any, file: str) -> None:
     for scheme in ("light", "dark"):
         page = browser.new_page(color_scheme=scheme)
         page.goto(file)
-        for selector in ("h1", "#trust li", "#halves td", "#count", ".result .name", ".hint", ".warnings li"):
+        for selector in (
+            "h1",
+            "#verdict p",
+            "#trust li",
+            "#halves td",
+            "#count",
+            ".result .name",
+            ".hint",
+            ".warnings li",
+        ):
             ink, ground = page.locator(selector).first.evaluate(
                 """x => { const ink = getComputedStyle(x).color; let y = x;
                 while (getComputedStyle(y).backgroundColor === 'rgba(0, 0, 0, 0)') y = y.parentElement;
@@ -255,25 +322,34 @@ def test_of_a_thousand_results_the_first_lists_are_drawn_and_the_others_on_deman
 
 def test_the_service_answers_an_id_and_explains_it(page: Any, service: str, library: Library) -> None:
     page.goto(service)
+    opened = page.get_by_role("article")
+    opened.wait_for()
+    assert opened.get_attribute("aria-label") == "Query 0"  # the first stored one, without a word
+    choices = page.get_by_label("Pictures to ask about").get_by_role("button")
+    assert choices.all_inner_texts() == [str(number) for number in range(QUERIES)]
+    assert not page.locator("#specificity").is_visible()
+    page.get_by_text("more options").click()
     page.get_by_label("results per side").fill("3")
     page.get_by_label("only samples where").fill("artist == 'Anna'")
-    page.get_by_label("id", exact=True).fill("2")
-    page.get_by_role("button", name="Ask", exact=True).click()
-    page.locator(".result").first.wait_for()
-    lists = [
-        index.query(rs.take(library.queries[name], [2]), 3, side="both", where="artist == 'Anna'").ids[0]
+    choices.nth(2).click()
+    page.get_by_role("article", name="Query 2").wait_for()
+    first = page.get_by_role("article").first
+    answers = [
+        index.query(rs.take(library.queries[name], [2]), 3, side="both", where="artist == 'Anna'")
         for name, index in library.indexes.items()
     ]
-    assert shown(page) == [str(sample) for ids in lists for sample in ids]
-    told = page.get_by_role("region", name="How far to trust these lists")
+    assert shown(first) == [str(sample) for answer in answers for sample in answer.ids[answer.listed]]
+    page.get_by_role("tab", name="How far to trust them").click()
+    told = page.get_by_role("tabpanel", name="How far to trust them")
     told.get_by_text("of the 10 names would come again").first.wait_for()
     assert told.get_by_role("listitem").count() == len(library.indexes)
-    page.locator(".shared:visible").wait_for()
+    page.get_by_role("tab", name="Queries").click()
+    first.locator(".shared:visible").wait_for()
     index = library.indexes["ReTracRidge"]
     one = index.query_rows(rs.take(library.queries["ReTracRidge"], [2]))
     share = repeatability_of_rows(index, one, np.array(["2"]), 3, where="artist == 'Anna'").by_query[0]
     expected = f"Two halves of the measurements share {np.floor(3 * share + 0.5):.0f} of the 3 proponents."
-    assert page.locator(".shared:visible").all_inner_texts() == [expected]
+    assert first.locator(".shared:visible").all_inner_texts() == [expected]
     page.locator(".result").first.click()
     page.get_by_role("dialog").get_by_text("By timestep of the query").wait_for()
     page.get_by_role("button", name="Close").click()
@@ -285,19 +361,21 @@ def test_the_service_answers_an_id_and_explains_it(page: Any, service: str, libr
 def test_the_service_takes_an_upload_and_refuses_a_bad_one(page: Any, service: str, tmp_path: Path) -> None:
     page.allowed = ["422"]  # Chromium tells of refused requests
     page.goto(service)
+    page.get_by_role("article", name="Query 0").wait_for()
+    page.get_by_text("more options").click()
     pixels = np.random.default_rng(3).integers(0, 255, (12, 12), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "own.png")
     (tmp_path / "bad.png").write_bytes(b"\x80\x04\x95 this is a pickle")
     page.locator("#file").set_input_files(str(tmp_path / "own.png"))
     page.get_by_role("button", name="Upload and ask").click()
-    page.locator(".result").first.wait_for()
-    assert page.locator(".asked figcaption").inner_text() == "upload, cropped and resized from 12 x 12 to 8 x 8"
+    page.get_by_text("upload, ").wait_for()
+    assert page.locator(".asked figcaption").first.inner_text() == "upload, resized from 12 x 12 to 8 x 8"
     page.locator("#file").set_input_files(str(tmp_path / "bad.png"))
     page.get_by_role("button", name="Upload and ask").click()
     page.get_by_text("the file is no image").wait_for()
-    page.get_by_label("id", exact=True).fill("99")
-    page.get_by_role("button", name="Ask", exact=True).click()
-    page.get_by_text("there is no '99' among the queries").wait_for()
+    page.get_by_label("only samples where").fill("artist ==")
+    page.get_by_label("Pictures to ask about").get_by_role("button").nth(1).click()
+    page.get_by_text("is no expression").wait_for()
 
 
 def test_the_service_asks_for_its_token(page: Any, service: str) -> None:
@@ -308,5 +386,7 @@ def test_the_service_asks_for_its_token(page: Any, service: str) -> None:
     page.get_by_role("alert").get_by_text("send the token").wait_for()
     page.locator("#token").fill("t")
     page.get_by_role("button", name="Enter").click()
-    page.get_by_label("id", exact=True).wait_for()
-    assert page.locator("#ids option").first.get_attribute("value") == "0"
+    page.get_by_role("article", name="Query 0").wait_for()
+    page.get_by_label("part of a name").fill("3")
+    page.locator("#choices li:only-child button").wait_for()
+    assert page.locator("#choices button").get_attribute("value") == "3"
