@@ -53,7 +53,8 @@ class Layers(nn.Module):
         x = self.root(self.norm(self.linear(self.table(words)))).mT
         x = self.groups(self.longer(self.line(x))).unflatten(2, (4, 4))
         x = self.deeper(self.space(self.plane(x)[:, :, None]))[:, :, 0]
-        return self.up(x).flatten(1).square().sum(1)
+        value: torch.Tensor = self.up(x).flatten(1).square().sum(1)
+        return value
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS, ids=str)
