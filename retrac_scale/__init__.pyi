@@ -3,7 +3,7 @@
 from . import datasets, evaluate, gradients, projections, report
 from .api.index import build_index
 from .api.sketch import sketch
-from .estimators import DAS, DTRAK, TRAK, GradCos, GradDot, RelatIF, RenormIF, ReTrac, ReTracRidge, TracIn
+from .estimators import DAS, DTRAK, TRAK, Estimator, GradCos, GradDot, RelatIF, RenormIF, ReTrac, ReTracRidge, TracIn
 from .estimators.self_influence import self_influence
 from .index.reader import StaleIndexError
 from .measurement.halves import MeasuredOnceError, Repeatability
@@ -45,6 +45,7 @@ __all__ = [
     "Dense",
     "DiffusionTask",
     "EncodedDataset",
+    "Estimator",
     "EvenlySpaced",
     "Explanation",
     "Explicit",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
@@ -12,6 +11,7 @@ import numpy.typing as npt
 
 from retrac_scale.arrays import Float32
 from retrac_scale.estimators.ridge import Damping, Ridge
+from retrac_scale.runtime import kinds
 from retrac_scale.store import SketchStore
 
 Pairing = Literal["cross", "matched"]
@@ -24,8 +24,9 @@ class Estimator(ABC):
     lowers the loss of q more. Most estimators treat both sides alike; one with a `damping` preconditions the training
     rows with a ridge over all of them, one for each part of a row, which is solved when an index is built.
 
-    A subclass says what one pair contributes, in `needs` what it takes from the training store beyond sketches and
-    norms, and in `measures` which measured functions it is defined for (none: any).
+    A subclass is a frozen dataclass, known to indexes by its name. It says what one pair contributes, in `needs` what
+    it takes from the training store beyond sketches and norms, and in `measures` which measured functions it is defined
+    for (none: any).
     """
 
     kinds: ClassVar[dict[str, type[Estimator]]] = {}
@@ -37,7 +38,7 @@ class Estimator(ABC):
 
     def __init_subclass__(cls, named: bool = True) -> None:
         if named:
-            Estimator.kinds[cls.__name__] = cls
+            kinds.enter(Estimator.kinds, cls, "an estimator")
 
     @abstractmethod
     def vectors(self, sketches: Float32, norms: Float32) -> Float32:
@@ -103,7 +104,7 @@ class Estimator(ABC):
 
     def spec(self) -> dict[str, Any]:
         """JSON description; `estimator_from_spec` reverses it."""
-        return {"kind": type(self).__name__, **asdict(self)}  # type: ignore[call-overload]
+        return kinds.described(self)
 
     def _check_pairing(self) -> None:
         if self.pairing not in get_args(Pairing):
@@ -111,8 +112,13 @@ class Estimator(ABC):
 
 
 def estimator_from_spec(spec: Mapping[str, Any]) -> Estimator:
-    """The estimator that an index was built with."""
-    return Estimator.kinds[spec["kind"]](**{key: value for key, value in spec.items() if key != "kind"})
+    """The estimator that an index was built with.
+
+    Raises:
+        ValueError: its class is not known in this process.
+    """
+    kind = kinds.find(Estimator.kinds, spec["kind"], "an estimator")
+    return kind(**{key: value for key, value in spec.items() if key != "kind"})
 
 
 def common_timesteps(store: SketchStore) -> list[int] | None:

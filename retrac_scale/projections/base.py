@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from retrac_scale.runtime import kinds
+
 Shapes = Mapping[str, tuple[int, ...]]
+
+GIVEN = "given"
+"""The kind that a store names whose sketches were made elsewhere."""
 
 
 class Projector(ABC):
@@ -59,14 +63,14 @@ def inputs_last(gradient: Tensor) -> Tensor:
 
 
 class Projection(ABC):
-    """Describes a projection; frozen, comparable, and written into the store's fingerprint."""
+    """Describes a projection; a frozen dataclass, known by its name in the fingerprints of stores."""
 
     kinds: ClassVar[dict[str, type[Projection]]] = {}
     revision: ClassVar[int] = 1
     """Raised when the same arguments come to stand for other numbers, which never meet those of before."""
 
     def __init_subclass__(cls) -> None:
-        Projection.kinds[cls.__name__] = cls
+        kinds.enter(Projection.kinds, cls, "a projection")
 
     @abstractmethod
     def bind(self, shapes: Shapes, mixable: Mapping[str, int], device: torch.device) -> Projector:
@@ -81,18 +85,22 @@ class Projection(ABC):
     def spec(self) -> dict[str, Any]:
         """JSON description; `from_spec` reverses it."""
         revision = {"revision": self.revision} if self.revision > 1 else {}
-        return {"kind": type(self).__name__, **asdict(self), **revision}  # type: ignore[call-overload]
+        return {**kinds.described(self), **revision}
 
 
 def from_spec(spec: Mapping[str, Any]) -> Projection:
-    """The projection that a store's fingerprint describes."""
+    """The projection that a store's fingerprint describes.
+
+    Raises:
+        ValueError: its class is not known in this process, or makes other numbers by now.
+    """
     arguments = {key: value for key, value in spec.items() if key not in ("kind", "revision")}
-    if spec.get("kind") not in Projection.kinds:
+    if spec.get("kind") == GIVEN:
         raise ValueError(
-            f"the store's sketches come from a projection of kind {spec.get('kind')!r}, which cannot be rebuilt here; "
-            "sketch the queries where the store was made and pass them as a store."
+            "the store's sketches were given to write_store, by a projection that cannot be rebuilt here; sketch the "
+            "queries where the store was made and pass them as a store."
         )
-    kind = Projection.kinds[spec["kind"]]
+    kind = kinds.find(Projection.kinds, spec.get("kind"), "a projection")
     if (revision := spec.get("revision", 1)) != kind.revision:
         raise ValueError(
             f"the store's sketches are of revision {revision} of {kind.__name__}, this release makes revision "
