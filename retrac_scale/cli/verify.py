@@ -37,7 +37,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
 
 
 def _is_index(url: Any) -> bool:
-    from retrac_scale.store.reader import open_root
+    from retrac_scale.store.opening import open_root
 
     try:
         open_root(url, "index")

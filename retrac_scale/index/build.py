@@ -24,8 +24,8 @@ from retrac_scale.runtime.tasks import Task
 from retrac_scale.store import IncompleteStoreError, SketchStore, objects, open_store
 from retrac_scale.store.compatibility import COMPARED
 from retrac_scale.store.encoding import encode
+from retrac_scale.store.opening import open_root
 from retrac_scale.store.part import ROOT, group_json, plans_of
-from retrac_scale.store.reader import open_root
 from retrac_scale.store.schema import (
     ATTRIBUTE,
     FORMAT_VERSION,

@@ -21,8 +21,8 @@ from retrac_scale.index.scan import Chunk
 from retrac_scale.store import DamagedStoreError, SketchStore, open_store
 from retrac_scale.store.compatibility import COMPARED, check_compatible, slots
 from retrac_scale.store.mapping import fetch_chunk
+from retrac_scale.store.opening import open_root
 from retrac_scale.store.part import ROOT
-from retrac_scale.store.reader import open_root
 from retrac_scale.store.schema import ATTRIBUTE, Url, blocks, differences, get_array, read_ids
 
 ARRAYS = ("row", "scale", "norm", "id")

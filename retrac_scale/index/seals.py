@@ -13,8 +13,8 @@ from zarr.abc.store import SuffixByteRequest
 from retrac_scale.store import objects
 from retrac_scale.store.errors import DamagedStoreError
 from retrac_scale.store.mapping import CRC_BYTES, crc32c
+from retrac_scale.store.opening import open_root
 from retrac_scale.store.part import NO_DIGEST, ROOT, check_root, sealed
-from retrac_scale.store.reader import open_root
 from retrac_scale.store.schema import ATTRIBUTE, Url
 
 Seals = Mapping[str, int]

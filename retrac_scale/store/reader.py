@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property, partial
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.errors import GroupNotFoundError
 
 from retrac_scale.arrays import Float32
 from retrac_scale.store import commits, objects
-from retrac_scale.store.encoding import decode
-from retrac_scale.store.errors import DamagedStoreError, IncompleteStoreError
-from retrac_scale.store.part import ROOT, Part, check_root, digest_of, plans_of
-from retrac_scale.store.schema import ATTRIBUTE, CONTENT, CONTENT_WORDS, FORMAT_VERSION, Url, get_group, zarr_location
+from retrac_scale.store.grid import Grid
+from retrac_scale.store.opening import WHAT, measure_of, open_parts, open_root
+from retrac_scale.store.part import Part, digest_of, plans_of
+from retrac_scale.store.schema import CONTENT, Url
 
 ALL = slice(None)
-WHAT = "sketch store"
-PARTS = "parts"
 
 Words = npt.NDArray[np.uint64]
-Read = Callable[[str], npt.NDArray[Any]]
-"""Gives the stored values of a quantity of one block."""
 
 
 class SketchStore:
@@ -40,19 +34,10 @@ class SketchStore:
     """
 
     def __init__(self, parts: Sequence[Part], url: Url, whole: zarr.Group) -> None:
-        self._parts = list(parts)
+        self._grid = Grid(parts, url)
+        self._parts = self._grid.parts
         self._whole = whole
         self.url = url
-        self._cells: dict[tuple[str, str, str], Part] = {}
-        for part in self._parts:
-            for checkpoint in part.meta["checkpoints"]:
-                cell = (part.same_samples, part.same_pairs, checkpoint)
-                if cell in self._cells:
-                    raise DamagedStoreError(
-                        f"{url} holds checkpoint {checkpoint!r} twice for the same samples and timesteps, in parts "
-                        f"{self._cells[cell].name!r} and {part.name!r}; remove one of them."
-                    )
-                self._cells[cell] = part
 
     @property
     def root(self) -> zarr.Group:
@@ -100,38 +85,33 @@ class SketchStore:
     @cached_property
     def ids(self) -> npt.NDArray[Any]:
         """Sample ids `[n]`, int64 or str."""
-        return np.concatenate([part.ids for part in self._segments])
+        return np.concatenate([part.ids for part in self._grid.segments])
 
     @cached_property
     def columns(self) -> dict[str, npt.NDArray[Any]]:
         """The user's columns, `{name: [n]}`."""
-        names = self._segments[0].columns
-        return {name: np.concatenate([part.columns[name] for part in self._segments]) for name in names}
+        names = self._grid.segments[0].columns
+        return {name: np.concatenate([part.columns[name] for part in self._grid.segments]) for name in names}
 
     @property
     def deleted(self) -> npt.NDArray[np.bool_]:
         """Which samples are deleted, bool `[n]`, as it is now; an index leaves them out."""
-        return np.concatenate([part.deleted for part in self._segments])
+        return np.concatenate([part.deleted for part in self._grid.segments])
 
     @property
     def alive(self) -> npt.NDArray[np.bool_]:
         """Which samples are not deleted, bool `[n]`."""
         return ~self.deleted
 
-    @cached_property
+    @property
     def shape(self) -> tuple[int, int, int]:
         """(n, t, k)."""
-        steps = {part.same_pairs: part.shape[1] for part in self._parts}
-        return sum(part.shape[0] for part in self._segments), sum(steps.values()), self._parts[0].shape[2]
+        return self._grid.shape
 
     @property
     def blocks(self) -> list[slice]:
         """Sample ranges of the blocks, the units of writing and reading."""
-        found, start = [], 0
-        for part in self._segments:
-            found += [slice(start + block.start, start + block.stop) for block in part.blocks]
-            start += part.shape[0]
-        return found
+        return self._grid.blocks
 
     @property
     def parts(self) -> list[SketchStore]:
@@ -178,13 +158,7 @@ class SketchStore:
     def committed(self, checkpoint: str) -> npt.NDArray[np.bool_]:
         """Which blocks of a checkpoint are written, bool `[blocks]`."""
         self._check(checkpoint)
-        done = [
-            np.logical_and.reduce(
-                [part.committed(checkpoint) if part else np.zeros(len(first.blocks), bool) for part in row]
-            )
-            for first, row in ((first, self._row(first, checkpoint)) for first in self._segments)
-        ]
-        return np.concatenate(done)
+        return self._grid.committed(checkpoint)
 
     @property
     def is_complete(self) -> bool:
@@ -208,10 +182,7 @@ class SketchStore:
             rows `[n, t, k]` in the store's dtype (bfloat16 as uint16 bits) and scales `[n, t]`; raw = rows x scale.
         """
         self._check(checkpoint)
-        ((first, number, _, samples),) = self._overlapping(self.blocks[block])
-        reads = [read for read, _ in self._filled(first, checkpoint, number, samples)]
-        sketch, scale = ([read(name) for read in reads] for name in ("sketch", "scale"))
-        return (sketch[0], scale[0]) if len(reads) == 1 else (np.concatenate(sketch, 1), np.concatenate(scale, 1))
+        return self._grid.stored(checkpoint, block)
 
     def norms(self, checkpoint: str, samples: slice = ALL) -> Float32:
         """L2 norms of the full gradients (or their estimates, see the projection), float32 `[n, t]`."""
@@ -287,22 +258,6 @@ class SketchStore:
                 for checkpoint in part.meta["checkpoints"] if held[samples].any() else ():
                     part.set_aside(checkpoint, block)
 
-    @cached_property
-    def _segments(self) -> list[Part]:
-        """The first part over each set of samples; their samples one after the other are the store's."""
-        found: dict[str, Part] = {}
-        for part in self._parts:
-            found.setdefault(part.same_samples, part)
-        return list(found.values())
-
-    @cached_property
-    def _plans(self) -> list[str]:
-        return list(dict.fromkeys(part.same_pairs for part in self._parts))
-
-    def _row(self, segment: Part, checkpoint: str) -> list[Part | None]:
-        """The parts that hold a checkpoint for the samples of a segment, one per timestep plan."""
-        return [self._cells.get((segment.same_samples, plan, checkpoint)) for plan in self._plans]
-
     def _check(self, checkpoint: str) -> None:
         if checkpoint not in self.checkpoints:
             raise KeyError(f"the store has no checkpoint {checkpoint!r}; it has {self.checkpoints}.")
@@ -313,54 +268,7 @@ class SketchStore:
         for quantity in quantities:
             if not self.has(quantity):
                 raise ValueError(f"the store was written without {quantity}; give it to write_store.")
-        n, t, k = self.shape
-        chosen = range(*samples.indices(n))
-        start, stop = (min(chosen[0], chosen[-1]), max(chosen[0], chosen[-1]) + 1) if chosen else (0, 0)
-        shapes = {"sketch": (t, k), CONTENT: (CONTENT_WORDS,)}
-        types = {"timestep": np.int64, CONTENT: np.uint64}
-        found: list[npt.NDArray[Any]] = [
-            np.empty((stop - start, *shapes.get(name, (t,))), types.get(name, np.float32)) for name in quantities
-        ]
-        done = 0
-        for first, number, rows, block in self._overlapping(slice(start, stop)):
-            below, column = done + rows.stop - rows.start, 0
-            for read, steps in self._filled(first, checkpoint, number, block):
-                for quantity, values in zip(quantities, found, strict=True):
-                    out = values[done:below] if quantity == CONTENT else values[done:below, column : column + steps]
-                    if quantity == "sketch":
-                        decode(read("sketch")[rows], read("scale")[rows], out=out)
-                    else:
-                        out[:] = read(quantity)[rows]
-                column += steps
-            done = below
-        if chosen.step == 1:
-            return found
-        return [values[np.arange(chosen.start, chosen.stop, chosen.step) - start] for values in found]
-
-    def _overlapping(self, samples: slice) -> Iterator[tuple[Part, int, slice, slice]]:
-        """Blocks that hold some of the samples: segment, number in it, rows within the block, the whole block."""
-        offset = 0
-        for first in self._segments:
-            size = first.meta["block_samples"]
-            start, stop = max(samples.start - offset, 0), min(samples.stop - offset, first.shape[0])
-            for number in range(start // size, -(-stop // size)) if start < stop else ():
-                block = first.blocks[number]
-                rows = slice(max(start, block.start) - block.start, min(stop, block.stop) - block.start)
-                yield first, number, rows, slice(offset + block.start, offset + block.stop)
-            offset += first.shape[0]
-
-    def _filled(self, first: Part, checkpoint: str, number: int, samples: slice) -> list[tuple[Read, int]]:
-        """For each timestep plan of a committed block, what reads its quantities, and its number of timesteps."""
-        found: list[tuple[Read, int]] = []
-        for part in self._row(first, checkpoint):
-            record = part.record(checkpoint, number) if part else None
-            if part is None or record is None:
-                raise IncompleteStoreError(
-                    f"checkpoint {checkpoint!r}, samples {samples.start} .. {samples.stop - 1} "
-                    "are not written yet; run the same sketch(...) again, it computes only what is missing."
-                )
-            found.append((partial(part.read, checkpoint, block=number, record=record), part.shape[1]))
-        return found
+        return self._grid.gather(checkpoint, samples, *quantities)
 
     def __repr__(self) -> str:
         n, t, k = self.shape
@@ -393,65 +301,3 @@ def open_store(
     if not chosen:
         raise ValueError(f"{url} has no {'measure' if part is None else 'part'} {part or measure!r}.")
     return SketchStore(chosen, url, root)
-
-
-def open_parts(root: zarr.Group, url: Url) -> list[Part]:
-    """The parts of the store at a zarr group, that at its root first, then those that were added, in their order."""
-    found = [_open_part(root, "", str(url))]
-    for name in objects.names(root, PARTS):
-        if name != ROOT:
-            found.append(_open_part(root, name, f"{url}/{PARTS}/{name}"))
-    parts = [part for part in found if part is not None]
-    if not parts:
-        raise ValueError(f"{url} was being created when its process ended; repeat the sketch(...) that began it.")
-    return parts
-
-
-def _open_part(root: zarr.Group, name: str, place: str) -> Part | None:
-    """One part, None when it has not been laid out to the end."""
-    content = objects.read(root, f"{PARTS}/{name}/{ROOT}" if name else ROOT)
-    if content is None:
-        raise DamagedStoreError(f"{place}/{ROOT} is missing; run `retrac-scale verify` on the store.")
-    try:
-        attribute = json.loads(content).get("attributes", {}).get(ATTRIBUTE)
-    except (ValueError, AttributeError) as error:
-        raise DamagedStoreError(f"{place}/{ROOT} is damaged: {error}.") from None
-    check_description(attribute, WHAT, place)
-    if attribute.get("creating"):
-        return None
-    meta = check_root(content, place)
-    return Part(get_group(root, f"{PARTS}/{name}") if name else root, meta, name, place)
-
-
-def measure_of(part: Part) -> str:
-    """The measure that a part was sketched with, "given" for arrays that came from elsewhere."""
-    return str(part.meta["fingerprint"].get("measure", "given"))
-
-
-def check_description(attribute: Any, what: str, place: Url) -> None:
-    """Raise ValueError unless a group's attribute describes a store (or an index) that this release can read."""
-    if not isinstance(attribute, dict) or attribute.get("what") != what:
-        raise ValueError(f"{place} is a zarr group but no {what}.")
-    if not isinstance(attribute.get("format"), int) or attribute["format"] > FORMAT_VERSION:
-        raise ValueError(
-            f"{place} has format version {attribute.get('format')}, this release reads up to {FORMAT_VERSION}; "
-            "update retrac_scale."
-        )
-
-
-def open_root(url: Url, what: str, mode: Literal["r", "r+"] = "r") -> zarr.Group:
-    """Open the zarr group of a store or an index, checking that it is one of a known version.
-
-    Raises:
-        FileNotFoundError: there is no zarr group.
-        ValueError: it is something else, or of a newer format.
-        DamagedStoreError: its metadata cannot be read.
-    """
-    try:
-        root = zarr.open_group(zarr_location(url), mode=mode)
-    except (FileNotFoundError, NotADirectoryError, GroupNotFoundError) as error:
-        raise FileNotFoundError(f"there is no {what} at {url}.") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedStoreError(f"{url}/{ROOT} is damaged: {error}.") from error
-    check_description(root.attrs.get(ATTRIBUTE), what, url)
-    return root

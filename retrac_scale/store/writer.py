@@ -17,8 +17,9 @@ from retrac_scale.store import commits, objects
 from retrac_scale.store.compatibility import as_told_by, kept_alike, library_versions
 from retrac_scale.store.encoding import Dtype, array_dtype, check_dtype, encode
 from retrac_scale.store.errors import DamagedStoreError
+from retrac_scale.store.opening import WHAT, open_parts
 from retrac_scale.store.part import ROOT, NewChunk, group_json, lay_out
-from retrac_scale.store.reader import WHAT, SketchStore, open_parts
+from retrac_scale.store.reader import SketchStore
 from retrac_scale.store.schema import (
     ATTRIBUTE,
     CONTENT,
