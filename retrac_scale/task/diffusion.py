@@ -7,24 +7,34 @@ import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from retrac_scale.task.calling import Call, ThroughUNet, call_model, check_callable, layout_of
 from retrac_scale.task.checkpoints import COMPONENTS, Checkpoint, add_adapters, configuration, load_checkpoint
-from retrac_scale.task.denoisers import class_of_diffusers, forward_of_diffusers, settings, takes, unwrapped
+from retrac_scale.task.concepts import AGAINST, both
+from retrac_scale.task.denoisers import (
+    class_of_diffusers,
+    forward_of_diffusers,
+    image_shape,
+    knows_classes,
+    no_class,
+    settings,
+    takes,
+    unwrapped,
+)
 from retrac_scale.task.encoding import FRAMES_FIRST, Encoder, load_pipeline
 from retrac_scale.task.full_precision import in_float32
 from retrac_scale.task.identity import adapters_of, code_known, code_of, known_by
-from retrac_scale.task.items import CLASS_LABELS, Item, take_apart
-from retrac_scale.task.measures import OUTPUTS, AnyMeasure, Measure, errors, measure_name
+from retrac_scale.task.items import CLASS_LABELS, Item, check_label, take_apart
+from retrac_scale.task.measures import AnyMeasure, checked, measure_name, measured_values
 from retrac_scale.task.memory_order import channels_last, takes_any_order
 from retrac_scale.task.noising import noising_of, table_digest
 from retrac_scale.task.regions import REGION, cell_weights, pixel_mask
 from retrac_scale.task.state import state_of
-from retrac_scale.task.weighting import Huber, PseudoHuber, Weighting, check_weighting
+from retrac_scale.task.weighting import Weighting, check_weighting
 
 EMBEDDINGS_NAME = "encoder_hidden_states"
 """The argument by which denoisers of diffusers take the embeddings of a prompt."""
@@ -66,13 +76,7 @@ class DiffusionTask:
         encoder: Encoder | None = None,
         call: Call = call_model,
     ) -> None:
-        given = measure if isinstance(measure, (tuple, list)) else (measure,)
-        for one in given or (None,):
-            if not isinstance(one, (Huber, PseudoHuber)) and one not in get_args(Measure):
-                names = get_args(Measure)
-                raise ValueError(f"measure must be Huber(), PseudoHuber() or one of {names}, got {measure!r}.")
-        if len(set(given)) < len(given):
-            raise ValueError(f"measure has an entry twice: {measure!r}.")
+        given = checked(measure)
         if autocast not in (None, "bfloat16"):
             raise ValueError(f"autocast must be None or 'bfloat16', got {autocast!r}.")
         model = unwrapped(model)
@@ -84,9 +88,8 @@ class DiffusionTask:
         self.scheduler = scheduler
         self.noising = noising_of(scheduler, model)
         self.weighting = weighting
-        if weighting is not None:
-            for one in given:
-                check_weighting(weighting, self.noising, one)
+        for one in () if weighting is None else given:
+            check_weighting(weighting, self.noising, one)  # type: ignore[arg-type]
         self.encoder = encoder
         self.call = call
         self.takes = takes(self.model)
@@ -125,7 +128,7 @@ class DiffusionTask:
             timesteps: int64 `[n]`.
             noise: standard normal, shaped like `images`.
             conditioning: further arguments of the model's forward, batched alike; under `REGION` how much of each
-                entry counts.
+                entry counts, and after `AGAINST` the arguments that a concept is compared with.
 
         Returns:
             for each of `measures` values and losses, float32 `[n]` each; nothing is averaged over the batch. They are
@@ -133,32 +136,29 @@ class DiffusionTask:
         """
         images, noise = (x.to(self.device, self._dtype) for x in (images, noise))
         timesteps = timesteps.to(self.device)
-        region = conditioning.get(REGION)
-        conditioning = {
-            name: self._as_weights(value.to(self.device)) for name, value in conditioning.items() if name != REGION
-        }
-        noisy = self.noising.noisy(images, noise, timesteps)
-        with self._precision():
-            prediction = self.call(self.model, noisy, self.noising.times(timesteps), conditioning)
-        prediction = prediction.float() if self.autocast else prediction
-        target = self.noising.target(images, noise, timesteps)
+        given = {name: value.to(self.device) for name, value in conditioning.items()}
+        region = given.pop(REGION, None)
+        against = {name[len(AGAINST) :]: given.pop(name) for name in list(given) if name.startswith(AGAINST)}
+        noisy, target = self.noising.noisy(images, noise, timesteps), self.noising.target(images, noise, timesteps)
+        other = None
+        if against:  # first, so that what a layer was last given belongs to the prediction
+            with torch.no_grad():
+                other = self._predicted(noisy, timesteps, against)
+        prediction = self._predicted(noisy, timesteps, given)
         if prediction.shape != target.shape:
             raise ValueError(
                 f"the model predicts {tuple(prediction.shape)} where {tuple(target.shape)} is expected; give a "
                 "call(model, noisy, times, conditioning) that returns a prediction shaped like the samples."
             )
-        error, weights = prediction - target, 1.0 if region is None else region.to(self.device).expand_as(target)
-        found = []
-        for measure in self._measures.values():
-            losses = (errors(measure, error) * weights).flatten(1).mean(1)
-            if self.weighting is not None:
-                losses = losses * self.weighting(self.noising, timesteps).to(losses.dtype)
-            values = losses
-            if measure in OUTPUTS:
-                flat = weights if isinstance(weights, float) else weights.flatten(1)
-                values = OUTPUTS[str(measure)](prediction.flatten(1), flat)
-            found.append((values, losses))
-        return found
+        factors = None if self.weighting is None else self.weighting(self.noising, timesteps)
+        weights = 1.0 if region is None else region.expand_as(target)
+        return [measured_values(one, prediction, target, weights, factors, other) for one in self._measures.values()]
+
+    def _predicted(self, noisy: Tensor, timesteps: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+        told = {name: self._as_weights(value) for name, value in given.items()}
+        with self._precision():
+            prediction = self.call(self.model, noisy, self.noising.times(timesteps), told)
+        return prediction.float() if self.autocast else prediction
 
     def losses(self, images: Tensor, timesteps: Tensor, noise: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
         """The training losses of `measured`, `[n]`, for the first measure."""
@@ -249,7 +249,16 @@ class DiffusionTask:
             ValueError: naming the item, the shape found and the shape expected.
         """
         found = take_apart(number, item)
-        expected = self._image_shape()
+        if found.concept is None:
+            return self._read(number, found)
+        prompts = self.encoder is not None and self.encoder.reads and self._takes_prompts()
+        sides = both(number, found, prompts, self._takes_labels(), no_class(self.model))
+        told, against = (self._read(number, side) for side in sides)
+        return replace(told, against=against)
+
+    def _read(self, number: Any, found: Item) -> Item:
+        several = self._takes_prompts() or layout_of(self.model) is not None
+        expected = None if several else image_shape(self.model)
         alone = expected is not None and not self._encodes(found) and "concatenated" not in found.conditioning
         if alone and tuple(found.sample.shape) != expected:
             raise ValueError(
@@ -258,14 +267,16 @@ class DiffusionTask:
             )
         self._check_arguments(number, found)
         self._check_given(number, found)
+        if found.region is not None:
+            turned = self._frames_first and not self._encodes(found)
+            found = replace(found, region=pixel_mask(number, found, getattr(self.encoder, "cell", None), turned))
         found = replace(
             found,
-            region=None if found.region is None else self._pixel_mask(number, found),
             label=found.label if self._takes_labels() else None,
             prompt=found.prompt if self.encoder is not None and self._takes_prompts() else None,
         )
         if found.label is not None:
-            self._check_label(number, found.label)
+            check_label(number, found.label, settings(self.model) if self._labels_known() else {})
         dtype = found.sample.dtype
         narrow = self._dtype.itemsize < 4 and self.autocast is None and not self._encodes(found)
         if narrow and dtype != self._dtype:
@@ -319,20 +330,6 @@ class DiffusionTask:
                 + (", or a prompt to a task of from_pretrained." if lacking[0] == EMBEDDINGS_NAME else ".")
             )
 
-    def _check_label(self, number: Any, label: Tensor) -> None:
-        """Raise ValueError for a label that cannot be looked up in a table of classes."""
-        config = settings(self.model) if self._labels_known() else {}
-        classes = config.get("num_class_embeds")
-        looked_up = config.get("class_embed_type") is None and (classes or config.get("num_embeds_ada_norm"))
-        if looked_up and label.is_floating_point():
-            raise ValueError(
-                f"dataset item {number} has label {label.tolist()}; give the number of a class, an integer."
-            )
-        if looked_up and classes and not 0 <= int(label.min()) <= int(label.max()) < classes:
-            raise ValueError(
-                f"dataset item {number} has label {label.tolist()}, but the model knows {classes} classes."
-            )
-
     def check_item(self, number: Any, item: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """What the model takes of a dataset item: the clean sample and its conditioning.
 
@@ -345,24 +342,32 @@ class DiffusionTask:
 
     def encoded(self, found: Item) -> tuple[Tensor, dict[str, Tensor]]:
         """What `check_item` gives for an item that was read."""
-        sample, conditioning = found.sample, dict(found.conditioning)
-        if found.label is not None:
-            conditioning[CLASS_LABELS] = found.label
-        if self.encoder is not None and found.prompt is not None:
-            factor = getattr(self.encoder.pipeline, "vae_scale_factor", 1) if found.encoded else 1
-            size = [factor * side for side in sample.shape[-2:]]
-            conditioning = {**self.encoder.embeddings(found.prompt, size, self.device), **conditioning}
+        sample, conditioning = found.sample, self._told(found)
+        if found.against is not None:
+            other = self._told(found.against)
+            if other.keys() != conditioning.keys():
+                raise ValueError(
+                    f"a concept is told by {sorted(conditioning)} and compared with {sorted(other)}; give both sides "
+                    "the same arguments."
+                )
+            conditioning |= {f"{AGAINST}{name}": value for name, value in other.items()}
         if self.encoder is not None and self._encodes(found):
             sample = self.encoder.latents(sample, self.device)
-        # in the weights' type: what is noised and predicted in half precision loses a per cent
-        conditioning = {key: self._as_weights(value) for key, value in conditioning.items()}
         if found.region is not None:
             conditioning[REGION] = cell_weights(found.region, sample.shape, self._frames_first)
         return sample.to(self._dtype), conditioning
 
-    def _pixel_mask(self, number: Any, found: Item) -> Tensor:
-        cell = None if self.encoder is None or self.encoder.vae is None else self.encoder.cell
-        return pixel_mask(number, found, cell, self._frames_first and not self._encodes(found))
+    def _told(self, found: Item) -> dict[str, Tensor]:
+        """What the model is told of an item, beside sample and time."""
+        told = dict(found.conditioning)
+        if found.label is not None:
+            told[CLASS_LABELS] = found.label
+        if self.encoder is not None and found.prompt is not None:
+            factor = getattr(self.encoder.pipeline, "vae_scale_factor", 1) if found.encoded else 1
+            size = [factor * side for side in found.sample.shape[-2:]]
+            told = {**self.encoder.embeddings(found.prompt, size, self.device), **told}
+        # in the weights' type: what is noised and predicted in half precision loses a per cent
+        return {key: self._as_weights(value) for key, value in told.items()}
 
     @property
     def _frames_first(self) -> bool:
@@ -388,20 +393,8 @@ class DiffusionTask:
         """A forward of diffusers' own takes them where the model was made with classes, any other by its signature."""
         if self.call is not call_model:
             return True
-        if self._labels_known():
-            classes = ("num_class_embeds", "class_embed_type", "num_embeds_ada_norm")
-            return any(settings(self.model).get(key) is not None for key in classes)
-        return self.takes.take(CLASS_LABELS)
+        return knows_classes(self.model) if self._labels_known() else self.takes.take(CLASS_LABELS)
 
     def _labels_known(self) -> bool:
         """Whether a label can have no other name than `CLASS_LABELS`."""
         return self.call is call_model and forward_of_diffusers(self.model)
-
-    def _image_shape(self) -> tuple[int, ...] | None:
-        """The one shape that samples must have; None where the model takes several."""
-        config = settings(self.model) if forward_of_diffusers(self.model) else {}
-        channels, size = config.get("in_channels"), config.get("sample_size")
-        if channels is None or size is None or self._takes_prompts() or layout_of(self.model) is not None:
-            return None
-        height, width = (size, size) if isinstance(size, int) else size
-        return int(channels), int(height), int(width)
