@@ -24,6 +24,7 @@ from .store import DamagedStoreError, IncompleteStoreError, Layout, SketchStore,
 from .store.verify import repair_store, verify_store
 from .task.calling import ThroughUNet
 from .task.checkpoints import find_checkpoints
+from .task.concepts import Concept, Concepts
 from .task.diffusion import DiffusionTask
 from .task.noising import timestep_numbers
 from .task.regions import AllBut, Regions
@@ -40,6 +41,8 @@ __all__ = [
     "TRAK",
     "AllBut",
     "ChangedItemsError",
+    "Concept",
+    "Concepts",
     "CountSketch",
     "DamagedStoreError",
     "Dense",

@@ -160,6 +160,38 @@ def image_files(paths: Sequence[str], task: DiffusionTask) -> ImageFiles:
     return files
 
 
+def region_told(box: str | None, mask: str | None, all_but: bool) -> Any:
+    """What --region, --mask and --all-but say, as `Regions` takes it; None for whole images.
+
+    Raises:
+        ValueError: it is no box or no picture, or two are given, or none to be left out.
+    """
+    import numpy as np
+    from PIL import Image
+
+    from retrac_scale.task.regions import AllBut
+
+    if box is not None and mask is not None:
+        raise ValueError("give --region or --mask, not both.")
+    found: Any = None
+    if box is not None:
+        try:
+            found = tuple(int(part) for part in box.split(","))
+        except ValueError:
+            found = ()
+        if len(found) != 4:
+            raise ValueError(f"--region {box}: give four whole numbers of pixels, as in 0,0,16,8.")
+    elif mask is not None:
+        try:
+            with Image.open(mask) as image:
+                found = np.asarray(image.convert("L"), np.float32) / 255
+        except OSError as error:
+            raise ValueError(f"--mask {mask} cannot be read as a picture: {error}.") from None
+    if all_but and found is None:
+        raise ValueError("--all-but needs a --region or a --mask.")
+    return AllBut(found) if all_but else found
+
+
 def measured_like(
     index: Index, model: str, checkpoints: Mapping[str, str], timesteps: int | None, device: str
 ) -> Samples:

@@ -6,10 +6,10 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from retrac_scale.cli.indexes import open_indexes
-from retrac_scale.cli.measured import image_files, measured_like
+from retrac_scale.cli.measured import image_files, measured_like, region_told
 from retrac_scale.cli.project import Project, find, parse_checkpoints
 from retrac_scale.cli.report import project_queries, unsketched
 from retrac_scale.cli.verb import Answer, Verb
@@ -31,6 +31,9 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", action="append", default=[], help="for images: NAME=weights, for each")
     parser.add_argument("--timesteps", type=int, help="for images: evenly spaced (default: those of the store)")
     parser.add_argument("--device", help="for images: where to sketch (default: the project's, or cpu)")
+    parser.add_argument("--region", metavar="X0,Y0,X1,Y1", help="of images: ask about this box of pixels alone")
+    parser.add_argument("--mask", help="of images: ask about what is white in this picture, of the images' size, alone")
+    parser.add_argument("--all-but", action="store_true", help="ask about all but the --region or --mask")
     parser.add_argument("-k", type=int, default=10, help="results per query (default: 10)")
     parser.add_argument("--side", choices=("proponents", "opponents", "both"), default="proponents")
     parser.add_argument("--where", help="which samples count: an expression over the columns and id")
@@ -107,7 +110,9 @@ def _queries(index: Index, arguments: argparse.Namespace, project: Project) -> S
 
     if (arguments.ids is None) == (not arguments.queries):
         raise ValueError("give either queries (a store, or images) or --ids of training samples.")
+    region = region_told(arguments.region, arguments.mask, arguments.all_but)
     if arguments.ids is not None:
+        _refuse_region(region, "--ids are answered from stored sketches")
         store = index.check_store()
         if store is None:
             raise ValueError("the store that the index was built from is needed for --ids; it was in memory.")
@@ -115,6 +120,7 @@ def _queries(index: Index, arguments: argparse.Namespace, project: Project) -> S
     first = arguments.queries[0]
     is_store = "://" in first or Path(first, "zarr.json").exists()
     if len(arguments.queries) == 1 and (is_store or not (Path(first).is_dir() or first.lower().endswith(SUFFIXES))):
+        _refuse_region(region, f"{first} holds sketches of whole images")
         return open_store(first)
     model = arguments.model or (project.denoiser if project.model else None)
     checkpoints = parse_checkpoints(arguments.checkpoint) or (project.weights if project.model else {})
@@ -123,7 +129,12 @@ def _queries(index: Index, arguments: argparse.Namespace, project: Project) -> S
     measured = measured_like(index, model, checkpoints, arguments.timesteps, arguments.device or project.device)
     files = image_files(arguments.queries, measured.task)
     files.background = project.background
-    return replace(measured, dataset=files)
+    return replace(measured, dataset=files, region=region)
+
+
+def _refuse_region(region: Any, why: str) -> None:
+    if region is not None:
+        raise ValueError(f"{why}, which have no parts; ask about image files, with --model where no project says it.")
 
 
 VERB = Verb(
@@ -136,6 +147,7 @@ VERB = Verb(
   retrac-scale query demo/retrac.zarr --ids 3 1800                training samples as queries, themselves left out
   retrac-scale query retrac.zarr a.png folder/ --model google/ddpm-cifar10-32 \\
       --checkpoint final=google/ddpm-cifar10-32                   image files, sketched here as the store was
+  retrac-scale query retrac.zarr a.png --region 0,0,16,8          a part of it: a box, or --mask white.png; --all-but
   retrac-scale query demo/retrac.zarr demo/queries.zarr --group-by artist --reduce mean
   retrac-scale query demo/retrac.zarr demo/queries.zarr --out answers.parquet    or .json, or --json to print it""",
     _options,

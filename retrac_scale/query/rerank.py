@@ -42,7 +42,7 @@ def as_measured(train: Samples, store: SketchStore) -> Samples:
     given = {"measure": train.task.measure, "scheduler": scheduler_spec(train.task.scheduler)}
     given["frozen"] = {**train.task.frozen, **(brought(train.dataset, "frozen") or {})}
     given["forward"] = train.task.forward
-    given["region"] = brought(train.dataset, "region")
+    given |= {name: brought(train.dataset, name) for name in ("region", "concept")}
     there, here = of_both(store.fingerprint, given)
     found = differences({key: there.get(key) for key in given}, here)
     stored = plans_of(store.fingerprint)

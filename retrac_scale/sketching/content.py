@@ -55,6 +55,8 @@ def digest_of(item: Item) -> int:
     """A digest, 64 bits, of an item: another type of its numbers, or order of its keys, is no change."""
     digest = hashlib.blake2b(f"{item.encoded} {item.prompt!r}".encode(), digest_size=8)
     beside = {" label": item.label, REGION: item.region}
+    if item.against is not None:
+        digest.update(f"against {digest_of(item.against)} ".encode())
     given = {"": item.sample, **item.conditioning} | {name: x for name, x in beside.items() if x is not None}
     for name, value in sorted(given.items()):
         array = _array(value)

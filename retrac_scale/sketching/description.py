@@ -71,8 +71,8 @@ def describe(
     }
     if frozen := {**task.frozen, **(brought(request.dataset, "frozen") or {})}:
         fingerprint["frozen"] = frozen
-    if region := brought(request.dataset, "region"):
-        fingerprint["region"] = region
+    asked = {name: brought(request.dataset, name) for name in ("region", "concept")}
+    fingerprint |= {name: words for name, words in asked.items() if words}
     if request.precondition:
         fingerprint["precondition"] = {name: digest_of(own) for name, own in request.precondition.items()}
     return Described(fingerprint, timesteps, task.num_train_timesteps)

@@ -84,8 +84,10 @@ def encode(
         ChangedItemsError: images or prompts are others than those that were encoded under the same ids.
         ValueError: a bad item, or `out` holds other samples.
     """
-    if brought(dataset, "region"):
-        raise ValueError("encode takes whole pictures; encode the dataset, and take Regions of what comes back.")
+    if brought(dataset, "region") or brought(dataset, "concept"):
+        raise ValueError(
+            "encode takes plain samples; encode the dataset, and take Regions or Concepts of what it gives."
+        )
     ids = check_ids(dataset_ids(dataset), len(dataset))
     group = _opened(task, dataset, out, ids)
     names: Any = group.attrs["names"]

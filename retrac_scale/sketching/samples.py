@@ -16,6 +16,7 @@ from retrac_scale.store import SketchStore, create_store, write_block
 from retrac_scale.store.part import plans_of
 from retrac_scale.store.schema import CONTENT, SKETCHED
 from retrac_scale.task.checkpoints import Checkpoint
+from retrac_scale.task.concepts import Concept, Concepts
 from retrac_scale.task.diffusion import DiffusionTask
 from retrac_scale.task.items import dataset_ids
 from retrac_scale.task.regions import Regions
@@ -34,6 +35,7 @@ class Samples:
             None for those of the store that they are compared with.
         region: the part of each picture that is asked about, as for `Regions`, which the dataset then is one of; None
             for all of it.
+        concept: that the pictures are asked about for, as for `Concepts`; None for the loss.
     """
 
     dataset: Any
@@ -41,10 +43,13 @@ class Samples:
     checkpoints: Mapping[str, Checkpoint]
     timesteps: TimestepPlan | Sequence[TimestepPlan] | None = None
     region: InitVar[Any] = None
+    concept: InitVar[Concept | Mapping[str, Concept] | None] = None
 
-    def __post_init__(self, region: Any) -> None:
+    def __post_init__(self, region: Any, concept: Concept | Mapping[str, Concept] | None) -> None:
         if region is not None:
             object.__setattr__(self, "dataset", Regions(self.dataset, region))
+        if concept is not None:
+            object.__setattr__(self, "dataset", Concepts(self.dataset, concept))
 
     @property
     def ids(self) -> npt.NDArray[Any]:

@@ -57,6 +57,7 @@ FIELDS = {
     "frozen": Field("the model's configuration; digests of VAE, text encoders, a ControlNet's U-Net"),
     "timesteps": Field("the plan, and a digest of every timestep and noise seed", queries=False, parts=False),
     "region": Field("which part of every sample it is of, where it is not of all", queries=False),
+    "concept": Field("for which concept, where it is not of what is measured", queries=False),
     "precondition": Field("digests of what it is divided by, by checkpoint", queries=False, parts=False),
 }
 """Everything that a gradient is a function of, beside the samples themselves. A fingerprint has no other entries."""

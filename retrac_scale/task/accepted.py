@@ -6,12 +6,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from retrac_scale.task.calling import Call, call_model, layout_of
-from retrac_scale.task.denoisers import Takes, class_of_diffusers, forward_of_diffusers, settings
+from retrac_scale.task.concepts import both
+from retrac_scale.task.denoisers import (
+    Takes,
+    class_of_diffusers,
+    forward_of_diffusers,
+    image_shape,
+    knows_classes,
+    no_class,
+    settings,
+)
 from retrac_scale.task.encoding import FRAMES_FIRST, Encoder
-from retrac_scale.task.items import CLASS_LABELS, Item, take_apart
+from retrac_scale.task.items import CLASS_LABELS, Item, check_label, take_apart
 from retrac_scale.task.regions import pixel_mask
 
 EMBEDDINGS_NAME = "encoder_hidden_states"
@@ -39,7 +48,16 @@ class Accepted:
     def read(self, number: Any, item: Any) -> Item:
         """See `DiffusionTask.read_item`."""
         found = take_apart(number, item)
-        expected = self._image_shape()
+        if found.concept is None:
+            return self._read(number, found)
+        prompts = self.encoder is not None and self.encoder.reads and self._takes_prompts()
+        sides = both(number, found, prompts, self._takes_labels(), no_class(self.model))
+        told, against = (self._read(number, side) for side in sides)
+        return replace(told, against=against)
+
+    def _read(self, number: Any, found: Item) -> Item:
+        several = self._takes_prompts() or layout_of(self.model) is not None
+        expected = None if several else image_shape(self.model)
         alone = expected is not None and not self.encodes(found) and "concatenated" not in found.conditioning
         if alone and tuple(found.sample.shape) != expected:
             raise ValueError(
@@ -48,14 +66,16 @@ class Accepted:
             )
         self._check_arguments(number, found)
         self._check_given(number, found)
+        if found.region is not None:
+            turned = self.frames_first and not self.encodes(found)
+            found = replace(found, region=pixel_mask(number, found, getattr(self.encoder, "cell", None), turned))
         found = replace(
             found,
-            region=None if found.region is None else self._pixel_mask(number, found),
             label=found.label if self._takes_labels() else None,
             prompt=found.prompt if self.encoder is not None and self._takes_prompts() else None,
         )
         if found.label is not None:
-            self._check_label(number, found.label)
+            check_label(number, found.label, settings(self.model) if self._labels_known() else {})
         dtype = found.sample.dtype
         narrow = self.dtype.itemsize < 4 and self.autocast is None and not self.encodes(found)
         if narrow and dtype != self.dtype:
@@ -124,24 +144,6 @@ class Accepted:
                 + (", or a prompt to a task of from_pretrained." if lacking[0] == EMBEDDINGS_NAME else ".")
             )
 
-    def _check_label(self, number: Any, label: Tensor) -> None:
-        """Raise ValueError for a label that cannot be looked up in a table of classes."""
-        config = settings(self.model) if self._labels_known() else {}
-        classes = config.get("num_class_embeds")
-        looked_up = config.get("class_embed_type") is None and (classes or config.get("num_embeds_ada_norm"))
-        if looked_up and label.is_floating_point():
-            raise ValueError(
-                f"dataset item {number} has label {label.tolist()}; give the number of a class, an integer."
-            )
-        if looked_up and classes and not 0 <= int(label.min()) <= int(label.max()) < classes:
-            raise ValueError(
-                f"dataset item {number} has label {label.tolist()}, but the model knows {classes} classes."
-            )
-
-    def _pixel_mask(self, number: Any, found: Item) -> Tensor:
-        cell = None if self.encoder is None or self.encoder.vae is None else self.encoder.cell
-        return pixel_mask(number, found, cell, self.frames_first and not self.encodes(found))
-
     def _takes_prompts(self) -> bool:
         return self.call is not call_model or self.takes.take(EMBEDDINGS_NAME)
 
@@ -149,20 +151,8 @@ class Accepted:
         """A forward of diffusers' own takes them where the model was made with classes, any other by its signature."""
         if self.call is not call_model:
             return True
-        if self._labels_known():
-            classes = ("num_class_embeds", "class_embed_type", "num_embeds_ada_norm")
-            return any(settings(self.model).get(key) is not None for key in classes)
-        return self.takes.take(CLASS_LABELS)
+        return knows_classes(self.model) if self._labels_known() else self.takes.take(CLASS_LABELS)
 
     def _labels_known(self) -> bool:
         """Whether a label can have no other name than `CLASS_LABELS`."""
         return self.call is call_model and forward_of_diffusers(self.model)
-
-    def _image_shape(self) -> tuple[int, ...] | None:
-        """The one shape that samples must have; None where the model takes several."""
-        config = settings(self.model) if forward_of_diffusers(self.model) else {}
-        channels, size = config.get("in_channels"), config.get("sample_size")
-        if channels is None or size is None or self._takes_prompts() or layout_of(self.model) is not None:
-            return None
-        height, width = (size, size) if isinstance(size, int) else size
-        return int(channels), int(height), int(width)

@@ -17,6 +17,7 @@ MODULE_HOLDERS = {
     "lightning_fabric": ("_FabricModule",),
 }
 """Wrappers, by package, that hold the model under `module`."""
+CLASSES_OF_DIT = "num_embeds_ada_norm"
 SHARDED = "its weights are split among processes, and a gradient here would be that of a part"
 
 
@@ -117,6 +118,27 @@ def settings(model: object) -> Mapping[str, Any]:
     """The configuration of a class of diffusers or made in its manner; empty for others."""
     config = getattr(model, "config", None)
     return config if isinstance(config, Mapping) else {}
+
+
+def image_shape(model: object) -> tuple[int, ...] | None:
+    """The shape of samples by a model's configuration; None where that does not tell."""
+    config = settings(model) if forward_of_diffusers(model) else {}  # type: ignore[arg-type]
+    channels, size = config.get("in_channels"), config.get("sample_size")
+    if channels is None or size is None:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(channels), int(height), int(width)
+
+
+def knows_classes(model: object) -> bool:
+    """Whether a model of diffusers was made with classes."""
+    return any(settings(model).get(key) is not None for key in ("num_class_embeds", "class_embed_type", CLASSES_OF_DIT))
+
+
+def no_class(model: object) -> int | None:
+    """The class by which a model is told none, None where it has no such class."""
+    count = settings(model).get(CLASSES_OF_DIT)
+    return int(count) if count and is_a(model, "diffusers", "DiTTransformer2DModel") else None
 
 
 def _package(thing: Any) -> str:

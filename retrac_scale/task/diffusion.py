@@ -6,7 +6,7 @@ import contextlib
 import copy
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +14,18 @@ from torch import Tensor, nn
 from retrac_scale.task.accepted import Accepted
 from retrac_scale.task.calling import Call, ThroughUNet, call_model, check_callable
 from retrac_scale.task.checkpoints import COMPONENTS, Checkpoint, add_adapters, configuration, load_checkpoint
+from retrac_scale.task.concepts import AGAINST
 from retrac_scale.task.denoisers import takes, unwrapped
 from retrac_scale.task.encoding import Encoder, load_pipeline
 from retrac_scale.task.full_precision import in_float32
 from retrac_scale.task.identity import adapters_of, code_known, code_of, known_by
 from retrac_scale.task.items import CLASS_LABELS, Item
-from retrac_scale.task.measures import OUTPUTS, AnyMeasure, Measure, errors, measure_name
+from retrac_scale.task.measures import AnyMeasure, checked, measure_name, measured_values
 from retrac_scale.task.memory_order import channels_last, takes_any_order
 from retrac_scale.task.noising import noising_of, table_digest
 from retrac_scale.task.regions import REGION, cell_weights
 from retrac_scale.task.state import state_of
-from retrac_scale.task.weighting import Huber, PseudoHuber, Weighting, check_weighting
+from retrac_scale.task.weighting import Weighting, check_weighting
 
 
 class DiffusionTask:
@@ -63,13 +64,7 @@ class DiffusionTask:
         encoder: Encoder | None = None,
         call: Call = call_model,
     ) -> None:
-        given = measure if isinstance(measure, (tuple, list)) else (measure,)
-        for one in given or (None,):
-            if not isinstance(one, (Huber, PseudoHuber)) and one not in get_args(Measure):
-                names = get_args(Measure)
-                raise ValueError(f"measure must be Huber(), PseudoHuber() or one of {names}, got {measure!r}.")
-        if len(set(given)) < len(given):
-            raise ValueError(f"measure has an entry twice: {measure!r}.")
+        given = checked(measure)
         if autocast not in (None, "bfloat16"):
             raise ValueError(f"autocast must be None or 'bfloat16', got {autocast!r}.")
         model = unwrapped(model)
@@ -81,9 +76,8 @@ class DiffusionTask:
         self.scheduler = scheduler
         self.noising = noising_of(scheduler, model)
         self.weighting = weighting
-        if weighting is not None:
-            for one in given:
-                check_weighting(weighting, self.noising, one)
+        for one in () if weighting is None else given:
+            check_weighting(weighting, self.noising, one)  # type: ignore[arg-type]
         self.encoder = encoder
         self.call = call
         self._items = Accepted(self.model, call, encoder, autocast, takes(self.model))
@@ -122,7 +116,7 @@ class DiffusionTask:
             timesteps: int64 `[n]`.
             noise: standard normal, shaped like `images`.
             conditioning: further arguments of the model's forward, batched alike; under `REGION` how much of each
-                entry counts.
+                entry counts, and after `AGAINST` the arguments that a concept is compared with.
 
         Returns:
             for each of `measures` values and losses, float32 `[n]` each; nothing is averaged over the batch. They are
@@ -130,32 +124,29 @@ class DiffusionTask:
         """
         images, noise = (x.to(self.device, self._items.dtype) for x in (images, noise))
         timesteps = timesteps.to(self.device)
-        region = conditioning.get(REGION)
-        conditioning = {
-            name: self._as_weights(value.to(self.device)) for name, value in conditioning.items() if name != REGION
-        }
-        noisy = self.noising.noisy(images, noise, timesteps)
-        with self._precision():
-            prediction = self.call(self.model, noisy, self.noising.times(timesteps), conditioning)
-        prediction = prediction.float() if self.autocast else prediction
-        target = self.noising.target(images, noise, timesteps)
+        given = {name: value.to(self.device) for name, value in conditioning.items()}
+        region = given.pop(REGION, None)
+        against = {name[len(AGAINST) :]: given.pop(name) for name in list(given) if name.startswith(AGAINST)}
+        noisy, target = self.noising.noisy(images, noise, timesteps), self.noising.target(images, noise, timesteps)
+        other = None
+        if against:  # first, so that what a layer was last given belongs to the prediction
+            with torch.no_grad():
+                other = self._predicted(noisy, timesteps, against)
+        prediction = self._predicted(noisy, timesteps, given)
         if prediction.shape != target.shape:
             raise ValueError(
                 f"the model predicts {tuple(prediction.shape)} where {tuple(target.shape)} is expected; give a "
                 "call(model, noisy, times, conditioning) that returns a prediction shaped like the samples."
             )
-        error, weights = prediction - target, 1.0 if region is None else region.to(self.device).expand_as(target)
-        found = []
-        for measure in self._measures.values():
-            losses = (errors(measure, error) * weights).flatten(1).mean(1)
-            if self.weighting is not None:
-                losses = losses * self.weighting(self.noising, timesteps).to(losses.dtype)
-            values = losses
-            if measure in OUTPUTS:
-                flat = weights if isinstance(weights, float) else weights.flatten(1)
-                values = OUTPUTS[str(measure)](prediction.flatten(1), flat)
-            found.append((values, losses))
-        return found
+        factors = None if self.weighting is None else self.weighting(self.noising, timesteps)
+        weights = 1.0 if region is None else region.expand_as(target)
+        return [measured_values(one, prediction, target, weights, factors, other) for one in self._measures.values()]
+
+    def _predicted(self, noisy: Tensor, timesteps: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+        told = {name: self._as_weights(value) for name, value in given.items()}
+        with self._precision():
+            prediction = self.call(self.model, noisy, self.noising.times(timesteps), told)
+        return prediction.float() if self.autocast else prediction
 
     def losses(self, images: Tensor, timesteps: Tensor, noise: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
         """The training losses of `measured`, `[n]`, for the first measure."""
@@ -259,20 +250,32 @@ class DiffusionTask:
 
     def encoded(self, found: Item) -> tuple[Tensor, dict[str, Tensor]]:
         """What `check_item` gives for an item that was read."""
-        sample, conditioning = found.sample, dict(found.conditioning)
-        if found.label is not None:
-            conditioning[CLASS_LABELS] = found.label
-        if self.encoder is not None and found.prompt is not None:
-            factor = getattr(self.encoder.pipeline, "vae_scale_factor", 1) if found.encoded else 1
-            size = [factor * side for side in sample.shape[-2:]]
-            conditioning = {**self.encoder.embeddings(found.prompt, size, self.device), **conditioning}
+        sample, conditioning = found.sample, self._told(found)
+        if found.against is not None:
+            other = self._told(found.against)
+            if other.keys() != conditioning.keys():
+                raise ValueError(
+                    f"a concept is told by {sorted(conditioning)} and compared with {sorted(other)}; give both sides "
+                    "the same arguments."
+                )
+            conditioning |= {f"{AGAINST}{name}": value for name, value in other.items()}
         if self.encoder is not None and self._items.encodes(found):
             sample = self.encoder.latents(sample, self.device)
-        # in the weights' type: what is noised and predicted in half precision loses a per cent
-        conditioning = {key: self._as_weights(value) for key, value in conditioning.items()}
         if found.region is not None:
             conditioning[REGION] = cell_weights(found.region, sample.shape, self._items.frames_first)
         return sample.to(self._items.dtype), conditioning
+
+    def _told(self, found: Item) -> dict[str, Tensor]:
+        """What the model is told of an item, beside sample and time."""
+        told = dict(found.conditioning)
+        if found.label is not None:
+            told[CLASS_LABELS] = found.label
+        if self.encoder is not None and found.prompt is not None:
+            factor = getattr(self.encoder.pipeline, "vae_scale_factor", 1) if found.encoded else 1
+            size = [factor * side for side in found.sample.shape[-2:]]
+            told = {**self.encoder.embeddings(found.prompt, size, self.device), **told}
+        # in the weights' type: what is noised and predicted in half precision loses a per cent
+        return {key: self._as_weights(value) for key, value in told.items()}
 
     def _as_weights(self, value: Tensor) -> Tensor:
         return value.to(self._items.dtype) if value.is_floating_point() else value

@@ -101,8 +101,15 @@ class Encoder:
         return getattr(self.pipeline, "vae", None)
 
     @property
-    def cell(self) -> tuple[int, int]:
-        """How many frames, and how many pixels in each direction, become one latent; 1 where a pipeline tells none."""
+    def reads(self) -> bool:
+        """Whether prompts can be encoded."""
+        return type(self.pipeline).__name__ in EMBEDDINGS and self.pipeline.tokenizer is not None
+
+    @property
+    def cell(self) -> tuple[int, int] | None:
+        """How many frames, and how many pixels in each direction, become one latent; None without a VAE."""
+        if self.vae is None:
+            return None
         kinds = ([getattr(self.pipeline, name, None) for name in names] for names in (_IN_TIME, _IN_SPACE))
         time, space = (next((int(x) for x in found if x), 1) for found in kinds)
         return time, space
@@ -151,7 +158,7 @@ class Encoder:
             ValueError: it is not known how this pipeline's embeddings reach its denoiser.
         """
         kind = type(self.pipeline).__name__
-        if kind not in EMBEDDINGS or self.pipeline.tokenizer is None:
+        if not self.reads:
             raise ValueError(
                 f"this {kind} has no tokenizer, or it is not known how its prompts reach the denoiser; compute the "
                 "embeddings with its encode_prompt and give them in the items, named as the denoiser's arguments."

@@ -15,7 +15,7 @@ LATENTS = "latents"
 SAMPLE_KEYS = (LATENTS, "image", "images", "pixel_values", "sample", "input", "video")
 PROMPT_KEYS = ("prompt", "text", "caption")
 LABEL_KEYS = ("label", "labels")
-OF_ALL = ("frozen", "region")
+OF_ALL = ("frozen", "region", "concept")
 """What a dataset brings for all of its samples at once."""
 CLASS_LABELS = "class_labels"
 """What diffusers' models call the argument that takes a label."""
@@ -27,6 +27,14 @@ class Within:
 
     item: Any
     region: Any
+
+
+@dataclass(frozen=True, eq=False)
+class About:
+    """A dataset item that is asked about for a `Concept`."""
+
+    item: Any
+    concept: Any
 
 
 def dataset_ids(dataset: Any) -> Any:
@@ -61,6 +69,8 @@ class Item:
         prompt: to be encoded, None when there is none.
         encoded: whether the sample came under the key "latents".
         region: the part that is asked about, as `Within` has it or a mask of pixels; None for all of it.
+        concept: that it is asked about for, None for the loss.
+        against: the same item as it is told what the concept is compared with.
     """
 
     sample: Tensor
@@ -69,12 +79,14 @@ class Item:
     prompt: str | None
     encoded: bool
     region: Any = None
+    concept: Any = None
+    against: Item | None = None
 
 
 def take_apart(number: Any, item: Any) -> Item:
     """Read an item: a tensor, (tensor, label, prompt or dict), or a dict with the sample under one of `SAMPLE_KEYS`.
 
-    Any of them may come `Within` a region.
+    Any of them may come `Within` a region, or `About` a concept.
 
     Raises:
         ValueError: there is no sample in it, or it is not a finite floating point tensor, or it says something twice or
@@ -82,6 +94,8 @@ def take_apart(number: Any, item: Any) -> Item:
     """
     if isinstance(item, Within):
         return replace(take_apart(number, item.item), region=item.region)
+    if isinstance(item, About):
+        return replace(take_apart(number, item.item), concept=item.concept)
     key, extra = "", None
     if isinstance(item, Mapping):
         key = next((key for key in SAMPLE_KEYS if key in item), "")
@@ -120,6 +134,16 @@ def take_apart(number: Any, item: Any) -> Item:
     conditioning = {name: _as_tensor(number, name, value) for name, value in flat.items()}
     label = None if label is None else _as_tensor(number, "label", label)
     return Item(sample, conditioning, label, prompt, key == LATENTS)
+
+
+def check_label(number: Any, label: Tensor, config: Mapping[str, Any]) -> None:
+    """Raise ValueError for a label that cannot be looked up in a model's table of classes, by its configuration."""
+    classes = config.get("num_class_embeds")
+    looked_up = config.get("class_embed_type") is None and (classes or config.get("num_embeds_ada_norm"))
+    if looked_up and label.is_floating_point():
+        raise ValueError(f"dataset item {number} has label {label.tolist()}; give the number of a class, an integer.")
+    if looked_up and classes and not 0 <= int(label.min()) <= int(label.max()) < classes:
+        raise ValueError(f"dataset item {number} has label {label.tolist()}, but the model knows {classes} classes.")
 
 
 def _only(number: Any, flat: dict[str, Any], keys: tuple[str, ...]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,7 +19,52 @@ Weights = Tensor | float
 """Of entries, `[n, entries]`; 1 where all of a sample counts."""
 
 
-def errors(measure: AnyMeasure, error: Tensor) -> Tensor:
+def checked(measure: Any) -> tuple[AnyMeasure, ...]:
+    """One measure or several as a tuple; ValueError for what is none, or comes twice."""
+    given = tuple(measure) if isinstance(measure, (tuple, list)) else (measure,)
+    names = get_args(Measure)
+    if any(not isinstance(one, (Huber, PseudoHuber)) and one not in names for one in given or (None,)):
+        raise ValueError(f"measure must be Huber(), PseudoHuber() or one of {names}, got {measure!r}.")
+    if len(set(given)) < len(given):
+        raise ValueError(f"measure has an entry twice: {measure!r}.")
+    return given
+
+
+def measured_values(
+    measure: AnyMeasure,
+    prediction: Tensor,
+    target: Tensor,
+    weights: Weights,
+    factors: Tensor | None,
+    other: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The value to be differentiated and the training loss of each sample, `[n]` both.
+
+    Args:
+        measure: what is measured.
+        prediction: the model's, `[n, ...]`.
+        target: what it should be.
+        weights: of the entries, shaped like them.
+        factors: of the losses, `[n]`; None is 1.
+        other: the prediction that a concept is compared with; the concept's function is then the value.
+    """
+    losses = (_errors(measure, prediction - target) * weights).flatten(1).mean(1)
+    if factors is not None:
+        losses = losses * factors.to(losses.dtype)
+    if other is not None:
+        return (guided(prediction, other) * weights).flatten(1).mean(1), losses
+    if measure not in OUTPUTS:
+        return losses, losses
+    flat = weights if isinstance(weights, float) else weights.flatten(1)
+    return OUTPUTS[str(measure)](prediction.flatten(1), flat), losses
+
+
+def guided(prediction: Tensor, other: Tensor) -> Tensor:
+    """-2 times every entry of a prediction times what it has more than the other, which is held: see `Concept`."""
+    return -2 * prediction * (prediction - other).detach()
+
+
+def _errors(measure: AnyMeasure, error: Tensor) -> Tensor:
     """The loss of every entry; squares for a function of the prediction."""
     if isinstance(measure, (Huber, PseudoHuber)):
         return measure(error)

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retrac_scale.columns import check_ids
-from retrac_scale.task.items import Item, Within, brought, dataset_ids
+from retrac_scale.task.asking import Asked
+from retrac_scale.task.items import Item, Within, dataset_ids
 
 REGION = " region"
 """Beside a sample's conditioning; no argument of a forward has a space in its name."""
@@ -30,7 +30,7 @@ class AllBut:
     region: Any
 
 
-class Regions:
+class Regions(Asked):
     """A dataset whose samples are asked about in a part of them: map-style, for `sketch` and `Samples`.
 
     The measured function of a sample becomes the mean over its entries of what it was, each multiplied with how much of
@@ -45,10 +45,6 @@ class Regions:
             these}: then every sample is asked about once for each name, and has the id "id: name".
 
     Attributes:
-        ids: of the samples, None where the dataset brings none and there are no names.
-        columns: those of the dataset.
-        frozen: likewise.
-        stamps: likewise.
         region: in words, for the fingerprint of a store.
 
     Raises:
@@ -56,33 +52,20 @@ class Regions:
     """
 
     def __init__(self, dataset: Any, region: Any) -> None:
-        own, count = dataset_ids(dataset), len(dataset)
-        self._dataset = dataset
-        self._names = list(region) if isinstance(region, Mapping) else [None]
-        given = list(region.values()) if isinstance(region, Mapping) else [region]
+        given = dict(region) if isinstance(region, Mapping) else {"": region}
         if not given:
             raise ValueError("region={} names no region; give a mask, a box, or {name: mask or box}.")
-        for name, one in zip(self._names, given, strict=True):
-            _check(one, count, "region" if name is None else f"region {name!r}")
-        self._regions = [_plain(one) for one in given]
-        words = {str(name): _described(one) for name, one in zip(self._names, self._regions, strict=True)}
-        self.region: Any = words if isinstance(region, Mapping) else words["None"]
-        times = len(given)
-        self.ids = own
-        if isinstance(region, Mapping):
-            self.ids = [f"{sample}: {name}" for sample in check_ids(own, count).tolist() for name in self._names]
-        columns = brought(dataset, "columns")
-        self.columns = columns and {name: np.repeat(np.asarray(values), times) for name, values in columns.items()}
-        self.frozen = brought(dataset, "frozen")
-        stamps = brought(dataset, "stamps")
-        self.stamps = None if stamps is None else np.repeat(np.asarray(stamps), times)
+        dataset_ids(dataset)  # says what is wrong with a dataset
+        for name, one in given.items():
+            _check(one, len(dataset), f"region {name!r}" if isinstance(region, Mapping) else "region")
+        plain = {name: _plain(one) for name, one in given.items()}
+        super().__init__(dataset, plain if isinstance(region, Mapping) else plain[""])
+        words = {str(name): _described(one) for name, one in plain.items()}
+        self.region = words if isinstance(region, Mapping) else words[""]
 
-    def __len__(self) -> int:
-        return len(self._dataset) * len(self._regions)
-
-    def __getitem__(self, row: int) -> Within:
-        sample, number = divmod(range(len(self))[row], len(self._regions))
-        return Within(self._dataset[sample], _of_sample(self._regions[number], sample))
+    def asked(self, item: Any, way: Any, row: int) -> Within:
+        """See `Asked`."""
+        return Within(item, _of_sample(way, row))
 
 
 def pixel_mask(number: Any, item: Item, cell: tuple[int, int] | None, frames_first: bool) -> Tensor:

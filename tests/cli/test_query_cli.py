@@ -237,6 +237,49 @@ def test_image_files_are_sketched_and_asked(noise: Any, tmp_path: Path, capsys: 
     assert "give --model and a --checkpoint" in capsys.readouterr().err
 
 
+def test_a_box_or_a_mask_of_image_files_is_asked_about(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, rng = tiny_unet(), np.random.default_rng(0)
+    model.save_pretrained(tmp_path / "unet")  # type: ignore[operator]
+    for number in range(3):
+        Image.fromarray(rng.integers(0, 255, (8, 8), dtype=np.uint8)).save(tmp_path / f"{number}.png")
+    painted = np.zeros((8, 8), np.uint8)
+    painted[2:7, :3] = 255
+    Image.fromarray(painted).save(tmp_path / "mask.png")
+    task = rs.DiffusionTask(UNet2DModel.from_pretrained(tmp_path / "unet"), DDPMScheduler(num_train_timesteps=100))
+    checkpoints = {"final": str(tmp_path / "unet")}
+    files = ImageFiles([tmp_path / f"{number}.png" for number in range(3)], channels=1)
+    options: dict[str, Any] = {"projection": rs.CountSketch(64), "timesteps": rs.EvenlySpaced(2), "progress": False}
+    store = rs.sketch(task, files, tmp_path / "s", checkpoints=checkpoints, **options)
+    index = rs.build_index(store, None, tmp_path / "i")
+    query = ["query", str(tmp_path / "i"), str(tmp_path / "1.png"), "--json", "-k", "3"]
+    query += ["--model", str(tmp_path / "unet"), "--checkpoint", f"final={tmp_path / 'unet'}"]
+    one = ImageFiles([tmp_path / "1.png"], channels=1)
+    for given, region in (
+        (["--region", "0,2,3,7"], (0, 2, 3, 7)),
+        (["--mask", str(tmp_path / "mask.png")], painted / 255),
+        (["--region", "0,2,3,7", "--all-but"], rs.AllBut(painted / 255)),
+    ):
+        assert main([*query, *given]) == 0
+        found = json.loads(capsys.readouterr().out)["results"][0]
+        expected = index.query(rs.Samples(one, task, checkpoints, region=region), k=3)
+        assert found["ids"] == expected.ids[0].tolist()
+        np.testing.assert_allclose(found["scores"], expected.scores[0], rtol=1e-5)
+    for wrong, why in (
+        ([*query, "--region", "0,2,3"], "give four whole numbers of pixels"),
+        ([*query, "--region", "0,2,3,9"], "the box 0,2,3,9 reaches outside of dataset item"),
+        ([*query, "--region", "0,2,3,7", "--mask", "mask.png"], "give --region or --mask, not both"),
+        ([*query, "--mask", str(tmp_path / "none.png")], "none.png cannot be read as a picture"),
+        ([*query, "--all-but"], "--all-but needs a --region or a --mask"),
+        ([*query[:2], "--ids", "x", "--region", "0,2,3,7"], "--ids are answered from stored sketches"),
+        (
+            [*query[:2], str(tmp_path / "s"), "--region", "0,2,3,7"],
+            "holds sketches of whole images, which have no parts",
+        ),
+    ):
+        assert main(wrong) == 1
+        assert why in capsys.readouterr().err
+
+
 def test_wrong_questions_are_told_in_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = [[], [str(folder / "q"), "--ids", "3"], [str(folder / "q"), "--out", "a.txt"], ["--ids", "99"]]
     for arguments in wrong:

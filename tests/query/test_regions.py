@@ -344,5 +344,5 @@ def test_a_region_smaller_than_a_latent_and_samples_that_are_no_pictures_are_tol
     sounds = rs.DiffusionTask(nn.Linear(8, 8), DDPM, call=lambda model, noisy, times, told: model(noisy))
     with pytest.raises(ValueError, match=r"item 1 has shape \(1, 8\); regions are of pictures"):
         sounds.read_item(1, rs.Regions([torch.zeros(1, 8)], (0, 0, 8, 8))[0])
-    with pytest.raises(ValueError, match="encode takes whole pictures"):
+    with pytest.raises(ValueError, match="encode takes plain samples"):
         rs.encode(task, rs.Regions(dataset, (0, 0, 32, 32)), tmp_path / "e", progress=False)

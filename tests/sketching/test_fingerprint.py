@@ -261,6 +261,10 @@ CHANGES: dict[str, tuple[str, Callable[[], Run]]] = {
     "noise": ("timesteps", lambda: Run(timesteps=rs.Explicit([20, 70], draws=2, seed=3))),
     "draws": ("timesteps", lambda: Run(timesteps=rs.Explicit([20, 70], draws=1))),
     "a region": ("region", lambda: Run(data=rs.Regions(Images(), (0, 0, 4, 8)))),
+    "a concept": (
+        "concept",
+        lambda: Run(data=rs.Concepts(Images(), rs.Concept({"tone": torch.ones(1)}, {"tone": torch.zeros(1)}))),
+    ),
     "a preconditioner": ("precondition", lambda: Run(precondition=2.0)),
     "a buffer": (
         "checkpoints.a",
