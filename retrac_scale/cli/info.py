@@ -56,11 +56,14 @@ def _run(arguments: argparse.Namespace) -> Answer:
             lines.append(line)
         return Answer("\n".join(lines), {"what": "index", **shape, **kept})
     stores = [open_store(url, measure=measure) for measure in open_store(url).measurements]
-    every = [_describe(store, url, arguments.repeatability) for store in stores]
+    how = f"to query it: retrac-scale index {url} index.zarr, then retrac-scale query index.zarr QUERIES"
+    if not arguments.url:
+        how = "to query it: retrac-scale query, or retrac-scale report"
+    every = [_describe(store, how, arguments.repeatability) for store in stores]
     return Answer("\n".join(text for text, _ in every), {"what": "store", "measurements": [data for _, data in every]})
 
 
-def _describe(store: SketchStore, url: str, repeatability: bool) -> tuple[str, dict[str, Any]]:
+def _describe(store: SketchStore, how: str, repeatability: bool) -> tuple[str, dict[str, Any]]:
     import numpy as np
 
     n, t, k = store.shape
@@ -101,7 +104,7 @@ def _describe(store: SketchStore, url: str, repeatability: bool) -> tuple[str, d
     data |= {"checkpoints": checkpoints, "pairs": pairs, "pairs_written": written, "norms": curve}
     if store.is_complete:
         line, data["repeatability"] = told(store, repeatability)
-        lines += [line, f"to query it: retrac-scale index {url} index.zarr, then retrac-scale query index.zarr QUERIES"]
+        lines += [line, how]
     else:
         lines.append("not complete: run `retrac-scale sketch` again, it computes only what is missing")
     return "\n".join(lines), data | {"complete": store.is_complete}
@@ -113,7 +116,11 @@ def in_words(about: Any) -> str:
         return "; ".join(map(in_words, about))
     if not isinstance(about, dict):
         return str(about)
-    rest = {key: value for key, value in about.items() if key not in ("kind", "digest") and value not in (None, False)}
+    rest = {
+        key: value
+        for key, value in about.items()
+        if key not in ("kind", "digest", "revision") and value not in (None, False)
+    }
     words = [key if value is True else f"{key} {in_words(value)}" for key, value in rest.items()]
     return ", ".join([str(about["kind"]), *words] if "kind" in about else words)
 

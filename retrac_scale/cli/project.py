@@ -251,7 +251,7 @@ def need(value: Any, what: str) -> Any:
         ValueError: it is missing; says how to give it.
     """
     if not value:
-        raise ValueError(f"give {what}, or write it into {FILE} with `retrac-scale init`.")
+        raise ValueError(f"give {what}, or run `retrac-scale init` first, which writes it into {FILE}.")
     return value
 
 

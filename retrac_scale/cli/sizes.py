@@ -21,6 +21,8 @@ def in_time(seconds: float) -> str:
     >>> in_time(40), in_time(750), in_time(12_600)
     ('40 s', '12 min', '3.5 h')
     """
+    if seconds < 0.001:
+        return "less than 1 ms"
     if seconds < 120:
         return f"{seconds:.0f} s" if seconds >= 1 else f"{seconds:.2g} s"
     if seconds < 7200:

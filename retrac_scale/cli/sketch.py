@@ -98,7 +98,7 @@ def _queries(
     from retrac_scale.store import open_store
 
     try:
-        grown = bool(set(asked.ids.tolist()) - set(open_store(project.queries).ids.tolist()))
+        grown = open_store(project.queries).parts[0].shape[0] != len(asked)
     except FileNotFoundError:
         grown = False
     return sketch(task, asked, project.queries, like=store, progress="queries", grow=grown, **common)

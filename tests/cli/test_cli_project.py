@@ -308,7 +308,7 @@ def test_init_asks_for_what_it_is_not_told(folder: Path, monkeypatch: pytest.Mon
         ("checkpoints = ['a']", "checkpoints must be like {}"),
         ("estimators = [1]", "estimators must be like"),
         ("estimators = []", "names no estimator"),
-        ("images = 'i'", "give --model, or write it into retrac-scale.toml"),
+        ("images = 'i'", "give --model, or run `retrac-scale init` first"),
         ("model = 'training-images'\nimages = 'training-images'", "no diffusers model"),
         ("model = 'model/unet'\nimages = 'model'", "no image and holds none"),
         (
