@@ -31,9 +31,17 @@ def _run(arguments: argparse.Namespace) -> Answer:
         if beyond:
             return Answer("\n".join(lines), data | {"beyond_repair": beyond}, 1)
         verdict = verify_store(url)
-        lines.append(f"repaired; {len(verdict.of('unwritten'))} blocks to be written by the next `retrac-scale sketch`")
+        again = "the `write_store(...)` that made it" if _is_given(url) else "the next `retrac-scale sketch`"
+        lines.append(f"repaired; {len(verdict.of('unwritten'))} blocks to be written by {again}")
         data |= {"repaired": True, "unwritten": len(verdict.of("unwritten"))}
     return Answer("\n".join(lines), data, 0 if verdict.is_whole else 3 if verdict.is_sound else 1)
+
+
+def _is_given(url: Any) -> bool:
+    """Whether a store was made of arrays."""
+    from retrac_scale.store import open_store
+
+    return bool(open_store(url).fingerprint["projection"]["kind"] == "given")
 
 
 def _is_index(url: Any) -> bool:
@@ -60,7 +68,7 @@ VERB = Verb(
     "verify",
     "Check every byte of a store or an index against what was committed.",
     """  retrac-scale verify demo/sketches.zarr            exit status 0: whole, 1: damaged, 3: sound but not complete
-  retrac-scale verify demo/sketches.zarr --repair   drops damaged blocks, so that the next sketch(...) computes them""",
+  retrac-scale verify demo/sketches.zarr --repair   drops what is damaged, for the next sketch to compute""",
     _options,
     _run,
 )

@@ -17,7 +17,7 @@ from retrac_scale.store.opening import PARTS, WHAT, check_description
 from retrac_scale.store.part import ROOT, Part, check_root, digest_of, lay_out
 from retrac_scale.store.schema import ATTRIBUTE, LIST_CHUNK, Url, zarr_location
 
-Kind = Literal["metadata", "damaged", "unwritten", "stray"]
+Kind = Literal["metadata", "damaged", "unwritten", "stray", "foreign"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Finding:
 
     Attributes:
         kind: "metadata" serves a whole part; "damaged" belongs to a committed block; "unwritten" is the missing commit
-            record of a block; "stray" belongs to nothing.
+            record of a block; "stray" was left by a process that was killed; "foreign" is no part of a store.
         key: the object, relative to the store.
         problem: what is wrong with it.
         checkpoint: whose block it belongs to, None when it belongs to none.
@@ -97,14 +97,14 @@ def verify_store(url: Url | zarr.Group) -> Verdict:
         else:
             findings.append(opened)
             known |= {prefix + key for key in own}
-    strays = [Finding("stray", key, "belongs to nothing; a killed process may have left it") for key in keys - known]
-    return Verdict(blocks, findings + sorted(strays, key=lambda finding: finding.key))
+    return Verdict(blocks, findings + [_unknown(key) for key in sorted(keys - known)])
 
 
 def repair_store(url: Url | zarr.Group) -> list[Finding]:
-    """Restore metadata that follows from the description, drop damaged blocks, and remove strays.
+    """Restore metadata that follows from the description, and drop what is damaged and what killed processes left.
 
-    No other process may be writing. `sketch(...)` computes the dropped blocks again.
+    No other process may be writing. A block of which something was dropped is no longer committed: `sketch(...)`
+    computes it again, and `write_store(...)` writes it again. What is no part of a store is left alone.
 
     Returns:
         what is beyond repair, and has to come from a backup; nothing is dropped or removed then.
@@ -121,9 +121,15 @@ def repair_store(url: Url | zarr.Group) -> list[Finding]:
         assert finding.samples is not None
         block = finding.samples.start // part.meta["block_samples"]
         objects.delete_all(part.root, [commits.commit_key(finding.checkpoint, block)])  # first: it vouches for the rest
-        objects.delete_all(part.root, [part.chunk_key(finding.checkpoint, q, block) for q in part.meta["quantities"]])
+        objects.delete_all(place, [finding.key])
     objects.delete_all(place, [finding.key for finding in verdict.of("stray")])
     return []
+
+
+def _unknown(key: str) -> Finding:
+    if key.endswith(".partial"):
+        return Finding("stray", key, "was left by a process that was killed")
+    return Finding("foreign", key, "is no part of the store; it is left alone")
 
 
 def _place(url: Url | zarr.Group) -> StorePath:

@@ -15,7 +15,7 @@ from retrac_scale.arrays import Float32
 from retrac_scale.columns import RESERVED, check_columns, check_ids, column_types
 from retrac_scale.store import commits, objects
 from retrac_scale.store.compatibility import as_told_by, kept_alike, library_versions
-from retrac_scale.store.encoding import Dtype, array_dtype, check_dtype, encode
+from retrac_scale.store.encoding import Dtype, array_dtype, check_dtype, decode, encode
 from retrac_scale.store.errors import DamagedStoreError
 from retrac_scale.store.opening import WHAT, open_parts
 from retrac_scale.store.part import ROOT, NewChunk, group_json, lay_out
@@ -274,6 +274,8 @@ def write_store(
 ) -> SketchStore:
     """Make a SketchStore out of arrays, for those who bring their own gradients.
 
+    Called again with the same arrays after it was interrupted, or a repair, it writes the blocks that are missing.
+
     Args:
         out: path, fsspec URL, or None for memory.
         sketches: {checkpoint: raw sketches `[n, t, k]`}, unnormalised, scaled so that inner products estimate those of
@@ -292,7 +294,7 @@ def write_store(
 
     Raises:
         ValueError: shapes that do not fit each other, values that are not finite, negative norms, timesteps that are no
-            integers, ids given twice, `out` in use.
+            integers, ids given twice, `out` in use: by a complete store, or by the beginning of one of other arrays.
 
     >>> store = write_store(None, {"final": np.eye(3)[:, None]}, ids=["a", "b", "c"])
     >>> store.shape
@@ -332,21 +334,27 @@ def write_store(
         columns=columns,
         layout=layout,
     )
-    if any(store.committed(name).any() for name in arrays):
+    if store.is_complete:
         raise ValueError(f"{out} already holds a store; choose another path.")
     for name, array in arrays.items():
         for block, samples in enumerate(store.blocks):
             part = {key: None if plane is None else plane[name][samples] for key, plane in checked.items()}
-            write_block(
-                store,
-                name,
-                block,
-                array[samples],
-                part["norms"].astype(np.float32),  # type: ignore[union-attr]
-                losses=part["losses"],
-                timesteps=part["timesteps"],
-            )
+            norm = part["norms"].astype(np.float32)  # type: ignore[union-attr]
+            if store.committed(name)[block]:
+                _check_same(store, name, samples, array[samples], norm)
+                continue
+            write_block(store, name, block, array[samples], norm, losses=part["losses"], timesteps=part["timesteps"])
     return store
+
+
+def _check_same(store: SketchStore, name: str, samples: slice, sketches: Float32, norms: Float32) -> None:
+    """Raise ValueError unless a block that is there holds these sketches and norms."""
+    there = decode(*encode(sketches, store.meta["dtype"]))
+    if not (np.array_equal(there, store.sketches(name, samples)) and np.array_equal(norms, store.norms(name, samples))):
+        raise ValueError(
+            f"{store.url} was begun with other arrays: samples {samples.start} .. {samples.stop - 1} of checkpoint "
+            f"{name!r} differ; choose another path."
+        )
 
 
 def _zip_weights(arrays: Mapping[str, Any], weights: Sequence[float] | None) -> dict[str, float]:

@@ -126,6 +126,42 @@ def test_verify_tells_checkpoint_and_samples_and_repair_drops_the_block(tmp_path
         store.norms("b")
 
 
+def test_repair_leaves_alone_what_is_not_its_own(tmp_path: Path) -> None:
+    """An index and a note within the folder of the store, and the sound chunks of a block of which one is lost."""
+    build(tmp_path / "s")
+    rs.build_index(rs.open_store(tmp_path / "s"), rs.ReTrac(), tmp_path / "s" / "index")
+    (tmp_path / "s" / "README").write_text("of the user")
+    (tmp_path / "s" / "a" / "loss" / "c" / "0" / "0.7f.partial").write_bytes(b"left")
+    chunk(tmp_path / "s", "b", "loss", 1).unlink()
+    expected = chunk(tmp_path / "s", "b", "sketch", 1).read_bytes()
+    assert "README" in {finding.key for finding in verify_store(tmp_path / "s").of("foreign")}
+    assert repair_store(tmp_path / "s") == []
+    assert (tmp_path / "s" / "README").read_text() == "of the user"
+    assert rs.open_index(tmp_path / "s" / "index").shape == (2, 10, 16)
+    assert chunk(tmp_path / "s", "b", "sketch", 1).read_bytes() == expected
+    assert [finding.kind for finding in verify_store(tmp_path / "s").of("stray", "unwritten")] == ["unwritten"]
+
+
+def test_a_store_of_arrays_is_written_on_after_an_interruption_or_a_repair(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    sketches = {name: rng.standard_normal((10, 2, 8), dtype=np.float32) for name in "ab"}
+    layout = rs.Layout(4)
+    expected = rs.write_store(tmp_path / "s", sketches, layout=layout)
+    with pytest.raises(ValueError, match="already holds a store"):
+        rs.write_store(tmp_path / "s", sketches, layout=layout)
+    flip(chunk(tmp_path / "s", "b", "norm", 2), rng)
+    repair_store(tmp_path / "s")
+    with pytest.raises(ValueError, match=r"begun with other arrays: samples 0 \.\. 3 of checkpoint 'a' differ"):
+        rs.write_store(tmp_path / "s", {**sketches, "a": sketches["a"] + 1}, layout=layout)
+    again = rs.write_store(tmp_path / "s", sketches, layout=layout)
+    assert again.is_complete
+    for name in "ab":
+        np.testing.assert_array_equal(again.sketches(name), expected.sketches(name))
+        np.testing.assert_array_equal(
+            again.norms(name), np.linalg.norm(sketches[name].astype(float), axis=2).astype("f4")
+        )
+
+
 def test_what_only_a_backup_can_restore_is_told_and_nothing_is_dropped(tmp_path: Path) -> None:
     build(tmp_path / "s")
     flip(tmp_path / "s" / "id" / "c" / "0", np.random.default_rng(0))
