@@ -1,4 +1,4 @@
-"""The reference names everything public, and the examples in docstrings run."""
+"""The reference names everything public, and the examples in docstrings and pages run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import retrac_scale as rs
+from tests import pages, readers
 
 ROOT = Path(__file__).parent.parent
 WITH_EXAMPLES = sorted(
@@ -33,3 +34,8 @@ def test_examples_in_docstrings_run(module: str) -> None:
     found = doctest.testmod(importlib.import_module(module), optionflags=doctest.NORMALIZE_WHITESPACE)
     assert found.attempted > 0
     assert found.failed == 0
+
+
+@pytest.mark.parametrize("page", sorted(set(pages.with_python()) - {"README.md"}))  # which tests/test_readme.py runs
+def test_the_python_of_a_page_runs(page: str, tmp_path: Path) -> None:
+    pages.run(page, readers.BEFORE.get(page, {}), readers.INSTEAD.get(page, {}), tmp_path)
