@@ -47,7 +47,8 @@ def run(page: str, before: Mapping[int, Before], instead: Mapping[str, str], fol
     try:
         with chdir(folder):
             for number, block in enumerate(blocks(ROOT / page)):
-                before.get(number, lambda names: None)(names)
+                if number in before:
+                    before[number](names)
                 for printed, run_instead in instead.items():
                     block = block.replace(printed, run_instead)
                 if file := re.match(r"# (\w+)\.py\n", block):
