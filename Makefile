@@ -2,6 +2,7 @@
 # make test    set up, then run the tests
 # make check   set up, then formatting, lint and types
 # make docs    set up, then build the documentation (into site/)
+# make bench   set up, then run a short selection of the benchmarks, printing each command
 # make notebooks   run the notebooks anew and keep what they print
 # make house   set up, then print which room imports from which, and what is too long
 PYTHON ?= python3
@@ -11,7 +12,7 @@ STAMP = $(VENV)/.installed
 RUNS = $(VENV)/.runs
 INSTALL = $(BIN)/pip install -q -c constraints.txt
 
-.PHONY: demo test check docs notebooks house format clean
+.PHONY: demo test check docs bench notebooks house format clean
 
 demo: $(RUNS)
 	$(BIN)/retrac-scale demo
@@ -26,6 +27,13 @@ check: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/mkdocs build --strict --quiet
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/sketching.py --model u-small --batch 64 --rounds 3 --skip-peers --skip-memory
+	$(BIN)/python -m benchmarks.building --rows 50000
+	$(BIN)/python -m benchmarks.scanning --rows 50000 --threads 1 --quality
+	$(BIN)/python -m benchmarks.serving --rows 50000 --clients 16 --seconds 10 --unbatched-seconds 5
+	$(BIN)/python -m benchmarks.item_digests
 
 notebooks: $(STAMP)
 	$(BIN)/jupyter execute --inplace notebooks/*.ipynb

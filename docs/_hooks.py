@@ -10,7 +10,7 @@ from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
-OUTSIDE = ("CHANGELOG.md", "benchmarks/results/*", "notebooks/*.ipynb")
+OUTSIDE = ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/results/*", "notebooks/*.ipynb")
 
 
 @event_priority(100)  # before the plugin that takes the notebooks
@@ -24,5 +24,5 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """`../` leads out of docs/ in the repository, and nowhere else on the site."""
-    return re.sub(r"\]\(\.\./(?=benchmarks/|notebooks/|CHANGELOG)", "](", markdown)
+    """`../` leads out of docs/ in the repository and nowhere else on the site, and `docs/` into it."""
+    return re.sub(r"\]\((\.\./(?=benchmarks/|notebooks/|CHANGELOG|CONTRIBUTING)|docs/)", "](", markdown)

@@ -43,7 +43,7 @@ def find(kinds: Mapping[str, type[T]], name: Any, noun: str) -> type[T]:
     if name not in kinds:
         raise ValueError(
             f"{noun} named {name!r} is not known in this process: import the module that defines it first, on Dask's "
-            "workers by client.run(importlib.import_module, module) or `dask worker --preload module`."
+            "workers by client.upload_file."
         )
     return kinds[name]
 
@@ -55,9 +55,9 @@ def described(one: object) -> dict[str, Any]:
         ValueError: the class has no fields that could be written down.
     """
     cls = type(one)
-    if not is_dataclass(one):
+    if not is_dataclass(one) or isinstance(one, type):
         raise ValueError(f"{cls.__name__} needs @dataclass(frozen=True) above it: its fields are written into files.")
-    return {"kind": cls.__name__, **asdict(one)}  # type: ignore[call-overload]
+    return {"kind": cls.__name__, **asdict(one)}
 
 
 def _module(cls: type) -> str:

@@ -73,7 +73,9 @@ def test_a_cell_that_is_run_again_takes_the_place_of_the_first() -> None:
     run_cell(1.0)
     again = run_cell(2.0)
     assert estimator_from_spec({"kind": "Scaled", "by": 3.0}) == again(3.0)
-    assert estimator_from_spec(again().spec()).vectors(np.ones((1, 1, 1), np.float32), np.ones((1, 1)))[0] == 2
+    assert (
+        estimator_from_spec(again().spec()).vectors(np.ones((1, 1, 1), np.float32), np.ones((1, 1), np.float32))[0] == 2
+    )
 
 
 def test_what_is_pickled_by_value_leaves_the_class_as_it_is() -> None:
