@@ -25,9 +25,9 @@ class Recorded:
     """
 
     path: str | os.PathLike[str]
-    _cache: dict[str, _Seen] = field(default_factory=dict, repr=False, compare=False)
+    _cache: dict[str, LastSeen] = field(default_factory=dict, repr=False, compare=False)
 
-    def _seen(self, checkpoint: str) -> _Seen:
+    def _seen(self, checkpoint: str) -> LastSeen:
         if checkpoint not in self._cache:
             record = read_record(self.path)
             if record is None:
@@ -35,7 +35,7 @@ class Recorded:
                     f"no training record for checkpoint {checkpoint!r} in {self.path} (it has none); "
                     "record the training with TrainingRecorder, or use EvenlySpaced(count)."
                 )
-            self._cache[checkpoint] = _last_seen(record, checkpoint)
+            self._cache[checkpoint] = last_seen(record, checkpoint)
         return self._cache[checkpoint]
 
     def pairs(self, checkpoint: str, ids: Ids, num_train_timesteps: int) -> Pairs:
@@ -63,7 +63,7 @@ class Recorded:
 
 
 @dataclass(frozen=True)
-class _Seen:
+class LastSeen:
     """The last timestep (-1: none) and noise seed of every sample before a checkpoint, int64 `[n]`, and w_c."""
 
     samples: SampleRows
@@ -72,17 +72,18 @@ class _Seen:
     weight: float
 
 
-def _last_seen(record: TrainingRecord, checkpoint: str) -> _Seen:
+def last_seen(record: TrainingRecord, checkpoint: str, *, steps_at_once: int = STEPS_AT_ONCE) -> LastSeen:
+    """What every sample met last before a checkpoint; reads the record in pieces, from the newest step back."""
     previous, until = record.before(checkpoint)
     timestep, seed = np.full((2, record.n_samples), -1, dtype=np.int64)
     rates: list[npt.NDArray[np.float64]] = []
     last = until
     while last > record.begun and (last > previous or (timestep < 0).any()):  # from the newest step back
-        first = max(last - STEPS_AT_ONCE, record.begun)
+        first = max(last - steps_at_once, record.begun)
         rows = record.rows(first, last)
         rates.append(rows["lr"][rows["step"] > previous])
         rows = rows[timestep[rows["sample"]] < 0]
         timestep[rows["sample"]], seed[rows["sample"]] = rows["timestep"], rows["noise_seed"]  # a sample's last stays
         last = first
     weight = float(np.concatenate([np.empty(0), *rates[::-1]]).sum() / record.n_samples)
-    return _Seen(SampleRows(record.n_samples, record.ids), timestep, seed, weight)
+    return LastSeen(SampleRows(record.n_samples, record.ids), timestep, seed, weight)

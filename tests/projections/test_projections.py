@@ -266,6 +266,24 @@ def test_layers_that_share_a_bias_are_mixed_and_those_that_share_a_weight_are_no
     sketcher.check(found, lambda: model(x).square().sum((1, 2)), lambda: model(x[:1]).square().sum((1, 2)), "sample 0")
 
 
+@pytest.mark.parametrize("norm", ["estimate", "exact"])
+@pytest.mark.usefixtures("small_layers_mixed")
+def test_a_linear_layer_is_mixed_in_the_batches_where_it_sees_a_sample_at_several_positions(norm: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(24, 40)
+    several, one = torch.randn(3, 5, 24), torch.randn(3, 24)
+    mixing, whole = rs.LowRank(4, 64, norm=norm), rs.CountSketch(64)
+
+    def sketched(projection: Projection, *batches: Tensor) -> list[Tensor]:
+        with rs.GradientSketcher(model, projection) as sketcher:
+            return [sketcher(model(x).sin().flatten(1).sum(1))[0] for x in batches]
+
+    found = sketched(mixing, several, one, several)
+    assert torch.equal(found[1], sketched(whole, one)[0])
+    assert torch.equal(found[0], found[2])
+    assert not torch.allclose(found[0], sketched(whole, several)[0], rtol=0.1)
+
+
 def test_check_names_the_parameters_of_a_layer_that_puts_samples_on_another_axis() -> None:
     class SequenceFirst(nn.Module):
         def __init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 
 import retrac_scale as rs
 from retrac_scale.task.timesteps import grid_from_spec
+from retrac_scale.training.record import TrainingRecord
+from retrac_scale.training.recorded import last_seen
 
 IDS = np.arange(5)
 
@@ -116,8 +119,19 @@ def test_a_recorder_continues_and_keeps_what_earlier_checkpoints_saw(tmp_path: P
         rs.TrainingRecorder(tmp_path, 6, scheduler)
 
 
+@dataclass(frozen=True)
+class Noting(TrainingRecord):
+    """Notes which steps are read."""
+
+    read: list[tuple[int, int]] = field(default_factory=list)
+
+    def rows(self, after: int, until: int) -> Any:
+        self.read.append((after, until))
+        return super().rows(after, until)
+
+
 def test_the_last_pair_of_each_sample_is_found_in_pieces_from_the_newest_step_back(
-    tmp_path: Path, scheduler: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, scheduler: Any
 ) -> None:
     rng = np.random.default_rng(0)
     recorder = rs.TrainingRecorder(tmp_path, 20, scheduler)
@@ -126,31 +140,22 @@ def test_the_last_pair_of_each_sample_is_found_in_pieces_from_the_newest_step_ba
         recorder.step(ids, rng.integers(0, 100, 4), step, 0.1 / step)
         if step in (20, 30, 40):
             recorder.checkpoint(str(step))
-    record = rs.read_record(tmp_path)
-    assert record is not None
-    read: list[tuple[int, int]] = []
-    whole = type(record).rows
-
-    def rows_noted(self: Any, after: int, until: int) -> Any:
-        read.append((after, until))
-        return whole(self, after, until)
-
-    monkeypatch.setattr("retrac_scale.training.recorded.STEPS_AT_ONCE", 3)
-    monkeypatch.setattr(type(record), "rows", rows_noted)
-    for name, previous in (("20", 0), ("30", 20), ("40", 30)):
-        plan = rs.Recorded(tmp_path)
-        pairs = plan.pairs(name, np.arange(20), 100)
-        rows = whole(record, 0, int(name))
-        last = {int(row["sample"]): row for row in rows}
-        assert pairs.timesteps.ravel().tolist() == [last[i]["timestep"] for i in range(20)]
-        assert pairs.seeds.ravel().tolist() == [last[i]["noise_seed"] for i in range(20)]
-        assert plan.weight(name) == rows["lr"][rows["step"] > previous].sum() / 20  # bit for bit
-    assert max(until - after for after, until in read) == 3
-    read.clear()
     recorder.step(np.arange(20), [50] * 20, 41, 0.1)
     recorder.checkpoint("41")
-    rs.Recorded(tmp_path).pairs("41", np.arange(20), 100)
-    assert read == [(38, 41)]
+    record = rs.read_record(tmp_path)
+    assert record is not None
+    for name, previous in (("20", 0), ("30", 20), ("40", 30)):
+        noting = Noting(**vars(record))
+        seen = last_seen(noting, name, steps_at_once=3)
+        rows = record.rows(0, int(name))
+        last = {int(row["sample"]): row for row in rows}
+        assert seen.timestep.tolist() == [last[i]["timestep"] for i in range(20)]
+        assert seen.seed.tolist() == [last[i]["noise_seed"] for i in range(20)]
+        assert seen.weight == rows["lr"][rows["step"] > previous].sum() / 20  # bit for bit
+        assert max(until - after for after, until in noting.read) == 3
+    noting = Noting(**vars(record))
+    last_seen(noting, "41", steps_at_once=3)
+    assert noting.read == [(38, 41)]
 
 
 @pytest.mark.parametrize(
