@@ -113,6 +113,179 @@ REFUSALS: dict[int | str, Any] = {
 }
 
 
+async def _wrong(_: Request, error: Exception) -> Plain:
+    return Plain({"detail": str(error)}, 422)
+
+
+async def _lost(_: Request, error: Exception) -> Plain:
+    return Plain({"detail": str(error)}, 503)
+
+
+async def _malformed(_: Request, error: Exception) -> Plain:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return Plain({"detail": f"{where}: {first['msg']}"}, 422)
+
+
+REFUSING: dict[type[Exception], Any] = {
+    ValueError: _wrong,
+    StaleIndexError: _lost,
+    DamagedStoreError: _lost,
+    OSError: _lost,
+    RequestValidationError: _malformed,
+}
+
+
+class Service:
+    """What the routes do, and what they share."""
+
+    def __init__(self, library: Library, title: str, limits: Limits) -> None:
+        self.library, self.title, self.limits = library, title, limits
+        self._registry = registry = prometheus.CollectorRegistry()
+        self._requests = prometheus.Counter("requests", "Requests answered.", ["route", "status"], registry=registry)
+        self._seconds = prometheus.Histogram("request_seconds", "Time to the answer.", ["route"], registry=registry)
+        self._sizes = prometheus.Histogram(
+            "scan_queries", "Queries answered by one scan.", registry=registry, buckets=(1, 2, 4, 8, 16, 32, 64)
+        )
+        self._about = library.about()
+        self._known: dict[str, Json] = {}
+        self._telling = asyncio.Lock()
+        self._batcher: Batcher
+
+    @asynccontextmanager
+    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        """Scans are made while the service is up."""
+        self._batcher = Batcher(self.library, self.limits.batch, self._sizes.observe)
+        yield
+        await self._batcher.close()
+
+    async def measured(self, request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
+        """A request's answer, counted."""
+        started = time.perf_counter()
+        response = await answer(request)
+        route = getattr(request.scope.get("route"), "path", "other")
+        self._requests.labels(route, response.status_code).inc()
+        self._seconds.labels(route).observe(time.perf_counter() - started)
+        return response
+
+    async def root(self) -> HTMLResponse:
+        """The page."""
+        live = resources.files("retrac_scale.serve").joinpath("live.js").read_text(encoding="utf-8")
+        return HTMLResponse(page(self.title, {"title": self.title, "live": True}, live))
+
+    async def health(self) -> Json:
+        """Whether the service is up."""
+        return {"status": "ok"}
+
+    async def metrics(self) -> Response:
+        """Counters for Prometheus."""
+        return Response(prometheus.generate_latest(self._registry), media_type="text/plain; version=0.0.4")
+
+    async def describe(self) -> Json:
+        """Indexes, columns, sources and limits."""
+        kept = {"k": self.limits.k, "ids": self.limits.ids, "upload_bytes": self.limits.upload_bytes}
+        return {"title": self.title, **self._about, "limits": kept}
+
+    async def ids(
+        self,
+        source: Stored,
+        contains: Annotated[str, Query(max_length=200)] = "",
+        count: Annotated[int, Query(ge=1, le=MOST_IDS)] = 100,
+        pictures: Annotated[bool, Query(description="their pictures too, of at most 100")] = False,
+    ) -> Json:
+        """Ids to choose from."""
+        names = await asyncio.to_thread(
+            self.library.ids, source, contains, min(count, MOST_PICTURES) if pictures else count
+        )
+        if not pictures:
+            return {"ids": names}
+        asked = [Asked(source, name) for name in names]
+        return {"ids": names, "pictures": await asyncio.to_thread(lambda: list(map(self.library.query_picture, asked)))}
+
+    async def query(self, ask: Ask) -> Json:
+        """Which training samples influenced these queries most?"""
+        asked = [Asked(ask.source, name) for name in ask.ids]
+        return await self._answer(asked, ask.k, ask.where, ask.indexes or list(self.library.indexes))
+
+    async def upload(
+        self,
+        file: Annotated[UploadFile, File(description="PNG, JPEG, WebP or BMP")],
+        k: Annotated[int, Form(ge=1)] = 10,
+        where: Annotated[Where, Form()] = "",
+    ) -> Json:
+        """Which training samples influenced this image most?"""
+        if self.library.measured is None:
+            raise HTTPException(404, "uploads are not served: the service was started without a model.")
+        self._check(k, [], [])
+        content = await file.read()
+        image = await asyncio.to_thread(
+            read_upload, content, self.library.image_shape, self.limits, self.library.background
+        )
+        asked = await self._batcher.run(self.library.upload, image)
+        return await self._answer([asked], k, where or None, list(self.library.indexes))
+
+    async def explain(self, ask: Explain) -> Json:
+        """What each checkpoint and timestep adds to a score."""
+        asked = Asked(ask.source, ask.id)
+        self._check(1, [asked], [ask.index])
+        return await self._batcher.run(self.library.explain, ask.index, asked, ask.sample)
+
+    async def groups(self, ask: Groups) -> Json:
+        """Which groups influenced a query most?"""
+        asked = Asked(ask.source, ask.id)
+        self._check(ask.k, [asked], [])
+        if ask.column not in self._about["group_columns"]:  # as many groups as samples would be a table of all scores
+            known = ", ".join(self._about["group_columns"]) or "none"
+            raise ValueError(f"{ask.column!r} is no column that puts samples together; there are: {known}.")
+        own = ask.source == "training"
+
+        def question(index: Index) -> Question:
+            return Question(ask.k, sides(index), ask.where, ask.column, ask.reduce, own)
+
+        every = self.library.indexes.items()
+        found = await asyncio.gather(*(self._batcher.ask(name, asked, question(index)) for name, index in every))
+        return dict(zip(self.library.indexes, found, strict=True))
+
+    async def repeatability(self) -> Json:
+        """How far each index's lists would come again, told from stored queries."""
+        async with self._telling:
+            for name in self.library.queries:
+                if name not in self._known:
+                    groups = self.library.compared(name)
+                    found = [await self._batcher.run(self.library.repeatability, name, some) for some in groups]
+                    self._known[name] = self.library.told(name, found)
+        return self._known
+
+    async def halves(self, ask: Halves) -> Json:
+        """How many names of a query's list two halves of the measurements share."""
+        asked = Asked(ask.source, ask.id)
+        self._check(ask.k, [asked], [])
+        every = {
+            name: await self._batcher.run(self.library.shared, name, asked, ask.k, ask.where)
+            for name in self.library.indexes
+        }
+        return {name: shared for name, shared in every.items() if shared is not None}
+
+    def _check(self, k: int, asked: list[Asked], indexes: list[str]) -> None:
+        if k > self.limits.k:
+            raise ValueError(f"k must be at most {self.limits.k}, got {k}.")
+        if len(asked) > self.limits.ids:
+            raise ValueError(f"at most {self.limits.ids} ids can be asked at a time, got {len(asked)}.")
+        for one in asked:
+            self.library.check(one)
+        self.library.check_indexes(indexes)
+
+    async def _answer(self, asked: list[Asked], k: int, where: str | None, indexes: list[str]) -> Json:
+        self._check(k, asked, indexes)
+        found = {}
+        for name in indexes:
+            own = asked[0].source == "training"
+            question = Question(k, sides(self.library.indexes[name]), where, None, "sum", own)
+            found[name] = list(await asyncio.gather(*(self._batcher.ask(name, one, question) for one in asked)))
+        return await asyncio.to_thread(self.library.fragment, asked, found)
+
+
 def create_app(
     library: Library,
     *,
@@ -135,28 +308,11 @@ def create_app(
     """
     if token == "":
         raise ValueError("the token is empty, so that anybody could send it.")
-    registry = prometheus.CollectorRegistry()
-    requests = prometheus.Counter("requests", "Requests answered.", ["route", "status"], registry=registry)
-    seconds = prometheus.Histogram("request_seconds", "Time to the answer.", ["route"], registry=registry)
-    sizes = prometheus.Histogram(
-        "scan_queries", "Queries answered by one scan.", registry=registry, buckets=(1, 2, 4, 8, 16, 32, 64)
-    )
-    about = library.about()
-    known: dict[str, Json] = {}
-    telling = asyncio.Lock()
-    batcher: Batcher
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        nonlocal batcher
-        batcher = Batcher(library, limits.batch, sizes.observe)
-        yield
-        await batcher.close()
-
+    service = Service(library, title, limits)
     app = FastAPI(
         title="retrac_scale",
         description="Which training samples made a diffusion model produce this one?",
-        lifespan=lifespan,
+        lifespan=service.lifespan,
         default_response_class=Plain,
         docs_url=None,  # they would load scripts from elsewhere
         redoc_url=None,
@@ -165,137 +321,27 @@ def create_app(
     app.add_middleware(Guard, token=token, limits=limits)
     if hosts is not None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
-
-    @app.middleware("http")
-    async def measure(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
-        started = time.perf_counter()
-        response = await answer(request)
-        route = getattr(request.scope.get("route"), "path", "other")
-        requests.labels(route, response.status_code).inc()
-        seconds.labels(route).observe(time.perf_counter() - started)
-        return response
-
-    @app.exception_handler(ValueError)
-    async def wrong(_: Request, error: ValueError) -> Plain:
-        return Plain({"detail": str(error)}, 422)
-
-    @app.exception_handler(StaleIndexError)
-    @app.exception_handler(DamagedStoreError)
-    @app.exception_handler(OSError)
-    async def lost(_: Request, error: Exception) -> Plain:
-        return Plain({"detail": str(error)}, 503)
-
-    @app.exception_handler(RequestValidationError)
-    async def malformed(_: Request, error: RequestValidationError) -> Plain:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        return Plain({"detail": f"{where}: {first['msg']}"}, 422)
-
-    def check(k: int, asked: list[Asked], indexes: list[str]) -> None:
-        if k > limits.k:
-            raise ValueError(f"k must be at most {limits.k}, got {k}.")
-        if len(asked) > limits.ids:
-            raise ValueError(f"at most {limits.ids} ids can be asked at a time, got {len(asked)}.")
-        for one in asked:
-            library.check(one)
-        library.check_indexes(indexes)
-
-    async def answer(asked: list[Asked], k: int, where: str | None, indexes: list[str]) -> Json:
-        check(k, asked, indexes)
-        found = {}
-        for name in indexes:
-            own = asked[0].source == "training"
-            question = Question(k, sides(library.indexes[name]), where, None, "sum", own)
-            found[name] = list(await asyncio.gather(*(batcher.ask(name, one, question) for one in asked)))
-        return await asyncio.to_thread(library.fragment, asked, found)
-
-    @app.get("/", response_class=HTMLResponse, summary="The page.")
-    async def root() -> HTMLResponse:
-        live = resources.files("retrac_scale.serve").joinpath("live.js").read_text(encoding="utf-8")
-        return HTMLResponse(page(title, {"title": title, "live": True}, live))
-
-    @app.get("/health", summary="Whether the service is up.")
-    async def health() -> Json:
-        return {"status": "ok"}
-
-    @app.get("/metrics", summary="Counters for Prometheus.", response_class=fastapi.responses.PlainTextResponse)
-    async def metrics() -> Response:
-        return Response(prometheus.generate_latest(registry), media_type="text/plain; version=0.0.4")
-
-    @app.get("/api/about", summary="Indexes, columns, sources and limits.")
-    async def describe() -> Json:
-        kept = {"k": limits.k, "ids": limits.ids, "upload_bytes": limits.upload_bytes}
-        return {"title": title, **about, "limits": kept}
-
-    @app.get("/api/ids", summary="Ids to choose from.")
-    async def ids(
-        source: Stored,
-        contains: Annotated[str, Query(max_length=200)] = "",
-        count: Annotated[int, Query(ge=1, le=MOST_IDS)] = 100,
-        pictures: Annotated[bool, Query(description="their pictures too, of at most 100")] = False,
-    ) -> Json:
-        names = await asyncio.to_thread(library.ids, source, contains, min(count, MOST_PICTURES) if pictures else count)
-        if not pictures:
-            return {"ids": names}
-        asked = [Asked(source, name) for name in names]
-        return {"ids": names, "pictures": await asyncio.to_thread(lambda: list(map(library.query_picture, asked)))}
-
-    @app.post("/api/query", summary=Ask.__doc__)
-    async def query(ask: Ask) -> Json:
-        asked = [Asked(ask.source, name) for name in ask.ids]
-        return await answer(asked, ask.k, ask.where, ask.indexes or list(library.indexes))
-
-    @app.post("/api/upload", summary="Which training samples influenced this image most?")
-    async def upload(
-        file: Annotated[UploadFile, File(description="PNG, JPEG, WebP or BMP")],
-        k: Annotated[int, Form(ge=1)] = 10,
-        where: Annotated[Where, Form()] = "",
-    ) -> Json:
-        if library.measured is None:
-            raise HTTPException(404, "uploads are not served: the service was started without a model.")
-        check(k, [], [])
-        content = await file.read()
-        image = await asyncio.to_thread(read_upload, content, library.image_shape, limits, library.background)
-        asked = await batcher.run(library.upload, image)
-        return await answer([asked], k, where or None, list(library.indexes))
-
-    @app.post("/api/explain", summary=Explain.__doc__)
-    async def explain(ask: Explain) -> Json:
-        asked = Asked(ask.source, ask.id)
-        check(1, [asked], [ask.index])
-        return await batcher.run(library.explain, ask.index, asked, ask.sample)
-
-    @app.post("/api/groups", summary=Groups.__doc__)
-    async def groups(ask: Groups) -> Json:
-        asked = Asked(ask.source, ask.id)
-        check(ask.k, [asked], [])
-        if ask.column not in about["group_columns"]:  # as many groups as samples would be a table of all scores
-            known = ", ".join(about["group_columns"]) or "none"
-            raise ValueError(f"{ask.column!r} is no column that puts samples together; there are: {known}.")
-        own = ask.source == "training"
-
-        def question(index: Index) -> Question:
-            return Question(ask.k, sides(index), ask.where, ask.column, ask.reduce, own)
-
-        every = library.indexes.items()
-        found = await asyncio.gather(*(batcher.ask(name, asked, question(index)) for name, index in every))
-        return dict(zip(library.indexes, found, strict=True))
-
-    @app.get("/api/repeatability", summary="How far each index's lists would come again, told from stored queries.")
-    async def repeatability() -> Json:
-        async with telling:
-            for name in library.queries:
-                if name not in known:
-                    groups = library.compared(name)
-                    found = [await batcher.run(library.repeatability, name, some) for some in groups]
-                    known[name] = library.told(name, found)
-        return known
-
-    @app.post("/api/repeatability", summary=Halves.__doc__)
-    async def halves(ask: Halves) -> Json:
-        asked = Asked(ask.source, ask.id)
-        check(ask.k, [asked], [])
-        every = {name: await batcher.run(library.shared, name, asked, ask.k, ask.where) for name in library.indexes}
-        return {name: shared for name, shared in every.items() if shared is not None}
-
+    app.middleware("http")(service.measured)
+    for kind, handler in REFUSING.items():
+        app.add_exception_handler(kind, handler)
+    _add_routes(app, service)
     return app
+
+
+def _add_routes(app: FastAPI, service: Service) -> None:
+    """Each is told of in the OpenAPI by the sentence that stands with it here."""
+    text = fastapi.responses.PlainTextResponse
+    for path, handler, more in (
+        ("/", service.root, {"response_class": HTMLResponse}),
+        ("/health", service.health, {}),
+        ("/metrics", service.metrics, {"response_class": text}),
+        ("/api/about", service.describe, {}),
+        ("/api/ids", service.ids, {}),
+        ("/api/query", service.query, {"methods": ["POST"]}),
+        ("/api/upload", service.upload, {"methods": ["POST"]}),
+        ("/api/explain", service.explain, {"methods": ["POST"]}),
+        ("/api/groups", service.groups, {"methods": ["POST"]}),
+        ("/api/repeatability", service.repeatability, {}),
+        ("/api/repeatability", service.halves, {"methods": ["POST"]}),
+    ):
+        app.add_api_route(path, handler, summary=handler.__doc__, **more)
