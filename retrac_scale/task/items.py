@@ -96,30 +96,8 @@ def take_apart(number: Any, item: Any) -> Item:
         return replace(take_apart(number, item.item), region=item.region)
     if isinstance(item, About):
         return replace(take_apart(number, item.item), concept=item.concept)
-    key, extra = "", None
-    if isinstance(item, Mapping):
-        key = next((key for key in SAMPLE_KEYS if key in item), "")
-        if not key:
-            raise ValueError(f"dataset item {number} has keys {list(item)}; name the image one of {SAMPLE_KEYS}.")
-        sample, extra = item[key], {name: value for name, value in item.items() if name not in (key, "id")}
-    elif isinstance(item, (tuple, list)):
-        if not 1 <= len(item) <= 2:
-            raise ValueError(
-                f"dataset item {number} is a {type(item).__name__} of {len(item)}; give (image, label), or a dict that "
-                "names what else the model takes."
-            )
-        sample, extra = item[0], item[1] if len(item) > 1 else None
-    else:
-        sample = item
-    if not isinstance(sample, Tensor):
-        raise ValueError(f"dataset item {number} gives a {type(sample).__name__} for the image; give a torch tensor.")
-    if not sample.is_floating_point():
-        raise ValueError(
-            f"dataset item {number} has dtype {sample.dtype}; give floating point in the range that the model was "
-            "trained on, usually -1 .. 1."
-        )
-    if not torch.isfinite(sample).all():
-        raise ValueError(f"dataset item {number} has NaN or infinite entries; repair it or leave it out.")
+    key, sample, extra = _parts(number, item)
+    _check_sample(number, sample)
     if isinstance(extra, str):
         extra = {PROMPT_KEYS[0]: extra}
     elif extra is not None and not isinstance(extra, Mapping):
@@ -134,6 +112,36 @@ def take_apart(number: Any, item: Any) -> Item:
     conditioning = {name: _as_tensor(number, name, value) for name, value in flat.items()}
     label = None if label is None else _as_tensor(number, "label", label)
     return Item(sample, conditioning, label, prompt, key == LATENTS)
+
+
+def _parts(number: Any, item: Any) -> tuple[str, Any, Any]:
+    """The key of the sample, if it has one, the sample, and what comes with it."""
+    if isinstance(item, Mapping):
+        key = next((key for key in SAMPLE_KEYS if key in item), "")
+        if not key:
+            raise ValueError(f"dataset item {number} has keys {list(item)}; name the image one of {SAMPLE_KEYS}.")
+        return key, item[key], {name: value for name, value in item.items() if name not in (key, "id")}
+    if not isinstance(item, (tuple, list)):
+        return "", item, None
+    if not 1 <= len(item) <= 2:
+        raise ValueError(
+            f"dataset item {number} is a {type(item).__name__} of {len(item)}; give (image, label), or a dict that "
+            "names what else the model takes."
+        )
+    return "", item[0], item[1] if len(item) > 1 else None
+
+
+def _check_sample(number: Any, sample: Any) -> None:
+    """Raise ValueError unless it is a finite tensor of floating point."""
+    if not isinstance(sample, Tensor):
+        raise ValueError(f"dataset item {number} gives a {type(sample).__name__} for the image; give a torch tensor.")
+    if not sample.is_floating_point():
+        raise ValueError(
+            f"dataset item {number} has dtype {sample.dtype}; give floating point in the range that the model was "
+            "trained on, usually -1 .. 1."
+        )
+    if not torch.isfinite(sample).all():
+        raise ValueError(f"dataset item {number} has NaN or infinite entries; repair it or leave it out.")
 
 
 def check_label(number: Any, label: Tensor, config: Mapping[str, Any]) -> None:
