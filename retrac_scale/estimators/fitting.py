@@ -13,8 +13,8 @@ from retrac_scale.arrays import Float32
 from retrac_scale.estimators import Estimator, common_timesteps
 from retrac_scale.estimators.ridge import Damping, Moments, Ridge, solve
 from retrac_scale.runtime.graphs import compute, delayed
-from retrac_scale.store import SketchStore, open_store
-from retrac_scale.store.schema import Url, blocks, whereabouts
+from retrac_scale.store import SketchStore, StoreHandle
+from retrac_scale.store.schema import blocks
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -54,8 +54,7 @@ def fit(store: SketchStore, estimator: Estimator, places: Places, client: Client
     """
     if estimator.damping is None:
         return {}
-    source: SketchStore | Url = store if client is None else whereabouts(store.url)
-    run = delayed(partial(_moments_of_run, source, store.fingerprint.get("measure"), estimator))
+    run = delayed(partial(_moments_of_run, StoreHandle.of(store, client), estimator))
     add, finish = delayed(_sum), delayed(_solve)
     dual = len(places) < store.shape[2]
     steps = common_timesteps(store) if estimator.pairing == "matched" else None
@@ -68,10 +67,8 @@ def fit(store: SketchStore, estimator: Estimator, places: Places, client: Client
     return dict(zip(store.checkpoints, compute(found, client), strict=True))
 
 
-def _moments_of_run(
-    source: SketchStore | Url, measure: str | None, estimator: Estimator, name: str, places: Places, dual: bool
-) -> list[Moments]:
-    store = source if isinstance(source, SketchStore) else open_store(source, measure=measure)
+def _moments_of_run(source: StoreHandle, estimator: Estimator, name: str, places: Places, dual: bool) -> list[Moments]:
+    store = source.open()
     pieces = (
         [Moments.of(part, estimator.damping or 0, dual=dual) for part in np.split(rows, estimator.parts(store), axis=1)]
         for _, rows in rows_at(store, places, lambda samples: estimator.rows(store, name, samples))

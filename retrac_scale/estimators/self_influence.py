@@ -14,9 +14,8 @@ from retrac_scale.estimators.fitting import fit
 from retrac_scale.estimators.ridge import Ridge
 from retrac_scale.runtime.runs import results
 from retrac_scale.runtime.tasks import Task
-from retrac_scale.store import SketchStore, open_store
+from retrac_scale.store import SketchStore, StoreHandle
 from retrac_scale.store.compatibility import check_compatible, slots
-from retrac_scale.store.schema import Url, whereabouts
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -52,26 +51,22 @@ def self_influence(
             here = slots(store.fingerprint)
             if any(here) and here != slots(queries.fingerprint):
                 raise ValueError("matched pairing needs the same noise on both sides, in the same order.")
-    if client is not None and (store.url is None or (queries is not None and queries.url is None)):
-        raise ValueError("workers cannot reach this process's memory; give the stores paths or URLs.")
-    measure = store.fingerprint.get("measure")
-    left: SketchStore | Url = store if client is None else whereabouts(store.url)
-    right = None if queries is None else queries if client is None else whereabouts(queries.url)
+    left = StoreHandle.of(store, client)
+    right = None if queries is None else StoreHandle.of(queries, client)
     ridges = fit(store, estimator, np.flatnonzero(store.alive), client)
     tasks = [Task(f"self-influence-samples-{block.start}-{block.stop}", (block,)) for block in store.blocks]
-    parts = results(_self_influence_of_block, tasks, client, shared=(left, right, measure, estimator, ridges))
+    parts = results(_self_influence_of_block, tasks, client, shared=(left, right, estimator, ridges))
     values: Float32 = np.concatenate(parts).astype(np.float32)
     values[store.deleted if queries is None else store.deleted | queries.deleted] = np.nan
     return np.square(values) if estimator.squared else values
 
 
 def _self_influence_of_block(
-    common: tuple[SketchStore | Url, SketchStore | Url | None, str | None, Estimator, Mapping[str, Sequence[Ridge]]],
+    common: tuple[StoreHandle, StoreHandle | None, Estimator, Mapping[str, Sequence[Ridge]]],
     samples: slice,
 ) -> npt.NDArray[np.float64]:
-    left, right, measure, estimator, ridges = common
-    store = left if isinstance(left, SketchStore) else open_store(left, measure=measure)
-    queries = right if right is None or isinstance(right, SketchStore) else open_store(right, measure=measure)
+    left, right, estimator, ridges = common
+    store, queries = left.open(), None if right is None else right.open()
     total = np.zeros(samples.stop - samples.start)
     for checkpoint, weight in store.weights.items():
         own = ridges.get(checkpoint, ())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +22,7 @@ from retrac_scale.index.columns import write_column, write_list
 from retrac_scale.index.reader import IndexReader
 from retrac_scale.runtime.runs import results
 from retrac_scale.runtime.tasks import Task
-from retrac_scale.store import IncompleteStoreError, SketchStore, objects, open_store
+from retrac_scale.store import IncompleteStoreError, SketchStore, StoreHandle, objects
 from retrac_scale.store.compatibility import COMPARED
 from retrac_scale.store.encoding import encode
 from retrac_scale.store.opening import open_root
@@ -70,8 +71,9 @@ def write_index(
     client: Client | None = None,
 ) -> tuple[IndexReader, bool]:
     """See `retrac_scale.build_index`; also whether it was built, and not there already."""
-    if client is not None and (out is None or store.url is None):
-        raise ValueError("workers cannot reach this process's memory; give store and index a path or URL.")
+    if client is not None and out is None:
+        raise ValueError("workers cannot reach an index in this process's memory; give it a path or URL.")
+    source = StoreHandle.of(store, client)
     estimator = recommended(store) if estimator is None else estimator
     _check(store, estimator, dtype)
     kept = np.flatnonzero(~store.deleted)
@@ -88,17 +90,15 @@ def write_index(
     root.create_group("column", overwrite=True)
     for name, values in store.columns.items():
         write_column(root, name, values[kept])
-    source: SketchStore | Url = store if client is None else whereabouts(store.url)
     target: zarr.Group | Url = root if client is None else whereabouts(out)
     ridges = fit(store, estimator, kept, client)
     gains = _gains(store, estimator, ridges, kept) if ridges and estimator.parts(store) > 1 else {}
-    common = source, meta["measure"], target, estimator, ridges, gains, dtype
     tasks = [
         Task(f"build-index-{name}-samples-{samples.start}-{samples.stop}", (checkpoint, samples, kept[samples]))
         for checkpoint, name in enumerate(store.checkpoints)
         for samples in chunks
     ]
-    results(_build_chunk, tasks, client, shared=common)
+    results(_build_chunk, tasks, client, shared=_Common(source, target, estimator, ridges, gains, dtype))
     described = {name: _described(own, meta["slots"]) for name, own in ridges.items()}
     objects.force_all(root)  # first: what is called complete survives a power cut
     seals.seal(root, {**meta, "fit": described, "gains": gains, "complete": True})
@@ -256,28 +256,26 @@ def write_rows(
     get_array(root, "norm")[checkpoint, samples] = (length * np.abs(scale) * (1 + 1e-5)).astype(np.float32)
 
 
-def _build_chunk(
-    common: tuple[
-        SketchStore | Url,
-        str | None,
-        zarr.Group | Url,
-        Estimator,
-        Mapping[str, Sequence[Ridge]],
-        Mapping[str, list[float]],
-        IndexDtype,
-    ],
-    checkpoint: int,
-    samples: slice,
-    kept: npt.NDArray[np.int64],
-) -> None:
+@dataclass(frozen=True, eq=False)
+class _Common:
+    """What all chunks are built of: an index here, or for workers where they open it."""
+
+    source: StoreHandle
+    target: zarr.Group | Url
+    estimator: Estimator
+    ridges: Mapping[str, Sequence[Ridge]]
+    gains: Mapping[str, list[float]]
+    dtype: IndexDtype
+
+
+def _build_chunk(common: _Common, checkpoint: int, samples: slice, kept: npt.NDArray[np.int64]) -> None:
     """Collapse one chunk: the samples of an index that stand at places `kept` of the store."""
-    source, measure, target, estimator, ridges, gains, dtype = common
-    store = source if isinstance(source, SketchStore) else open_store(source, measure=measure)
+    store, target, estimator, gains = common.source.open(), common.target, common.estimator, common.gains
     root = target if isinstance(target, zarr.Group) else zarr.open_group(zarr_location(target), mode="r+")
     name = store.checkpoints[checkpoint]
     rows = np.empty((len(kept), estimator.width(store)), np.float32)
-    for some, values in rows_at(store, kept, partial(_train_rows, store, estimator, name, ridges.get(name, ()))):
+    for some, values in rows_at(store, kept, partial(_train_rows, store, estimator, name, common.ridges.get(name, ()))):
         rows[some] = values
     if name in gains:
         rows.reshape(len(kept), len(gains[name]), -1)[:] *= np.array(gains[name], np.float32)[:, None]
-    write_rows(root, checkpoint, samples, rows, store.weights[name], dtype)
+    write_rows(root, checkpoint, samples, rows, store.weights[name], common.dtype)

@@ -3,6 +3,7 @@
 from retrac_scale.store.encoding import Dtype
 from retrac_scale.store.errors import DamagedStoreError, IncompleteStoreError
 from retrac_scale.store.growth import grow_store
+from retrac_scale.store.handle import StoreHandle
 from retrac_scale.store.reader import SketchStore, open_store
 from retrac_scale.store.schema import Layout
 from retrac_scale.store.verify import Finding, Verdict, repair_store, verify_store
@@ -15,6 +16,7 @@ __all__ = [
     "IncompleteStoreError",
     "Layout",
     "SketchStore",
+    "StoreHandle",
     "Verdict",
     "create_store",
     "grow_store",
