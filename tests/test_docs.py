@@ -75,3 +75,12 @@ def test_examples_in_docstrings_run(module: str) -> None:
 @pytest.mark.parametrize("page", sorted(set(pages.with_python()) - {"README.md"}))  # which tests/test_readme.py runs
 def test_the_python_of_a_page_runs(page: str, tmp_path: Path) -> None:
     pages.run(page, readers.BEFORE.get(page, {}), readers.INSTEAD.get(page, {}), tmp_path)
+
+
+def test_no_python_is_passed_over_and_no_exception_outlives_its_page() -> None:
+    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
+        assert len(re.findall(r"^ *```py", page.read_text(), re.M)) == len(list(pages.blocks(page))), page.name
+    for name, printed in ((name, text) for name, texts in readers.INSTEAD.items() for text in texts):
+        assert printed in (ROOT / name).read_text()
+    for name, numbers in readers.BEFORE.items():
+        assert max(numbers) < len(list(pages.blocks(ROOT / name)))
