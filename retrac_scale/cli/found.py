@@ -60,7 +60,8 @@ def look_at_images(project: Project, folder: str, shape: tuple[int, int] | None)
     from retrac_scale.datasets import ImageFiles
     from retrac_scale.datasets.base import is_transparent, opaque
 
-    files = ImageFiles([project.path(folder)], 3).ids.tolist()
+    dataset = ImageFiles([project.path(folder)], 3)
+    files = dataset.ids.tolist()
     some = files[:: max(1, len(files) // LOOKED_AT)]
     transparent, wanted = 0, shape
     for file in some:
@@ -73,6 +74,7 @@ def look_at_images(project: Project, folder: str, shape: tuple[int, int] | None)
             sizes = f"{upright.size[0]} x {upright.size[1]}, {'the model takes' if shape else 'the first'} "
             raise ValueError(f"{file} is {sizes}{wanted[0]} x {wanted[1]}; resize the images.")
     lines = [f"{folder}: {len(files):,} images of {upright.size[0]} x {upright.size[1]}"]
+    lines[0] += f"; columns {', '.join(dataset.columns)}" if folder == project.images else ""
     if transparent:
         how = f"they are put onto {project.background}"
         if not project.background:

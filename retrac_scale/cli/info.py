@@ -29,7 +29,6 @@ def _options(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> Answer:
     import zarr
 
-    from retrac_scale.query.index import open_index
     from retrac_scale.store import open_store
     from retrac_scale.store.schema import ATTRIBUTE
 
@@ -41,26 +40,38 @@ def _run(arguments: argparse.Namespace) -> Answer:
         said = f"there is no store or index at {url}." if arguments.url else project.missing(url)
         raise FileNotFoundError(said) from None
     if isinstance(meta, dict) and meta.get("what") == "index":
-        index = open_index(url)
-        c, n, k = index.shape
-        kept = {name: index.meta[name] for name in ("estimator", "dtype", "store")}
-        lines = [
-            f"index of {in_words(kept['estimator'])}",
-            f"{n:,} samples, {c} checkpoint{'s' if c > 1 else ''}, {k:,} entries of {index.meta['dtype']} each: "
-            f"{in_bytes(c * n * k * BYTES[index.meta['dtype']])}",
-            f"made from {index.meta['store']}",
-        ]
-        shape = {"checkpoints": c, "samples": n, "entries": k}
-        if index.estimator.pairing == "matched":
-            line, kept["repeatability"] = told(index, arguments.repeatability)
-            lines.append(line)
-        return Answer("\n".join(lines), {"what": "index", **shape, **kept})
+        return _of_index(url, meta, arguments.repeatability)
     stores = [open_store(url, measure=measure) for measure in open_store(url).measurements]
     how = f"to query it: retrac-scale index {url} index.zarr, then retrac-scale query index.zarr QUERIES"
     if not arguments.url:
         how = "to query it: retrac-scale query, or retrac-scale report"
     every = [_describe(store, how, arguments.repeatability) for store in stores]
     return Answer("\n".join(text for text, _ in every), {"what": "store", "measurements": [data for _, data in every]})
+
+
+def _of_index(url: str, meta: dict[str, Any], repeatability: bool) -> Answer:
+    """Read from its description alone: opening it for queries would take the libraries that answer them."""
+    import zarr
+
+    rows: Any = zarr.open_group(url, mode="r")["row"]
+    c, n, k = rows.shape
+    kept = {name: meta[name] for name in ("estimator", "dtype", "store")}
+    lines = [
+        f"index of {in_words(kept['estimator'])}",
+        f"{n:,} samples, {c} checkpoint{'s' if c > 1 else ''}, {k:,} entries of {meta['dtype']} each: "
+        f"{in_bytes(c * n * k * BYTES[meta['dtype']])}",
+        f"made from {meta['store']}",
+    ]
+    if meta.get("slots", 1) > 1:  # of matched pairing
+        line, kept["repeatability"] = told(lambda: _opened(url), repeatability)
+        lines.append(line)
+    return Answer("\n".join(lines), {"what": "index", "checkpoints": c, "samples": n, "entries": k, **kept})
+
+
+def _opened(url: str) -> Any:
+    from retrac_scale.query.index import open_index
+
+    return open_index(url)
 
 
 def _describe(store: SketchStore, how: str, repeatability: bool) -> tuple[str, dict[str, Any]]:
@@ -103,7 +114,7 @@ def _describe(store: SketchStore, how: str, repeatability: bool) -> tuple[str, d
     data |= {"columns": list(store.columns), "deleted": int(store.deleted.sum()), "revision": store.revision}
     data |= {"checkpoints": checkpoints, "pairs": pairs, "pairs_written": written, "norms": curve}
     if store.is_complete:
-        line, data["repeatability"] = told(store, repeatability)
+        line, data["repeatability"] = told(lambda: store, repeatability)
         lines += [line, how]
     else:
         lines.append("not complete: run `retrac-scale sketch` again, it computes only what is missing")

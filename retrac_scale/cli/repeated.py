@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +12,11 @@ if TYPE_CHECKING:
     from retrac_scale.store import SketchStore
 
 
-def told(store: SketchStore | Index, asked: bool) -> tuple[str, dict[str, Any]]:
+def told(opened: Callable[[], SketchStore | Index], asked: bool) -> tuple[str, dict[str, Any]]:
     """A line and JSON data: the repeatability under the recommended estimator, or why it is not told.
 
     Args:
-        store: a complete store, or an index with matched pairing.
+        opened: gives a complete store, or an index with matched pairing.
         asked: whether it is to be measured.
     """
     if not asked:
@@ -24,7 +25,7 @@ def told(store: SketchStore | Index, asked: bool) -> tuple[str, dict[str, Any]]:
     from retrac_scale.measurement.repeatability import repeatability
 
     try:
-        found = repeatability(store)
+        found = repeatability(opened())
     except ValueError as error:  # measured once, too few samples, or nothing to compare
         return f"repeatability: {error}", {"unknown": str(error)}
     return f"repeatability: {found}", as_json(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from retrac_scale.cli import check
@@ -95,13 +96,18 @@ def _queries(
 ) -> SketchStore:
     """The sketches of the images to ask about; of those that came to the folder since, too."""
     from retrac_scale.api.sketch import sketch
+    from retrac_scale.sketching.plans import QUERY_PLAN
     from retrac_scale.store import open_store
 
+    plan = None
+    if project.timesteps == RECORDED:  # at the paper's, or as many as a short schedule has
+        plan = replace(QUERY_PLAN, count=min(QUERY_PLAN.count, task.num_train_timesteps - 1))
     try:
         grown = open_store(project.queries).parts[0].shape[0] != len(asked)
     except FileNotFoundError:
         grown = False
-    return sketch(task, asked, project.queries, like=store, progress="queries", grow=grown, **common)
+    where: dict[str, Any] = {"timesteps": plan, "like": store}
+    return sketch(task, asked, project.queries, progress="queries", grow=grown, **where, **common)
 
 
 def _told(store: SketchStore) -> str:

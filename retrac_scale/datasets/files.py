@@ -10,10 +10,13 @@ from typing import Any
 from PIL import Image
 
 from retrac_scale.datasets.base import Corrupt, ImageDataset, Paths, check_channels, listed, local
+from retrac_scale.datasets.metadata import columns_beside
 
 
 class ImageFiles(ImageDataset):
     """Image files, and all those in folders; their ids are their paths, column "folder" is the folder's name.
+
+    Further columns are those of metadata.jsonl, .csv or .parquet in the folders, see `columns_beside`.
 
     Of a folder count the files that Hugging Face's `imagefolder` takes: whatever Pillow opens, by its suffix, in no
     folder and under no name that begins with a dot, as copies of editors and of macOS do.
@@ -33,6 +36,7 @@ class ImageFiles(ImageDataset):
         Image.init()
         suffixes = tuple(suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN)
         files: list[Path] = []
+        columns: dict[str, list[Any]] = {}
         for path in map(Path, listed(paths, "ImageFiles got no paths")):
             if not path.exists():
                 raise ValueError(f"there is no file or folder {path}.")
@@ -41,11 +45,14 @@ class ImageFiles(ImageDataset):
             if not images:
                 raise ValueError(f"{path} is no image and holds none; images end in .png, .jpg and what Pillow opens.")
             files += images
+            for name, values in (columns_beside(path, images) if path.is_dir() else {}).items():
+                columns.setdefault(name, []).extend(values)
         self._files = [local(file) for file in files]
         super().__init__(
             ", ".join(listed(paths, "")),
             ids=[str(file) for file in files],
-            columns={"folder": [file.parent.name for file in files]},
+            columns={"folder": [file.parent.name for file in files]}
+            | {name: values for name, values in columns.items() if len(values) == len(files)},
             given=None,
             channels=channels,
             size=size,

@@ -14,7 +14,6 @@ from typing import Any
 
 import numba
 import numpy as np
-import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -155,6 +154,8 @@ class SharedPass:
 
 
 def _threads(rows: int, nbytes: int) -> int:
+    import torch  # takes seconds, which reading has no use for
+
     return max(1, min(torch.get_num_threads(), rows, nbytes // THREAD_BYTES))
 
 
@@ -169,6 +170,8 @@ def _torch_team() -> Any:
 
 @cache
 def _openmp() -> Any:
+    import torch
+
     try:
         team = ctypes.CDLL(torch._C.__file__).GOMP_parallel
     except (AttributeError, OSError):

@@ -6,8 +6,6 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch.utils.dlpack import from_dlpack
 
 from retrac_scale.arrays import Float32
 from retrac_scale.native.compiled import compiled
@@ -104,6 +102,9 @@ def _float(bits: Any) -> Any:
 
 def _to_half(rows: Float32, stored: npt.NDArray[Any], scale: Float32) -> None:
     """Rows `[n, k]` to float16 or to the bits of bfloat16."""
+    import torch  # takes seconds, which reading has no use for
+    from torch.utils.dlpack import from_dlpack
+
     step = max(1, TILE_ENTRIES * torch.get_num_threads() // rows.shape[1])
     for start in range(0, len(rows), step):
         tile = slice(start, start + step)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import mmap
 import os
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
-import torch
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.core.buffer import default_buffer_prototype
@@ -105,14 +108,39 @@ def _file(file: Path, size: int, crc: int | None) -> Bytes:
             status = os.fstat(opened.fileno())
             if status.st_size != size + CRC_BYTES:
                 raise DamagedStoreError(f"{file} has {status.st_size} bytes instead of {size + CRC_BYTES}: damaged.")
-            # torch's mapping holds no file descriptor, of which a process has few; Python's holds one each
-            content: Bytes = torch.from_file(str(file), shared=False, size=status.st_size, dtype=torch.uint8).numpy()
+            content = _mapped(opened.fileno(), status.st_size)
     except FileNotFoundError:
         raise DamagedStoreError(f"{file} is missing; {REMEDY}") from None
     place, state = (status.st_dev, status.st_ino), (status.st_mtime_ns, status.st_size)
     _check(content, size, crc, str(file), verified=_checked.get(place) == state)
     _checked[place] = state
     return content
+
+
+def _mapped(file: int, size: int) -> Bytes:
+    """A file in memory, copied on writing, for as long as a view of it lives.
+
+    It holds no file descriptor, of which a process has few; until Python 3.13, that of `mmap` holds one each.
+    """
+    if os.name != "posix":
+        return np.frombuffer(mmap.mmap(file, size, access=mmap.ACCESS_COPY), np.uint8)
+    libc = _libc()
+    place = libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE, file, 0)
+    if place == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    content = (ctypes.c_uint8 * size).from_address(place)
+    weakref.finalize(content, libc.munmap, place, size).atexit = False  # threads may still read then
+    mapped: Bytes = np.ctypeslib.as_array(content)
+    return mapped
+
+
+@functools.cache
+def _libc() -> Any:
+    libc = ctypes.CDLL(None, use_errno=True)
+    numbers = (ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
+    libc.mmap.argtypes, libc.mmap.restype = (ctypes.c_void_p, ctypes.c_size_t, *numbers), ctypes.c_void_p
+    libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    return libc
 
 
 def _check(content: Bytes, size: int, crc: int | None, what: str, *, verified: bool) -> None:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -395,3 +396,88 @@ def test_completion_is_a_script_that_its_shell_accepts(shell: str, capsys: pytes
     assert "--group-by" in script
     if shutil.which(shell):
         subprocess.run([shell, "-n"], input=script, text=True, check=True)
+
+
+def recorded_run(folder: Path, samples: Any) -> None:
+    """A training of four steps, each of all nine images, with a checkpoint after the second and the last."""
+    recorder = rs.TrainingRecorder(folder / "run" / "record", samples, DDPMScheduler(num_train_timesteps=50))
+    ids = np.arange(9) if isinstance(samples, int) else np.array(samples.ids)
+    for step in range(4):
+        recorder.step(ids, np.arange(9) + step, step, 0.5)
+        if step % 2:
+            recorder.checkpoint(f"checkpoint-{step + 1}")
+            shutil.copytree(folder / "model" / "unet", folder / "run" / f"checkpoint-{step + 1}" / "unet")
+    shutil.copytree(folder / "model", folder / "run" / "model")
+
+
+RECORDED = ["init", "--model", "run/model", "--images", "training-images", "--query-images", "generated-images"]
+
+
+def test_a_recorded_training_is_found_and_measured_where_it_was(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorded_run(folder, 9)
+    assert main(RECORDED) == 0
+    told = capsys.readouterr().out
+    assert "record: run/record; --timesteps recorded measures where it says" in told
+    assert "checkpoints: 2 in run, checkpoint-2, checkpoint-4; the weights of each step of all" in told
+    assert main([*RECORDED, "--timesteps", "recorded", "--dim", "64", "--rank", "0", "--force"]) == 0
+    told = capsys.readouterr().out
+    assert "of 9 samples, by their places, taken as the order of the files: 0 is training-images/0.png" in told
+    project = find(None)
+    assert (project.timesteps, project.record, project.estimators) == ("recorded", "run/record", ("TracIn", "ReTrac"))
+    assert list(project.checkpoints) == ["checkpoint-2", "checkpoint-4"]
+    assert main(["sketch"]) == 0
+    store = rs.open_store("attribution/sketches.zarr")
+    assert store.ids.tolist() == list(range(9))  # by which the noise of the training was drawn
+    assert store.columns["path"].tolist() == [f"training-images/{number}.png" for number in range(9)]
+    assert store.timesteps("checkpoint-4")[:, 0].tolist() == [number + 3 for number in range(9)]
+    assert store.weights == {"checkpoint-2": 1.0, "checkpoint-4": 1.0}  # two steps of rate 0.5 over all samples
+    capsys.readouterr()
+    assert main(["report", "-k", "2"]) == 0, capsys.readouterr().err
+    assert main(["query", "-k", "2"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_record_of_other_samples_is_told_before_anything_is_measured(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Named:
+        ids = tuple(f"{number}.png" for number in range(9))
+
+        def __len__(self) -> int:
+            return 9
+
+        def __getitem__(self, row: int) -> int:
+            return row
+
+    recorded_run(folder, Named())
+    given = [*RECORDED, "--timesteps", "recorded"]
+    assert main(given) == 0  # the ends of the paths
+    (folder / "training-images" / "8.png").rename(folder / "training-images" / "other.png")
+    assert main([*given, "--force"]) == 1
+    told = capsys.readouterr().err
+    assert "names samples such as '0.png', and none of them is 'training-images/other.png'" in told
+    assert main([*given, "--force", "--record", "nowhere"]) == 1
+    assert "recorded timesteps need the training record, and nowhere holds none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["missing", "./missing", "model/other", "/nowhere/model"])
+def test_a_model_that_is_not_there_is_told_without_asking_the_hub(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.setattr("diffusers.AutoModel.load_config", lambda *a, **k: pytest.fail("asked the hub"))
+    for verb in ("init", "sketch"):
+        assert main([verb, "--model", place, "--images", "training-images"]) == 1
+        assert f"there is no folder {place}, and no model on the hub is called so" in capsys.readouterr().err
+
+
+def test_images_to_ask_about_are_looked_at_before_the_long_run(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*INIT, *SMALL]) == 0
+    Image.new("L", (9, 9)).save(folder / "generated-images" / "0.png")
+    Image.new("L", (9, 9)).save(folder / "generated-images" / "1.png")
+    assert main(["sketch"]) == 1
+    assert "generated-images/0.png has shape (1, 9, 9), but the model takes (1, 8, 8)" in capsys.readouterr().err
+    assert not Path("attribution").exists()

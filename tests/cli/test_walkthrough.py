@@ -75,7 +75,7 @@ def _begin(run: Run, say: Callable[[str], None]) -> None:
     assert "holds no diffusers model" in run(f"init --model training-images {images}", 1)
     assert "is no image and holds none" in run("init --model run --images run", 1)
     said = run(f"init --model run {images}")
-    assert "training-images: 40 images of 16 x 16\n  10 of them are transparent: their transparency is dropped" in said
+    assert "training-images: 40 images of 16 x 16; columns folder\n  10 of them are transparent: their trans" in said
     assert "checkpoints: 2 in run, checkpoint-80, checkpoint-160; averaged weights (EMA) of all" in said
     say("The training put its pictures onto white, so the circles must stand on white here too:")
     assert "they are put onto white" in run(f"init --model run {images} --background white --force")

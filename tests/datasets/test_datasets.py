@@ -417,3 +417,45 @@ def test_a_sample_of_a_shard_with_two_images_says_which_is_meant(tmp_path: Path)
     np.testing.assert_array_equal(
         image(TarShards(tmp_path / "0.tar", image="webp")[0]), pixels(png(1), 3, None).numpy()
     )
+
+
+def test_a_folder_says_more_of_its_images_as_imagefolder_has_it(tmp_path: Path) -> None:
+    for name in ("a/1.png", "b/2.png"):
+        (tmp_path / name).parent.mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    rows = [
+        {"file_name": "b/2.png", "artist": "Bo", "year": 1999, "boxes": [1, 2]},
+        {"file_name": "a/1.png", "artist": "Al", "year": 2001, "boxes": []},
+    ]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for file in ("jsonl", "csv", "parquet"):
+        if file == "csv":
+            (tmp_path / "metadata.jsonl").unlink()
+            (tmp_path / "metadata.csv").write_text("file_name,artist,year\nb/2.png,Bo,1999\na/1.png,Al,2001\n")
+        elif file == "parquet":
+            (tmp_path / "metadata.csv").unlink()
+            pq.write_table(pa.Table.from_pylist(rows), tmp_path / "metadata.parquet")
+        columns = ImageFiles([tmp_path]).columns
+        assert {name: values.tolist() for name, values in columns.items()} == {
+            "folder": ["a", "b"],
+            "artist": ["Al", "Bo"],
+            "year": [2001, 1999],
+        }
+    Image.new("RGB", (4, 4)).save(tmp_path / "a" / "3.png")
+    with pytest.raises(ValueError, match=r"metadata.parquet says nothing of a/3.png"):
+        ImageFiles([tmp_path])
+
+
+def test_transparent_pictures_stand_on_the_ground_that_is_named(tmp_path: Path) -> None:
+    half = Image.new("RGBA", (2, 1), (10, 20, 30, 255))
+    half.putpixel((1, 0), (255, 0, 0, 0))
+    half.save(tmp_path / "p.png")
+    files = ImageFiles([tmp_path])
+    dropped = ((files.read(0) + 1) * 127.5).round()
+    files.background = "#0000ff"
+    put = ((files.read(0) + 1) * 127.5).round()
+    assert dropped.permute(1, 2, 0).tolist() == [[[10, 20, 30], [255, 0, 0]]]  # as convert("RGB") does
+    assert put.permute(1, 2, 0).tolist() == [[[10, 20, 30], [0, 0, 255]]]
+    files.background = "blau"
+    with pytest.raises(ValueError, match="background must be a colour such as white"):
+        files[0]
