@@ -161,6 +161,44 @@ def generate(model: UNet2DModel, scheduler: Any, file: Path) -> Tensor:
     return loaded
 
 
+def sketched_by_the_recipe(
+    task: DiffusionTask, scans: Scans, generated: Tensor, checkpoints: dict[str, Path], folder: Path
+) -> tuple[SketchStore, SketchStore]:
+    """Scans and generated digits under the recommended recipe: common noise, and no training record."""
+    common = sketch(
+        task,
+        scans,
+        folder / "sketches.zarr",
+        checkpoints=checkpoints,
+        timesteps=EvenlySpaced(TIMESTEPS),
+        projection=LowRank(dim=ENTRIES),
+    )
+    return common, sketch(task, generated, folder / "queries.zarr", checkpoints=checkpoints, like=common)
+
+
+def sketched_as_in_the_paper(
+    task: DiffusionTask, scans: Scans, generated: Tensor, checkpoints: dict[str, Path], folder: Path
+) -> tuple[SketchStore, SketchStore]:
+    """Each scan at the timestep and noise that it was trained at before each checkpoint; the digits at many."""
+    recorded = sketch(
+        task,
+        scans,
+        folder / "recorded.zarr",
+        checkpoints=checkpoints,
+        timesteps=Recorded(folder / "recorded"),
+        projection=CountSketch(DIM),
+    )
+    asked = sketch(
+        task,
+        generated,
+        folder / "recorded-queries.zarr",
+        checkpoints=checkpoints,
+        timesteps=EvenlySpaced(QUERY_TIMESTEPS, noise="own"),
+        like=recorded,
+    )
+    return recorded, asked
+
+
 def run(out: str | os.PathLike[str]) -> None:
     """Run the whole street into a folder and print where things are; a second run computes only what is missing."""
     folder = Path(out)
@@ -172,33 +210,8 @@ def run(out: str | os.PathLike[str]) -> None:
     generated = generate(model, scheduler, folder / "generated.pt")
     task = DiffusionTask(model, scheduler)
     last = dict([list(checkpoints.items())[-1]])
-    # The recommended recipe needs no training record: the last weights under common noise.
-    common = sketch(
-        task,
-        scans,
-        folder / "sketches.zarr",
-        checkpoints=last,
-        timesteps=EvenlySpaced(TIMESTEPS),
-        projection=LowRank(dim=ENTRIES),
-    )
-    asked = sketch(task, generated, folder / "queries.zarr", checkpoints=last, like=common)
-    # The paper's: each scan at the timestep and noise that it was trained at before each checkpoint.
-    recorded = sketch(
-        task,
-        scans,
-        folder / "recorded.zarr",
-        checkpoints=checkpoints,
-        timesteps=Recorded(folder / "recorded"),
-        projection=CountSketch(DIM),
-    )
-    asked_of_paper = sketch(
-        task,
-        generated,
-        folder / "recorded-queries.zarr",
-        checkpoints=checkpoints,
-        timesteps=EvenlySpaced(QUERY_TIMESTEPS, noise="own"),
-        like=recorded,
-    )
+    common, asked = sketched_by_the_recipe(task, scans, generated, last, folder)
+    recorded, asked_of_paper = sketched_as_in_the_paper(task, scans, generated, checkpoints, folder)
     indexes = {
         "ReTracRidge": build_index(common, out=folder / "retracridge.zarr"),
         "ReTrac": build_index(recorded, ReTrac(), folder / "retrac.zarr"),
