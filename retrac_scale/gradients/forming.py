@@ -37,6 +37,8 @@ def form(layer: Layer, call: Call, n: int, samples: slice, mixer: Tensor | None)
     weight = gradients.get("weight")
     if isinstance(weight, OuterProducts):
         along = weight.with_bias and "bias" in layer.parameters
+        if mixer is None and along == weight.with_bias:
+            return gradients
         return {**gradients, "weight": replace(weight, with_bias=along, mixer=mixer)}
     if mixer is None or weight is None:
         return gradients
