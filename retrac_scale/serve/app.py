@@ -29,7 +29,7 @@ from retrac_scale.serve.batcher import Batcher
 from retrac_scale.serve.guard import Guard
 from retrac_scale.serve.library import Asked, Library
 from retrac_scale.serve.limits import Limits
-from retrac_scale.serve.uploads import read_upload
+from retrac_scale.serve.uploads import read_upload, region_asked
 from retrac_scale.store import DamagedStoreError
 
 Json = dict[str, Any]
@@ -62,6 +62,18 @@ class Explain(Body):
     id: Name = Field(description="of the query in its source", examples=["0"])
     sample: Name = Field(description="id of the training sample", examples=["0"])
     index: Name
+
+
+class Part(Body):
+    """Which training samples influenced this part of a picture most?"""
+
+    source: Literal["queries", "training", "uploads"]
+    id: Name = Field(description="of the query in its source", examples=["0"])
+    box: list[int] | None = Field(None, min_length=4, max_length=4, description="x0, y0, x1, y1 in pixels")
+    mask: str | None = Field(None, max_length=2**20, description="a PNG in base64, white where it counts")
+    rest: bool = Field(False, description="all but it")
+    k: int = Field(10, ge=1, description="results per side")
+    where: Where | None = None
 
 
 class Groups(Body):
@@ -258,6 +270,16 @@ def create_app(
         image = await asyncio.to_thread(read_upload, content, library.image_shape, limits, library.background)
         asked = await batcher.run(library.upload, image)
         return await answer([asked], k, where or None, list(library.indexes))
+
+    @app.post("/api/region", summary=Part.__doc__)
+    async def region(ask: Part) -> Json:
+        if library.measured is None:
+            raise HTTPException(404, "parts cannot be asked about: the service was started without a model.")
+        asked = Asked(ask.source, ask.id)
+        check(ask.k, [asked], [])
+        told = await asyncio.to_thread(region_asked, ask.box, ask.mask, ask.rest, limits)
+        part = await batcher.run(library.part, asked, told)
+        return await answer([part], ask.k, ask.where, list(library.indexes))
 
     @app.post("/api/explain", summary=Explain.__doc__)
     async def explain(ask: Explain) -> Json:
