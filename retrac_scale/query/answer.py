@@ -12,6 +12,7 @@ import numpy.typing as npt
 from retrac_scale.arrays import Bools, Float32, Float64, Int64
 from retrac_scale.index.reader import IndexReader
 from retrac_scale.index.scan import Found
+from retrac_scale.query.groups import Groups
 from retrac_scale.query.question import Question
 from retrac_scale.query.rerank import as_measured, exact_scores
 from retrac_scale.query.scanning import Scan
@@ -55,8 +56,9 @@ def answer_rows(
     """The answer to queries whose rows `[c, q, k]` are known already, without reranking."""
     scan = Scan(index, rows, query_ids, question, which(question.where, index), client)
     if question.group_by is not None:
-        labels, values = scan.groups(question.group_by)
-        return _topk(scan, Found(values, labels, np.zeros((*values.shape, 0))), question.k)
+        groups = scan.groups(question.group_by)
+        found = Found(groups.scores, groups.labels, np.zeros((*groups.scores.shape, 0)))
+        return _topk(scan, found, question.k, groups=groups)
     return _topk(scan, scan.samples(question.k + 1), question.k)
 
 
@@ -119,16 +121,18 @@ def _filled(found: Found, k: int) -> Found:
     return Found(found.scores[:, :width], found.ids[:, :width], found.parts[:, :width])
 
 
-def _topk(scan: Scan, found: Found, k: int, ranks: Int64 | None = None) -> TopK:
+def _topk(scan: Scan, found: Found, k: int, ranks: Int64 | None = None, groups: Groups | None = None) -> TopK:
     """The answer, lanes of both sides side by side; `found` may hold more than k places."""
     question, q = scan.question, len(scan.query_ids)
     found = _filled(found, k)
     if not found.scores.shape[1]:
         raise ValueError("where= and exclude_self= leave no sample to score.")
     errors, resolved = _uncertainty(found, scan.index.estimator.squared)
+    errors = errors if groups is None else groups.errors
+    width = min(k, found.scores.shape[1])
 
     def beside(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        return np.concatenate(np.split(values[:, :k], len(values) // q), axis=1)
+        return np.concatenate(np.split(values[:, :width], len(values) // q), axis=1)
 
     signs = np.repeat(question.signs, q)[:, None]
     return TopK(
@@ -140,6 +144,8 @@ def _topk(scan: Scan, found: Found, k: int, ranks: Int64 | None = None) -> TopK:
         errors=None if errors is None else beside(errors),
         resolved=None if resolved is None else beside(resolved),
         sketch_rank=None if ranks is None else beside(ranks),
+        shares=None if groups is None else beside(groups.shares),
+        share_errors=None if groups is None else beside(groups.share_errors),
     )
 
 

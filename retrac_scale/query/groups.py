@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,25 @@ from retrac_scale.index.reader import IndexReader
 from retrac_scale.index.scan import scores
 from retrac_scale.query.source import Source, chunks_of, opened, readout
 from retrac_scale.query.topk import Reduce
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """Some groups of each lane, best first, `[lane, k]` all.
+
+    Attributes:
+        labels: of the groups.
+        scores: -inf for groups without samples.
+        errors: of the scores; None for the largest of a group.
+        shares: see `TopK`.
+        share_errors: of the shares.
+    """
+
+    labels: npt.NDArray[Any]
+    scores: Float64
+    errors: Float64 | None
+    shares: Float64
+    share_errors: Float64
 
 
 def labels_of(group_by: str | npt.ArrayLike, index: IndexReader) -> tuple[npt.NDArray[Any], npt.NDArray[np.integer]]:
@@ -37,13 +57,18 @@ def group_run(
     common: tuple[Any, ...],
     codes: list[Int64],
 ) -> tuple[Float64, Int64]:
-    """Totals `[lane, g]` and counts `[q, g]` of a run of chunks."""
+    """What a run of chunks adds up to by group, and counts `[q, g]`.
+
+    Returns:
+        `[4, lane, g]`: sums of scores (or the largest), of their squares, of what of them is above zero, and of the
+        squares of that.
+    """
     signs, excluded, reduce, groups = common
     index = opened(source)
     q = rows.shape[1]
-    combine: Any = np.maximum if reduce == "max" else np.add
-    neutral = -np.inf if reduce == "max" else 0.0
-    totals, counts = np.full((len(signs) * q, groups), neutral), np.zeros((q, groups), np.int64)
+    sums, counts = np.zeros((4, len(signs) * q, groups)), np.zeros((q, groups), np.int64)
+    if reduce == "max":
+        sums[0] = -np.inf
     for chunk, code in zip(chunks_of(index, run, masks), codes, strict=True):
         counted = np.ones((q, len(code)), dtype=bool) if chunk.mask is None else np.tile(chunk.mask, (q, 1))
         if excluded is not None:
@@ -54,16 +79,49 @@ def group_run(
         present = code[order][starts]
         counts[:, present] += np.add.reduceat(counted[:, order].astype(np.int64), starts, axis=1)
         for side, sign in enumerate(signs):
-            lanes = np.where(counted, sign * values, neutral)[:, order]
             part = slice(side * q, (side + 1) * q)
-            totals[part, present] = combine(totals[part, present], combine.reduceat(lanes, starts, axis=1))
-    return totals, counts
+            lanes = np.where(counted, sign * values, 0.0)[:, order]
+            raised = np.maximum(lanes, 0)
+            every = [lanes, np.square(lanes), raised, np.square(raised)]
+            if reduce == "max":
+                largest = np.where(counted[:, order], lanes, -np.inf)
+                best = np.maximum.reduceat(largest, starts, axis=1)
+                sums[0, part, present] = np.maximum(sums[0, part, present], best.T)
+                every[0] = np.zeros_like(lanes)
+            sums[:, part, present] += np.add.reduceat(np.stack(every), starts, axis=2)
+    return sums, counts
 
 
 def merge_groups(parts: list[tuple[Float64, Int64]], reduce: Reduce) -> tuple[Float64, Int64]:
-    """Totals and counts of several runs of chunks."""
-    totals, counts = parts[0]
-    for total, count in parts[1:]:
-        totals = np.maximum(totals, total) if reduce == "max" else totals + total
-        counts = counts + count
-    return totals, counts
+    """What several runs of chunks add up to."""
+    sums, counts = parts[0]
+    for more, count in parts[1:]:
+        largest = np.maximum(sums[0], more[0]) if reduce == "max" else sums[0] + more[0]
+        sums, counts = sums + more, counts + count
+        sums[0] = largest
+    return sums, counts
+
+
+def with_errors(sums: Float64, many: Int64, reduce: Reduce) -> tuple[Float64, Float64 | None, Float64, Float64]:
+    """Scores of groups, their shares, and standard errors of both, `[lane, g]` each; -inf for groups without samples.
+
+    Errors are those that a bootstrap over members tends to: of a group's score, its members drawn anew with
+    replacement; of a share, all samples drawn anew. A share is what of a group's scores is above zero, of all that is.
+
+    Args:
+        sums: from `group_run`.
+        many: members that count, `[lane, g]`.
+        reduce: how scores make one; a largest score has no such error.
+    """
+    total, squares, raised, raised_squares = sums
+    members = np.maximum(many, 1)
+    score, error = total, None
+    if reduce != "max":
+        error = np.sqrt(np.maximum(squares - total**2 / members, 0))
+    if reduce == "mean":
+        assert error is not None
+        score, error = total / members, error / members
+    whole = np.maximum(raised.sum(1, keepdims=True), np.finfo(np.float64).tiny)
+    share = raised / whole
+    spread = (1 - 2 * share) * raised_squares + share**2 * raised_squares.sum(1, keepdims=True)
+    return np.where(many > 0, score, -np.inf), error, share, np.sqrt(np.maximum(spread, 0)) / whole

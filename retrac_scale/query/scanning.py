@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from retrac_scale.arrays import Bools, Float32, Float64
+from retrac_scale.arrays import Bools, Float32
 from retrac_scale.index.reader import IndexReader
 from retrac_scale.index.scan import Found, merge, top
-from retrac_scale.query.groups import group_run, labels_of, merge_groups
+from retrac_scale.query.groups import Groups, group_run, labels_of, merge_groups, with_errors
 from retrac_scale.query.question import Question
 from retrac_scale.query.source import Source, chunks_of, for_workers, opened
 from retrac_scale.runtime.graphs import compute, constant, delayed
@@ -75,8 +75,8 @@ class Scan:
         found: Found = compute(runs, self.client)[0]
         return found
 
-    def groups(self, group_by: str | npt.ArrayLike) -> tuple[npt.NDArray[Any], Float64]:
-        """Labels and scores of each lane's k best groups, `[lane, k]` both; -inf for groups without samples.
+    def groups(self, group_by: str | npt.ArrayLike) -> Groups:
+        """Each lane's k best groups.
 
         Sums are formed in an order that depends on the index's chunks and the mask alone.
         """
@@ -90,14 +90,13 @@ class Scan:
         while len(level) > 1:
             merged = delayed(merge_groups)
             level = [merged(level[i : i + MERGE_WIDTH], question.reduce) for i in range(0, len(level), MERGE_WIDTH)]
-        totals, counts = compute(level, self.client)[0]
+        sums, counts = compute(level, self.client)[0]
         many = np.tile(counts, (len(question.signs), 1))
-        if question.reduce == "mean":
-            totals = totals / np.maximum(many, 1)
-        totals = np.where(many > 0, totals, -np.inf)
-        best = np.argsort(-totals, axis=1, kind="stable")  # labels are sorted: equal scores are ordered by label
+        score, *known = with_errors(sums, many, question.reduce)
+        best = np.argsort(-score, axis=1, kind="stable")  # labels are sorted: equal scores are ordered by label
         order = best[:, : question.k]
-        return labels[order], np.take_along_axis(totals, order, 1)
+        score, *known = (None if x is None else np.take_along_axis(x, order, 1) for x in (score, *known))
+        return Groups(labels[order], score, *known)
 
     def _tasks(
         self, name: str, function: Any, runs: list[list[int]], common: tuple[Any, ...], codes: Any = None

@@ -43,6 +43,8 @@ def _score(answer: TopK, query: int, place: int) -> str:
     text = f"{answer.scores[query, place]:10.{DIGITS}g}"
     if answer.errors is not None:
         text += f" ± {answer.errors[query, place]:<9.2g}"
+    if answer.shares is not None and answer.share_errors is not None:
+        text += f" {answer.shares[query, place]:6.1%} ± {answer.share_errors[query, place]:.1%}"
     if answer.resolved is not None and not answer.resolved[query, place]:
         text += " ~"
     return text

@@ -37,12 +37,16 @@ class TopK:
         estimator: JSON description of the estimator.
         errors: standard error of each score, float64 `[q, k]`, from how far its timesteps agree: that of the luck of
             noise and timesteps and, but for what sketches of several timesteps have in common, of the projection. None
-            under cross pairing, whose rows are means that do not tell, where there is one timestep, for groups, and
-            after `rerank`; `repeatability` says more.
+            under cross pairing, whose rows are means that do not tell, where there is one timestep, and after
+            `rerank`; `repeatability` says more. Of a group's sum or mean it is that of drawing its members anew, as a
+            bootstrap over them would find it; None of the largest.
         resolved: whether a result stands more than two standard errors of the difference before the next one, bool
             `[q, k]`. None where there are no errors.
         sketch_rank: after `rerank`, the rank (from 1) that the sketch gave to the result, `[q, k]`; where it is not
             the result's rank, the place has changed.
+        shares: of groups, `[q, k]`: what of a group's scores is above zero (of opponents, below) as a part of all that
+            is; over all groups they sum to one. None for samples.
+        share_errors: their standard errors, `[q, k]`, as of a bootstrap over all samples.
     """
 
     ids: npt.NDArray[Any]
@@ -53,6 +57,8 @@ class TopK:
     errors: Float64 | None = None
     resolved: Bools | None = None
     sketch_rank: npt.NDArray[np.int64] | None = None
+    shares: Float64 | None = None
+    share_errors: Float64 | None = None
 
     @property
     def sides(self) -> dict[str, slice]:
@@ -77,7 +83,8 @@ class TopK:
     def to_frame(self) -> pd.DataFrame:
         """A pandas table of what is `listed`: id, score, rank (from 1), query, side, and what else is known.
 
-        That is error, resolved and sketch_rank. Id and score come first, so that a narrow terminal leaves out others.
+        That is error, resolved, sketch_rank, share and share_error. Id and score come first, so that a narrow terminal
+        leaves out others.
         """
         import pandas as pd
 
@@ -91,6 +98,7 @@ class TopK:
             "side": np.tile(np.repeat(list(self.sides), k), q),
         }
         known = {"error": self.errors, "resolved": self.resolved, "sketch_rank": self.sketch_rank}
+        known |= {"share": self.shares, "share_error": self.share_errors}
         columns |= {name: x.ravel() for name, x in known.items() if x is not None}
         return pd.DataFrame(columns)[self.listed.ravel()].reset_index(drop=True)
 
@@ -109,6 +117,7 @@ class TopK:
     def to_json(self) -> str:
         """JSON: the estimator, the side, and for each query the `listed` ids and scores, and what else is known."""
         known = {"errors": self.errors, "resolved": self.resolved, "sketch_ranks": self.sketch_rank}
+        known |= {"shares": self.shares, "share_errors": self.share_errors}
         fields = {"ids": self.ids, "scores": self.scores} | {name: x for name, x in known.items() if x is not None}
         results = [
             {"query": query, **{name: values[place][listed].tolist() for name, values in fields.items()}}

@@ -29,7 +29,7 @@ from retrac_scale.serve.batcher import Batcher
 from retrac_scale.serve.guard import Guard
 from retrac_scale.serve.library import Asked, Library
 from retrac_scale.serve.limits import Limits
-from retrac_scale.serve.uploads import read_upload
+from retrac_scale.serve.uploads import read_upload, region_asked
 from retrac_scale.store import DamagedStoreError
 
 Json = dict[str, Any]
@@ -62,6 +62,18 @@ class Explain(Body):
     id: Name = Field(description="of the query in its source", examples=["0"])
     sample: Name = Field(description="id of the training sample", examples=["0"])
     index: Name
+
+
+class Part(Body):
+    """Which training samples influenced this part of a picture most?"""
+
+    source: Literal["queries", "training", "uploads"]
+    id: Name = Field(description="of the query in its source", examples=["0"])
+    box: list[int] | None = Field(None, min_length=4, max_length=4, description="x0, y0, x1, y1 in pixels")
+    mask: str | None = Field(None, max_length=2**20, description="a PNG in base64, white where it counts")
+    rest: bool = Field(False, description="all but it")
+    k: int = Field(10, ge=1, description="results per side")
+    where: Where | None = None
 
 
 class Groups(Body):
@@ -225,6 +237,16 @@ class Service:
         asked = await self._batcher.run(self.library.upload, image)
         return await self._answer([asked], k, where or None, list(self.library.indexes))
 
+    async def region(self, ask: Part) -> Json:
+        """Which training samples influenced this part of a picture most?"""
+        if self.library.measured is None:
+            raise HTTPException(404, "parts cannot be asked about: the service was started without a model.")
+        asked = Asked(ask.source, ask.id)
+        self._check(ask.k, [asked], [])
+        told = await asyncio.to_thread(region_asked, ask.box, ask.mask, ask.rest, self.limits)
+        part = await self._batcher.run(self.library.part, asked, told)
+        return await self._answer([part], ask.k, ask.where, list(self.library.indexes))
+
     async def explain(self, ask: Explain) -> Json:
         """What each checkpoint and timestep adds to a score."""
         asked = Asked(ask.source, ask.id)
@@ -339,6 +361,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         ("/api/ids", service.ids, {}),
         ("/api/query", service.query, {"methods": ["POST"]}),
         ("/api/upload", service.upload, {"methods": ["POST"]}),
+        ("/api/region", service.region, {"methods": ["POST"]}),
         ("/api/explain", service.explain, {"methods": ["POST"]}),
         ("/api/groups", service.groups, {"methods": ["POST"]}),
         ("/api/repeatability", service.repeatability, {}),

@@ -214,6 +214,31 @@ class Library:
         self._uploads.move_to_end(upload.key)
         return Asked("uploads", upload.key, self._uploads[upload.key])
 
+    def part(self, asked: Asked, region: Any) -> Asked:
+        """Sketch a part of a query's picture, which then is an upload.
+
+        Raises:
+            ValueError: there is no such part, or the picture is not as the model takes it.
+        """
+        if asked.source == "uploads":
+            whole, _ = self._upload(asked)
+        else:
+            pictures = self.pictures
+            training = asked.source == "training"
+            pixels = (
+                pictures.image(self._sample_id(asked.id))
+                if training
+                else pictures.query(self._places["queries"][asked.id])
+            )
+            channels, *size = self.image_shape
+            if list(pixels.shape[:2]) != size or (channels == 1 and pixels.ndim == 3):
+                raise ValueError(
+                    f"the picture of {asked.id!r} has shape {pixels.shape}, and the model takes {self.image_shape}; "
+                    "parts can be asked about of pictures as the model takes them."
+                )
+            whole = Upload(f"{asked.source} {asked.id}", pixels, "")
+        return self.upload(whole.part(region))
+
     def fragment(self, asked: list[Asked], answers: Mapping[str, list[Json]]) -> Json:
         """Queries and the samples in their lists, as the page holds them.
 

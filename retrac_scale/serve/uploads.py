@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 import io
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from retrac_scale.datasets.base import check_depth, is_transparent, middle_square, opaque
 from retrac_scale.serve.limits import Limits
+from retrac_scale.task.regions import AllBut, Regions
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MOST_ASPECT = 16
@@ -29,16 +32,28 @@ class Upload:
         key: digest of the file, its id.
         pixels: uint8 `[h, w]` or `[h, w, 3]`, of the model's size.
         note: what was done to the image to make it fit; empty when nothing.
+        region: the part of it that is asked about, as for `Regions`; None for all of it.
     """
 
     key: str
     pixels: npt.NDArray[np.uint8]
     note: str
+    region: Any = None
 
     @property
     def dataset(self) -> Any:
         """A dataset of this one image, `[channels, h, w]` in -1 .. 1."""
-        return _One(self)
+        return _One(self) if self.region is None else Regions(_One(self), self.region)
+
+    def part(self, region: Any) -> Upload:
+        """The same image, of which a part is asked about.
+
+        Raises:
+            ValueError: it is no region, or is empty.
+        """
+        words = str(Regions(_One(self), region).region)
+        key = hashlib.blake2b(f"{self.key} {words}".encode(), digest_size=8).hexdigest()
+        return replace(self, key=key, note=", ".join(filter(None, (self.note, words))), region=region)
 
 
 class _One:
@@ -102,3 +117,39 @@ def _fitting(size: tuple[int, int], wanted: tuple[int, int]) -> str:
     alike = size[0] * wanted[1] == size[1] * wanted[0]
     how = "resized" if alike else "cropped" if min(size) == min(wanted) else "cropped and resized"
     return f"{how} from {size[0]} x {size[1]} to {wanted[0]} x {wanted[1]}"
+
+
+def painted(content: bytes, limits: Limits) -> npt.NDArray[np.float32]:
+    """A picture of a mask, white where it counts, in 0 .. 1.
+
+    Raises:
+        ValueError: it is no PNG, damaged, or too large.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
+            if image.size[0] * image.size[1] > limits.pixels:
+                raise ValueError(f"{image.size[0]} x {image.size[1]} pixels; {limits.pixels} are allowed")
+            return np.asarray(image.convert("L"), np.float32) / 255
+    except Exception as error:  # whatever a damaged file makes a decoder raise
+        raise ValueError(f"the mask is no PNG that can be read: {error}.") from error
+
+
+def region_asked(box: list[int] | None, mask: str | None, rest: bool, limits: Limits) -> Any:
+    """What a request says of a region, as `Regions` takes it.
+
+    Args:
+        box: x0, y0, x1, y1.
+        mask: a PNG, in base64.
+        rest: whether all but it is meant.
+        limits: of the mask.
+
+    Raises:
+        ValueError: there are both or neither, or the mask cannot be read.
+    """
+    if (box is None) == (mask is None):
+        raise ValueError("give box, [x0, y0, x1, y1], or mask, a PNG in base64.")
+    try:
+        found: Any = tuple(box) if box is not None else painted(base64.b64decode(mask or "", validate=True), limits)
+    except binascii.Error as error:
+        raise ValueError(f"the mask is not in base64: {error}.") from None
+    return AllBut(found) if rest else found

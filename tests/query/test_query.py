@@ -201,7 +201,29 @@ def test_groups_equal_brute_force(reduce: Any, side: Any) -> None:
     np.testing.assert_array_equal(answer.ids, expected_order(expected, artists, 5))
     np.testing.assert_allclose(sign * answer.scores, -np.sort(-expected, axis=1)[:, :5], atol=1e-6)
     np.testing.assert_array_equal(index.query(queries, 5, group_by=COLUMNS["artist"], **options).ids, answer.ids)
-    assert list(answer.to_frame().columns) == ["id", "score", "rank", "query", "side"]
+    known = ["share", "share_error"] if reduce == "max" else ["error", "share", "share_error"]
+    assert list(answer.to_frame().columns) == ["id", "score", "rank", "query", "side", *known]
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean"])
+def test_errors_of_groups_and_of_their_shares_are_those_of_a_bootstrap_over_members(reduce: Any) -> None:
+    index, queries, scores = index_with_columns()
+    answer = index.query(queries, 5, group_by="artist", reduce=reduce)
+    assert answer.errors is not None
+    assert answer.shares is not None
+    assert answer.share_errors is not None
+    rng, artists, raised = np.random.default_rng(0), COLUMNS["artist"], np.maximum(scores, 0)
+    count = len(np.unique(artists))
+    np.testing.assert_allclose(index.query(queries, count, group_by="artist").shares.sum(1), 1)  # type: ignore[union-attr]
+    for place, artist in enumerate(answer.ids[0]):
+        own = scores[0][artists == artist]
+        drawn = getattr(own[rng.integers(0, len(own), (20_000, len(own)))], reduce)(1)
+        assert answer.errors[0, place] == pytest.approx(drawn.std(), rel=0.03)
+        share = raised[0][artists == artist].sum() / raised[0].sum()
+        assert answer.shares[0, place] == pytest.approx(share, rel=1e-4)
+        rows = rng.integers(0, len(artists), (20_000, len(artists)))
+        shares = (raised[0] * (artists == artist))[rows].sum(1) / raised[0][rows].sum(1)
+        assert answer.share_errors[0, place] == pytest.approx(shares.std(), rel=0.1)
 
 
 def test_groups_without_samples_are_left_out_and_wrong_groups_named() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +160,44 @@ def test_an_uploaded_image_is_answered_as_if_sketched_here(client: TestClient, l
         assert parts["score"] == pytest.approx(best["score"], rel=1e-3)
     other = client.post("/api/upload", files={"file": png((20, 30))}).json()["queries"][0]
     assert other["note"] == "cropped and resized from 20 x 30 to 8 x 8"
+
+
+def test_a_part_of_a_query_of_a_training_sample_and_of_an_upload_is_asked_about(
+    client: TestClient, library: Library
+) -> None:
+    upload = client.post("/api/upload", files={"file": png()}).json()["queries"][0]["id"]
+    painted = np.zeros((8, 8), np.uint8)
+    painted[1:5, 2:] = 255
+    drawn = io.BytesIO()
+    Image.fromarray(painted).save(drawn, "PNG")
+    mask = base64.b64encode(drawn.getvalue()).decode()
+    for source, name, picture in (
+        ("queries", "1", library.pictures.query(1)),
+        ("training", "7", library.pictures.image(7)),
+        ("uploads", upload, read_upload(png(), library.image_shape, LIMITS).pixels),
+    ):
+        asked = torch.from_numpy(picture.astype(np.float32))[None, None] / 127.5 - 1
+        for body, region in (
+            ({"box": [2, 1, 8, 5]}, (2, 1, 8, 5)),
+            ({"mask": mask}, painted / 255),
+            ({"box": [2, 1, 8, 5], "rest": True}, rs.AllBut(painted / 255)),
+        ):
+            given = {"source": source, "id": name, "k": 3, "where": "year > 1995", **body}
+            (found,) = client.post("/api/region", json=given).json()["queries"]
+            samples = replace(library.measured, dataset=rs.Regions(asked, region))  # type: ignore[type-var]
+            index = library.indexes["ReTracRidge"]  # of the store under common noise
+            answer = index.query(samples, 3, side="both", where="year > 1995")
+            assert ids_of(found["lists"]["ReTracRidge"]) == ids_of(ranked(answer)[0])
+    for body, why in (
+        ({"box": [0, 0, 9, 8]}, "the box 0,0,9,8 reaches outside of dataset item"),
+        ({"box": [3, 0, 3, 8]}, "which is empty"),
+        ({"mask": base64.b64encode(png((9, 9))).decode()}, "the mask of dataset item"),
+        ({"mask": "white"}, "the mask is not in base64"),
+        ({"mask": base64.b64encode(b"x").decode()}, "the mask is no PNG that can be read"),
+        ({}, "give box, [x0, y0, x1, y1], or mask"),
+    ):
+        response = client.post("/api/region", json={"source": "queries", "id": "1", **body})
+        assert (response.status_code, why in response.json()["detail"]) == (422, True), response.text
 
 
 @pytest.mark.parametrize("size", [(8, 8), (20, 30), (31, 9)])
