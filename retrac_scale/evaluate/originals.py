@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 ALTERED = ("shifted", "darker", "noisy", "JPEG", "mirrored")
 PLAIN = "plain"
-ASKED = (PLAIN, *ALTERED[:4])
-"""A mirrored digit or letter may be another one, so that it is no copy that should find its original."""
+ASKED = (PLAIN, "moved", "darker", "noisy", "JPEG")
+"""A mirrored digit may be another one, and of 16 pixels a whole one is much: no copies that should find an original."""
+MOVED = 64
+"""A picture is moved by this part of its width."""
 IMAGES = 12
 PLAIN_FIRST, ALTERED_FIRST = 0.95, 0.9
 """Shares of queries whose original stands first from which all is well."""
@@ -180,14 +182,29 @@ def _causes(found: Originals, index: Index, queries: SketchStore) -> tuple[str, 
 
 
 def alter(images: Tensor, how: str) -> Tensor:
-    """Images in -1 .. 1, `[n, c, h, w]`, shifted by a pixel, a tenth darker, with noise of 0.1, JPEG or mirrored."""
+    """Images in -1 .. 1, `[n, c, h, w]`, altered.
+
+    Args:
+        images: of any size.
+        how: "shifted" by a pixel, "moved" by a sixty-fourth of the width, a tenth "darker", "noisy" by 0.1, through
+            "JPEG" of quality 75, or "mirrored".
+    """
     if how == "shifted":
-        return torch.cat([images[..., :1], images[..., :-1]], dim=-1)
+        return _shifted(images, 1)
+    if how == "moved":
+        whole, part = divmod(images.shape[-1] / MOVED, 1)
+        return torch.lerp(_shifted(images, int(whole)), _shifted(images, int(whole) + 1), part)
     if how == "darker":
         return (images + 1) * 0.9 - 1
     if how == "noisy":
         return images + 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     return torch.stack([_through_jpeg(image) for image in images]) if how == "JPEG" else images.flip(-1)
+
+
+def _shifted(images: Tensor, pixels: int) -> Tensor:
+    """To the right, the first column repeated."""
+    width = images.shape[-1]
+    return torch.cat([images[..., :1].expand(*images.shape[:-1], pixels), images[..., : width - pixels]], dim=-1)
 
 
 def _through_jpeg(image: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def _sketch_and_ask(run: Run, say: Callable[[str], None]) -> None:
     said = run("sketch")
     assert "store: 40 images at 4 timesteps" in said
     assert "queries: 3 images" in said
-    assert re.search(r"check of ReTracRidge: originals that come first: plain 12 of 12, shifted 1[12] of 12", said)
+    assert re.search(r"check of ReTracRidge: originals that come first: plain 12 of 12, moved 1[12] of 12", said)
     assert "run `retrac" not in run("report")
     say("## Asking")
     said = run("query -k 3")
