@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from retrac_scale.task.calling import Call, call_model, layout_of
-from retrac_scale.task.concepts import both
+from retrac_scale.task.concepts import sides_of
 from retrac_scale.task.denoisers import (
     Takes,
     class_of_diffusers,
@@ -51,7 +51,7 @@ class Accepted:
         if found.concept is None:
             return self._read(number, found)
         prompts = self.encoder is not None and self.encoder.reads and self._takes_prompts()
-        sides = both(number, found, prompts, self._takes_labels(), no_class(self.model))
+        sides = sides_of(number, found, prompts, self._takes_labels(), no_class(self.model))
         told, against = (self._read(number, side) for side in sides)
         return replace(told, against=against)
 

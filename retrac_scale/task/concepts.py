@@ -23,10 +23,9 @@ AGAINST = " against "
 class Concept:
     """Something that a conditional model can be told, and what it is compared with.
 
-    What is differentiated is -2 times the mean of the prediction times what the concept adds to it, the difference of
-    the predictions under the two conditionings, which is held: the gradient of the squared error that the prediction
-    has against one that is guided further towards the concept. So a positive score means, as for the loss, that
-    training on a sample brought the model closer to it.
+    What is differentiated is minus the mean square of what the concept adds to the prediction, the difference of the
+    predictions under the two conditionings; its gradient is -2 times that difference, held, times the difference's own.
+    So a positive score means, as for the loss, that training on a sample made the concept count for more.
 
     Attributes:
         told: a prompt, the number of a class, or {argument of the model's forward: tensor}; None for what an item
@@ -74,7 +73,7 @@ class Concepts(Asked):
         return About(item, way)
 
 
-def both(number: Any, item: Item, prompts: bool, classes: bool, no_class: int | None) -> tuple[Item, Item]:
+def sides_of(number: Any, item: Item, prompts: bool, classes: bool, no_class: int | None) -> tuple[Item, Item]:
     """An item as it is told the concept, and as it is told what that is compared with.
 
     Args:

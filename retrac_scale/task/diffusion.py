@@ -128,11 +128,12 @@ class DiffusionTask:
         region = given.pop(REGION, None)
         against = {name[len(AGAINST) :]: given.pop(name) for name in list(given) if name.startswith(AGAINST)}
         noisy, target = self.noising.noisy(images, noise, timesteps), self.noising.target(images, noise, timesteps)
-        other = None
-        if against:  # first, so that what a layer was last given belongs to the prediction
-            with torch.no_grad():
-                other = self._predicted(noisy, timesteps, against)
-        prediction = self._predicted(noisy, timesteps, given)
+        if not against:
+            prediction, other = self._predicted(noisy, timesteps, given), None
+        else:  # both sides of a sample are rows of it, one after the other
+            told = {name: torch.stack([given[name], against[name]], 1).flatten(0, 1) for name in given}
+            both = self._predicted(noisy.repeat_interleave(2, 0), timesteps.repeat_interleave(2, 0), told)
+            prediction, other = both[0::2], both[1::2]
         if prediction.shape != target.shape:
             raise ValueError(
                 f"the model predicts {tuple(prediction.shape)} where {tuple(target.shape)} is expected; give a "

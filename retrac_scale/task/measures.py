@@ -52,16 +52,11 @@ def measured_values(
     if factors is not None:
         losses = losses * factors.to(losses.dtype)
     if other is not None:
-        return (guided(prediction, other) * weights).flatten(1).mean(1), losses
+        return -((prediction - other).square() * weights).flatten(1).mean(1), losses
     if measure not in OUTPUTS:
         return losses, losses
     flat = weights if isinstance(weights, float) else weights.flatten(1)
     return OUTPUTS[str(measure)](prediction.flatten(1), flat), losses
-
-
-def guided(prediction: Tensor, other: Tensor) -> Tensor:
-    """-2 times every entry of a prediction times what it has more than the other, which is held: see `Concept`."""
-    return -2 * prediction * (prediction - other).detach()
 
 
 def _errors(measure: AnyMeasure, error: Tensor) -> Tensor:
