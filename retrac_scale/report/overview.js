@@ -31,7 +31,7 @@ function drawVerdict() {
   if (told.length) {
     const again = told.map(([name, one]) => `${told.length > 1 ? `${name} ` : ""}${(one.k * one.overlap[0]).toFixed(1)}`).join(", ");
     const luck = told.some(([, one]) => one.overlap[0] < LUCK) ? " Where it is few, read a list as a set, and measure at more timesteps." : "";
-    parts.push(h("p", {}, `Measured again, of ${told[0][1].k} names would come again: ${again}.${luck}`));
+    parts.push(h("p", {}, `Measured again, so many of ${told[0][1].k} names would come again: ${again}.${luck}`));
   }
   const lines = warnings();
   if (lines.length) {

@@ -110,7 +110,7 @@ def test_a_file_shows_every_result_with_its_picture_and_score(page: Any, file: s
 def test_a_file_leads_with_how_far_its_lists_would_come_again(page: Any, file: str, library: Library) -> None:
     page.goto(file)
     verdict = page.locator("#verdict p").first.inner_text()
-    assert verdict.startswith(f"Measured again, of {K} names would come again: TracIn ")
+    assert verdict.startswith(f"Measured again, so many of {K} names would come again: TracIn ")
     page.get_by_role("tab", name="How far to trust them").click()
     assert not page.locator("#answers").is_visible()
     card = page.get_by_role("tabpanel", name="How far to trust them")
