@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from retrac_scale.arrays import Bools, Float32
+from retrac_scale.arrays import Bools, Float32, Float64
 from retrac_scale.index.reader import IndexReader
 from retrac_scale.index.scan import Found, merge, top
 from retrac_scale.query.groups import Groups, group_run, labels_of, merge_groups, with_errors
@@ -92,11 +92,15 @@ class Scan:
             level = [merged(level[i : i + MERGE_WIDTH], question.reduce) for i in range(0, len(level), MERGE_WIDTH)]
         sums, counts = compute(level, self.client)[0]
         many = np.tile(counts, (len(question.signs), 1))
-        score, *known = with_errors(sums, many, question.reduce)
+        score, error, share, share_error = with_errors(sums, many, question.reduce)
         best = np.argsort(-score, axis=1, kind="stable")  # labels are sorted: equal scores are ordered by label
         order = best[:, : question.k]
-        score, *known = (None if x is None else np.take_along_axis(x, order, 1) for x in (score, *known))
-        return Groups(labels[order], score, *known)
+
+        def first(values: Float64) -> Float64:
+            return np.take_along_axis(values, order, 1)
+
+        errors = None if error is None else first(error)
+        return Groups(labels[order], first(score), errors, first(share), first(share_error))
 
     def _tasks(
         self, name: str, function: Any, runs: list[list[int]], common: tuple[Any, ...], codes: Any = None

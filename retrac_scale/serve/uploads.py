@@ -129,7 +129,7 @@ def painted(content: bytes, limits: Limits) -> npt.NDArray[np.float32]:
         with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
             if image.size[0] * image.size[1] > limits.pixels:
                 raise ValueError(f"{image.size[0]} x {image.size[1]} pixels; {limits.pixels} are allowed")
-            return np.asarray(image.convert("L"), np.float32) / 255
+            return np.asarray(image.convert("L"), np.float32) / np.float32(255)
     except Exception as error:  # whatever a damaged file makes a decoder raise
         raise ValueError(f"the mask is no PNG that can be read: {error}.") from error
 

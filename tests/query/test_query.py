@@ -214,7 +214,8 @@ def test_errors_of_groups_and_of_their_shares_are_those_of_a_bootstrap_over_memb
     assert answer.share_errors is not None
     rng, artists, raised = np.random.default_rng(0), COLUMNS["artist"], np.maximum(scores, 0)
     count = len(np.unique(artists))
-    np.testing.assert_allclose(index.query(queries, count, group_by="artist").shares.sum(1), 1)  # type: ignore[union-attr]
+    every: Any = index.query(queries, count, group_by="artist")
+    np.testing.assert_allclose(every.shares.sum(1), 1)
     for place, artist in enumerate(answer.ids[0]):
         own = scores[0][artists == artist]
         drawn = getattr(own[rng.integers(0, len(own), (20_000, len(own)))], reduce)(1)

@@ -184,7 +184,8 @@ def test_a_part_of_a_query_of_a_training_sample_and_of_an_upload_is_asked_about(
         ):
             given = {"source": source, "id": name, "k": 3, "where": "year > 1995", **body}
             (found,) = client.post("/api/region", json=given).json()["queries"]
-            samples = replace(library.measured, dataset=rs.Regions(asked, region))  # type: ignore[type-var]
+            assert library.measured is not None
+            samples = replace(library.measured, dataset=rs.Regions(asked, region))
             index = library.indexes["ReTracRidge"]  # of the store under common noise
             answer = index.query(samples, 3, side="both", where="year > 1995")
             assert ids_of(found["lists"]["ReTracRidge"]) == ids_of(ranked(answer)[0])
