@@ -1,5 +1,6 @@
 # make demo    set up what the package itself needs, then train, sketch, index, query and report on real digits (into demo/)
 # make test    set up, then run the tests
+# make test-all   those too that take long
 # make check   set up, then formatting, lint and types
 # make docs    set up, then build the documentation (into site/)
 # make bench   set up, then run a short selection of the benchmarks, printing each command
@@ -10,15 +11,18 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 RUNS = $(VENV)/.runs
-INSTALL = $(BIN)/pip install -q -c constraints.txt
+INSTALL = $(BIN)/pip install -q --no-compile --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check docs bench notebooks house format clean
+.PHONY: demo test test-all check docs bench notebooks house format clean
 
 demo: $(RUNS)
 	$(BIN)/retrac-scale demo
 
 test: $(STAMP)
 	$(BIN)/pytest -q -n 2 --durations=5
+
+test-all: $(STAMP)
+	$(BIN)/pytest -q -n 2 --durations=5 -m ""
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -15,6 +15,8 @@ import torch
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 NUMBER = re.compile(r"\d[\d,.]*")
+LONG = ("02", "03", "05", "07")
+ALL = [pytest.param(one, marks=[pytest.mark.slow] * one.name.startswith(LONG), id=one.stem) for one in NOTEBOOKS]
 
 
 def committed(cell: dict[str, Any]) -> str:
@@ -32,7 +34,7 @@ def comparable(cell: dict[str, Any], text: str) -> str:
 
 
 @pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+@pytest.mark.parametrize("notebook", ALL)
 def test_a_notebook_prints_what_is_committed_with_it(notebook: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ROWS", "20000")
     matplotlib.use("agg")

@@ -12,15 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import deprecation_utils
 from torch import Tensor, nn
 
 from retrac_scale.task.checkpoints import adapter_scales, weights_digest
 from retrac_scale.task.identity import adapters_of
 from retrac_scale.task.weights import with_variant
-
-DTYPE = "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype"
-"""What diffusers calls it: where it resolves both names, the older one is warned of."""
 
 # what a pipeline's encode_prompt returns, by the names under which the denoiser takes it (diffusers 0.42.1)
 _ONE, _MASKED = ("encoder_hidden_states",), ("encoder_hidden_states", "encoder_attention_mask")
@@ -80,7 +76,7 @@ def load_pipeline(path: str | os.PathLike[str], variant: str | None = None) -> A
             )
         parts = json.loads((folder / "model_index.json").read_text())
         absent = {name: None for name, kind in parts.items() if isinstance(kind, list) and not (folder / name).is_dir()}
-    place, options = folder if folder.is_dir() else path, {DTYPE: torch.float32, **absent}
+    place, options = folder if folder.is_dir() else path, {_dtype_name(): torch.float32, **absent}
     if variant is None:
         return with_variant(DiffusionPipeline.from_pretrained, place, **options)
     try:
@@ -197,3 +193,10 @@ def _per_channel(vae: Any, name: str, latents: Tensor, otherwise: float) -> Tens
     if values is None:
         return otherwise
     return torch.as_tensor(values).to(latents).reshape(1, -1, *(1,) * (latents.ndim - 2))
+
+
+def _dtype_name() -> str:
+    """What diffusers calls the weights' type: where it resolves both names, the older one is warned of."""
+    from diffusers.utils import deprecation_utils
+
+    return "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype"

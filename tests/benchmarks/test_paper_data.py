@@ -141,6 +141,7 @@ def test_captions_become_what_the_stable_diffusion_is_told_beside_each_image(tmp
         captioned(tmp_path / "images", tmp_path / "model", tmp_path / "other", size=16)
 
 
+@pytest.mark.slow
 def test_the_experiments_run_on_lora_adapters_of_a_stable_diffusion(tmp_path: Path) -> None:
     write_captioned(tmp_path / "images", 20)
     stable_diffusion(tmp_path / "model")

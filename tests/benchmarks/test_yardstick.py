@@ -169,6 +169,7 @@ def test_packages_are_given_the_pairs_of_our_own_store(lab: Lab) -> None:
     assert np.corrcoef(mine.ravel(), theirs.ravel())[0, 1] > 0.9999
 
 
+@pytest.mark.slow
 def test_methods_of_a_forward_pass_or_common_noise_score_every_query(lab: Lab) -> None:
     assert len({method.name for method in ours() + foreign()}) >= 14
     assert len(baselines()) >= 5

@@ -228,6 +228,7 @@ def test_joined_images_keep_what_the_model_is_told() -> None:
     assert joined(told).given["class_labels"].tolist() == [1, 1, 5, 5]
 
 
+@pytest.mark.slow
 def test_removal_is_the_change_of_loss_and_image_without_a_querys_top_samples(tmp_path: Path) -> None:
     pictures, asked = data.Pictures(few(12), few(2)), few(3)
     how = Training(**TINY)

@@ -64,6 +64,7 @@ def test_rows_times_scales_are_the_weighted_rows_of_the_estimator(tmp_path: Path
         assert (norms >= np.linalg.norm(rows.astype(np.float64), axis=1)).all()
 
 
+@pytest.mark.slow
 def test_an_index_of_more_files_than_a_process_may_map_keeps_some(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -273,7 +273,14 @@ def test_explanations_add_up_to_the_score() -> None:
         index.explain(rs.take(queries, [0]), 60)
 
 
-@pytest.mark.parametrize("estimator", [rs.ReTrac(), rs.TracIn(), rs.ReTrac(pairing="matched"), rs.GradCos()])
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        rs.ReTrac(),
+        rs.ReTrac(pairing="matched"),
+        *(pytest.param(one, marks=pytest.mark.slow) for one in (rs.TracIn(), rs.GradCos())),
+    ],
+)
 def test_rerank_puts_candidates_in_the_order_of_exact_scores(estimator: Any) -> None:
     images, generated = random_images(12, 3), random_images(3, 13)
     states = {name: tiny_unet(number).state_dict() for number, name in enumerate(["early", "late"])}

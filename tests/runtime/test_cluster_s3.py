@@ -37,6 +37,7 @@ class OneInAHundred(Proxy):
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = answer
 
 
+@pytest.mark.slow
 def test_workers_without_a_shared_disk_give_the_same_answers_through_failing_requests(
     server: tuple[str, int],  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,

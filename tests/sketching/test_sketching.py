@@ -373,6 +373,7 @@ def test_a_gradient_that_is_not_finite_is_named_and_nothing_is_written(tmp_path:
     assert not rs.open_store(tmp_path / "s").committed("bad").any()
 
 
+@pytest.mark.slow
 def test_dask_workers_write_the_same_store(tmp_path: Path) -> None:
     from distributed import Client, LocalCluster
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TORTURE = """
 import sys
 from pathlib import Path
@@ -19,6 +21,7 @@ assert finished >= 1
 """
 
 
+@pytest.mark.slow
 def test_a_store_written_through_30_kills_is_identical_to_an_uninterrupted_one(tmp_path: Path) -> None:
     """In a process of its own, with one thread: writers are forked, and a fork has no threads of its parent's."""
     subprocess.run(

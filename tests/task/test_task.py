@@ -367,6 +367,13 @@ def test_schedulers_with_other_noise_levels_are_told_apart() -> None:
     assert shifted != plain
 
 
+def test_a_scheduler_given_its_length_by_position_is_the_one_given_it_by_name() -> None:
+    by_position, by_name = (
+        rs.DiffusionTask(tiny_unet(), one) for one in (DDPMScheduler(100), DDPMScheduler(num_train_timesteps=100))
+    )
+    assert by_position.forward == by_name.forward
+
+
 def test_items_that_bring_no_numbers_or_not_all_the_same_are_named() -> None:
     task = rs.DiffusionTask(Labelled(), ddpm())
     for value in ("birds/1.png", None):
