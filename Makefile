@@ -13,6 +13,9 @@ STAMP = $(VENV)/.installed
 RUNS = $(VENV)/.runs
 INSTALL = $(BIN)/pip install -q --no-compile --disable-pip-version-check -c constraints.txt
 
+# what is imported is compiled once, at its first import: neither all of it, nor again in every process
+export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: demo test test-all check docs bench notebooks house format clean
 
 demo: $(RUNS)

@@ -96,6 +96,7 @@ def test_queries_of_a_grown_store_equal_brute_force(tmp_path: Path, growth: str)
         np.testing.assert_allclose(rs.self_influence(store, estimator), diagonal, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_rerank_recomputes_the_pairs_that_a_store_grew_by(tmp_path: Path) -> None:
     store = grown_by_timesteps(tmp_path / "s")
     asked = rs.Explicit([30, 60])

@@ -174,6 +174,7 @@ def test_what_a_task_does_to_what_is_shared_stays_on_its_worker(client: Client) 
     assert all(before <= {here} for here, before in found)
 
 
+@pytest.mark.slow
 def test_a_block_that_always_fails_is_named_at_the_end_and_the_next_call_does_only_the_rest(
     client: Client, whole: Path, tmp_path: Path
 ) -> None:

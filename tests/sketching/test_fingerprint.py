@@ -465,6 +465,7 @@ def test_the_model_that_a_callable_holds_does_not_count_but_others_do() -> None:
     assert known[0] == known[1] != known[2]
 
 
+@pytest.mark.slow
 def test_names_and_digests_are_the_same_in_another_process() -> None:
     """Whatever order its sets have."""
     source = (

@@ -38,6 +38,7 @@ def mean_gradient(model: torch.nn.Module, clean: torch.Tensor, rows: Any) -> dic
     return total
 
 
+@pytest.mark.slow
 def test_two_accelerate_processes_record_and_sketch_every_step_whole_and_it_is_replayed(
     tmp_path: Path,
 ) -> None:
