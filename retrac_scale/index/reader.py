@@ -218,8 +218,8 @@ class IndexReader:
         return f"Index({self.url!r}: {self.estimator}, {c} checkpoints, {n} samples, k = {k})"
 
 
-def open_reader(url: Url) -> IndexReader:
-    """Open an existing index.
+def complete_root(url: Url) -> zarr.Group:
+    """The group of an index whose building was finished.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -228,7 +228,12 @@ def open_reader(url: Url) -> IndexReader:
     root = open_root(url, "index")
     if not root.attrs[ATTRIBUTE].get("complete"):  # type: ignore[union-attr]
         raise ValueError(f"the index at {url} was not finished; run its build_index(...) again.")
-    return IndexReader(root, url)
+    return root
+
+
+def open_reader(url: Url) -> IndexReader:
+    """Open an existing index to be read; raises as `complete_root`."""
+    return IndexReader(complete_root(url), url)
 
 
 @functools.lru_cache(maxsize=4)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from retrac_scale.index.reader import IndexReader, open_reader
+from retrac_scale.index.reader import IndexReader, complete_root
 from retrac_scale.query.answer import answer
 from retrac_scale.query.explain import Explanation, explain
 from retrac_scale.query.question import Question
@@ -92,5 +92,4 @@ def open_index(url: Url) -> Index:
         FileNotFoundError: nothing is there.
         ValueError: what is there is no index, one of a newer format, or one whose building was interrupted.
     """
-    reader = open_reader(url)
-    return Index(reader.root, url)
+    return Index(complete_root(url), url)
