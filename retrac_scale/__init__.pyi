@@ -19,8 +19,9 @@ from .sketching.content import ChangedItemsError
 from .sketching.curvature import fisher_divisors, kronecker_divisors
 from .sketching.encoded import EncodedDataset, encode
 from .sketching.journey import Journey, sample_journey, sketch_journey
-from .sketching.samples import Samples, take
+from .sketching.samples import Samples
 from .store import DamagedStoreError, IncompleteStoreError, Layout, SketchStore, open_store, write_store
+from .store.taking import take
 from .store.verify import repair_store, verify_store
 from .task.calling import ThroughUNet
 from .task.checkpoints import find_checkpoints

@@ -166,11 +166,6 @@ def region_told(box: str | None, mask: str | None, all_but: bool) -> Any:
     Raises:
         ValueError: it is no box or no picture, or two are given, or none to be left out.
     """
-    import numpy as np
-    from PIL import Image
-
-    from retrac_scale.task.regions import AllBut
-
     if box is not None and mask is not None:
         raise ValueError("give --region or --mask, not both.")
     found: Any = None
@@ -182,6 +177,9 @@ def region_told(box: str | None, mask: str | None, all_but: bool) -> Any:
         if len(found) != 4:
             raise ValueError(f"--region {box}: give four whole numbers of pixels, as in 0,0,16,8.")
     elif mask is not None:
+        import numpy as np
+        from PIL import Image
+
         try:
             with Image.open(mask) as image:
                 found = np.asarray(image.convert("L"), np.float32) / 255
@@ -189,7 +187,11 @@ def region_told(box: str | None, mask: str | None, all_but: bool) -> Any:
             raise ValueError(f"--mask {mask} cannot be read as a picture: {error}.") from None
     if all_but and found is None:
         raise ValueError("--all-but needs a --region or a --mask.")
-    return AllBut(found) if all_but else found
+    if not all_but:
+        return found
+    from retrac_scale.task.regions import AllBut  # needs torch
+
+    return AllBut(found)
 
 
 def measured_like(

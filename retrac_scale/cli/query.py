@@ -103,10 +103,9 @@ def _check_pictures(store: SketchStore, project: Project) -> None:
 
 def _queries(index: Index, arguments: argparse.Namespace, project: Project) -> SketchStore | Samples:
     """What is asked: stored ids, a store of sketches, or images, measured as the index's store was."""
-    from retrac_scale.datasets.base import SUFFIXES
     from retrac_scale.query.table import in_full
-    from retrac_scale.sketching.samples import take
     from retrac_scale.store import open_store
+    from retrac_scale.store.taking import take
 
     if (arguments.ids is None) == (not arguments.queries):
         raise ValueError("give either queries (a store, or images) or --ids of training samples.")
@@ -118,8 +117,7 @@ def _queries(index: Index, arguments: argparse.Namespace, project: Project) -> S
             raise ValueError("the store that the index was built from is needed for --ids; it was in memory.")
         return take(store, in_full(arguments.ids, store.ids.tolist()))
     first = arguments.queries[0]
-    is_store = "://" in first or Path(first, "zarr.json").exists()
-    if len(arguments.queries) == 1 and (is_store or not (Path(first).is_dir() or first.lower().endswith(SUFFIXES))):
+    if len(arguments.queries) == 1 and (Path(first, "zarr.json").exists() or not _may_be_pictures(first)):
         _refuse_region(region, f"{first} holds sketches of whole images")
         return open_store(first)
     model = arguments.model or (project.denoiser if project.model else None)
@@ -130,6 +128,12 @@ def _queries(index: Index, arguments: argparse.Namespace, project: Project) -> S
     files = image_files(arguments.queries, measured.task)
     files.background = project.background
     return replace(measured, dataset=files, region=region)
+
+
+def _may_be_pictures(place: str) -> bool:
+    from retrac_scale.datasets.base import SUFFIXES  # needs torch
+
+    return "://" not in place and (Path(place).is_dir() or place.lower().endswith(SUFFIXES))
 
 
 def _refuse_region(region: Any, why: str) -> None:

@@ -7,7 +7,6 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from retrac_scale.arrays import Float32, Float64
 
@@ -96,6 +95,8 @@ def solve(total: Moments, damping: Damping) -> Ridge:
         ValueError: rows hold NaN or inf, all are zero, or the matrix is singular because nothing or too little is added
             to it.
     """
+    import torch
+
     k = total.matrix.shape[1]
     gram = total.matrix @ total.matrix.T if total.dual else total.matrix
     mean = float(np.trace(gram)) / min(total.rows, k)

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from retrac_scale.arrays import Float32, Float64
-from retrac_scale.native.compiled import AHEAD, LINE, STRETCH, compiled, prefetch
+from retrac_scale.arrays import Float32, Float64, Int64
+from retrac_scale.index import kernels
+from retrac_scale.index.plain import rounding, summation
 from retrac_scale.native.threads import over_rows
 
-ROUNDING = 2.0**-24
 WIDEST = (2**31 - 1) // 127
 """Entries of int8 rows whose sum no int32 overflows."""
 CHANCE = 1e-21
 """That the bound on a product of int8 queries fails for one row and query (Hoeffding's inequality)."""
 
 
-class Product:
+class FastProduct:
     """One checkpoint's queries, ready for a fast product: |<r,q> - approximation| <= error[q] |r|, `[q]`."""
 
     def __init__(self, matrix: Tensor, unit: Float32, error: Float64, tile: int) -> None:
@@ -43,7 +43,9 @@ class Product:
         n = len(rows)
         if self.matrix.dtype == torch.int16:
             query, unit, products = self._one
-            over_rows(lambda part: _dot(rows[part], query, scale[part], unit, products[:n][part]), n, rows.nbytes)
+            over_rows(
+                lambda part: kernels.dot(rows[part], query, scale[part], unit, products[:n][part]), n, rows.nbytes
+            )
             return products[:n, None]
         given, out = from_dlpack(rows), self._float[:n]
         if self.matrix.device.type != "cpu":
@@ -61,27 +63,34 @@ class Product:
         return weighted
 
 
-def product_of(queries: Float64, norm: Float64, dtype: np.dtype[Any], checkpoints: int) -> Product:
+def product_of(queries: Float64, norm: Float64, dtype: np.dtype[Any], checkpoints: int) -> FastProduct:
     """The fastest product that this machine has for queries `[q, k]` and rows of a dtype, with its error."""
     q, k = queries.shape
-    arithmetic = (8 + checkpoints) * ROUNDING * norm
+    arithmetic = rounding(norm, checkpoints)
     tile = 16384 if q < 8 else 4096 if q <= 64 else 2048 if q <= 256 else 512
     if torch.cuda.is_available():
         rounded = torch.from_numpy(queries).bfloat16().T.contiguous().cuda()
-        return Product(rounded, np.ones(q, np.float32), arithmetic + 2.0**-6 * norm, 16384)
+        return FastProduct(rounded, np.ones(q, np.float32), arithmetic + 2.0**-6 * norm, 16384)
     # for several queries, CPUs without VNNI saturate sums, and torch's int8 products of single entries are wrong
     if dtype == np.int8 and k <= WIDEST and (q == 1 or (k > 1 and torch.cpu._is_vnni_supported())):
         integers, unit, error = _integers(queries, np.int16 if q == 1 else np.int8)
-        return Product(torch.from_numpy(integers).T, unit, error + 1.1 * arithmetic, tile)
-    summation = 1.1 * k * ROUNDING * norm
+        return FastProduct(torch.from_numpy(integers).T, unit, error + 1.1 * arithmetic, tile)
+    summed = summation(norm, k)
     if torch.cpu._is_avx512_bf16_supported() and q >= 16:  # queries, rows and result round to 8 bits
         rounded = torch.from_numpy(queries).bfloat16().T.contiguous()
-        error = arithmetic + summation + 3.1 * 2.0**-9 * norm
-        return Product(rounded, np.ones(q, np.float32), error, min(tile, 512))
+        error = arithmetic + summed + 3.1 * 2.0**-9 * norm
+        return FastProduct(rounded, np.ones(q, np.float32), error, min(tile, 512))
     if torch.get_float32_matmul_precision() != "highest":
-        summation = summation + 2.0**-6 * norm
+        summed = summed + 2.0**-6 * norm
     matrix = torch.from_numpy(queries.astype(np.float32).T.copy())
-    return Product(matrix, np.ones(q, np.float32), arithmetic + summation, min(tile, 512))
+    return FastProduct(matrix, np.ones(q, np.float32), arithmetic + summed, min(tile, 512))
+
+
+def multiply(rows: npt.NDArray[Any], places: Int64, queries: Float64, asked: Int64, out: Float64) -> None:
+    """As `plain.multiply`, bit by bit."""
+    if rows.dtype == np.float16:  # which compiled passes do not know
+        rows, places = rows[places].astype(np.float32), np.arange(len(places))
+    kernels.multiply(rows, places, queries, asked, out)
 
 
 def _integers(queries: Float64, dtype: type[np.signedinteger[Any]]) -> tuple[npt.NDArray[Any], Float32, Float64]:
@@ -105,36 +114,3 @@ def _integers(queries: Float64, dtype: type[np.signedinteger[Any]]) -> tuple[npt
 def _dice(k: int) -> Float64:
     """Random numbers in [0, 1), the same for all queries: of each query alone, the entries are independent."""
     return np.random.default_rng(0).random(k)
-
-
-@compiled
-def _dot(rows: Any, query: Any, scale: Any, unit: Any, out: Any) -> None:
-    """scale[n] unit <rows[n], query> of int8 rows `[n, k]`, as fast as memory gives them.
-
-    Four places are read at once, and prefetched: with one, a core has too few lines on the way.
-    """
-    n, k = rows.shape
-    apart, beyond = n // 4, rows.ctypes.data + AHEAD
-    for row in range(apart):
-        first, second, third, fourth = np.int32(0), np.int32(0), np.int32(0), np.int32(0)
-        for start in range(0, k, STRETCH):
-            stop = min(start + STRETCH, k)
-            for place in range(start, stop, LINE):
-                for number in range(4):
-                    prefetch(beyond + (row + number * apart) * k + place)
-            a, b = rows[row, start:stop], rows[row + apart, start:stop]
-            c, d = rows[row + 2 * apart, start:stop], rows[row + 3 * apart, start:stop]
-            factors = query[start:stop]
-            for place in range(len(factors)):
-                factor = np.int32(factors[place])
-                first = np.int32(first + np.int32(a[place]) * factor)
-                second = np.int32(second + np.int32(b[place]) * factor)
-                third = np.int32(third + np.int32(c[place]) * factor)
-                fourth = np.int32(fourth + np.int32(d[place]) * factor)
-        for number, total in enumerate((first, second, third, fourth)):
-            out[row + number * apart] = np.float32(total) * unit * scale[row + number * apart]
-    for row in range(4 * apart, n):
-        total = np.int32(0)
-        for place in range(k):
-            total = np.int32(total + np.int32(rows[row, place]) * np.int32(query[place]))
-        out[row] = np.float32(total) * unit * scale[row]

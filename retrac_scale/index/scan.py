@@ -5,17 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch.utils.dlpack import from_dlpack
 
 from retrac_scale.arrays import Bools, Float32, Float64, Int64
-from retrac_scale.index.approximate import Product, product_of
-from retrac_scale.native.compiled import compiled
+from retrac_scale.index import plain
+from retrac_scale.index.plain import Arithmetic, Multiply, Product
 from retrac_scale.native.memory import keep_freed_pages
 
 FIRST_ROWS = 4096
@@ -83,6 +81,7 @@ def top(
     query_ids: npt.NDArray[Any] | None = None,
     floor: Float64 | None = None,
     parts: int = 1,
+    light: bool = False,
 ) -> Found:
     """The k largest sign x sum_c scale[c,n] <row[c,n], query[c,q]> of each query over all chunks, ties by smaller id.
 
@@ -98,14 +97,18 @@ def top(
         query_ids: `[q]`, samples of these ids are left out of their own query's list.
         floor: `[lane]`, scores known to be reached by k samples elsewhere; raised on the way, may be shared by threads.
         parts: how many measurements stand side by side in a row.
+        light: compute by NumPy alone, see `plain`; the answer is the same.
     """
     keep_freed_pages()
-    pool = _Pool(queries, k, signs, floor, parts)
-    products: list[Product] = []
+    arithmetic = plain if light else _fast()
+    pool = _Pool(queries, k, signs, floor, parts, arithmetic.multiply)
+    products: Sequence[Product] = ()
     for chunk in chunks:
         if not products:
             products = [
-                product_of(query / pool.unit[:, None], lengths / pool.unit, chunk.rows[0].dtype, len(queries))
+                arithmetic.product_of(
+                    query / pool.unit[:, None], lengths / pool.unit, chunk.rows[0].dtype, len(queries)
+                )
                 for query, lengths in pool.queries
             ]
             error = np.stack([product.error for product in products]) * pool.unit
@@ -123,6 +126,12 @@ def top(
     return pool.best()
 
 
+def _fast() -> Arithmetic:
+    from retrac_scale.index import approximate  # torch and numba, which take seconds to load
+
+    return approximate
+
+
 def merge(parts: Sequence[Found], k: int) -> Found:
     """The k best of each lane out of several answers to the same queries."""
     scores, ids, shares = (
@@ -138,6 +147,9 @@ def scores(chunk: Chunk, queries: Float32) -> Float64:
 
     Products are float32 for int8 and float16 rows and float64 for float32 rows; checkpoints add up in float64.
     """
+    import torch
+    from torch.utils.dlpack import from_dlpack
+
     dtype = torch.float64 if chunk.rows[0].dtype == np.float32 else torch.float32
     out = np.zeros((queries.shape[1], len(chunk.ids)))
     for rows, scale, query in zip(chunk.rows, chunk.scale, queries, strict=True):
@@ -200,16 +212,6 @@ def _reached(values: Float32, k: int, chunk: Chunk, tile: slice, query_ids: npt.
     return np.partition(groups.max(0).T, -k, axis=1)[:, -k].astype(np.float64)
 
 
-@partial(compiled, reassociate=True)
-def _multiply(rows: Any, places: Any, queries: Any, asked: Any, out: Any) -> None:
-    """<rows[places], queries[asked]> in float64, `[s]`."""
-    for number in range(len(places)):
-        row, query, total = rows[places[number]], queries[asked[number]], 0.0
-        for entry in range(len(row)):
-            total += np.float64(row[entry]) * query[entry]
-        out[number] = total
-
-
 def _lengths(rows: Float64) -> Float64:
     lengths: Float64 = np.sqrt(np.einsum("nk,nk->n", rows, rows))
     return lengths
@@ -226,8 +228,10 @@ class _Pool:
     `unit` `[q]` is what queries are divided by before they are multiplied in float32; all that is kept is not.
     """
 
-    def __init__(self, queries: Float32, k: int, signs: Sequence[int], floor: Float64 | None, parts: int) -> None:
-        self.k = k
+    def __init__(
+        self, queries: Float32, k: int, signs: Sequence[int], floor: Float64 | None, parts: int, multiply: Multiply
+    ) -> None:
+        self.k, self._multiply = k, multiply
         self.first = max(8 * k, FIRST_ROWS)
         self.lanes = len(signs) * queries.shape[1]
         self._least = max(4 * k, 32) * self.lanes
@@ -331,10 +335,7 @@ class _Pool:
             chunk, of_row = self._chunk(number), asked[places]
             for rows, scale, queries in zip(chunk.rows, chunk.scale, self._queries, strict=True):
                 product = np.empty(len(row))
-                if rows.dtype == np.float16:  # which compiled passes do not know
-                    _multiply(rows[row].astype(np.float32), np.arange(len(row)), queries, of_row, product)
-                else:
-                    _multiply(rows, row, queries, of_row, product)
+                self._multiply(rows, row, queries, of_row, product)
                 total[places] += product * scale[row]
         held["value"][part] = self._sign[held["lane"][part]] * total
         held["bound"][part] = 0

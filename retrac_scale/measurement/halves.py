@@ -17,8 +17,8 @@ from retrac_scale.evaluate.intervals import Interval, percentiles
 from retrac_scale.query.answer import answer_rows
 from retrac_scale.query.question import Question
 from retrac_scale.query.source import all_scores_of
-from retrac_scale.sketching.samples import take
 from retrac_scale.store import SketchStore
+from retrac_scale.store.taking import take
 
 if TYPE_CHECKING:
     from distributed import Client

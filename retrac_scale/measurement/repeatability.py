@@ -23,10 +23,10 @@ from retrac_scale.measurement.halves import (
     some_ids,
 )
 from retrac_scale.query.index import Index
-from retrac_scale.sketching.samples import take
 from retrac_scale.store import SketchStore
 from retrac_scale.store.excerpt import Excerpt
 from retrac_scale.store.part import plans_of
+from retrac_scale.store.taking import take
 
 if TYPE_CHECKING:
     from distributed import Client

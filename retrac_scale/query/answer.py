@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,19 +13,20 @@ from retrac_scale.index.reader import IndexReader
 from retrac_scale.index.scan import Found
 from retrac_scale.query.groups import Groups
 from retrac_scale.query.question import Question
-from retrac_scale.query.rerank import as_measured, exact_scores
 from retrac_scale.query.scanning import Scan
 from retrac_scale.query.topk import TopK
 from retrac_scale.query.where import which
-from retrac_scale.sketching.plans import plans_for_queries
-from retrac_scale.sketching.samples import Samples
 from retrac_scale.store import SketchStore
 
 if TYPE_CHECKING:
     from distributed import Client
 
+    from retrac_scale.sketching.samples import Samples
+
 RESOLVED = 2.0
 """Standard errors of the difference between neighbours above which their order counts as resolved."""
+
+NO_SAMPLES = "rerank computes full gradients: give the queries as rs.Samples(...), not as a store."
 
 
 def answer(index: IndexReader, queries: SketchStore | Samples, question: Question, client: Client | None) -> TopK:
@@ -38,16 +38,13 @@ def answer(index: IndexReader, queries: SketchStore | Samples, question: Questio
         _check_exact(index)
     if index.estimator.squared and question.side != "proponents":
         raise ValueError("a squared score is never negative, so it has no opponents; ask for side='proponents'.")
+    if not isinstance(queries, SketchStore):
+        from retrac_scale.query.measured import answer_samples  # needs torch, which stored sketches have no use for
+
+        return answer_samples(index, store, queries, question, client)
     if question.rerank is not None:
-        if not isinstance(queries, Samples):
-            raise ValueError("rerank computes full gradients: give the queries as rs.Samples(...), not as a store.")
-        return _reranked(index, store, queries, question, client)
-    sketched = _like(queries, store).sketch(like=_known(store)) if isinstance(queries, Samples) else queries
-    if not isinstance(sketched, SketchStore):
-        raise ValueError(
-            f"queries must be a SketchStore or rs.Samples(dataset, task, checkpoints, timesteps), got {type(queries)}."
-        )
-    return answer_rows(index, index.query_rows(sketched), sketched.ids, question, client)
+        raise ValueError(NO_SAMPLES)
+    return answer_rows(index, index.query_rows(queries), queries.ids, question, client)
 
 
 def answer_rows(
@@ -58,8 +55,8 @@ def answer_rows(
     if question.group_by is not None:
         groups = scan.groups(question.group_by)
         found = Found(groups.scores, groups.labels, np.zeros((*groups.scores.shape, 0)))
-        return _topk(scan, found, question.k, groups=groups)
-    return _topk(scan, scan.samples(question.k + 1), question.k)
+        return topk(scan, found, question.k, groups=groups)
+    return topk(scan, scan.samples(question.k + 1), question.k)
 
 
 def _check_exact(index: IndexReader) -> None:
@@ -73,41 +70,7 @@ def _check_exact(index: IndexReader) -> None:
         raise ValueError("rerank computes plain gradients, but the store's were preconditioned; leave out rerank=.")
 
 
-def _like(queries: Samples, store: SketchStore | None) -> Samples:
-    """Queries that are measured as a store was."""
-    return replace(queries, timesteps=plans_for_queries(queries.timesteps, _known(store)))
-
-
-def _known(store: SketchStore | None) -> SketchStore:
-    if store is None:
-        raise ValueError("to sketch the queries, the store that the index was built from is needed.")
-    return store
-
-
-def _reranked(
-    index: IndexReader, store: SketchStore | None, queries: Samples, question: Question, client: Client | None
-) -> TopK:
-    """The best by sketch, so many as are asked for, in the order of their exact scores."""
-    assert question.rerank is not None
-    assert question.train is not None
-    store = _known(store)
-    queries, train = _like(queries, store), as_measured(question.train, store)
-    sketched = queries.sketch(like=store)
-    rows = index.query_rows(sketched)
-    scan = Scan(index, rows, sketched.ids, question, which(question.where, index), client)
-    found = _filled(scan.samples(max(question.rerank, question.k + 1)), question.k)
-    candidates, meta, signs = np.unique(found.ids), index.meta, question.signs
-    exact = exact_scores(
-        queries, train, candidates, index.estimator, meta["checkpoints"], meta["fingerprint"], (sketched, store)
-    )
-    values = np.repeat(signs, len(exact))[:, None] * np.tile(exact, (len(signs), 1))
-    values = np.take_along_axis(values, np.searchsorted(candidates, found.ids), 1)
-    order = np.stack([np.lexsort((ids, -lane)) for ids, lane in zip(found.ids, values, strict=True)])
-    ids, best = np.take_along_axis(found.ids, order, 1), np.take_along_axis(values, order, 1)
-    return _topk(scan, Found(best, ids, np.zeros((*best.shape, 0))), question.k, order + 1)
-
-
-def _filled(found: Found, k: int) -> Found:
+def filled(found: Found, k: int) -> Found:
     """Only the places that every lane has a sample for; ValueError when that would cut a lane short of its best k."""
     counts = (found.scores > -np.inf).sum(1)
     width = int(counts.min())
@@ -121,10 +84,10 @@ def _filled(found: Found, k: int) -> Found:
     return Found(found.scores[:, :width], found.ids[:, :width], found.parts[:, :width])
 
 
-def _topk(scan: Scan, found: Found, k: int, ranks: Int64 | None = None, groups: Groups | None = None) -> TopK:
+def topk(scan: Scan, found: Found, k: int, ranks: Int64 | None = None, groups: Groups | None = None) -> TopK:
     """The answer, lanes of both sides side by side; `found` may hold more than k places."""
     question, q = scan.question, len(scan.query_ids)
-    found = _filled(found, k)
+    found = filled(found, k)
     if not found.scores.shape[1]:
         raise ValueError("where= and exclude_self= leave no sample to score.")
     errors, resolved = _uncertainty(found, scan.index.estimator.squared)

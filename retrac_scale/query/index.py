@@ -12,13 +12,14 @@ from retrac_scale.query.explain import Explanation, explain
 from retrac_scale.query.question import Question
 from retrac_scale.query.source import all_scores
 from retrac_scale.query.topk import Reduce, Side, TopK
-from retrac_scale.sketching.samples import Samples
 from retrac_scale.store import SketchStore
 from retrac_scale.store.schema import Url
 
 if TYPE_CHECKING:
     import dask.array
     from distributed import Client
+
+    from retrac_scale.sketching.samples import Samples
 
 
 class Index(IndexReader):

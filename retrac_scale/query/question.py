@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from numbers import Integral
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import numpy.typing as npt
 
 from retrac_scale.query.topk import Reduce, Side
-from retrac_scale.sketching.samples import Samples
+
+if TYPE_CHECKING:
+    from retrac_scale.sketching.samples import Samples
 
 
 @dataclass(frozen=True, eq=False)

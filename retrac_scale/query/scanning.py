@@ -7,18 +7,18 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import dask
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from retrac_scale.arrays import Bools, Float32, Float64
+from retrac_scale.index.plain import light
 from retrac_scale.index.reader import IndexReader
 from retrac_scale.index.scan import Found, merge, top
 from retrac_scale.query.groups import Groups, group_run, labels_of, merge_groups, with_errors
 from retrac_scale.query.question import Question
 from retrac_scale.query.source import Source, chunks_of, for_workers, opened
 from retrac_scale.runtime.graphs import compute, constant, delayed
+from retrac_scale.runtime.here import threads_here
 from retrac_scale.runtime.workers import worker_threads
 
 if TYPE_CHECKING:
@@ -46,6 +46,13 @@ class Scan:
         mask = self.mask
         return [i for i, samples in enumerate(self.index.chunks) if mask is None or mask[samples].any()]
 
+    def _entries(self, chunks: list[int]) -> int:
+        """Of the rows of some chunks."""
+        c, _, k = self.index.shape
+        every = self.index.chunks
+        samples: int = sum(every[number].stop - every[number].start for number in chunks)
+        return c * samples * k
+
     def samples(self, k: int) -> Found:
         """The k best samples of each lane; of a squared score, those of the largest squares."""
         if not self.index.estimator.squared:
@@ -61,11 +68,15 @@ class Scan:
 
     def _best(self, k: int, signs: tuple[int, ...]) -> Found:
         question, chunks = self.question, self._matching
-        workers = torch.get_num_threads() if self.client is None else sum(worker_threads(self.client).values())
-        count = min(len(chunks), max(workers, -(-len(chunks) // RUN_CHUNKS) if self.client else 1))
+        is_light = self.client is None and light.take(self._entries(chunks), self.rows.shape[1])
+        if self.client is None:
+            count = 1 if is_light else min(len(chunks), threads_here())
+        else:
+            workers = sum(worker_threads(self.client).values())
+            count = min(len(chunks), max(workers, -(-len(chunks) // RUN_CHUNKS)))
         floor = None if self.client else np.full(len(signs) * self.rows.shape[1], -np.inf)
         excluded = self.query_ids if question.exclude_self else None
-        common = (k, signs, excluded, floor)
+        common = (k, signs, excluded, floor, is_light)
         if self.client is None and count == 1:  # one thread: a graph of one task would cost a millisecond
             return _scan_run(self.index, chunks, self._share(self.mask, chunks), self.rows, common)
         runs = self._tasks("scan", _scan_run, [list(run) for run in np.array_split(chunks, count)], common)
@@ -126,6 +137,8 @@ class Scan:
         if not homes:
             return nullcontext()
         home = homes[run[len(run) // 2] * len(homes) // len(self.index.chunks)]
+        import dask
+
         placed: AbstractContextManager[Any] = dask.annotate(workers=[home], allow_other_workers=True)
         return placed
 
@@ -138,7 +151,7 @@ class Scan:
 def _scan_run(
     source: Source, run: list[int], masks: list[Bools | None], rows: Float32, common: tuple[Any, ...]
 ) -> Found:
-    k, signs, excluded, floor = common
+    k, signs, excluded, floor, is_light = common
     index = opened(source)
     return top(
         chunks_of(index, run, masks),
@@ -148,4 +161,5 @@ def _scan_run(
         query_ids=excluded,
         floor=floor,
         parts=index.meta.get("slots", 1),
+        light=is_light,
     )

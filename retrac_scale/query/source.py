@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import dask
 import numpy as np
 
 from retrac_scale.arrays import Bools, Float32, Float64
@@ -49,6 +48,7 @@ def readout(index: IndexReader, values: Float64) -> Float64:
 
 def all_scores(index: IndexReader, queries: SketchStore) -> dask.array.Array:
     """See `Index.scores`."""
+    import dask
     import dask.array  # and with it pandas and SciPy: 60 MB that a query has no use for
 
     index.check_store()

@@ -5,12 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import dask
-import dask.threaded
-import torch
-from dask.graph_manipulation import clone
-
-from retrac_scale.runtime.here import one_thread_each
+from retrac_scale.runtime.here import one_thread_each, threads_here
 from retrac_scale.runtime.sealed import Sealed, itself
 from retrac_scale.runtime.tasks import ATTEMPTS, LostError, is_killed
 from retrac_scale.runtime.workers import Watch, cause, however_large
@@ -21,11 +16,15 @@ if TYPE_CHECKING:
 
 def delayed(function: Callable[..., Any]) -> Any:
     """A function whose calls are delayed tasks, for `compute`."""
+    import dask  # which a question that one thread answers has no use for
+
     return dask.delayed(Sealed(function), pure=False)
 
 
 def constant(value: Any) -> Any:
     """A delayed task that brings a value to those that depend on it; a worker gets it once."""
+    import dask
+
     return dask.delayed(itself, pure=False)(Sealed(value))
 
 
@@ -33,7 +32,9 @@ def compute(tasks: list[Any], client: Client | None) -> list[Any]:
     """Results of a few delayed tasks with all that they depend on, on the client's workers, or here on threads."""
     if client is not None:
         return _compute_there(tasks, client)
-    threads = torch.get_num_threads()
+    import dask.threaded
+
+    threads = threads_here()
     with one_thread_each():
         # not "threads": for a name, dask loads distributed to see whether there is a client
         return list(dask.compute(*tasks, scheduler=dask.threaded.get, num_workers=threads))
@@ -41,6 +42,8 @@ def compute(tasks: list[Any], client: Client | None) -> list[Any]:
 
 def _compute_there(tasks: list[Any], client: Client) -> list[Any]:
     """`compute` on workers: a graph that is lost, or whose workers died again and again, is sent anew."""
+    from dask.graph_manipulation import clone
+
     killed, watch = 0, Watch(client)
     while True:
         asked = watch.look()

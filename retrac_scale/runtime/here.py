@@ -9,7 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Any
 
-import torch
 from threadpoolctl import ThreadpoolController
 
 from retrac_scale.runtime.tasks import PER_THREAD, Outcome, Task
@@ -20,7 +19,7 @@ class Here:
 
     def __init__(self, function: Callable[..., Any], shared: Any, threads: int | None) -> None:
         self._function, self._shared = function, shared
-        self._threads = torch.get_num_threads() if threads is None else threads
+        self._threads = threads_here() if threads is None else threads
         self._finished: SimpleQueue[Future[Any]] = SimpleQueue()
         self._cleanup = contextlib.ExitStack()
         if self._threads > 1:
@@ -63,6 +62,13 @@ def _at_once(function: Callable[..., Any], *args: Any) -> Future[Any]:
     return future
 
 
+def threads_here() -> int:
+    """As many as torch is set to."""
+    import torch  # takes seconds, which a run in the calling thread has no use for
+
+    return torch.get_num_threads()
+
+
 @functools.cache
 def _libraries() -> ThreadpoolController:
     return ThreadpoolController()
@@ -71,6 +77,8 @@ def _libraries() -> ThreadpoolController:
 @contextlib.contextmanager
 def one_thread_each() -> Iterator[None]:
     """torch and BLAS on one thread per calling thread, so that theirs and ours do not compete; set back after."""
+    import torch
+
     threads = torch.get_num_threads()
     with _libraries().limit(limits=1):
         torch.set_num_threads(1)

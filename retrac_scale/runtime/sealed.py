@@ -7,7 +7,6 @@ import threading
 from typing import Any
 
 import cloudpickle
-from dask.utils import funcname
 
 
 class Sealed:
@@ -18,6 +17,8 @@ class Sealed:
     """
 
     def __init__(self, value: Any) -> None:
+        from dask.utils import funcname
+
         name = funcname(value).strip("_") if callable(value) else type(value).__name__  # which Dask shows
         self.__setstate__((cloudpickle.dumps(value), name))
 

@@ -14,8 +14,6 @@ from concurrent.futures import CancelledError
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-import dask
-
 from retrac_scale.runtime.sealed import Sealed, itself
 from retrac_scale.runtime.tasks import PER_THREAD, LostError, Outcome, Task, may_pass
 
@@ -168,5 +166,7 @@ _sending = threading.Lock()
 @contextlib.contextmanager
 def however_large() -> Iterator[None]:
     """Dask warns of graphs above 10 MB; ours hold a model on purpose."""
+    import dask
+
     with _sending, dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 PB"}):
         yield

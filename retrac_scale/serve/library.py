@@ -33,8 +33,9 @@ from retrac_scale.report.pictures import PictureFiles, data_uri
 from retrac_scale.report.shown import check_shown
 from retrac_scale.report.trust import Told, joined, repeatability_for_page, shared_by_halves, told
 from retrac_scale.serve.uploads import Upload
-from retrac_scale.sketching.samples import Samples, take
+from retrac_scale.sketching.samples import Samples
 from retrac_scale.store import SketchStore
+from retrac_scale.store.taking import take
 
 T = TypeVar("T")
 Source = Literal["queries", "training", "uploads"]

@@ -1,4 +1,4 @@
-"""Samples to be measured, and samples already measured."""
+"""Samples to be measured."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from retrac_scale.columns import check_ids
 from retrac_scale.sketching.request import Request
 from retrac_scale.sketching.sketch import sketched
-from retrac_scale.store import SketchStore, create_store, write_block
-from retrac_scale.store.part import plans_of
-from retrac_scale.store.schema import CONTENT, SKETCHED
+from retrac_scale.store import SketchStore
 from retrac_scale.task.checkpoints import Checkpoint
 from retrac_scale.task.concepts import Concept, Concepts
 from retrac_scale.task.diffusion import DiffusionTask
@@ -75,49 +72,3 @@ class Samples:
         """
         request = Request(self.task, self.dataset, None, self.checkpoints, dtype="float32", like=like, progress=False)
         return sketched(request, self.timesteps)
-
-
-def take(store: SketchStore, ids: Sequence[Any] | npt.NDArray[Any]) -> SketchStore:
-    """Some samples of a store as a small store in memory, e.g. to query with training samples.
-
-    Raises:
-        ValueError: an id is not in the store.
-    """
-    places = {sample: place for place, sample in enumerate(store.ids.tolist())}
-    unknown = [sample for sample in np.asarray(ids).tolist() if sample not in places]
-    if unknown:
-        raise ValueError(f"{store.url or 'the store'} has no sample {unknown[0]!r}.")
-    chosen = [places[sample] for sample in np.asarray(ids).tolist()]
-    _, t, k = store.shape
-    quantities = [name for name in SKETCHED if store.has(name)]
-    fingerprint = store.fingerprint
-    if "timesteps" in fingerprint:
-        fingerprint["timesteps"] = plans_of(fingerprint)  # their digests are those of other samples
-    taken = create_store(
-        None,
-        shape=(len(chosen), t, k),
-        ids=store.ids[chosen],
-        weights=store.weights,
-        fingerprint=fingerprint,
-        dtype="float32",
-        quantities=quantities,
-        columns={name: values[chosen] for name, values in store.columns.items()},
-        plan=store.plan,
-    )
-
-    def gather(read: Any, checkpoint: str, block: slice) -> Any:
-        return np.concatenate([read(checkpoint, slice(place, place + 1)) for place in chosen[block]])
-
-    for checkpoint in store.checkpoints:
-        for number, block in enumerate(taken.blocks):
-            write_block(
-                taken,
-                checkpoint,
-                number,
-                gather(store.sketches, checkpoint, block),
-                gather(store.norms, checkpoint, block),
-                losses=gather(store.losses, checkpoint, block) if "loss" in quantities else None,
-                timesteps=gather(store.timesteps, checkpoint, block) if "timestep" in quantities else None,
-                contents=gather(store.contents, checkpoint, block) if CONTENT in quantities else None,
-            )
-    return taken

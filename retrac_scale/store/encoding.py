@@ -8,19 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 from retrac_scale.arrays import Float32
-from retrac_scale.native.compiled import compiled
-from retrac_scale.native.threads import over_rows
 
 Dtype = Literal["int8", "float16", "float32", "bfloat16"]
 
 TILE_ENTRIES = 2**17
 """16-bit rows are converted so many entries at a time per thread, to stay in a core's cache."""
-
-FAINTEST = 2.0**-141
-"""Least scale of an int8 row: a smaller one is too coarse a float32 for the largest entry to come to 127."""
-
-INTEGER_STEP = 1.5 * 2**23
-"""float32 numbers near it are the integers; the low byte of such a sum is the int8 that was added."""
 
 
 def check_dtype(dtype: str) -> None:
@@ -47,7 +39,9 @@ def encode(rows: Float32, dtype: Dtype) -> tuple[npt.NDArray[Any], Float32]:
     stored = np.empty(given.shape, array_dtype(dtype))
     scale = np.empty(len(given), np.float32)
     if dtype == "int8":
-        over_rows(lambda part: _to_int8(given[part], stored[part], scale[part]), len(given), given.nbytes)
+        from retrac_scale.store.rounding import to_int8  # numba takes a second, which reading has no use for
+
+        to_int8(given, stored, scale)
     else:
         _to_half(given, stored, scale)
     return stored.reshape(rows.shape), scale.reshape(rows.shape[:-1])
@@ -58,46 +52,6 @@ def decode(rows: npt.NDArray[Any], scale: Float32, out: Float32 | None = None) -
     values = (rows.astype(np.uint32) << 16).view(np.float32) if rows.dtype == np.uint16 else rows
     raw: Float32 = np.multiply(values, scale[..., None], out=out, dtype=np.float32)
     return raw
-
-
-@compiled
-def _to_int8(rows: Any, stored: Any, scale: Any) -> None:
-    """Rows `[n, k]`; a row's divisions hide the time in which the next row comes from memory to be measured."""
-    n, k = rows.shape
-    top = np.float32(0)
-    for row in range(-1, n):
-        following = rows[min(row + 1, n - 1)]
-        step = top / np.float32(127)
-        bits = np.int32(0)
-        if row < 0:
-            for place in range(k):
-                bits = max(bits, _magnitude(following[place]))
-        else:
-            scale[row] = step if not step < FAINTEST else 0
-            given, integers = rows[row], stored[row]
-            for place in range(k):
-                integers[place] = _nearest(given[place] / step)
-                bits = max(bits, _magnitude(following[place]))
-            if step < FAINTEST:
-                integers[:] = 0
-        top = _float(bits)
-
-
-@compiled
-def _nearest(quotient: Any) -> Any:
-    """The integer, in a float32's low byte."""
-    return np.float32(quotient + np.float32(INTEGER_STEP)).view(np.int32) & np.int32(0xFF)
-
-
-@compiled
-def _magnitude(value: Any) -> Any:
-    """Of a float32, as an integer that orders like it; NaN comes last."""
-    return np.float32(value).view(np.int32) & np.int32(0x7FFFFFFF)
-
-
-@compiled
-def _float(bits: Any) -> Any:
-    return np.int32(bits).view(np.float32)
 
 
 def _to_half(rows: Float32, stored: npt.NDArray[Any], scale: Float32) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 import retrac_scale as rs
 from retrac_scale.index.approximate import product_of
+from retrac_scale.index.plain import FREE_QUERIES, Light
 from retrac_scale.index.scan import Chunk, merge, scores, top
 
 DTYPES = ("int8", "float16", "float32")
@@ -186,6 +188,28 @@ def test_scores_are_taken_apart_by_the_parts_of_rows(dtype: str, kept: bool) -> 
     for lane, (ids, parts) in enumerate(zip(found.ids, found.parts, strict=True)):
         np.testing.assert_allclose(parts, products[lane % 3, ids], rtol=1e-6, atol=1e-6 * np.abs(products).max())
     assert top(as_chunks(rows, scale, np.arange(300), [], kept=kept), queries, 7).parts.shape == (3, 7, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [1, 64, 600])
+def test_a_light_scan_gives_the_same_bits(dtype: str, k: int) -> None:
+    rng = np.random.default_rng(k)
+    rows, scale = random_rows(rng, 2, 1500, k, dtype, 900)
+    queries, ids = rng.standard_normal((2, 3, k)).astype(np.float32), rng.permutation(1500)
+    chunks = as_chunks(rows, scale, ids, [700], kept=False)
+    heavy, light = (top(chunks, queries, 20, signs=(1, -1), light=one) for one in (False, True))
+    check(light, np.concatenate([brute_force(rows, scale, queries) * sign for sign in (1, -1)]), ids, 20)
+    np.testing.assert_array_equal(light.ids, heavy.ids)
+    np.testing.assert_array_equal(light.scores, heavy.scores)
+
+
+def test_a_process_scans_so_much_without_torch_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not Light(100).take(1, 1)  # torch is there, as in most programs
+    monkeypatch.delitem(sys.modules, "torch")
+    light = Light(100)
+    assert [light.take(60, 1), light.take(60, 1), light.take(20, FREE_QUERIES), light.take(20, FREE_QUERIES + 1)] == [
+        *(True, False, True, False)
+    ]
 
 
 @pytest.mark.parametrize("q", [1, 3])

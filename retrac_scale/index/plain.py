@@ -1,0 +1,113 @@
+"""What a scan computes, by NumPy alone: for scans that are done before torch and compiled passes would be loaded."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from retrac_scale.arrays import Float32, Float64, Int64
+
+Multiply = Callable[[npt.NDArray[Any], Int64, Float64, Int64, Float64], None]
+"""See `multiply`."""
+
+ROUNDING = 2.0**-24
+LANES = 64
+"""Sums of exact products that run side by side, so that they are the same here and compiled."""
+LIGHT_ENTRIES = 2**28
+"""Entries of rows that NumPy goes through in a fraction of the seconds that torch and numba take to load."""
+FREE_QUERIES = 16
+"""Whose products take no longer than bringing the rows to float32."""
+TILE = 512
+
+
+class Light:
+    """How many entries a process may still go through in plain NumPy."""
+
+    def __init__(self, entries: int) -> None:
+        self._left, self._lock = entries, threading.Lock()
+
+    def take(self, entries: int, queries: int) -> bool:
+        """Whether a scan of so many entries is light; never once torch is there."""
+        work = entries * -(-queries // FREE_QUERIES)
+        with self._lock:
+            if "torch" in sys.modules or work > self._left:
+                return False
+            self._left -= work
+            return True
+
+
+light = Light(LIGHT_ENTRIES)
+
+
+class Product(Protocol):
+    """One checkpoint's queries, ready for a fast product: |<r,q> - approximation| <= error[q] |r|.
+
+    Attributes:
+        error: `[q]`.
+        tile: rows that it best takes at a time.
+    """
+
+    error: Float64
+    tile: int
+
+    def weighted(self, rows: npt.NDArray[Any], scale: Float32) -> Float32:
+        """scale[n] <rows[n], queries[q]>, roughly, `[n, q]`, in a buffer that the next call may overwrite."""
+
+
+class Arithmetic(Protocol):
+    """What a scan computes by: this module, or `approximate`."""
+
+    def product_of(self, queries: Float64, norm: Float64, dtype: np.dtype[Any], checkpoints: int) -> Product:
+        """The fastest there is for queries `[q, k]` and rows of a dtype."""
+
+    @property
+    def multiply(self) -> Multiply:
+        """The function."""
+
+
+class PlainProduct:
+    """As `Product`, in float32 by NumPy."""
+
+    def __init__(self, queries: Float64, norm: Float64, checkpoints: int) -> None:
+        self._matrix = queries.T.astype(np.float32)
+        self.error = rounding(norm, checkpoints) + summation(norm, queries.shape[1])
+        self.tile = TILE
+
+    def weighted(self, rows: npt.NDArray[Any], scale: Float32) -> Float32:
+        """scale[n] <rows[n], queries[q]>, roughly, `[n, q]`."""
+        weighted: Float32 = rows.astype(np.float32, copy=False) @ self._matrix
+        weighted *= scale[:, None]
+        return weighted
+
+
+def product_of(queries: Float64, norm: Float64, dtype: np.dtype[Any], checkpoints: int) -> Product:
+    """A product of queries `[q, k]` of some norms with rows of any dtype."""
+    return PlainProduct(queries, norm, checkpoints)
+
+
+def rounding(norm: Float64, checkpoints: int) -> Float64:
+    """What the steps before and after a product of queries of some norms may lose, `[q]`."""
+    return (8 + checkpoints) * ROUNDING * norm
+
+
+def summation(norm: Float64, entries: int) -> Float64:
+    """What a float32 sum of so many products may lose, `[q]`."""
+    return 1.1 * entries * ROUNDING * norm
+
+
+def multiply(rows: npt.NDArray[Any], places: Int64, queries: Float64, asked: Int64, out: Float64) -> None:
+    """<rows[places], queries[asked]> in float64, `[s]`, each a sum in an order that its length alone decides."""
+    sums = np.zeros((len(places), LANES))
+    for start in range(0, rows.shape[1], LANES):
+        part = slice(start, start + LANES)
+        products = rows[places, part].astype(np.float64) * queries[asked, part]
+        sums[:, : products.shape[1]] += products
+    while sums.shape[1] > 1:
+        half = sums.shape[1] // 2
+        sums = sums[:, :half] + sums[:, half:]
+    out[:] = sums[:, 0]

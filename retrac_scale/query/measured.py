@@ -1,0 +1,73 @@
+"""The answer to samples that are measured first, and the exact order of what is found."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from retrac_scale.index.reader import IndexReader
+from retrac_scale.index.scan import Found
+from retrac_scale.query.answer import NO_SAMPLES, answer_rows, filled, topk
+from retrac_scale.query.question import Question
+from retrac_scale.query.rerank import as_measured, exact_scores
+from retrac_scale.query.scanning import Scan
+from retrac_scale.query.topk import TopK
+from retrac_scale.query.where import which
+from retrac_scale.sketching.plans import plans_for_queries
+from retrac_scale.sketching.samples import Samples
+from retrac_scale.store import SketchStore
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+
+def answer_samples(
+    index: IndexReader, store: SketchStore | None, queries: Samples, question: Question, client: Client | None
+) -> TopK:
+    """See `Index.query`; `store` is the one that the index was built from, None where it cannot be had."""
+    if not isinstance(queries, Samples):
+        if question.rerank is not None:
+            raise ValueError(NO_SAMPLES)
+        raise ValueError(
+            f"queries must be a SketchStore or rs.Samples(dataset, task, checkpoints, timesteps), got {type(queries)}."
+        )
+    if question.rerank is not None:
+        return _reranked(index, store, queries, question, client)
+    sketched = _like(queries, store).sketch(like=_known(store))
+    return answer_rows(index, index.query_rows(sketched), sketched.ids, question, client)
+
+
+def _like(queries: Samples, store: SketchStore | None) -> Samples:
+    """Queries that are measured as a store was."""
+    return replace(queries, timesteps=plans_for_queries(queries.timesteps, _known(store)))
+
+
+def _known(store: SketchStore | None) -> SketchStore:
+    if store is None:
+        raise ValueError("to sketch the queries, the store that the index was built from is needed.")
+    return store
+
+
+def _reranked(
+    index: IndexReader, store: SketchStore | None, queries: Samples, question: Question, client: Client | None
+) -> TopK:
+    """The best by sketch, so many as are asked for, in the order of their exact scores."""
+    assert question.rerank is not None
+    assert question.train is not None
+    store = _known(store)
+    queries, train = _like(queries, store), as_measured(question.train, store)
+    sketched = queries.sketch(like=store)
+    rows = index.query_rows(sketched)
+    scan = Scan(index, rows, sketched.ids, question, which(question.where, index), client)
+    found = filled(scan.samples(max(question.rerank, question.k + 1)), question.k)
+    candidates, meta, signs = np.unique(found.ids), index.meta, question.signs
+    exact = exact_scores(
+        queries, train, candidates, index.estimator, meta["checkpoints"], meta["fingerprint"], (sketched, store)
+    )
+    values = np.repeat(signs, len(exact))[:, None] * np.tile(exact, (len(signs), 1))
+    values = np.take_along_axis(values, np.searchsorted(candidates, found.ids), 1)
+    order = np.stack([np.lexsort((ids, -lane)) for ids, lane in zip(found.ids, values, strict=True)])
+    ids, best = np.take_along_axis(found.ids, order, 1), np.take_along_axis(values, order, 1)
+    return topk(scan, Found(best, ids, np.zeros((*best.shape, 0))), question.k, order + 1)
