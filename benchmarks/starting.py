@@ -2,11 +2,14 @@
 
     python -m benchmarks.starting
 
-makes a store of 300 samples and its index, and prints the median of five runs of each command, in seconds.
+makes a store of 300 samples and its index, and prints of five runs of each command the median seconds that passed, and
+those that the CPU was busy for it, which other work on the machine changes little. The first run of all is not counted.
 """
 
 from __future__ import annotations
 
+import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -30,15 +33,21 @@ def main() -> None:
         store = rs.write_store(folder / "s.zarr", {"c": rng.standard_normal((300, 4, 512))}, timesteps=steps)
         rs.write_store(folder / "q.zarr", {"c": rng.standard_normal((12, 4, 512))}, timesteps=steps)
         rs.build_index(store, rs.ReTracRidge(), folder / "i.zarr")
+        _seconds(folder, COMMANDS[-1])
+        print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs")
+        print(f"{'':41} passed  busy")
         for command in COMMANDS:
-            seconds = [_seconds(folder, command) for _ in range(RUNS)]
-            print(f"retrac-scale {command:28} {statistics.median(seconds):.2f}")
+            passed, busy = map(statistics.median, zip(*(_seconds(folder, command) for _ in range(RUNS)), strict=True))
+            print(f"retrac-scale {command:28} {passed:6.2f} {busy:5.2f}")
 
 
-def _seconds(folder: Path, command: str) -> float:
-    started = time.perf_counter()
+def _seconds(folder: Path, command: str) -> tuple[float, float]:
+    """That passed, and of the CPU (user and system)."""
+    started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-m", "retrac_scale.cli", *command.split()], cwd=folder, check=True, stdout=-3)
-    return time.perf_counter() - started
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return time.perf_counter() - started, busy
 
 
 if __name__ == "__main__":
