@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,14 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def wheel(dist: Path) -> Path:
     return next(dist.glob("*.whl"))
+
+
+def test_the_first_page_says_what_every_dependency_is_for() -> None:
+    page = (ROOT / "docs" / "index.md").read_text()
+    table = page.split("| package | for |\n| --- | --- |\n")[1].split("\n\n")[0]
+    told = [name for line in table.splitlines() for name in line.split("|")[1].strip().split(", ")]
+    needed = [re.split(r"[\[><=]", name)[0] for name in PROJECT["dependencies"]]
+    assert sorted(told) == sorted(needed)
 
 
 def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(dist: Path) -> None:
