@@ -101,6 +101,7 @@ def test_traks_package_agrees_on_the_same_gradients() -> None:
     np.testing.assert_allclose(index.scores(ask).compute(), ours, rtol=1e-4, atol=1e-5 * np.abs(ours).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("measure", "unit"), [("mean_squared_output", False), ("mean_output", True)])
 def test_script_features_are_means_of_plain_gradients_under_noise_by_place(lab: Lab, measure: str, unit: bool) -> None:
     found = script_features(lab, lab.train, measure=measure, batch=5, projection=Identity(), unit=unit)

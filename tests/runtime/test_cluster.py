@@ -119,6 +119,7 @@ def test_store_and_index_are_bit_identical_and_answers_equal(client: Client, who
     assert not client.run_on_scheduler(lambda: "torch" in sys.modules), "tasks made the scheduler import torch"
 
 
+@pytest.mark.slow
 def test_after_workers_were_killed_the_store_is_the_same_and_no_block_ran_more_often(
     client: Client, whole: Path, tmp_path: Path
 ) -> None:

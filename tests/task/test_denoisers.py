@@ -140,7 +140,7 @@ def labelled_norms(model: nn.Module, step: int = STEP) -> list[float]:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("wrapper", list(WRAPPERS))
-@pytest.mark.parametrize("make", [Net, Own, labelled_unet])
+@pytest.mark.parametrize("make", [Net, Own, pytest.param(labelled_unet, marks=pytest.mark.slow)])
 def test_labels_reach_every_model_that_takes_them_whatever_is_wrapped_around_it(make: Any, wrapper: str) -> None:
     if "PEFT" in wrapper and make is labelled_unet:
         pytest.skip("no layer of it is called conv")
