@@ -1,6 +1,7 @@
 # make demo    set up what the package itself needs, then train, sketch, index, query and report on real digits (into demo/)
 # make test    set up, then run the tests
 # make test-all   those too that take long
+# make test-any-cpu   those of compiled code, as a CPU without AVX runs it
 # make check   set up, then formatting, lint and types
 # make docs    set up, then build the documentation (into site/)
 # make bench   set up, then run a short selection of the benchmarks, printing each command
@@ -16,7 +17,7 @@ INSTALL = $(BIN)/pip install -q --no-compile --disable-pip-version-check -c cons
 # what is imported is compiled once, at its first import: neither all of it, nor again in every process
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo test test-all check docs bench notebooks house format clean
+.PHONY: demo test test-all test-any-cpu check docs bench notebooks house format clean
 
 demo: $(RUNS)
 	$(BIN)/retrac-scale demo
@@ -26,6 +27,9 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/pytest -q -n 2 --durations=5 -m ""
+
+test-any-cpu: $(STAMP)
+	NUMBA_CPU_NAME=generic ATEN_CPU_CAPABILITY=default $(BIN)/pytest -q -n 2 tests/native tests/gradients tests/projections tests/store/test_encoding.py tests/index/test_scan.py
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

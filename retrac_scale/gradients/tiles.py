@@ -10,16 +10,15 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from retrac_scale.gradients.mixing import SETS
-from retrac_scale.native.compiled import LINE, compiled, prefetch, prefetch_beyond
+from retrac_scale.native.compiled import LINE, compiled, has, prefetch, prefetch_beyond
 
-_features = binding.get_host_cpu_features()
-LANES = 16 if _features.get("avx512f") else 8 if _features.get("avx") else 4
+LANES = 16 if has("avx512f") else 8 if has("avx") else 4
 """Numbers in a vector register."""
 
 ROWS = 6 if LANES == 8 else 8

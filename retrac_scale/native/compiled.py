@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numba
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -16,8 +16,16 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 AHEAD, LINE = 3072, 64
 """Bytes from what a pass works on to what it has fetched meanwhile, and of a cache line."""
 
+_features = binding.get_host_cpu_features()
+
 STRETCH = 256
 """Entries that a pass works on between prefetches."""
+
+
+def has(feature: str) -> bool:
+    """Whether compiled code is for a CPU with a feature of LLVM's: this one, or what NUMBA_CPU_FEATURES says of it."""
+    told = numba.config.CPU_FEATURES
+    return f"+{feature}" in told.split(",") if told is not None else bool(_features.get(feature))
 
 
 def compiled(function: Function, *, reassociate: bool = False) -> Any:

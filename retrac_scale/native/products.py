@@ -10,15 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from retrac_scale.native.compiled import LINE, compiled
+from retrac_scale.native.compiled import LINE, compiled, has
 
-_features = binding.get_host_cpu_features()
-LANES = 16 if _features.get("avx512bw") else 8 if _features.get("avx2") else 4
+LANES = 16 if has("avx512bw") else 8 if has("avx2") else 4
 """Sums of 32 bits in a vector register."""
 
 QUERIES = 4
