@@ -21,11 +21,12 @@ from retrac_scale.gradients.outer import (
     memory_for,
     sum_positions,
 )
+from retrac_scale.gradients.tiles import LANES
 from retrac_scale.native.compiled import compiled
 from retrac_scale.native.threads import Shared, SharedPass, over_rows
 
-BLOCK = 2048
-"""Entries whose squares are added up in float32; these sums are added up in float64."""
+BLOCK = 2048 if LANES > 4 else 512
+"""Entries whose squares are added up in float32, the fewer the fewer sums; these sums are added up in float64."""
 
 Signs = tuple[npt.NDArray[np.int8], npt.NDArray[np.int64]]
 """Of a parameter's entries `[p]`, and by how much each block of k of them is rotated."""
