@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from torch.utils.dlpack import from_dlpack
 
 from retrac_scale.arrays import Float32, Float64, Int64
 from retrac_scale.index import kernels
-from retrac_scale.index.plain import rounding, summation
+from retrac_scale.index.plain import Product, rounding, summation
+from retrac_scale.native.products import multiply_integers
 from retrac_scale.native.threads import over_rows
 
 WIDEST = (2**31 - 1) // 127
@@ -22,8 +24,34 @@ CHANCE = 1e-21
 """That the bound on a product of int8 queries fails for one row and query (Hoeffding's inequality)."""
 
 
-class FastProduct:
-    """One checkpoint's queries, ready for a fast product: |<r,q> - approximation| <= error[q] |r|, `[q]`."""
+MEASURED_ROWS, TURNS = 512, 3
+"""Of which the faster product is told, and how often."""
+
+
+class IntegerProduct:
+    """One checkpoint's queries as int16, for compiled passes over int8 rows; see `plain.Product`."""
+
+    def __init__(self, queries: npt.NDArray[np.int16], unit: Float32, error: Float64, tile: int) -> None:
+        self.error, self.tile = error, tile
+        self._queries, self._unit = np.ascontiguousarray(queries), unit
+        self._out = np.empty((tile + tile // 4, len(queries)), np.float32)
+
+    def weighted(self, rows: npt.NDArray[np.int8], scale: Float32) -> Float32:
+        """scale[n] <rows[n], queries[q]>, roughly, `[n, q]`, in a buffer that the next call overwrites."""
+        out, queries, unit = self._out[: len(rows)], self._queries, self._unit
+
+        def one(part: slice) -> None:
+            kernels.dot(rows[part], queries[0], scale[part], unit[0], out[part].ravel())
+
+        def several(part: slice) -> None:
+            multiply_integers(np.ascontiguousarray(rows[part]), queries, scale[part], unit, out[part])
+
+        over_rows(one if len(queries) == 1 else several, len(rows), rows.nbytes * len(queries))
+        return out
+
+
+class TorchProduct:
+    """One checkpoint's queries, in the type of torch's fastest product; see `plain.Product`."""
 
     def __init__(self, matrix: Tensor, unit: Float32, error: Float64, tile: int) -> None:
         q = matrix.shape[1]
@@ -35,18 +63,10 @@ class FastProduct:
         self._product = torch.empty(room, q, dtype=torch.int32 if matrix.dtype == torch.int8 else matrix.dtype)
         self._float = torch.empty(room, q)
         self._rows = torch.empty(0, dtype=matrix.dtype)
-        if matrix.dtype == torch.int16:
-            self._one = matrix.numpy()[:, 0], unit[0], self._float.numpy()[:, 0]
 
     def weighted(self, rows: npt.NDArray[Any], scale: Float32) -> Float32:
         """scale[n] <rows[n], queries[q]>, roughly, `[n, q]`, in a buffer that the next call overwrites."""
         n = len(rows)
-        if self.matrix.dtype == torch.int16:
-            query, unit, products = self._one
-            over_rows(
-                lambda part: kernels.dot(rows[part], query, scale[part], unit, products[:n][part]), n, rows.nbytes
-            )
-            return products[:n, None]
         given, out = from_dlpack(rows), self._float[:n]
         if self.matrix.device.type != "cpu":
             out.copy_(given.to(self.matrix.device).to(self.matrix.dtype) @ self.matrix)
@@ -63,27 +83,54 @@ class FastProduct:
         return weighted
 
 
-def product_of(queries: Float64, norm: Float64, dtype: np.dtype[Any], checkpoints: int) -> FastProduct:
+def product_of(queries: Float64, norm: Float64, dtype: np.dtype[Any], checkpoints: int) -> Product:
     """The fastest product that this machine has for queries `[q, k]` and rows of a dtype, with its error."""
     q, k = queries.shape
     arithmetic = rounding(norm, checkpoints)
     tile = 16384 if q < 8 else 4096 if q <= 64 else 2048 if q <= 256 else 512
     if torch.cuda.is_available():
         rounded = torch.from_numpy(queries).bfloat16().T.contiguous().cuda()
-        return FastProduct(rounded, np.ones(q, np.float32), arithmetic + 2.0**-6 * norm, 16384)
-    # for several queries, CPUs without VNNI saturate sums, and torch's int8 products of single entries are wrong
-    if dtype == np.int8 and k <= WIDEST and (q == 1 or (k > 1 and torch.cpu._is_vnni_supported())):
-        integers, unit, error = _integers(queries, np.int16 if q == 1 else np.int8)
-        return FastProduct(torch.from_numpy(integers).T, unit, error + 1.1 * arithmetic, tile)
+        return TorchProduct(rounded, np.ones(q, np.float32), arithmetic + 2.0**-6 * norm, 16384)
+    if dtype == np.int8 and k <= WIDEST:
+        by_torch = _takes_int8(q, k) and _is_faster(min(64, 2 ** (q - 1).bit_length()), k, torch.get_num_threads())
+        integers, unit, error = _integers(queries, np.int8 if by_torch else np.int16)
+        error = error + 1.1 * arithmetic
+        if by_torch:
+            return TorchProduct(torch.from_numpy(integers).T, unit, error, tile)
+        return IntegerProduct(integers, unit, error, tile)
     summed = summation(norm, k)
     if torch.cpu._is_avx512_bf16_supported() and q >= 16:  # queries, rows and result round to 8 bits
         rounded = torch.from_numpy(queries).bfloat16().T.contiguous()
         error = arithmetic + summed + 3.1 * 2.0**-9 * norm
-        return FastProduct(rounded, np.ones(q, np.float32), error, min(tile, 512))
+        return TorchProduct(rounded, np.ones(q, np.float32), error, min(tile, 512))
     if torch.get_float32_matmul_precision() != "highest":
         summed = summed + 2.0**-6 * norm
     matrix = torch.from_numpy(queries.astype(np.float32).T.copy())
-    return FastProduct(matrix, np.ones(q, np.float32), arithmetic + summed, min(tile, 512))
+    return TorchProduct(matrix, np.ones(q, np.float32), arithmetic + summed, min(tile, 512))
+
+
+def _takes_int8(queries: int, entries: int) -> bool:
+    """Whether torch's int8 products are right: without VNNI sums saturate, and those of single entries are wrong."""
+    return queries > 1 and entries > 1 and torch.cpu._is_vnni_supported()
+
+
+@functools.lru_cache(maxsize=256)
+def _is_faster(queries: int, entries: int, threads: int) -> bool:
+    """Whether torch's int8 products are faster here than compiled passes, by some milliseconds of each."""
+    rows, scale = np.ones((MEASURED_ROWS, entries), np.int8), np.ones(MEASURED_ROWS, np.float32)
+    ones, zero = np.ones((queries, entries), np.int8), np.zeros(queries)
+    unit = np.ones(queries, np.float32)
+    ways: list[Product] = [
+        TorchProduct(torch.from_numpy(ones).T, unit, zero, MEASURED_ROWS),
+        IntegerProduct(ones.astype(np.int16), unit, zero, MEASURED_ROWS),
+    ]
+    took = [float("inf")] * len(ways)
+    for _ in range(1 + TURNS):  # the first is for what is made once
+        for number, way in enumerate(ways):
+            started = time.perf_counter()
+            way.weighted(rows, scale)
+            took[number] = min(took[number], time.perf_counter() - started)
+    return took[0] < took[1]
 
 
 def multiply(rows: npt.NDArray[Any], places: Int64, queries: Float64, asked: Int64, out: Float64) -> None:

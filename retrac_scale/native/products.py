@@ -78,7 +78,7 @@ def _sum_tile(
 def multiply_integers(rows: Any, queries: Any, scale: Any, unit: Any, out: Any) -> None:
     """scale[n] unit[q] <rows[n], queries[q]> of int8 rows `[n, k]` and int16 queries `[q, k]`, into float32 `[n, q]`.
 
-    No sum of products may exceed an int32.
+    Rows and queries are contiguous, and no sum of products may exceed an int32.
     """
     n, k = rows.shape
     q, lines, sums = len(queries), k // LINE, np.empty(2 * QUERIES, np.int32)

@@ -212,12 +212,13 @@ def test_a_process_scans_so_much_without_torch_and_no_more(monkeypatch: pytest.M
     ]
 
 
-@pytest.mark.parametrize("q", [1, 3])
+@pytest.mark.parametrize("q", [1, 3, 9])
 @pytest.mark.parametrize("k", [1, 255, 256, 257, 2048, 2**17])
-def test_fast_products_of_int8_rows_keep_to_their_bound(q: int, k: int) -> None:
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_fast_products_of_int8_rows_keep_to_their_bound(q: int, k: int, order: Any) -> None:
     rng = np.random.default_rng(k)
     rows, scale = rng.integers(-127, 128, (40, k)).astype(np.int8), rng.uniform(-1, 1, 40).astype(np.float32)
-    queries = rng.standard_normal((q, k)) * np.array([1e-6, 1, 1e6])[:q, None]
+    queries = np.asarray(rng.standard_normal((q, k)) * np.array([1e-6, 1, 1e6] * 3)[:q, None], order=order)
     product = product_of(queries, np.linalg.norm(queries, axis=1), rows.dtype, 1)
     exact = scale[:, None] * (rows.astype(np.float64) @ queries.T)
     lengths = np.abs(scale) * np.linalg.norm(rows.astype(np.float64), axis=1)
