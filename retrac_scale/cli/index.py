@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from retrac_scale.cli.indexes import build_indexes, make_estimator, open_sketches, place_of, with_options
 from retrac_scale.cli.project import find
@@ -60,8 +61,9 @@ def _run(arguments: argparse.Namespace) -> Answer:
         plain = make_estimator(arguments.estimator) if arguments.estimator else recommended(store)
         estimator = with_options(plain, {name: getattr(arguments, name) for name in OPTIONS})
         place = arguments.out or place_of(project, estimator)
-        built = build_index(store, estimator, place, dtype=arguments.dtype or "int8")
-        indexes = {type(estimator).__name__: built}
+        name = type(estimator).__name__
+        shown: dict[str, Any] = {"dtype": arguments.dtype or "int8", "progress": f"index of {name}"}
+        indexes = {name: build_index(store, estimator, place, **shown)}
     places = {name: str(index.url) for name, index in indexes.items()}
     lines = [f"{name}: {index.shape[1]:,} samples in {index.url}" for name, index in indexes.items()]
     return Answer("\n".join(lines), {"indexes": places})

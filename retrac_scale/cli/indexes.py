@@ -43,7 +43,10 @@ def build_indexes(project: Project) -> dict[str, Index]:
     if "estimators" not in project.stated:
         wanted = [recommended(store)]
     named = {type(estimator).__name__: estimator for estimator in wanted}
-    return {name: build_index(store, one, place_of(project, one)) for name, one in named.items()}
+    return {
+        name: build_index(store, one, place_of(project, one), progress=f"index of {name}")
+        for name, one in named.items()
+    }
 
 
 def open_sketches(project: Project) -> SketchStore:
