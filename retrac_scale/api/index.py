@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from retrac_scale.estimators import Estimator
+from tqdm.auto import tqdm
+
+from retrac_scale.estimators import Estimator, recommended
 from retrac_scale.index.build import IndexDtype, write_index
 from retrac_scale.measurement.halves import warn_of_own_noise
 from retrac_scale.query.index import Index
@@ -14,6 +16,8 @@ from retrac_scale.store.schema import Url
 if TYPE_CHECKING:
     from distributed import Client
 
+MOMENT_S = 2.0
+
 
 def build_index(
     store: SketchStore,
@@ -22,6 +26,7 @@ def build_index(
     *,
     dtype: IndexDtype = "int8",
     client: Client | None = None,
+    progress: bool | str = True,
 ) -> Index:
     """Collapse a complete store for one estimator; an index of the same store and estimator at `out` is kept.
 
@@ -40,13 +45,18 @@ def build_index(
         out: path, fsspec URL, or None for memory.
         dtype: how rows are stored, "int8", "float16" or "float32".
         client: a `distributed.Client`; store and `out` must then be reachable from its workers.
+        progress: show a bar of rows once it takes more than a moment, under this name if it is one.
 
     Raises:
         IncompleteStoreError: blocks are missing.
         ValueError: `out` holds something else, the store lacks what the estimator needs or was measured otherwise, or
             the estimator's ridge is singular.
     """
-    reader, built = write_index(store, estimator, out, dtype=dtype, client=client)
+    estimator = recommended(store) if estimator is None else estimator
+    passes = 1 if getattr(estimator, "damping", None) is None else 2
+    rows, name = int(store.alive.sum()) * len(store.checkpoints), progress if isinstance(progress, str) else "index"
+    with tqdm(total=passes * rows, unit="row", desc=name, delay=MOMENT_S, disable=not progress) as bar:
+        reader, built = write_index(store, estimator, out, dtype=dtype, client=client, done=bar.update)
     if built and reader.estimator.pairing == "matched":
         warn_of_own_noise(reader)
     return Index(reader.root, out, store)

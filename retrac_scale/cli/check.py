@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from retrac_scale.cli.indexes import build_indexes, open_sketches
+from retrac_scale.cli.indexes import build_indexes, measures_of, open_asked, open_sketches
 from retrac_scale.cli.measured import project_images, project_task
 from retrac_scale.cli.project import RECORDED, Project, find
 from retrac_scale.cli.verb import Answer, Verb
@@ -78,10 +78,11 @@ def find_each(project: Project) -> dict[str, Originals]:
     from retrac_scale.store import open_store
 
     try:
-        asked = open_store(project.checked)
+        open_store(project.checked)
     except FileNotFoundError:
         return {}
-    return {name: find_originals(index, asked) for name, index in build_indexes(project).items()}
+    indexes = build_indexes(project)
+    return {name: find_originals(index, open_asked(project.checked, index)) for name, index in indexes.items()}
 
 
 def lines_of(name: str, found: Originals) -> list[str]:
@@ -98,12 +99,11 @@ def as_json(found: Originals) -> dict[str, Any]:
 def _find_in(index: str, queries: str | None) -> dict[str, Originals]:
     from retrac_scale.evaluate.originals import find_originals
     from retrac_scale.query.index import open_index
-    from retrac_scale.store import open_store
 
     if queries is None:
         raise ValueError("give the store of altered images too: check INDEX QUERIES.")
     opened = open_index(index)
-    return {type(opened.estimator).__name__: find_originals(opened, open_store(queries))}
+    return {type(opened.estimator).__name__: find_originals(opened, open_asked(queries, opened))}
 
 
 def _is_asked(project: Project, store: SketchStore) -> bool:
@@ -113,6 +113,8 @@ def _is_asked(project: Project, store: SketchStore) -> bool:
     try:
         asked = open_store(project.checked)
     except FileNotFoundError:
+        return False
+    if not set(measures_of(project)) & set(store.measurements) <= set(asked.measurements):
         return False
     return asked.is_complete and (project.timesteps == RECORDED or asked.shape[1] == store.shape[1])
 

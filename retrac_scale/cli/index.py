@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-from retrac_scale.cli.indexes import build_indexes, make_estimator, open_sketches, place_of, with_options
+from retrac_scale.cli.indexes import build_indexes, make_estimator, of_measure, open_sketches, place_of, with_options
 from retrac_scale.cli.project import find
 from retrac_scale.cli.verb import Answer, Verb
 
@@ -53,15 +54,19 @@ def _run(arguments: argparse.Namespace) -> Answer:
     elif arguments.store is None and arguments.estimator is None:
         raise ValueError(f"--{given[0]} is for one index: say of which --estimator.")
     else:
-        if arguments.store is None:
-            store = open_sketches(project)
+        given_store = arguments.store is not None
+        store = open_store(arguments.store, measure=arguments.measure) if given_store else open_sketches(project)
+        if arguments.estimator is None:
+            plain = recommended(store)
+        elif arguments.measure is None:
+            store, plain = of_measure(arguments.estimator, store)
         else:
-            store = open_store(arguments.store, measure=arguments.measure)
-        plain = make_estimator(arguments.estimator) if arguments.estimator else recommended(store)
+            plain = make_estimator(arguments.estimator)
         estimator = with_options(plain, {name: getattr(arguments, name) for name in OPTIONS})
         place = arguments.out or place_of(project, estimator)
-        built = build_index(store, estimator, place, dtype=arguments.dtype or "int8")
-        indexes = {type(estimator).__name__: built}
+        name = type(estimator).__name__
+        shown: dict[str, Any] = {"dtype": arguments.dtype or "int8", "progress": f"index of {name}"}
+        indexes = {name: build_index(store, estimator, place, **shown)}
     places = {name: str(index.url) for name, index in indexes.items()}
     lines = [f"{name}: {index.shape[1]:,} samples in {index.url}" for name, index in indexes.items()]
     return Answer("\n".join(lines), {"indexes": places})

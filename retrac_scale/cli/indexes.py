@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
-from retrac_scale.cli.project import Project
+from retrac_scale.cli.project import FILE, Project
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -39,11 +39,56 @@ def build_indexes(project: Project) -> dict[str, Index]:
     from retrac_scale.estimators import recommended
 
     store = open_sketches(project)
-    wanted = [make_estimator(name) for name in project.estimators]
+    wanted = [of_measure(name, store) for name in project.estimators]
     if "estimators" not in project.stated:
-        wanted = [recommended(store)]
-    named = {type(estimator).__name__: estimator for estimator in wanted}
-    return {name: build_index(store, one, place_of(project, one)) for name, one in named.items()}
+        wanted = [(store, recommended(store))]
+    named = {type(estimator).__name__: (own, estimator) for own, estimator in wanted}
+    return {
+        name: build_index(own, one, place_of(project, one), progress=f"index of {name}")
+        for name, (own, one) in named.items()
+    }
+
+
+def measures_of(project: Project) -> tuple[str, ...]:
+    """What `sketch` differentiates: the training loss, and the functions that estimators of the file are of.
+
+    Raises:
+        ValueError: there is no estimator of a name.
+    """
+    kinds = [make_estimator(name).measures for name in project.estimators]
+    return tuple(dict.fromkeys([project.measure, *(own[0] for own in kinds if own and project.measure not in own)]))
+
+
+def of_measure(name: str, store: SketchStore) -> tuple[SketchStore, Estimator]:
+    """The store under what an estimator differentiates, and the estimator, with the pairing that suits the store.
+
+    Raises:
+        ValueError: there is none of that name, or the store was not measured for it; says what to do.
+    """
+    from retrac_scale.estimators import recommended
+    from retrac_scale.store import open_store
+
+    plain = make_estimator(name)
+    if not plain.measures:
+        return store, plain
+    measured = next((one for one in store.measurements if one in plain.measures), None)
+    if measured is None:
+        kind = type(plain).__name__
+        raise ValueError(
+            f"{kind} differentiates {' or '.join(plain.measures)}, which {store.url} was not measured by; name {kind} "
+            f"among the estimators of {FILE} and run `retrac-scale sketch`, which adds what is missing."
+        )
+    own = open_store(store.url, measure=measured)
+    return own, recommended(own)
+
+
+def open_asked(url: str, index: Index) -> SketchStore:
+    """A store of queries, under what an index is of, where it was measured by several."""
+    from retrac_scale.store import open_store
+
+    store = open_store(url)
+    measured = index.meta["measure"]
+    return open_store(url, measure=measured) if measured in store.measurements[1:] else store
 
 
 def open_sketches(project: Project) -> SketchStore:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from retrac_scale.cli.indexes import measures_of
 from retrac_scale.cli.project import RECORDED, Project
 
 if TYPE_CHECKING:
@@ -36,8 +37,11 @@ def project_task(project: Project) -> DiffusionTask:
     from retrac_scale.task.diffusion import DiffusionTask
 
     refuse_no_model(project.denoiser)
+    measures: Any = measures_of(project)
     model, scheduler = load_denoiser(project.denoiser), load_scheduler(project.scheduler)
-    return DiffusionTask(model, scheduler, measure=project.measure, device=project.device)  # type: ignore[arg-type]
+    return DiffusionTask(
+        model, scheduler, measure=measures if len(measures) > 1 else measures[0], device=project.device
+    )
 
 
 def project_images(project: Project, folder: str, task: DiffusionTask) -> ImageFiles:
@@ -225,7 +229,9 @@ def measured_like(
     config = dict(store.fingerprint["scheduler"])
     scheduler = getattr(diffusers, config.pop("class"))(**config)
     forward = store.fingerprint.get("forward") or store.fingerprint  # as earlier releases told it
-    measured = {**measure_named(store.fingerprint["measure"]), "autocast": forward.get("autocast")}
+    first, *others = (measure_named(one) for one in dict.fromkeys([store.fingerprint["measure"], *store.measurements]))
+    every = [one["measure"] for one in (first, *others) if one["weighting"] == first["weighting"]]
+    measured = {**first, "measure": every, "autocast": forward.get("autocast")}
     task = DiffusionTask(load_denoiser(model), scheduler, device=device, **measured)
     common = any(plan.get("noise") == "common" for plan in plans_of(store.fingerprint))
     plan = None if timesteps is None else EvenlySpaced(timesteps, noise="common" if common else "own")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from retrac_scale.cli.indexes import make_estimator
+from retrac_scale.cli.indexes import make_estimator, measures_of, with_options
 from retrac_scale.cli.info import in_words
 from retrac_scale.cli.project import RECORDED, Project, find, projection_of
 from retrac_scale.cli.repeated import as_json
@@ -56,6 +56,8 @@ class _Run:
     known: Mapping[str, Any]
     measured: int = 0
     """Pairs of it that are there already."""
+    measures: int = 1
+    """Functions that are differentiated."""
 
 
 def _run(arguments: argparse.Namespace) -> Answer:
@@ -96,7 +98,10 @@ def _described(arguments: argparse.Namespace, project: Project) -> _Run:
     known = {name: brought(dataset, name) for name in ("ids", "columns")} if whole else {}
     projection = projection_of(rank if arguments.rank is None else arguments.rank, sizes["dim"] or 0).spec()
     made = [make_estimator(name) for name in estimators]
-    return _Run(**sizes, projection=projection, estimators=made, known=known)
+    if project.noise == "common":  # as `of_measure` has them
+        made = [with_options(one, {"pairing": "matched"}) if one.measures else one for one in made]
+    measures = len(measures_of(project))
+    return _Run(**sizes, projection=projection, estimators=made, known=known, measures=measures)
 
 
 def _repeated(arguments: argparse.Namespace, project: Project) -> tuple[_Run, Answer]:
@@ -160,6 +165,7 @@ def _sizes(planned: _Run, dtype: Dtype) -> tuple[list[str], dict[str, Any]]:
     n, t, c, k = planned.samples, planned.timesteps, planned.checkpoints, planned.dim
     size = planner.store_size(n, t, c, k, dtype=dtype, **planned.known)
     named = "ids and columns as in the data" if planned.known else "integer ids, no columns"
+    stored = planned.measures * size.array_bytes
     parts = [t if one.pairing == "matched" else 1 for one in planned.estimators]
     index = sum(planner.index_bytes(n, c, k, own) for own in parts)
     width = max(parts) * k
@@ -167,14 +173,15 @@ def _sizes(planned: _Run, dtype: Dtype) -> tuple[list[str], dict[str, Any]]:
     speed = planner.measure_scanning(width)
     kinds = ", ".join(f"{type(one).__name__} with {one.pairing} pairing" for one in planned.estimators)
     lines = [
-        f"store: {in_bytes(size.array_bytes)} in {size.files:,} chunk files, {size.blocks:,} blocks",
+        f"store: {in_bytes(stored)} in {planned.measures * size.files:,} chunk files, {size.blocks:,} blocks"
+        f"{f', of {planned.measures} measures' if planned.measures > 1 else ''}",
         f"       and about {in_bytes(size.metadata_bytes)} of metadata ({named}, unsharded)",
         f"index: {in_bytes(index)} (int8, {kinds})",
         f"scan:  {in_time(n * c * width / speed)} per query ({speed / 1e9:.2f} GB/s measured here, index in memory)",
     ]
     data = {
-        "store_bytes": size.array_bytes,
-        "store_files": size.files,
+        "store_bytes": stored,
+        "store_files": planned.measures * size.files,
         "metadata_bytes": size.metadata_bytes,
         "index_bytes": index,
         "scan_seconds": n * c * width / speed,
@@ -191,8 +198,10 @@ def _timed(planned: _Run, model: str, arguments: argparse.Namespace, lines: list
     task, item = planner.example_task(model, arguments.device)
     print(f"measuring how fast {model} is sketched here ...", file=sys.stderr)
     rate = planner.measure_sketching(task, item, projection)
-    seconds = rate.seconds(planned.samples * planned.timesteps * planned.checkpoints - planned.measured)
+    pairs = planned.samples * planned.timesteps * planned.checkpoints - planned.measured
+    seconds = rate.seconds(planned.measures * pairs)
     missing = ", what is there already left out" if planned.measured else ""
+    missing += f", {planned.measures} measures, which share some work" if planned.measures > 1 else ""
     lines.append(
         f"time:  {in_time(seconds)} on one worker like this ({1 / rate.pair_s:.1f} pairs/s, 1 noise draw, "
         f"{in_words(planned.projection)}{missing})"

@@ -21,7 +21,8 @@ RECORDED = "recorded"
 """In place of a number of timesteps."""
 ESTIMATORS = (
     "which indexes are built, in upper or lower case: ReTracRidge (recommended); TracIn and ReTrac, the inner products "
-    "of arXiv 2401.09031; GradDot, GradCos, RelatIF, RenormIF, TRAK; several stand beside each other on the page"
+    "of arXiv 2401.09031; GradDot, GradCos, RelatIF, RenormIF, TRAK; DTRAK and DAS, for each of which `sketch` "
+    "measures another function of the model; several stand beside each other on the page"
 )
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retrac_scale.cli.indexes import open_indexes
+from retrac_scale.cli.indexes import open_asked, open_indexes
 from retrac_scale.cli.measured import image_files, measured_like, region_told
 from retrac_scale.cli.project import Project, find, parse_checkpoints
 from retrac_scale.cli.report import project_queries, unsketched
@@ -104,7 +104,6 @@ def _check_pictures(store: SketchStore, project: Project) -> None:
 def _queries(index: Index, arguments: argparse.Namespace, project: Project) -> SketchStore | Samples:
     """What is asked: stored ids, a store of sketches, or images, measured as the index's store was."""
     from retrac_scale.query.table import in_full
-    from retrac_scale.store import open_store
     from retrac_scale.store.taking import take
 
     if (arguments.ids is None) == (not arguments.queries):
@@ -119,7 +118,7 @@ def _queries(index: Index, arguments: argparse.Namespace, project: Project) -> S
     first = arguments.queries[0]
     if len(arguments.queries) == 1 and (Path(first, "zarr.json").exists() or not _may_be_pictures(first)):
         _refuse_region(region, f"{first} holds sketches of whole images")
-        return open_store(first)
+        return open_asked(first, index)
     model = arguments.model or (project.denoiser if project.model else None)
     checkpoints = parse_checkpoints(arguments.checkpoint) or (project.weights if project.model else {})
     if model is None or not checkpoints:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from retrac_scale.cli.check import find_each
-from retrac_scale.cli.indexes import open_indexes, picture_names
+from retrac_scale.cli.indexes import open_asked, open_indexes, picture_names
 from retrac_scale.cli.project import Project, find
 from retrac_scale.cli.verb import Answer, Verb
 
@@ -44,14 +44,10 @@ def open_queries(urls: Sequence[str], indexes: Mapping[str, Index]) -> dict[str,
     Raises:
         ValueError: there are neither one nor as many.
     """
-    from retrac_scale.store import open_store
-
-    stores = [open_store(url) for url in urls]
-    if len(stores) == 1:
-        stores *= len(indexes)
-    if stores and len(stores) != len(indexes):
-        raise ValueError(f"got {len(stores)} --queries for {len(indexes)} indexes; give one for all, or one for each.")
-    return dict(zip(indexes, stores, strict=False))
+    each = list(urls) * len(indexes) if len(urls) == 1 else urls
+    if each and len(each) != len(indexes):
+        raise ValueError(f"got {len(each)} --queries for {len(indexes)} indexes; give one for all, or one for each.")
+    return {name: open_asked(url, index) for url, (name, index) in zip(each, indexes.items(), strict=False)}
 
 
 def project_queries(project: Project) -> str:

@@ -57,15 +57,20 @@ def _run(arguments: argparse.Namespace) -> Answer:
     task = project_task(project)
     training = project_images(project, project.images, task)
     asked = project_images(project, project.query_images, task) if project.query_images else None
+    new = _added(project.store, training, project.images)
     if asked is not None:
         _look_at_queries(asked, training, task)
     common = {"checkpoints": project.weights, **again}
+    measured["grow"] = _has_grown(project.store, training)
     store = sketch(task, training, project.store, progress="training images", **common, **measured, **until)
     made = {"store": store}
     if asked is not None:
         made["queries"] = _queries(project, task, asked, store, **common)
     lines = [f"{name}: {_told(one)}" for name, one in made.items()]
     data: dict[str, Any] = {"store": project.store, "samples": store.shape[0]}
+    if new:
+        lines[0] += f"; {len(new)} of them, such as {new[0]}, came since"
+        data["added"] = len(new)
     if asked is not None:
         data |= {"queries": project.queries, "query_samples": made["queries"].shape[0]}
     if until:
@@ -97,17 +102,46 @@ def _queries(
     """The sketches of the images to ask about; of those that came to the folder since, too."""
     from retrac_scale.api.sketch import sketch
     from retrac_scale.sketching.plans import QUERY_PLAN
-    from retrac_scale.store import open_store
 
     plan = None
     if project.timesteps == RECORDED:  # at the paper's, or as many as a short schedule has
         plan = replace(QUERY_PLAN, count=min(QUERY_PLAN.count, task.num_train_timesteps - 1))
+    _added(project.queries, asked, project.query_images)
+    where: dict[str, Any] = {"timesteps": plan, "like": store, "grow": _has_grown(project.queries, asked)}
+    return sketch(task, asked, project.queries, progress="queries", **where, **common)
+
+
+def _added(url: str, images: ImageFiles, folder: str) -> list[str]:
+    """Images that came to a folder since it was sketched.
+
+    Raises:
+        ValueError: some that were sketched are gone; names one.
+    """
+    there = _there(url)
+    if there is None:
+        return []
+    known, now = {*map(str, there.ids.tolist())}, {*map(str, images.ids.tolist())}
+    if gone := sorted(known - now):
+        raise ValueError(
+            f"{len(gone)} images that were sketched are not in {folder}, such as {gone[0]}: put them back, or begin "
+            "another store with another out (--out)."
+        )
+    return sorted(now - known)
+
+
+def _has_grown(url: str, images: ImageFiles) -> bool:
+    """Whether a store was begun with fewer images than there are."""
+    there = _there(url)
+    return there is not None and there.parts[0].shape[0] != len(images)
+
+
+def _there(url: str) -> SketchStore | None:
+    from retrac_scale.store import open_store
+
     try:
-        grown = open_store(project.queries).parts[0].shape[0] != len(asked)
-    except FileNotFoundError:
-        grown = False
-    where: dict[str, Any] = {"timesteps": plan, "like": store}
-    return sketch(task, asked, project.queries, progress="queries", grow=grown, **where, **common)
+        return open_store(url)
+    except (FileNotFoundError, ValueError):  # whatever else is there, sketch names it
+        return None
 
 
 def _told(store: SketchStore) -> str:
@@ -124,14 +158,12 @@ def _measured(project: Project) -> dict[str, Any]:
     Raises:
         ValueError: the project says otherwise than that store; names the entry and what to do.
     """
-    from retrac_scale.store import open_store
     from retrac_scale.task.timesteps import EvenlySpaced
     from retrac_scale.training.recorded import Recorded
 
     recorded = Recorded(project.path(project.record)) if project.timesteps == RECORDED else None
-    try:
-        there = open_store(project.store)
-    except (FileNotFoundError, ValueError):  # whatever else is there, sketch names it
+    there = _there(project.store)
+    if there is None:
         plan = recorded or EvenlySpaced(project.timesteps, noise=project.noise)  # type: ignore[arg-type]
         return {"timesteps": plan, "projection": projection_of(project.rank, project.dim)}
     for entry, held in _held(there).items():

@@ -43,7 +43,13 @@ def rows_at(store: SketchStore, places: Places, make: Callable[[slice], Float32]
         yield slice(start, stop), make(piece)[places[start:stop] - piece.start]
 
 
-def fit(store: SketchStore, estimator: Estimator, places: Places, client: Client | None) -> dict[str, list[Ridge]]:
+def fit(
+    store: SketchStore,
+    estimator: Estimator,
+    places: Places,
+    client: Client | None,
+    done: Callable[[int], object] = lambda rows: None,
+) -> dict[str, list[Ridge]]:
     """For each checkpoint the ridges over an estimator's rows, one for each part; nothing where it has no damping.
 
     Args:
@@ -51,6 +57,7 @@ def fit(store: SketchStore, estimator: Estimator, places: Places, client: Client
         estimator: makes the rows.
         places: of the samples that count, `[n]`.
         client: a `distributed.Client` whose workers reach the store; None computes on threads here.
+        done: told of rows that have been gone through, in all of each checkpoint's once.
     """
     if estimator.damping is None:
         return {}
@@ -58,13 +65,17 @@ def fit(store: SketchStore, estimator: Estimator, places: Places, client: Client
     add, finish = delayed(_sum), delayed(_solve)
     dual = len(places) < store.shape[2]
     steps = common_timesteps(store) if estimator.pairing == "matched" else None
-    found = []
+    found, rows = [], dict[str, int]()
     for name in store.checkpoints:
-        level = [run(name, places[part], dual) for part in blocks(len(places), RUN_ROWS)]
+        parts = [places[part] for part in blocks(len(places), RUN_ROWS)]
+        level = [run(name, part, dual) for part in parts]
+        rows |= {one.key: len(part) for one, part in zip(level, parts, strict=True)}
         while len(level) > 1:
             level = [add(level[i : i + 2]) for i in range(0, len(level), 2)]
         found.append(finish(level[0], estimator.damping, name, steps))
-    return dict(zip(store.checkpoints, compute(found, client), strict=True))
+    solved = compute(found, client, lambda key: done(rows.pop(key, 0)))
+    done(sum(rows.values()))  # by workers
+    return dict(zip(store.checkpoints, solved, strict=True))
 
 
 def _moments_of_run(source: StoreHandle, estimator: Estimator, name: str, places: Places, dual: bool) -> list[Moments]:

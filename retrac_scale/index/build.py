@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +20,7 @@ from retrac_scale.estimators.ridge import Ridge
 from retrac_scale.index import seals
 from retrac_scale.index.columns import write_column, write_list
 from retrac_scale.index.reader import IndexReader
-from retrac_scale.runtime.runs import results
+from retrac_scale.runtime.runs import run
 from retrac_scale.runtime.tasks import Task
 from retrac_scale.store import IncompleteStoreError, SketchStore, StoreHandle, objects
 from retrac_scale.store.compatibility import COMPARED
@@ -69,8 +69,12 @@ def write_index(
     *,
     dtype: IndexDtype = "int8",
     client: Client | None = None,
+    done: Callable[[int], object] = lambda rows: None,
 ) -> tuple[IndexReader, bool]:
-    """See `retrac_scale.build_index`; also whether it was built, and not there already."""
+    """See `retrac_scale.build_index`; also whether it was built, and not there already.
+
+    `done` is told of rows that have been gone through: of each checkpoint's to fit a ridge, and again to be written.
+    """
     if client is not None and out is None:
         raise ValueError("workers cannot reach an index in this process's memory; give it a path or URL.")
     source = StoreHandle.of(store, client)
@@ -91,14 +95,16 @@ def write_index(
     for name, values in store.columns.items():
         write_column(root, name, values[kept])
     target: zarr.Group | Url = root if client is None else whereabouts(out)
-    ridges = fit(store, estimator, kept, client)
+    ridges = fit(store, estimator, kept, client, done)
     gains = _gains(store, estimator, ridges, kept) if ridges and estimator.parts(store) > 1 else {}
     tasks = [
         Task(f"build-index-{name}-samples-{samples.start}-{samples.stop}", (checkpoint, samples, kept[samples]))
         for checkpoint, name in enumerate(store.checkpoints)
         for samples in chunks
     ]
-    results(_build_chunk, tasks, client, shared=_Common(source, target, estimator, ridges, gains, dtype))
+    shared = _Common(source, target, estimator, ridges, gains, dtype)
+    for task, _ in run(_build_chunk, tasks, client, shared=shared):
+        done(len(task.args[-1]))
     described = {name: _described(own, meta["slots"]) for name, own in ridges.items()}
     objects.force_all(root)  # first: what is called complete survives a power cut
     seals.seal(root, {**meta, "fit": described, "gains": gains, "complete": True})

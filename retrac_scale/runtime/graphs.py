@@ -28,14 +28,22 @@ def constant(value: Any) -> Any:
     return dask.delayed(itself, pure=False)(Sealed(value))
 
 
-def compute(tasks: list[Any], client: Client | None) -> list[Any]:
-    """Results of a few delayed tasks with all that they depend on, on the client's workers, or here on threads."""
+def compute(tasks: list[Any], client: Client | None, ended: Callable[[str], object] | None = None) -> list[Any]:
+    """Results of a few delayed tasks with all that they depend on, on the client's workers, or here on threads.
+
+    Args:
+        tasks: of `delayed`.
+        client: None computes them here.
+        ended: told the key of each task that ends here, and of none on workers.
+    """
     if client is not None:
         return _compute_there(tasks, client)
     import dask.threaded
+    from dask.callbacks import Callback
 
     threads = threads_here()
-    with one_thread_each():
+    tell = None if ended is None else lambda key, *_: ended(key)
+    with Callback(posttask=tell), one_thread_each():
         # not "threads": for a name, dask loads distributed to see whether there is a client
         return list(dask.compute(*tasks, scheduler=dask.threaded.get, num_workers=threads))
 

@@ -142,7 +142,7 @@ def test_the_recipe_of_a_new_project_is_the_recommended_one(folder: Path) -> Non
         "dim = 512",
         'estimators = ["ReTracRidge"]',
         "TracIn and ReTrac",
-        "RenormIF, TRAK",
+        "RenormIF, TRAK; DTRAK and DAS",
     ):
         assert line in text
     found = find(None)
@@ -250,6 +250,59 @@ def test_until_measures_again_and_queries_with_it(folder: Path, capsys: pytest.C
     assert rs.open_store("attribution/sketches.zarr").shape[1] == 4
     assert main(["sketch", "--at-most", "4"]) == 1
     assert "--at-most is the budget of --until" in capsys.readouterr().err
+
+
+def test_new_training_images_are_added_and_those_that_are_gone_are_named(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["init", "--model", "model", "--images", "training-images", *SMALL]) == 0
+    assert main(["sketch"]) == 0
+    before = rs.open_store("attribution/sketches.zarr").sketches("final")
+    for name in ("0a.png", "z.png"):  # one of them amid the others
+        shutil.copyfile("generated-images/0.png", f"training-images/{name}")
+    capsys.readouterr()
+    assert main(["sketch"]) == 0
+    assert "11 images at 2 timesteps" in (told := capsys.readouterr().out)
+    assert "2 of them, such as training-images/0a.png, came since" in told
+    store = rs.open_store("attribution/sketches.zarr")
+    assert store.ids.tolist()[9:] == ["training-images/0a.png", "training-images/z.png"]
+    np.testing.assert_array_equal(store.sketches("final")[:9], before)
+    assert main(["query", "--ids", "z", "-k", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["results"][0]["ids"] == ["training-images/0a.png"]
+    Path("training-images/3.png").unlink()
+    assert main(["sketch"]) == 1
+    told = "1 images that were sketched are not in training-images, such as training-images/3.png: put them back"
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_d_trak_and_das_differentiate_is_measured_when_the_file_names_them(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*INIT, *SMALL]) == 0
+    assert main(["sketch"]) == 0
+    commits = {file: file.stat().st_mtime_ns for file in Path("attribution/sketches.zarr/final/commit").rglob("*")}
+    assert main(["index", "--estimator", "dtrak"]) == 1
+    told = "name DTRAK among the estimators of retrac-scale.toml and run `retrac-scale sketch`"
+    assert told in capsys.readouterr().err
+    Path(FILE).write_text(Path(FILE).read_text().replace('["ReTracRidge"]', '["ReTracRidge", "dtrak", "DAS"]'))
+    assert main(["sketch", "--json"]) == 0
+    assert {"ReTracRidge", "DTRAK", "DAS"} == set(json.loads(capsys.readouterr().out.splitlines()[-1])["check"])
+    assert {file: file.stat().st_mtime_ns for file in commits} == commits
+    measures = ["mse", "mean_squared_output", "mean_output"]
+    stores = {name: rs.open_store(f"attribution/{name}.zarr").measurements for name in ("sketches", "queries", "check")}
+    assert stores == dict.fromkeys(stores, measures)
+    assert main(["report", "-k", "2"]) == 0
+    sides = [rs.open_store(f"attribution/{name}.zarr", measure=measures[1]) for name in ("sketches", "queries")]
+    expected = rs.build_index(sides[0], rs.DTRAK(pairing="matched")).query(sides[1], 2)
+    for asked in ("attribution/queries.zarr", "generated-images"):
+        capsys.readouterr()
+        assert main(["query", "attribution/dtrak.zarr", asked, "-k", "2", "--json"]) == 0
+        assert [row["ids"] for row in json.loads(capsys.readouterr().out)["results"]] == expected.ids.tolist()
+    alone = planner.store_size(9, 2, 1, 64, ids=sides[0].ids, columns=sides[0].columns)
+    capsys.readouterr()
+    assert main(["plan", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["store_bytes"] == 3 * alone.array_bytes
 
 
 def test_plan_counts_the_recipe_of_the_project(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,8 @@ import zarr
 from distributed import Client
 
 import retrac_scale as rs
+from retrac_scale.estimators import fitting
+from retrac_scale.index.build import write_index
 from retrac_scale.store import DamagedStoreError, objects
 
 
@@ -49,6 +51,26 @@ def test_an_index_is_kept_reopened_and_never_mistaken(tmp_path: Path) -> None:
     zarr.open_group(tmp_path / "i", mode="r+").attrs["retrac_scale"] = {**built.meta, "complete": False}
     with pytest.raises(ValueError, match="was not finished"):
         rs.open_index(tmp_path / "i")
+
+
+@pytest.mark.parametrize(("estimator", "passes"), [(rs.TRAK(), 2), (rs.ReTrac(), 1)])
+def test_a_bar_counts_the_rows_of_the_ridge_and_of_the_index(
+    estimator: Any, passes: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fitting, "RUN_ROWS", 100)
+    sketches = np.random.default_rng(0).standard_normal((2, 250, 1, 8))
+    store = rs.write_store(None, dict(zip("ab", sketches, strict=True)))
+    counted: list[int] = []
+    write_index(store, estimator, done=counted.append)
+    assert sum(counted) == passes * 2 * 250
+    assert {100, 50} <= set(counted) or passes == 1
+    rs.build_index(store, estimator, progress="index of mine")
+    assert capsys.readouterr().err == ""  # it took no moment
+    monkeypatch.setattr("retrac_scale.api.index.MOMENT_S", 0)
+    rs.build_index(store, estimator, progress="index of mine")
+    told = capsys.readouterr().err
+    assert "index of mine: 100%" in told
+    assert f"{passes * 500}/{passes * 500}" in told
 
 
 def test_rows_times_scales_are_the_weighted_rows_of_the_estimator(tmp_path: Path) -> None:
