@@ -110,7 +110,9 @@ def _check(store: SketchStore, estimator: Estimator, dtype: IndexDtype) -> None:
     if dtype not in ("int8", "float16", "float32"):
         raise ValueError(f"an index's dtype must be 'int8', 'float16' or 'float32', got {dtype!r}.")
     if not store.is_complete:
-        raise IncompleteStoreError(f"{store.url} is not complete; run its sketch(...) again before building an index.")
+        raise IncompleteStoreError(
+            f"{store.url} is not complete; repeat its sketch(...) or write_store(...) before building an index."
+        )
     if not isinstance(estimator, Estimator):
         raise ValueError(f"estimator must be one, such as ReTrac(), got {estimator!r}.")
     estimator.check_training(store)

@@ -13,7 +13,7 @@ import zarr
 from zarr.storage import LocalStore, MemoryStore
 
 from retrac_scale.arrays import Float32
-from retrac_scale.columns import Column, Texts
+from retrac_scale.columns import Column, Places, Texts
 from retrac_scale.estimators import Estimator, common_timesteps, estimator_from_spec
 from retrac_scale.index import seals
 from retrac_scale.index.columns import column_names, read_column
@@ -71,6 +71,11 @@ class IndexReader:
         """Sample ids `[n]`; deleted samples are left out."""
         self._check(key for key in self._seals if key.startswith("id/c"))
         return read_ids(self.root)
+
+    @functools.cached_property
+    def places(self) -> Places:
+        """Where each sample stands."""
+        return Places(self.ids)
 
     @property
     def column_names(self) -> list[str]:

@@ -283,10 +283,11 @@ class Service:
         """How many names of a query's list two halves of the measurements share."""
         asked = Asked(ask.source, ask.id)
         self._check(ask.k, [asked], [])
-        every = {
-            name: await self._batcher.run(self.library.shared, name, asked, ask.k, ask.where)
-            for name in self.library.indexes
-        }
+        every = {}
+        for name in self.library.indexes:
+            if ask.where is not None:
+                await self._batcher.mask(name, ask.where)
+            every[name] = await self._batcher.run(self.library.shared, name, asked, ask.k, ask.where)
         return {name: shared for name, shared in every.items() if shared is not None}
 
     def _check(self, k: int, asked: list[Asked], indexes: list[str]) -> None:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import zarr
 
 from retrac_scale.arrays import Float32
+from retrac_scale.columns import Places
 from retrac_scale.store import commits, objects
 from retrac_scale.store.grid import Grid
 from retrac_scale.store.opening import WHAT, measure_of, open_parts, open_root
@@ -63,10 +64,11 @@ class SketchStore:
         merged = dict(self.meta["fingerprint"])
         if len(self._parts) > 1:
             every = [part.meta["fingerprint"] for part in self._parts]
-            merged["checkpoints"] = {name: value for one in every for name, value in one.get("checkpoints", {}).items()}
+            digests = {name: value for one in every for name, value in one.get("checkpoints", {}).items()}
             plans = {part.same_pairs: plans_of(part.meta["fingerprint"]) for part in self._parts}
             each = [plan for some in plans.values() for plan in some]
-            merged["timesteps"] = each[0] if len(each) == 1 else each
+            told = {"checkpoints": digests, "timesteps": each[0] if len(each) == 1 else each}
+            merged |= {name: value for name, value in told.items() if value}  # a store of arrays knows neither
         return merged
 
     @property
@@ -86,6 +88,11 @@ class SketchStore:
     def ids(self) -> npt.NDArray[Any]:
         """Sample ids `[n]`, int64 or str."""
         return np.concatenate([part.ids for part in self._grid.segments])
+
+    @cached_property
+    def places(self) -> Places:
+        """Where each sample stands."""
+        return Places(self.ids)
 
     @cached_property
     def columns(self) -> dict[str, npt.NDArray[Any]]:
