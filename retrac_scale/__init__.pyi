@@ -20,7 +20,7 @@ from .sketching.curvature import fisher_divisors, kronecker_divisors
 from .sketching.encoded import EncodedDataset, encode
 from .sketching.journey import Journey, sample_journey, sketch_journey
 from .sketching.samples import Samples, take
-from .store import DamagedStoreError, IncompleteStoreError, Layout, SketchStore, open_store, write_store
+from .store import DamagedStoreError, IncompleteStoreError, Layout, SketchStore, StoreWriter, open_store, write_store
 from .store.verify import repair_store, verify_store
 from .task.calling import ThroughUNet
 from .task.checkpoints import find_checkpoints
@@ -78,6 +78,7 @@ __all__ = [
     "Samples",
     "SketchStore",
     "StaleIndexError",
+    "StoreWriter",
     "ThroughUNet",
     "TopK",
     "TracIn",

@@ -146,15 +146,13 @@ class SketchStore:
         """A digest of all that determines the content now: descriptions, ids, tombstones and commit records."""
         state = []
         for part in self._parts:
-            keys = [
-                commits.commit_key(name, block)
-                for name in part.meta["checkpoints"]
-                for block in range(len(part.blocks))
-            ]
-            records = objects.read_all(part.root, keys)
-            state += [part.name.encode(), part.meta["digest"].encode(), part.deleted.tobytes()]
-            state += [record or b"-" for record in records.values()]
-        return digest_of(b"".join(len(item).to_bytes(8, "little") + item for item in state))
+            state += [part.name.encode(), part.meta["digest"].encode(), part.deleted.tobytes(), *_records(part)]
+        return _digest_of_all(state)
+
+    @property
+    def part_digests(self) -> list[list[str]]:
+        """Of each part its name and a digest of its content but for tombstones: description, ids, commit records."""
+        return [[part.name, _digest_of_all([part.meta["digest"].encode(), *_records(part)])] for part in self._parts]
 
     def refresh(self) -> SketchStore:
         """The store as it is now, with the parts that were added since it was opened."""
@@ -280,6 +278,17 @@ class SketchStore:
     def __repr__(self) -> str:
         n, t, k = self.shape
         return f"SketchStore({self.url!r}: {len(self.checkpoints)} checkpoints, {n} samples, {t} timesteps, k = {k})"
+
+
+def _records(part: Part) -> list[bytes]:
+    """The commit records of all blocks of a part, as they lie there."""
+    names = part.meta["checkpoints"]
+    keys = [commits.commit_key(name, block) for name in names for block in range(len(part.blocks))]
+    return [record or b"-" for record in objects.read_all(part.root, keys).values()]
+
+
+def _digest_of_all(items: Sequence[bytes]) -> str:
+    return digest_of(b"".join(len(item).to_bytes(8, "little") + item for item in items))
 
 
 def open_store(
