@@ -105,7 +105,8 @@ def explain_lists(index: IndexReader, queries: SketchStore, lists: Sequence[Sequ
 
     def one(query: int, id: Any) -> Explanation:
         number = next(i for i, samples in enumerate(index.chunks) if places[id] < samples.stop)
-        chunk, row = index.chunk(number), places[id] - index.chunks[number].start
+        chunk = index.chunk(number)
+        row = chunk.row(places[id] - index.chunks[number].start)
         products = np.stack(
             [
                 float(scale[row]) * (stored[row].astype(np.float64) * asked[query])
