@@ -90,6 +90,8 @@ class Library:
         self.indexes, self.pictures, self.measured = dict(indexes), pictures, measured
         self.background = background
         check_same_samples(self.indexes)
+        for index in self.indexes.values():
+            index.patient = True  # new samples are no reason to fall silent until the index is built again
         self.queries = queries_of_indexes(self.indexes, queries)
         first = next(iter(self.indexes.values()))
         self.store = first.check_store()
@@ -121,6 +123,16 @@ class Library:
         self._kept_masks = max(1, min(CACHED_MASKS, MASK_BYTES // first.shape[1]))
         self.sample = lru_cache(CACHED_PICTURES)(self._describe)
         self.query_picture = lru_cache(CACHED_PICTURES)(self._query_picture)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether none of the indexes was built again at its place."""
+        return all(index.is_current for index in self.indexes.values())
+
+    def keep_uploads(self, before: Library) -> None:
+        """Remember the uploads of another library of the same indexes, whose stores have not been measured anew."""
+        if list(self.indexes) == list(before.indexes):
+            self._uploads = before._uploads
 
     def about(self) -> Json:
         """What there is to ask, for the page."""
