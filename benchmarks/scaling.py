@@ -23,9 +23,9 @@ from benchmarks.scanning import DIM, anonymous_bytes, asked, median, random_rows
 from retrac_scale.api.index import build_index
 from retrac_scale.index.build import create_arrays
 from retrac_scale.query.index import open_index
+from retrac_scale.store import write_store
 from retrac_scale.store.mapping import map_chunk
 from retrac_scale.store.schema import ATTRIBUTE, get_array
-from retrac_scale.store.writer import write_store
 
 QUERIES = (1, 64)
 TOP = 10

@@ -20,7 +20,7 @@ from .sketching.curvature import fisher_divisors, kronecker_divisors
 from .sketching.encoded import EncodedDataset, encode
 from .sketching.journey import Journey, sample_journey, sketch_journey
 from .sketching.samples import Samples
-from .store import DamagedStoreError, IncompleteStoreError, Layout, SketchStore, open_store, write_store
+from .store import DamagedStoreError, IncompleteStoreError, Layout, SketchStore, StoreWriter, open_store, write_store
 from .store.taking import take
 from .store.verify import repair_store, verify_store
 from .task.calling import ThroughUNet
@@ -79,6 +79,7 @@ __all__ = [
     "Samples",
     "SketchStore",
     "StaleIndexError",
+    "StoreWriter",
     "ThroughUNet",
     "TopK",
     "TracIn",

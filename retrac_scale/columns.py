@@ -39,6 +39,34 @@ class Texts:
         return self.values[self.codes]
 
 
+class Places:
+    """Where each of some ids stands, without a table of all of them: they are searched where they ascend, or in order.
+
+    Args:
+        ids: distinct, `[n]`, int64 or str.
+    """
+
+    def __init__(self, ids: npt.NDArray[Any]) -> None:
+        self.ids = ids
+        self._order = None if (ids[1:] > ids[:-1]).all() else np.argsort(ids, kind="stable")
+
+    def find(self, wanted: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """The places of ids `[m]`; -1 for those that are not there, be they of another type."""
+        asked, ids = np.asarray(wanted), self.ids
+        texts = ids.dtype.kind == "U"
+        found = np.full(asked.shape, -1, np.int64)
+        if not ids.size or not (asked.dtype.kind == "U" if texts else asked.dtype.kind in "iu"):
+            return found
+        # what no id can be is left out first: a longer text, a larger number would have all ids copied to its type
+        fits = np.char.str_len(asked) <= ids.itemsize // 4 if texts else asked <= np.iinfo(np.int64).max
+        some = asked[fits].astype(ids.dtype)
+        place = np.minimum(np.searchsorted(ids, some, sorter=self._order), len(ids) - 1)
+        if self._order is not None:
+            place = self._order[place]
+        found[fits] = np.where(ids[place] == some, place, -1)
+        return found
+
+
 Column = npt.NDArray[Any] | Texts
 
 

@@ -57,6 +57,7 @@ def build_index(
     rows, name = int(store.alive.sum()) * len(store.checkpoints), progress if isinstance(progress, str) else "index"
     with tqdm(total=passes * rows, unit="row", desc=name, delay=MOMENT_S, disable=not progress) as bar:
         reader, built = write_index(store, estimator, out, dtype=dtype, client=client, done=bar.update)
+        bar.total = bar.n  # fewer, where an index grew
     if built and reader.estimator.pairing == "matched":
         warn_of_own_noise(reader)
     return Index(reader.root, out, store)

@@ -53,8 +53,10 @@ def _of_index(url: str, meta: dict[str, Any], repeatability: bool) -> Answer:
     """Read from its description alone: opening it for queries would take the libraries that answer them."""
     import zarr
 
-    rows: Any = zarr.open_group(url, mode="r")["row"]
-    c, n, k = rows.shape
+    from retrac_scale.index.segments import segments_of
+
+    segments = segments_of(zarr.open_group(url, mode="r"), meta)
+    c, n, k = segments[0].shape[0], sum(one.shape[1] for one in segments), segments[0].shape[2]
     kept = {name: meta[name] for name in ("estimator", "dtype", "store")}
     lines = [
         f"index of {in_words(kept['estimator'])}",

@@ -6,13 +6,16 @@ import argparse
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from retrac_scale.cli.indexes import open_indexes, picture_names
 from retrac_scale.cli.measured import measured_like
 from retrac_scale.cli.project import Project, find, parse_checkpoints
 from retrac_scale.cli.report import add_sources, open_queries, project_queries
 from retrac_scale.cli.verb import Answer, Verb
+
+if TYPE_CHECKING:
+    from retrac_scale.query.index import Index
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +34,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> Answer:
+    from retrac_scale.query.index import open_index
     from retrac_scale.report import Pictures, read_images
 
     try:
@@ -41,11 +45,6 @@ def _run(arguments: argparse.Namespace) -> Answer:
     project = find(arguments.config)
     indexes = open_indexes(arguments.index, project)
     first = next(iter(indexes.values()))
-    queries = open_queries(arguments.queries or _queries_of_project(project), indexes)
-    ids = next(iter(queries.values())).ids if queries else None
-    places = (project.folder, project.background)
-    shown = [] if ids is None else read_images(arguments.query_images, ids, *places)
-    pictures = Pictures(read_images(arguments.images, picture_names(first), *places), first.ids, shown)
     own = not arguments.index and bool(project.model)
     model = arguments.model or (project.denoiser if own else None)
     weights = parse_checkpoints(arguments.checkpoint) or (project.weights if own else {})
@@ -65,13 +64,24 @@ def _run(arguments: argparse.Namespace) -> Answer:
         concurrent=arguments.max_concurrent,
     )
     more: dict[str, Any] = {"measured": measured, "kept_uploads": limits.kept_uploads, "background": project.background}
-    library = Library(indexes, pictures, queries=queries or None, **more)
+
+    def load(indexes: dict[str, Index]) -> Library:
+        queries = open_queries(arguments.queries or _queries_of_project(project), indexes)
+        ids = next(iter(queries.values())).ids if queries else None
+        places, first = (project.folder, project.background), next(iter(indexes.values()))
+        shown = [] if ids is None else read_images(arguments.query_images, ids, *places)
+        pictures = Pictures(read_images(arguments.images, picture_names(first), *places), first.places.ids, shown)
+        return Library(indexes, pictures, queries=queries or None, **more)
+
+    def renew() -> Library:
+        return load({name: open_index(index.url) for name, index in indexes.items()})
 
     def announce(url: str) -> None:
         print(json.dumps({"url": url}) if arguments.json else f"serving at {url} ; Ctrl-C ends it", flush=True)
 
     place = {"host": arguments.host, "port": arguments.port}
-    serve.run(library, **place, token=token, limits=limits, title=arguments.title, announce=announce)
+    shown = {"limits": limits, "title": arguments.title, "announce": announce}
+    serve.run(load(indexes), **place, token=token, renew=renew, **shown)
     return Answer("ended", {"ended": True})
 
 

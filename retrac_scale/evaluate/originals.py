@@ -141,14 +141,15 @@ def find_originals(index: Index, queries: SketchStore) -> Originals:
     if not {"original", "altered"} <= set(queries.columns):
         raise ValueError("give sketches of rs.evaluate.Altered(dataset), which know their originals.")
     originals = queries.columns["original"]
-    rows = {sample: row for row, sample in enumerate(index.ids.tolist())}
-    if missing := [sample for sample in originals.tolist() if sample not in rows]:
-        raise ValueError(f"the index has no sample {missing[0]!r}, of which a query is an altered copy.")
+    places = index.places.find(originals)
+    if (places < 0).any():
+        raise ValueError(
+            f"the index has no sample {originals[places < 0].tolist()[0]!r}, of which a query is an altered copy."
+        )
     scores = index.scores(queries)
-    places = [rows[sample] for sample in originals.tolist()]
     own = scores.vindex[np.arange(len(places)), places]
     ranks = (1 + (scores > own[:, None]).sum(axis=1)).compute()
-    found = Originals(originals, queries.columns["altered"], ranks, len(rows))
+    found = Originals(originals, queries.columns["altered"], ranks, index.shape[1])
     return found if found.is_well else replace(found, causes=_causes(found, index, queries))
 
 

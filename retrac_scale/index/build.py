@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.storage import LocalStore
 
 from retrac_scale.arrays import Float32
 from retrac_scale.estimators import Estimator, common_timesteps, recommended
@@ -19,21 +18,22 @@ from retrac_scale.estimators.fitting import fit, rows_at
 from retrac_scale.estimators.ridge import Ridge
 from retrac_scale.index import seals
 from retrac_scale.index.columns import write_column, write_list
+from retrac_scale.index.growth import base_of, is_readable, is_same, kept_index, mark_deleted, stored_description
 from retrac_scale.index.reader import IndexReader
+from retrac_scale.index.segments import KEPT, Segment, sweep, write_packed
 from retrac_scale.runtime.runs import run
 from retrac_scale.runtime.tasks import Task
 from retrac_scale.store import IncompleteStoreError, SketchStore, StoreHandle, objects
+from retrac_scale.store.alone import alone
 from retrac_scale.store.compatibility import COMPARED
 from retrac_scale.store.encoding import encode
-from retrac_scale.store.opening import open_root
-from retrac_scale.store.part import ROOT, group_json, plans_of
+from retrac_scale.store.part import ROOT, digest_of, group_json, plans_of
 from retrac_scale.store.schema import (
-    ATTRIBUTE,
     FORMAT_VERSION,
     Url,
     blocks,
-    differences,
     get_array,
+    get_group,
     new_array,
     whereabouts,
     zarr_location,
@@ -41,8 +41,6 @@ from retrac_scale.store.schema import (
 
 if TYPE_CHECKING:
     from distributed import Client
-
-logger = logging.getLogger(__name__)
 
 IndexDtype = Literal["int8", "float16", "float32"]
 
@@ -52,12 +50,6 @@ MIN_CHUNK_SAMPLES = 64
 NORM_ROWS = 256
 UNWRITTEN = -128
 """Fill value of int8 rows, which no row holds; those of floats are NaN: a missing chunk is never data."""
-ASKED = ("format", "store", "measure", "estimator", "dtype")
-"""What of an index's description was asked for; the rest is what its store was when it was built."""
-FOUND = ("complete", "fit", "gains", "seals", "digest")
-"""What came out of building."""
-
-
 GAIN_ROWS = 1024
 """Rows that the lengths of a row's parts are measured on."""
 
@@ -77,7 +69,7 @@ def write_index(
     """
     if client is not None and out is None:
         raise ValueError("workers cannot reach an index in this process's memory; give it a path or URL.")
-    source = StoreHandle.of(store, client)
+    StoreHandle.of(store, client)
     estimator = recommended(store) if estimator is None else estimator
     _check(store, estimator, dtype)
     kept = np.flatnonzero(~store.deleted)
@@ -85,16 +77,74 @@ def write_index(
         raise ValueError(f"all samples of {store.url} are deleted; there is nothing to index.")
     meta = _description(store, estimator, dtype)
     location = zarr_location(out)
-    if (there := _kept(out, _stored(location, out), meta, store)) is not None:
+    if (there := kept_index(out, stored_description(location, out), meta, store)) is not None:
         return there, False
-    begun = group_json({"what": "index", "format": FORMAT_VERSION})
-    objects.write_all(objects.place_of(location), {ROOT: begun})  # first: what is there is no longer complete
+    with alone(objects.place_of(location), out):
+        stored = stored_description(location, out)
+        if (there := kept_index(out, stored, meta, store)) is not None:  # another process has built it meanwhile
+            return there, False
+        base = base_of(out, stored, meta, store, estimator)
+        root, described = _begun(location, stored, meta)
+        segments = list(base.segments) if base else []
+        start = base.meta["covered"] if base else 0
+        new = kept[np.searchsorted(kept, start) :]
+        if len(new):
+            segment = Segment(root, _name(described["segments"], meta), start, len(store.deleted))
+            found = _write_segment(segment, store, estimator, new, dtype, base, out if client else root, client, done)
+            segments.append(segment)
+        else:
+            found = {key: base.meta[key] for key in ("fit", "gains")} if base else {}
+        deleted = mark_deleted(root, segments, store.deleted)
+        objects.force_all(root)  # first: what is called complete survives a power cut
+        state = {"segments": [one.described() for one in segments], "deleted": deleted, "covered": len(store.deleted)}
+        seals.seal(root, {**meta, **found, **state, "complete": True}, base.meta["seals"] if base else {})
+        sweep(root.store_path, [one.name for one in segments], deleted)
+    return IndexReader(zarr.open_group(location, mode="r+"), out, store), True
+
+
+def _begun(location: Any, stored: Any, meta: Mapping[str, Any]) -> tuple[zarr.Group, dict[str, Any]]:
+    """The group to write into, and the segments that readers have open meanwhile: none where nobody can read it.
+
+    What a process that was killed has left there is removed.
+    """
+    held: dict[str, Any] = {"segments": [], "deleted": None}
+    if is_readable(location, stored) and not is_same(stored, meta):
+        held = {"segments": stored.get("segments", [{"name": ""}]), "deleted": stored.get("deleted")}
+    else:  # first: what is there is no longer complete
+        begun = group_json({"what": "index", "format": FORMAT_VERSION})
+        objects.write_all(objects.place_of(location), {ROOT: begun})
     root = zarr.open_group(location, mode="r+")
-    chunks = create_arrays(root, len(store.checkpoints), store.ids[kept], estimator.width(store), dtype)
+    sweep(root.store_path, [one["name"] for one in held["segments"]], held["deleted"])
+    return root, held
+
+
+def _name(held: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> str:
+    """Of a segment beside others: that at the root, where there is none; the same one has the same name."""
+    names = [one["name"] for one in held]
+    number = 1 + max((int(name.partition("-")[0] or 0) for name in names), default=0)
+    return "" if "" not in names else f"{number:04d}-{digest_of(json.dumps(meta, sort_keys=True).encode())[:8]}"
+
+
+def _write_segment(
+    segment: Segment,
+    store: SketchStore,
+    estimator: Estimator,
+    kept: npt.NDArray[np.int64],
+    dtype: IndexDtype,
+    base: IndexReader | None,
+    target: zarr.Group | Url,
+    client: Client | None,
+    done: Callable[[int], object],
+) -> dict[str, Any]:
+    """Write the rows of the samples at places `kept` of the store; what came out of it, for the description."""
+    root = segment.root.require_group(segment.prefix.rstrip("/")) if segment.name else segment.root
+    size = None if base is None else base.segments[0].arrays["row"].chunks[1]
+    chunks = create_arrays(root, len(store.checkpoints), store.ids[kept], estimator.width(store), dtype, size)
     root.create_group("column", overwrite=True)
     for name, values in store.columns.items():
         write_column(root, name, values[kept])
-    target: zarr.Group | Url = root if client is None else whereabouts(out)
+    if len(kept) < segment.stop - segment.start:
+        write_packed(root, KEPT, np.isin(np.arange(segment.start, segment.stop), kept, assume_unique=True))
     ridges = fit(store, estimator, kept, client, done)
     gains = _gains(store, estimator, ridges, kept) if ridges and estimator.parts(store) > 1 else {}
     tasks = [
@@ -102,13 +152,11 @@ def write_index(
         for checkpoint, name in enumerate(store.checkpoints)
         for samples in chunks
     ]
-    shared = _Common(source, target, estimator, ridges, gains, dtype)
-    for task, _ in run(_build_chunk, tasks, client, shared=shared):
+    place = target if isinstance(target, zarr.Group) else whereabouts(target)
+    common = _Common(StoreHandle.of(store, client), place, segment.prefix, estimator, ridges, gains, dtype)
+    for task, _ in run(_build_chunk, tasks, client, shared=common):
         done(len(task.args[-1]))
-    described = {name: _described(own, meta["slots"]) for name, own in ridges.items()}
-    objects.force_all(root)  # first: what is called complete survives a power cut
-    seals.seal(root, {**meta, "fit": described, "gains": gains, "complete": True})
-    return IndexReader(zarr.open_group(location, mode="r+"), out, store), True
+    return {"fit": {name: _described(own, estimator.parts(store)) for name, own in ridges.items()}, "gains": gains}
 
 
 def _check(store: SketchStore, estimator: Estimator, dtype: IndexDtype) -> None:
@@ -116,7 +164,9 @@ def _check(store: SketchStore, estimator: Estimator, dtype: IndexDtype) -> None:
     if dtype not in ("int8", "float16", "float32"):
         raise ValueError(f"an index's dtype must be 'int8', 'float16' or 'float32', got {dtype!r}.")
     if not store.is_complete:
-        raise IncompleteStoreError(f"{store.url} is not complete; run its sketch(...) again before building an index.")
+        raise IncompleteStoreError(
+            f"{store.url} is not complete; repeat its sketch(...) or write_store(...) before building an index."
+        )
     if not isinstance(estimator, Estimator):
         raise ValueError(f"estimator must be one, such as ReTrac(), got {estimator!r}.")
     estimator.check_training(store)
@@ -136,47 +186,13 @@ def _description(store: SketchStore, estimator: Estimator, dtype: IndexDtype) ->
         "noise": plans_of(store.fingerprint),
         "store": place if isinstance(place, str) else None,
         "revision": store.revision,
+        "parts": store.part_digests,
         "measure": store.fingerprint.get("measure"),
         "fingerprint": {key: store.fingerprint.get(key) for key in COMPARED},
     }
     if "precondition" in store.fingerprint:
         meta["precondition"] = store.fingerprint["precondition"]
     return meta
-
-
-def _kept(out: Url, stored: Any, meta: dict[str, Any], store: SketchStore) -> IndexReader | None:
-    """The index that is at `out` already; None where one is to be built there.
-
-    Raises:
-        ValueError: something else is there, or another index.
-    """
-    if stored is None:
-        return None
-    if not isinstance(stored, dict) or stored.get("what") != "index":
-        raise ValueError(f"{out} holds something that is no index; choose another path.")
-    if not stored.get("complete"):
-        return None
-    found = differences({k: v for k, v in stored.items() if k not in FOUND}, meta)
-    if not found and (sound := _if_sound(out, store)) is not None:
-        return sound
-    other = differences({key: stored[key] for key in ASKED}, {key: meta[key] for key in ASKED})
-    if other or (found and meta["store"] is None):
-        raise ValueError(f"{out} already holds a different index: {'; '.join(other or found)}; choose another path.")
-    return None
-
-
-def _stored(location: Any, out: Url) -> Any:
-    """The description of what is at `out`: None when nothing is, or an index whose description cannot be read."""
-    try:
-        return zarr.open_group(location, mode="r").attrs.get(ATTRIBUTE, {})
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        place = objects.place_of(location)
-        if None in objects.read_all(place, [f"{name}/{ROOT}" for name in ("row", "scale", "norm")]).values():
-            raise ValueError(f"{out} holds something damaged that is no index: {error}; choose another path.") from None
-        logger.warning("%s is damaged and built again: %s", out, error)
-        return None
 
 
 def _described(ridges: Sequence[Ridge], slots: int) -> Any:
@@ -210,23 +226,6 @@ def _train_rows(
     return estimator.train_rows(store, name, samples, ridges)
 
 
-def _if_sound(url: Url, store: SketchStore) -> IndexReader | None:
-    """The complete index at a URL; None where it is on this disk and damaged. Queries check no file again."""
-    try:
-        index = IndexReader(open_root(url, "index"), url, store)
-        if isinstance(index.root.store, LocalStore):
-            for number in range(len(index.chunks)):
-                index.chunk(number)
-        _ = index.columns
-    except (KeyError, ValueError) as error:
-        logger.warning("%s is damaged and built again: %s", url, error)
-        return None
-    if "seals" not in index.meta:
-        logger.warning("%s is of an earlier release, which did not seal it, and built again", url)
-        return None
-    return index
-
-
 def chunk_samples(n_samples: int, row_bytes: int) -> int:
     """Samples per chunk of an index."""
     by_bytes = max(1, CHUNK_BYTES // row_bytes)
@@ -234,11 +233,11 @@ def chunk_samples(n_samples: int, row_bytes: int) -> int:
 
 
 def create_arrays(
-    root: zarr.Group, checkpoints: int, ids: npt.NDArray[Any], width: int, dtype: IndexDtype
+    root: zarr.Group, checkpoints: int, ids: npt.NDArray[Any], width: int, dtype: IndexDtype, size: int | None = None
 ) -> list[slice]:
-    """The empty arrays of an index, their ids written; the sample ranges of their chunks, of about 32 MiB."""
+    """The empty arrays of a segment, their ids written; the sample ranges of their chunks, of about 32 MiB."""
     n, c = len(ids), checkpoints
-    size = chunk_samples(n, width * np.dtype(dtype).itemsize)
+    size = min(n, size or chunk_samples(n, width * np.dtype(dtype).itemsize))
     dims, nan = ["checkpoint", "sample", "k"], float("nan")
     fill = UNWRITTEN if dtype == "int8" else nan
     new_array(root, "row", shape=(c, n, width), chunks=(1, size, width), dtype=dtype, dims=dims, fill_value=fill)
@@ -268,6 +267,7 @@ class _Common:
 
     source: StoreHandle
     target: zarr.Group | Url
+    prefix: str
     estimator: Estimator
     ridges: Mapping[str, Sequence[Ridge]]
     gains: Mapping[str, list[float]]
@@ -278,6 +278,7 @@ def _build_chunk(common: _Common, checkpoint: int, samples: slice, kept: npt.NDA
     """Collapse one chunk: the samples of an index that stand at places `kept` of the store."""
     store, target, estimator, gains = common.source.open(), common.target, common.estimator, common.gains
     root = target if isinstance(target, zarr.Group) else zarr.open_group(zarr_location(target), mode="r+")
+    root = get_group(root, common.prefix.rstrip("/")) if common.prefix else root
     name = store.checkpoints[checkpoint]
     rows = np.empty((len(kept), estimator.width(store)), np.float32)
     for some, values in rows_at(store, kept, partial(_train_rows, store, estimator, name, common.ridges.get(name, ()))):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,20 +14,19 @@ import numpy.typing as npt
 import zarr
 from zarr.storage import LocalStore, MemoryStore
 
-from retrac_scale.arrays import Float32
-from retrac_scale.columns import Column, Texts
+from retrac_scale.arrays import Bools, Float32
+from retrac_scale.columns import Column, Places, Texts
 from retrac_scale.estimators import Estimator, common_timesteps, estimator_from_spec
 from retrac_scale.index import seals
-from retrac_scale.index.columns import column_names, read_column
-from retrac_scale.index.scan import Chunk
+from retrac_scale.index.chunk import Chunk
+from retrac_scale.index.segments import ARRAYS, DELETED, Segment, column_of, names_of_columns, segments_of, unpacked
 from retrac_scale.store import DamagedStoreError, SketchStore, open_store
 from retrac_scale.store.compatibility import COMPARED, check_compatible, slots
-from retrac_scale.store.mapping import fetch_chunk
+from retrac_scale.store.mapping import Mapped, check_mapped, fetch_chunk, mapped_files
 from retrac_scale.store.opening import open_root
 from retrac_scale.store.part import ROOT
-from retrac_scale.store.schema import ATTRIBUTE, Url, blocks, differences, get_array, read_ids
+from retrac_scale.store.schema import ATTRIBUTE, Url, differences, get_array, read_ids
 
-ARRAYS = ("row", "scale", "norm", "id")
 KEPT_MAPS = 8192
 """Files that an index keeps mapped; Linux lets a process have some 65,000 (vm.max_map_count)."""
 SETTLED_NS = 10**9
@@ -43,6 +44,10 @@ class IndexReader:
     preconditioned, where the estimator does that, so that a query's own row is plain and the score an inner product.
     `meta["fit"]` then says how each checkpoint's ridge was damped. Under matched pairing a row has a part for each of
     `meta["slots"]` timesteps, multiplied with `meta["gains"]`, which the query's part is divided by.
+
+    Attributes:
+        patient: whether it answers on where its store has gained samples and lost none.
+        lacks: how many samples those are, as of the last look at the store.
     """
 
     def __init__(self, root: zarr.Group, url: Url, store: SketchStore | None = None) -> None:
@@ -51,10 +56,14 @@ class IndexReader:
         self.meta = seals.description(root, url)
         self._seals: seals.Seals = self.meta.get("seals", {})  # indexes of earlier releases have none
         self._store = store
-        self._check(f"{name}/{ROOT}" for name in ARRAYS)
-        self._arrays = {name: get_array(root, name) for name in ARRAYS}
+        self.segments = segments_of(root, self.meta)
+        self._check(f"{one.prefix}{name}/{ROOT}" for one in self.segments for name in ARRAYS)
+        self._first = self.segments[0].arrays
         self._chunks: dict[int, Chunk] = {}
+        self._files: dict[int, list[Mapped]] = {}
         self._checked: tuple[SketchStore, Stamp] | None = None
+        self.patient = False
+        self.lacks = 0
 
     @property
     def estimator(self) -> Estimator:
@@ -69,13 +78,20 @@ class IndexReader:
     @property
     def ids(self) -> npt.NDArray[Any]:
         """Sample ids `[n]`; deleted samples are left out."""
-        self._check(key for key in self._seals if key.startswith("id/c"))
-        return read_ids(self.root)
+        chunks = tuple(f"{one.prefix}id/c" for one in self.segments)
+        self._check(key for key in self._seals if key.startswith(chunks))
+        ids = np.concatenate([read_ids(one.group) for one in self.segments])
+        return ids if self._alive is None else ids[self._alive]
+
+    @functools.cached_property
+    def places(self) -> Places:
+        """Where each sample stands."""
+        return Places(self.ids)
 
     @property
     def column_names(self) -> list[str]:
         """Names of the user's columns, sorted."""
-        return column_names(self.root)
+        return names_of_columns(self.segments)
 
     @property
     def columns(self) -> dict[str, npt.NDArray[Any]]:
@@ -86,22 +102,49 @@ class IndexReader:
     def column(self, name: str, *, read: bool = True) -> Column:
         """A column, or the ids under "id"; without reading it, one of the same type that holds no sample."""
         if name == "id":
-            return self.ids if read else _listed(np.empty(0, self._arrays["id"].dtype))
+            return self.ids if read else _listed(np.empty(0, self._first["id"].dtype))
         if not read:
-            return read_column(self.root, name, slice(0))
-        self._check(key for key in self._seals if key.startswith(f"column/{name}/"))
-        return read_column(self.root, name)
+            return column_of(self.segments, name, slice(0))
+        columns = tuple(f"{one.prefix}column/{name}/" for one in self.segments)
+        self._check(key for key in self._seals if key.startswith(columns))
+        column = column_of(self.segments, name)
+        if self._alive is None:
+            return column
+        return Texts(column.values, column.codes[self._alive]) if isinstance(column, Texts) else column[self._alive]
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, int, int]:
         """(c, n, k)."""
-        c, n, k = self._arrays["row"].shape
-        return c, n, k
+        shapes = [one.shape for one in self.segments]
+        n = sum(n for _, n, _ in shapes) if self._alive is None else int(self._alive.sum())
+        return shapes[0][0], n, shapes[0][2]
+
+    @functools.cached_property
+    def _alive(self) -> Bools | None:
+        """Which rows of all segments are those of samples that are not deleted, `[n]`; None for all."""
+        if not (name := self.meta.get("deleted")):
+            return None
+        self._check(key for key in self._seals if key.startswith(f"{DELETED}/{name}/"))
+        rows = sum(one.shape[1] for one in self.segments)
+        return ~unpacked(get_array(self.root, f"{DELETED}/{name}"), rows)
+
+    @functools.cached_property
+    def _places(self) -> list[tuple[Segment, int, slice]]:
+        """Of each chunk the segment, its number there, and its rows in all segments."""
+        found, start = [], 0
+        for one in self.segments:
+            found += [(one, i, slice(start + x.start, start + x.stop)) for i, x in enumerate(one.chunks)]
+            start += one.shape[1]
+        return found
 
     @functools.cached_property
     def chunks(self) -> list[slice]:
-        """Sample ranges of the chunks, the units of scanning."""
-        return blocks(self.shape[1], self._arrays["row"].chunks[1])
+        """Sample ranges of the chunks, the units of scanning; those that are deleted do not count."""
+        rows = [rows for _, _, rows in self._places]
+        if self._alive is None:
+            return rows
+        stops = np.cumsum([0, *(np.count_nonzero(self._alive[some]) for some in rows)]).tolist()
+        return [slice(*pair) for pair in itertools.pairwise(stops)]
 
     def chunk(self, number: int) -> Chunk:
         """One chunk: a map of its files where they can be mapped, read through zarr if not.
@@ -112,39 +155,71 @@ class IndexReader:
             DamagedStoreError: a file is missing or damaged.
         """
         if number in self._chunks:
+            check_mapped(self._files[number])
             return self._chunks[number]
-        rows = [self._fetched("row", c, number, 0)[0] for c in range(self.shape[0])]
+        segment, _, place = self._places[number]
+        rows = [self._fetched("row", number, c, 0)[0] for c in range(self.shape[0])]
         scale, norm = (self._plane(name, number) for name in ("scale", "norm"))
         on_disk = isinstance(self.root.store, LocalStore | MemoryStore)
         kept = on_disk and len(self._chunks) * (3 * len(rows) + 1) < KEPT_MAPS
-        samples = self.chunks[number]
-        fill = self._arrays["row"].fill_value
+        fill = segment.arrays["row"].fill_value
         if np.isnan(scale).any() or any(np.array_equal(row[0, 0], fill, equal_nan=True) for row in rows):
-            raise DamagedStoreError(
-                f"samples {samples.start} .. {samples.stop - 1} of the index {self.url} are missing."
-            )
-        chunk = Chunk(rows, scale, norm, self._ids_of(number), kept=kept)
+            raise DamagedStoreError(f"rows {place.start} .. {place.stop - 1} of the index {self.url} are missing.")
+        alive = None if self._alive is None or self._alive[place].all() else self._alive[place]
+        chunk = Chunk(rows, scale, norm, self._ids_of(number), kept=kept, alive=alive)
         if kept:
+            keys = [f"{segment.prefix}{key}" for key in self._keys(number)]
+            self._files[number] = mapped_files(self.root, keys)
             self._chunks[number] = chunk
         return chunk
 
+    def _keys(self, number: int) -> list[str]:
+        """Of the files of a chunk, within its segment."""
+        _, own, _ = self._places[number]
+        planes = [f"{name}/c/{c}/{own}" for name in ("scale", "norm") for c in range(self.shape[0])]
+        return [*(f"row/c/{c}/{own}/0" for c in range(self.shape[0])), *planes, f"id/c/{own}"]
+
     def _plane(self, name: str, number: int) -> Float32:
-        views = [self._fetched(name, c, number) for c in range(self.shape[0])]
+        views = [self._fetched(name, number, c) for c in range(self.shape[0])]
         return views[0] if len(views) == 1 else np.concatenate(views)
 
     def _ids_of(self, number: int) -> npt.NDArray[Any]:
-        if self._arrays["id"].dtype.kind in "biuf":
+        segment, own, _ = self._places[number]
+        if self._first["id"].dtype.kind in "biuf":
             return self._fetched("id", number)
-        self._check([f"id/c/{number}"])
-        return _listed(np.asarray(self._arrays["id"][self.chunks[number]]))
+        self._check([f"{segment.prefix}id/c/{own}"])
+        return _listed(np.asarray(segment.arrays["id"][segment.chunks[own]]))
 
-    def _fetched(self, name: str, *place: int) -> npt.NDArray[Any]:
-        """A chunk of an array, compared with its seal."""
-        key = f"{name}/c/{'/'.join(map(str, place))}"
-        return fetch_chunk(self._arrays[name], place, self._seals.get(key))
+    def _fetched(self, name: str, number: int, *place: int) -> npt.NDArray[Any]:
+        """A chunk's part of an array, at a place `[checkpoint]` or `[checkpoint, 0]`, compared with its seal."""
+        segment, own, _ = self._places[number]
+        whole = (own,) if not place else (place[0], own, *place[1:])
+        key = f"{segment.prefix}{name}/c/{'/'.join(map(str, whole))}"
+        with self._or_replaced():
+            return fetch_chunk(segment.arrays[name], whole, self._seals.get(key))
 
     def _check(self, keys: Iterable[str]) -> None:
-        seals.check(self.root, self._seals, list(keys), self.url)
+        with self._or_replaced():
+            seals.check(self.root, self._seals, list(keys), self.url)
+
+    @contextlib.contextmanager
+    def _or_replaced(self) -> Iterator[None]:
+        """What is damaged or missing is told as replaced where another index stands there now."""
+        try:
+            yield
+        except DamagedStoreError as error:
+            if self.is_current:
+                raise
+            raise StaleIndexError(f"the index {self.url} was built again after it was opened; open it anew.") from error
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the index at its place is still this one, as far as that can be read."""
+        try:
+            there = seals.description(zarr.open_group(self.root.store_path, mode="r"), self.url)
+        except (OSError, KeyError, ValueError, TypeError):
+            return True
+        return not there.get("complete") or there.get("digest") == self.meta.get("digest")
 
     def check_store(self) -> SketchStore | None:
         """The store that the index was built from; None when that was in the memory of another process.
@@ -167,7 +242,8 @@ class IndexReader:
         found = differences(self.meta["fingerprint"], {key: store.fingerprint.get(key) for key in COMPARED})
         if not found and store.revision != self.meta["revision"]:
             found = ["samples, checkpoints or blocks were added, deleted or written anew"]
-        if found:
+        self.lacks = int(np.count_nonzero(store.alive)) - self.shape[1] if found and self._only_lacks(store) else 0
+        if found and not (self.lacks and self.patient):
             known = url is not None or self.url is None  # else build_index cannot tell whose index it would replace
             raise StaleIndexError(
                 f"the store {url or 'in memory'} has changed since the index was built: {'; '.join(found)}; "
@@ -176,6 +252,13 @@ class IndexReader:
         stamp = _stamp(store)
         self._checked = None if stamp is None else (store, stamp)
         return store
+
+    def _only_lacks(self, store: SketchStore) -> bool:
+        """Whether all that the index holds is in the store as it was, and nothing of it deleted."""
+        if not only_grown(self.meta, store.part_digests):
+            return False
+        places = np.concatenate([one.places for one in self.segments])
+        return not store.deleted[places if self._alive is None else places[self._alive]].any()
 
     def query_rows(self, queries: SketchStore) -> Float32:
         """The estimator's rows of the queries, float32 `[c, q, k]`, without checkpoint weights.
@@ -216,6 +299,12 @@ class IndexReader:
     def __repr__(self) -> str:
         c, n, k = self.shape
         return f"Index({self.url!r}: {self.estimator}, {c} checkpoints, {n} samples, k = {k})"
+
+
+def only_grown(meta: Mapping[str, Any], parts: Sequence[Sequence[str]]) -> bool:
+    """Whether a store of such parts still holds all that an index was built of, unchanged but for deletions."""
+    before = meta.get("parts", [None])
+    return bool(before == [list(part) for part in parts[: len(before)]])
 
 
 def complete_root(url: Url) -> zarr.Group:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import numpy.typing as npt
 
 from retrac_scale.arrays import Bools, Float32, Float64, Int64
 from retrac_scale.index import plain
+from retrac_scale.index.chunk import Chunk
 from retrac_scale.index.plain import Arithmetic, Multiply, Product
 from retrac_scale.native.memory import keep_freed_pages
 
@@ -27,33 +27,6 @@ LEAST_NORMAL = 2.0**-126
 
 CANDIDATE = [("value", "f8"), ("bound", "f8"), ("chunk", "i4"), ("row", "i4"), ("lane", "i4")]
 """One sample for one lane: |score - value| <= bound, exact where bound is 0."""
-
-
-@dataclass(frozen=True, eq=False)
-class Chunk:
-    """Consecutive samples of an index, letters: c checkpoint, n sample of the chunk, k entry.
-
-    Attributes:
-        rows: for each c, stored rows `[n, k]`; row x scale is the estimator's row times w_c.
-        scale: `[c, n]`.
-        norm: no less than |row| x |scale|, `[c, n]`.
-        ids: `[n]`.
-        mask: which samples count, `[n]`; None for all.
-        kept: whether the rows stay in reach anyway, at no cost: views of a file that stays mapped.
-    """
-
-    rows: Sequence[npt.NDArray[Any]]
-    scale: Float32
-    norm: Float32
-    ids: npt.NDArray[Any]
-    mask: Bools | None = None
-    kept: bool = False
-
-    @cached_property
-    def longest(self) -> Float64:
-        """The largest norm of each checkpoint, `[c]`."""
-        longest: Float64 = self.norm.max(1).astype(np.float64)
-        return longest
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +131,7 @@ def scores(chunk: Chunk, queries: Float32) -> Float64:
             tile = slice(start, start + SCORE_ROWS)
             product = matrix @ from_dlpack(rows[tile]).to(dtype).T
             out[:, tile] += product.numpy() * scale[tile].astype(np.float64)
-    return out
+    return out if chunk.alive is None else out[:, chunk.alive]
 
 
 def _scan_tile(

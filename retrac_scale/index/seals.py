@@ -10,6 +10,7 @@ import numpy as np
 import zarr
 from zarr.abc.store import SuffixByteRequest
 
+from retrac_scale.index.segments import UNSEALED, holds
 from retrac_scale.store import objects
 from retrac_scale.store.errors import DamagedStoreError
 from retrac_scale.store.mapping import CRC_BYTES, crc32c
@@ -21,13 +22,22 @@ Seals = Mapping[str, int]
 """For each object below a group, by key: the CRC-32C that a chunk ends with, that of the whole of any other."""
 
 
-def seal(root: zarr.Group, meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Write a group's description with the seals of all its objects, and with a digest of its own; returns it."""
-    keys = [key for key in objects.all_keys(root) if key != ROOT and not key.endswith(".partial")]
+def seal(root: zarr.Group, meta: Mapping[str, Any], known: Seals) -> dict[str, Any]:
+    """Write an index's description with the seals of its objects, and with a digest of its own; returns it.
+
+    Args:
+        root: its group.
+        meta: the description.
+        known: seals of objects that stood before; the others that it holds are sealed now.
+    """
+    names = [one["name"] for one in meta["segments"]]
+    held = [key for key in objects.all_keys(root) if holds(names, meta["deleted"], key)]
+    keys = [key for key in held if key not in known]
     chunks = [key for key in keys if not key.endswith(ROOT)]
     tails = objects.read_all(root, chunks, SuffixByteRequest(CRC_BYTES))
     whole = objects.read_all(root, [key for key in keys if key.endswith(ROOT)])
-    seals = {key: _stored(tail) for key, tail in tails.items()} | {key: _crc(x) for key, x in whole.items()}
+    seals = {key: known[key] for key in held if key in known}
+    seals |= {key: _stored(tail) for key, tail in tails.items()} | {key: _crc(x) for key, x in whole.items()}
     content = sealed({**meta, "seals": dict(sorted(seals.items())), "digest": NO_DIGEST})
     objects.write_all(root, {ROOT: content})
     described: dict[str, Any] = json.loads(content)["attributes"][ATTRIBUTE]
@@ -61,7 +71,7 @@ def verify_index(url: Url) -> list[str]:
         raise ValueError(f"the index at {url} was not finished; run its build_index(...) again.")
     if "seals" not in meta:
         raise ValueError(f"the index at {url} is of an earlier release, which did not seal it; build the index again.")
-    strays = sorted(set(objects.all_keys(root)) - meta["seals"].keys() - {ROOT})
+    strays = sorted(set(objects.all_keys(root)) - meta["seals"].keys() - set(UNSEALED))
     found = [f"{key}: {problem}" for key, problem in problems(root, meta["seals"])]
     return found + [f"{key}: belongs to nothing; a killed process may have left it" for key in strays]
 

@@ -87,13 +87,11 @@ def explain_lists(index: IndexReader, queries: SketchStore, lists: Sequence[Sequ
     if store is None:
         raise ValueError("an explanation needs the store that the index was built from, which was in memory.")
     rows = index.query_rows(queries).astype(np.float64)
-    places, positions = ({sample: place for place, sample in enumerate(side.ids.tolist())} for side in (index, store))
     wanted: dict[Any, list[int]] = {}
     for query, ids in enumerate(lists):
         for id in ids:
-            if id not in places:
-                raise ValueError(f"there is no sample {id!r} in the index.")
             wanted.setdefault(id, []).append(query)
+    places, positions = (_places(side, list(wanted)) for side in (index, store))
     parts: dict[tuple[int, Any], list[npt.NDArray[np.float64]]] = {}
     for name, weight in () if matched else index.meta["checkpoints"].items():
         asked = _vectors(index, queries, name, slice(None))
@@ -107,7 +105,8 @@ def explain_lists(index: IndexReader, queries: SketchStore, lists: Sequence[Sequ
 
     def one(query: int, id: Any) -> Explanation:
         number = next(i for i, samples in enumerate(index.chunks) if places[id] < samples.stop)
-        chunk, row = index.chunk(number), places[id] - index.chunks[number].start
+        chunk = index.chunk(number)
+        row = chunk.row(places[id] - index.chunks[number].start)
         products = np.stack(
             [
                 float(scale[row]) * (stored[row].astype(np.float64) * asked[query])
@@ -125,6 +124,14 @@ def explain_lists(index: IndexReader, queries: SketchStore, lists: Sequence[Sequ
         return Explanation(name, id, score, contributions, index.checkpoints, steps[id], query_steps[query])
 
     return [[one(query, id) for id in ids] for query, ids in enumerate(lists)]
+
+
+def _places(side: IndexReader | SketchStore, ids: list[Any]) -> dict[Any, int]:
+    """Where some samples stand in an index or its store."""
+    found = side.places.find(ids).tolist()
+    if -1 in found:
+        raise ValueError(f"there is no sample {ids[found.index(-1)]!r} in the index.")
+    return dict(zip(ids, found, strict=True))
 
 
 def _vectors(index: IndexReader, side: SketchStore, checkpoint: str, samples: slice) -> Float32:

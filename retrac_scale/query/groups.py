@@ -12,7 +12,7 @@ from retrac_scale.arrays import Bools, Float32, Float64, Int64
 from retrac_scale.columns import Texts
 from retrac_scale.index.reader import IndexReader
 from retrac_scale.index.scan import scores
-from retrac_scale.query.source import Source, chunks_of, opened, readout
+from retrac_scale.query.source import Source, opened, readout
 from retrac_scale.query.topk import Reduce
 
 
@@ -69,10 +69,11 @@ def group_run(
     sums, counts = np.zeros((4, len(signs) * q, groups)), np.zeros((q, groups), np.int64)
     if reduce == "max":
         sums[0] = -np.inf
-    for chunk, code in zip(chunks_of(index, run, masks), codes, strict=True):
-        counted = np.ones((q, len(code)), dtype=bool) if chunk.mask is None else np.tile(chunk.mask, (q, 1))
+    for number, mask, code in zip(run, masks, codes, strict=True):
+        chunk = index.chunk(int(number))
+        counted = np.ones((q, len(code)), dtype=bool) if mask is None else np.tile(mask, (q, 1))
         if excluded is not None:
-            counted &= chunk.ids[None] != excluded[:, None]
+            counted &= chunk.samples[None] != excluded[:, None]
         values = readout(index, scores(chunk, rows))
         order = np.argsort(code, kind="stable")
         starts = np.flatnonzero(np.diff(code[order], prepend=-1))

@@ -44,7 +44,8 @@ class Scan:
     def _matching(self) -> list[int]:
         """Numbers of the chunks that hold a sample that counts."""
         mask = self.mask
-        return [i for i, samples in enumerate(self.index.chunks) if mask is None or mask[samples].any()]
+        chunks = [(i, samples) for i, samples in enumerate(self.index.chunks) if samples.start < samples.stop]
+        return [i for i, samples in chunks if mask is None or mask[samples].any()]
 
     def _entries(self, chunks: list[int]) -> int:
         """Of the rows of some chunks."""

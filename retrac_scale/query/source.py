@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from retrac_scale.arrays import Bools, Float32, Float64
+from retrac_scale.index.chunk import Chunk
 from retrac_scale.index.reader import IndexReader, open_on_worker
-from retrac_scale.index.scan import Chunk, scores
+from retrac_scale.index.scan import scores
 from retrac_scale.runtime.graphs import delayed
 from retrac_scale.store import SketchStore
 from retrac_scale.store.schema import whereabouts
@@ -35,10 +36,11 @@ def opened(source: Source) -> IndexReader:
 
 
 def chunks_of(index: IndexReader, run: list[int], masks: list[Bools | None]) -> Iterator[Chunk]:
-    """Some chunks, each with its mask."""
+    """Some chunks, each with its mask of the samples that count."""
     for number, mask in zip(run, masks, strict=True):
         chunk = index.chunk(int(number))
-        yield chunk if mask is None else replace(chunk, mask=mask)
+        counting = chunk.counting(mask)
+        yield chunk if counting is None else replace(chunk, mask=counting)
 
 
 def readout(index: IndexReader, values: Float64) -> Float64:
@@ -64,7 +66,7 @@ def all_scores(index: IndexReader, queries: SketchStore) -> dask.array.Array:
 
 def all_scores_of(index: IndexReader, rows: Float32, samples: int) -> Float64:
     """Scores of queries by their rows `[c, q, k]` for about so many samples, `[q, n]`, of chunks from all over."""
-    wanted = max(1, samples // (index.chunks[0].stop - index.chunks[0].start))
+    wanted = max(1, samples * len(index.chunks) // index.shape[1])
     numbers = range(0, len(index.chunks), max(1, len(index.chunks) // wanted))
     return np.concatenate([readout(index, scores(index.chunk(number), rows)) for number in numbers], axis=1)
 

@@ -13,25 +13,38 @@ import numpy.typing as npt
 from retrac_scale.arrays import Bools
 from retrac_scale.columns import Column, Texts
 from retrac_scale.index.reader import IndexReader
+from retrac_scale.store.schema import blocks
 
 LONGEST, MOST_TERMS = 2000, 64
 """Characters and operations of an expression, each of which passes over all samples once."""
+TEXT_TERMS, SEARCH_TERMS = 16, 8
+"""Operations that a comparison counts for where the texts themselves are read: of two columns, of one with values."""
+TILE = 2**16
+"""Samples at a time: what is calculated of them stays in a core's cache, and nobody may want the rest."""
 
 
-def which(where: npt.ArrayLike | str | None, index: IndexReader) -> Bools | None:
+class NotWantedError(Exception):
+    """Whoever asked is gone."""
+
+
+def which(
+    where: npt.ArrayLike | str | None, index: IndexReader, wanted: Callable[[], bool] = lambda: True
+) -> Bools | None:
     """The samples that count, bool `[n]`; None for all.
 
     Args:
         where: an expression over the columns and `id`, a mask `[n]`, or ids.
         index: whose samples.
+        wanted: asked now and then while an expression is worked out.
 
     Raises:
         ValueError: it fits the index badly, or no sample is left.
+        NotWantedError: it is no longer wanted.
     """
     if where is None:
         return None
     if isinstance(where, str):
-        return _evaluate(where, index)
+        return _evaluate(where, index, wanted)
     chosen, ids = np.asarray(where), index.ids
     if chosen.dtype == bool:
         if chosen.shape != ids.shape:
@@ -47,7 +60,7 @@ def which(where: npt.ArrayLike | str | None, index: IndexReader) -> Bools | None
     return mask
 
 
-def _evaluate(expression: str, index: IndexReader) -> Bools:
+def _evaluate(expression: str, index: IndexReader, wanted: Callable[[], bool]) -> Bools:
     tree = _parsed(expression)
     named = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     names = ["id", *index.column_names]
@@ -57,10 +70,21 @@ def _evaluate(expression: str, index: IndexReader) -> Bools:
     answer = _Expression(expression, {name: index.column(name, read=False) for name in named}).value(tree.body)
     if not isinstance(answer, np.ndarray) or answer.dtype != bool or answer.ndim != 1:
         raise ValueError(f"where={expression!r} must say yes or no for each sample.")
-    found: Bools = _Expression(expression, {name: index.column(name) for name in named}).value(tree.body)
+    columns = {name: index.column(name) for name in named}
+    found = np.empty(index.shape[1], bool)
+    for tile in blocks(len(found), TILE):
+        if not wanted():
+            raise NotWantedError(expression)
+        found[tile] = _Expression(expression, {name: _some(column, tile) for name, column in columns.items()}).value(
+            tree.body
+        )
     if not found.any():
         raise ValueError(f"where={expression!r} leaves no sample to score.")
     return found
+
+
+def _some(column: Column, samples: slice) -> Column:
+    return Texts(column.values, column.codes[samples]) if isinstance(column, Texts) else column[samples]
 
 
 def _parsed(expression: str) -> ast.Expression:
@@ -68,7 +92,11 @@ def _parsed(expression: str) -> ast.Expression:
         raise ValueError(f"where= has {len(expression)} characters; at most {LONGEST} are read.")
     try:
         tree = ast.parse(expression.strip(), mode="eval")
-        terms = sum(len(getattr(node, "ops", [0])) for node in ast.walk(tree) if isinstance(node, _COSTLY))
+        terms = sum(
+            len(getattr(node, "ops", [0])) + isinstance(getattr(node, "op", None), _SLOW)
+            for node in ast.walk(tree)
+            if isinstance(node, _COSTLY)
+        )
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # what ast.parse raises for wild strings
         raise ValueError(f"where={expression!r} is no expression: {getattr(error, 'msg', error)}.") from error
     if terms > MOST_TERMS:
@@ -77,6 +105,7 @@ def _parsed(expression: str) -> ast.Expression:
 
 
 _COSTLY = (ast.Compare, ast.BoolOp, ast.BinOp, ast.UnaryOp)
+_SLOW = (ast.FloorDiv, ast.Mod)
 _COMPARED: Mapping[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
@@ -110,7 +139,7 @@ class _Expression:
     """What an expression says of each sample: arrays `[n]` of booleans, numbers or texts, or constants."""
 
     def __init__(self, text: str, columns: Mapping[str, Column]) -> None:
-        self._text, self._columns = text, columns
+        self._text, self._columns, self._terms = text, columns, 0
 
     def value(self, node: ast.expr) -> Any:
         """The value of a part of the expression."""
@@ -163,6 +192,8 @@ class _Expression:
             one, other, op = other, one, _MIRRORED.get(type(op), type(op))()
         if isinstance(one, Texts) and isinstance(other, str):
             return _codes_compared(one, type(op), other)
+        if _is_text(one):
+            self._charge(SEARCH_TERMS if isinstance(one, str) or isinstance(other, str) else TEXT_TERMS)
         return np.asarray(_COMPARED[type(op)](_whole(one), _whole(other)))
 
     def _is_among(self, one: Any, listed: ast.expr) -> Bools:
@@ -176,7 +207,12 @@ class _Expression:
         if isinstance(one, Texts):
             chosen = np.isin(one.values, np.array(values, dtype=str))
             return chosen[one.codes]
-        return np.isin(one, np.array(values))
+        if not _is_text(one):
+            return np.isin(one, np.array(values))
+        self._charge(SEARCH_TERMS)
+        texts = np.unique(np.array(["", *values], dtype=str))
+        found: Bools = texts[np.minimum(np.searchsorted(texts, one), len(texts) - 1)] == one
+        return found if "" in values else found & (one != "")
 
     def _yes_or_no(self, node: ast.expr) -> Bools:
         found = self.value(node)
@@ -199,6 +235,15 @@ class _Expression:
                 return operation(one, other)
         except OverflowError as error:
             raise self._error(f"calculates with a number that is too large: {error}") from None
+
+    def _charge(self, terms: int) -> None:
+        """Count operations that take as long as several."""
+        self._terms += terms
+        if self._terms > MOST_TERMS:
+            raise self._error(
+                f"compares texts too often: two columns count for {TEXT_TERMS}, ids for {SEARCH_TERMS} "
+                f"of at most {MOST_TERMS} operations"
+            )
 
     def _error(self, what: str) -> ValueError:
         return ValueError(f"where={self._text!r} {what}.")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from retrac_scale.columns import distinct
+from retrac_scale.columns import Texts, distinct
 from retrac_scale.evaluate.originals import Originals
 from retrac_scale.measurement.halves import Repeatability
 from retrac_scale.query.explain import Explanation, explain_lists
@@ -139,15 +139,18 @@ def check_same_samples(indexes: Mapping[str, Index]) -> None:
 
 
 class Rows(dict[Any, Json]):
-    """The user's columns of each sample, `{id: {column: value}}`, made when they are asked for."""
+    """The user's columns of each sample, `{id: {column: value}}`, made when asked for; of samples that are there."""
 
     def __init__(self, index: Index) -> None:
-        self.places = {sample: place for place, sample in enumerate(index.ids.tolist())}
-        self._columns = index.columns
+        self._places = index.places
+        self._columns = {name: index.column(name) for name in index.column_names}
 
     def __missing__(self, sample: Any) -> Json:
-        place = self.places[sample]
-        return {name: plain(values[place]) for name, values in self._columns.items()}
+        place = int(self._places.find([sample])[0])
+        return {
+            name: plain(x.values[x.codes[place]] if isinstance(x, Texts) else x[place])
+            for name, x in self._columns.items()
+        }
 
 
 def sides(index: Index) -> Side:
@@ -249,9 +252,10 @@ def _add_groups(asked: list[Json], name: str, index: Index, queries: SketchStore
 
 
 def _add_explanations(asked: list[Json], name: str, index: Index, queries: SketchStore) -> None:
-    samples = {str(sample): sample for sample in index.ids.tolist()}
+    numbers = index.places.ids.dtype.kind in "iu"
     lists = [[result for side in query["lists"][name].values() for result in side] for query in asked]
-    found = explain_lists(index, queries, [[samples[result["id"]] for result in results] for results in lists])
+    ids = [[int(result["id"]) if numbers else result["id"] for result in results] for results in lists]
+    found = explain_lists(index, queries, ids)
     for results, parts in zip(lists, found, strict=True):
         for result, part in zip(results, parts, strict=True):
             result["explanation"] = explained(part)

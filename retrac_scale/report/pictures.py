@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
+from retrac_scale.columns import Places
 from retrac_scale.datasets.base import opaque
 
 SMALL, LARGEST = 64, 160
@@ -68,14 +69,15 @@ class Pictures:
             raise ValueError(f"got {len(images)} images for {len(ids)} ids; give one picture per training sample.")
         self.images = images
         self.queries = queries
-        self._rows = {sample: row for row, sample in enumerate(ids.tolist())}
+        self._places = Places(ids)
 
     def image(self, sample: Any) -> npt.NDArray[np.uint8]:
         """The picture of a training sample."""
         key = sample.item() if isinstance(sample, np.generic) else sample
-        if key not in self._rows:
+        row = int(self._places.find([key])[0])
+        if row < 0:
             raise ValueError(f"there is no picture of sample {key!r}; pass the images of all indexed samples.")
-        return to_uint8(self.images[self._rows[key]])
+        return to_uint8(self.images[row])
 
     def query(self, place: int) -> npt.NDArray[np.uint8]:
         """The picture of the query at a place in the answer."""

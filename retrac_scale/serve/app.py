@@ -26,6 +26,7 @@ from retrac_scale.query.where import LONGEST
 from retrac_scale.report.content import sides
 from retrac_scale.report.page import page
 from retrac_scale.serve.batcher import Batcher
+from retrac_scale.serve.following import Follower
 from retrac_scale.serve.guard import Guard
 from retrac_scale.serve.library import Asked, Library
 from retrac_scale.serve.limits import Limits
@@ -152,8 +153,11 @@ REFUSING: dict[type[Exception], Any] = {
 class Service:
     """What the routes do, and what they share."""
 
-    def __init__(self, library: Library, title: str, limits: Limits) -> None:
+    def __init__(
+        self, library: Library, title: str, limits: Limits, renew: Callable[[], Library] | None = None
+    ) -> None:
         self.library, self.title, self.limits = library, title, limits
+        self._follower = Follower(library, renew, self._take)
         self._registry = registry = prometheus.CollectorRegistry()
         self._requests = prometheus.Counter("requests", "Requests answered.", ["route", "status"], registry=registry)
         self._seconds = prometheus.Histogram("request_seconds", "Time to the answer.", ["route"], registry=registry)
@@ -169,8 +173,15 @@ class Service:
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         """Scans are made while the service is up."""
         self._batcher = Batcher(self.library, self.limits.batch, self._sizes.observe)
+        following = asyncio.create_task(self._follower.follow())
         yield
+        following.cancel()
         await self._batcher.close()
+
+    def _take(self, library: Library, about: Json) -> None:
+        """Answer from another library from now on."""
+        self.library = self._batcher.library = library
+        self._about, self._known = about, {}
 
     async def measured(self, request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
         """A request's answer, counted."""
@@ -187,8 +198,11 @@ class Service:
         return HTMLResponse(page(self.title, {"title": self.title, "live": True}, live))
 
     async def health(self) -> Json:
-        """Whether the service is up."""
-        return {"status": "ok"}
+        """Whether the service can answer, and whether each index is ready, behind its store, loading or refused."""
+        states = await asyncio.to_thread(self._follower.state)
+        if set(states.values()) == {"refused"}:
+            raise HTTPException(503, "the indexes no longer belong to their stores; build them again.")
+        return {"status": "ok", "indexes": states}
 
     async def metrics(self) -> Response:
         """Counters for Prometheus."""
@@ -283,10 +297,11 @@ class Service:
         """How many names of a query's list two halves of the measurements share."""
         asked = Asked(ask.source, ask.id)
         self._check(ask.k, [asked], [])
-        every = {
-            name: await self._batcher.run(self.library.shared, name, asked, ask.k, ask.where)
-            for name in self.library.indexes
-        }
+        every = {}
+        for name in self.library.indexes:
+            if ask.where is not None:
+                await self._batcher.mask(name, ask.where)
+            every[name] = await self._batcher.run(self.library.shared, name, asked, ask.k, ask.where)
         return {name: shared for name, shared in every.items() if shared is not None}
 
     def _check(self, k: int, asked: list[Asked], indexes: list[str]) -> None:
@@ -315,6 +330,7 @@ def create_app(
     token: str | None = None,
     limits: Limits = Limits(),  # noqa: B008  (frozen)
     hosts: list[str] | None = None,
+    renew: Callable[[], Library] | None = None,
 ) -> FastAPI:
     """The service as an ASGI application.
 
@@ -324,13 +340,14 @@ def create_app(
         token: what clients must send as `Authorization: Bearer TOKEN`; None lets everybody in.
         limits: how much is taken on.
         hosts: names under which the service may be asked, against DNS rebinding; None for any.
+        renew: opens everything anew, when an index was built again at its place; None to stay with what is there.
 
     Raises:
         ValueError: the token is empty.
     """
     if token == "":
         raise ValueError("the token is empty, so that anybody could send it.")
-    service = Service(library, title, limits)
+    service = Service(library, title, limits, renew)
     app = FastAPI(
         title="retrac_scale",
         description="Which training samples made a diffusion model produce this one?",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -44,17 +45,33 @@ class Batcher:
     def __init__(self, library: Library, size: int, observe: Callable[[int], object] = lambda size: None) -> None:
         self.library, self.size, self.observe = library, size, observe
         self._waiting: list[_Waiting] = []
+        self._closing = threading.Event()
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="scan")
+        self._filter = ThreadPoolExecutor(1, thread_name_prefix="where")
         self._turn = asyncio.Lock()
         self._task = asyncio.create_task(self._serve())
 
     async def ask(self, index: str, asked: Asked, question: Question) -> Json:
         """The lists of one query, as the page holds them."""
+        if isinstance(question.where, str):
+            await self.mask(index, question.where)
         one = _Waiting(index, asked, question, asyncio.get_running_loop().create_future())
         self._waiting.append(one)
         self._arrived.set()
         return await one.answer
+
+    async def mask(self, index: str, where: str) -> None:
+        """Have the library work out which samples count, on a thread of its own, for as long as somebody waits."""
+        gone = threading.Event()
+
+        def wanted() -> bool:
+            return not (gone.is_set() or self._closing.is_set())
+
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._filter, self.library.mask, index, where, wanted)
+        finally:
+            gone.set()
 
     async def run(self, function: Callable[..., T], *arguments: Any) -> T:
         """Something else on the thread that computes, of which one at a time stands in the way of scans."""
@@ -66,10 +83,12 @@ class Batcher:
 
     async def close(self) -> None:
         """Stop; whoever still waits is told so."""
+        self._closing.set()
         self._task.cancel()
         for one in self._waiting:
             one.answer.cancel()
-        await asyncio.to_thread(self._thread.shutdown)
+        for thread in (self._filter, self._thread):
+            await asyncio.to_thread(thread.shutdown, cancel_futures=True)
 
     async def _serve(self) -> None:
         while True:

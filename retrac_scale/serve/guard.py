@@ -50,9 +50,32 @@ class Guard:
             return
         self.running += 1
         try:
-            await self.app(scope, _bounded(receive, self._most(scope), self.limits.body_seconds), with_headers)
+            await self._answered(scope, receive, with_headers)
         finally:
             self.running -= 1
+
+    async def _answered(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application for as long as the client is there."""
+        started, client = False, _Client(receive, self._most(scope), self.limits.body_seconds)
+
+        async def noted(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        answer = asyncio.ensure_future(self.app(scope, client.receive, noted))
+        gone = asyncio.create_task(client.leave())
+        try:
+            await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if answer.done():
+                await answer
+        except asyncio.CancelledError:  # the server ends, and has waited long enough
+            if not started:
+                await _refuse(noted, 503, "the service is ending; ask again soon.")
+        finally:
+            for task in (answer, gone):
+                task.cancel()
+            await asyncio.wait({answer, gone})
 
     def _most(self, scope: Scope) -> int:
         return self.limits.upload_bytes if scope["path"] == UPLOAD else self.limits.json_bytes
@@ -76,27 +99,38 @@ class Guard:
         return hmac.compare_digest(given.encode(), self.token.encode())
 
 
-def _bounded(receive: Receive, most: int, seconds: float) -> Receive:
-    """`receive` that stops reading a body after so many bytes, or when the client takes too long over it."""
-    read, more = 0, True
-    deadline = asyncio.get_running_loop().time() + seconds
+class _Client:
+    """Who asks: the body, of so many bytes at most and not for ever, and whether they are still there."""
 
-    async def bounded() -> Message:
-        nonlocal read, more
-        if not more:
-            return await receive()
+    def __init__(self, receive: Receive, most: int, seconds: float) -> None:
+        self._receive, self._most, self._seconds = receive, most, seconds
+        self._deadline = asyncio.get_running_loop().time() + seconds
+        self._read = 0
+        self._whole, self._gone = asyncio.Event(), asyncio.Event()
+
+    async def receive(self) -> Message:
+        """The next piece of the body; once it is whole, that the client has left, when it has."""
+        if self._whole.is_set():
+            await self._gone.wait()
+            return {"type": "http.disconnect"}
         try:
-            async with asyncio.timeout_at(deadline):
-                message = await receive()
+            async with asyncio.timeout_at(self._deadline):
+                message = await self._receive()
         except TimeoutError:
-            raise HTTPException(408, f"the request did not arrive within {seconds:g} s.") from None
-        read += len(message.get("body", b""))
-        more = message.get("more_body", False)
-        if read > most:
-            raise HTTPException(413, f"the request is larger than {most} bytes.")
+            raise HTTPException(408, f"the request did not arrive within {self._seconds:g} s.") from None
+        self._read += len(message.get("body", b""))
+        if not message.get("more_body", False):
+            self._whole.set()
+        if self._read > self._most:
+            raise HTTPException(413, f"the request is larger than {self._most} bytes.")
         return message
 
-    return bounded
+    async def leave(self) -> None:
+        """Ends when the client has left, or nobody listens any more."""
+        await self._whole.wait()
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._gone.set()
 
 
 async def _refuse(send: Any, status: int, why: str) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import islice
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -32,6 +33,7 @@ from retrac_scale.report.content import (
 from retrac_scale.report.pictures import PictureFiles, data_uri
 from retrac_scale.report.shown import check_shown
 from retrac_scale.report.trust import Told, joined, repeatability_for_page, shared_by_halves, told
+from retrac_scale.serve.named import Named
 from retrac_scale.serve.uploads import Upload
 from retrac_scale.sketching.samples import Samples
 from retrac_scale.store import SketchStore
@@ -42,6 +44,7 @@ Source = Literal["queries", "training", "uploads"]
 MOST_CHOICES = 60
 """A column with more distinct values is searched, not chosen from."""
 CACHED_PICTURES, CACHED_ROWS, CACHED_MASKS = 16_384, 1024, 32
+MASK_BYTES = 2**26
 COMPARED, COMPARED_AT_ONCE, COMPARED_LENGTH = 32, 4, 10
 """Stored queries by which an index's repeatability is told, how many while other questions wait, and their lists'
 length."""
@@ -88,6 +91,8 @@ class Library:
         self.indexes, self.pictures, self.measured = dict(indexes), pictures, measured
         self.background = background
         check_same_samples(self.indexes)
+        for index in self.indexes.values():
+            index.patient = True  # new samples are no reason to fall silent until the index is built again
         self.queries = queries_of_indexes(self.indexes, queries)
         first = next(iter(self.indexes.values()))
         self.store = first.check_store()
@@ -99,7 +104,7 @@ class Library:
                     f"{name} is not."
                 )
         self.image_shape = (1, 1, 1) if measured is None else _image_shape(measured.task.model)
-        self._ids = first.ids
+        self._samples = Named(first.places)
         self._rows = Rows(first)
         self._places: dict[Source, dict[str, int]] = {"queries": {}}
         for name, own in self.queries.items():
@@ -110,17 +115,25 @@ class Library:
                 )
             self._places["queries"] = places
         self._asked = {name: self.indexes[name].query_rows(own) for name, own in self.queries.items()}
-        self._stored = self._by_store(_places_of)
-        if not all(self._stored.get(name) for name in self.indexes):
-            self._stored = {
-                name: {} for name in self.indexes
-            }  # a store is gone: training samples cannot be asked about
+        stored = self._by_store(lambda store: Named(store.places, store.alive))
+        self._stored = stored if len(stored) == len(self.indexes) else {}  # a store that is gone has no samples to ask
         self._uploads: OrderedDict[str, tuple[Upload, Mapping[str, SketchStore]]] = OrderedDict()
         self._kept_uploads = kept_uploads
         self._training_rows = lru_cache(CACHED_ROWS)(self._read_training_rows)
-        self._mask = lru_cache(CACHED_MASKS)(self._evaluate)
+        self._masks: OrderedDict[tuple[str, str], Bools | None] = OrderedDict()
+        self._kept_masks = max(1, min(CACHED_MASKS, MASK_BYTES // first.shape[1]))
         self.sample = lru_cache(CACHED_PICTURES)(self._describe)
         self.query_picture = lru_cache(CACHED_PICTURES)(self._query_picture)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether none of the indexes was built again at its place."""
+        return all(index.is_current for index in self.indexes.values())
+
+    def keep_uploads(self, before: Library) -> None:
+        """Remember the uploads of another library of the same indexes, whose stores have not been measured anew."""
+        if list(self.indexes) == list(before.indexes):
+            self._uploads = before._uploads
 
     def about(self) -> Json:
         """What there is to ask, for the page."""
@@ -128,8 +141,8 @@ class Library:
         columns = {name: distinct(first.column(name)) for name in first.column_names}
         return {
             "estimators": list(self.indexes),
-            "samples": len(self._ids),
-            "sources": [*(["queries"] if self.queries else []), *(["training"] if self._training_ids else [])],
+            "samples": first.shape[1],
+            "sources": [*(["queries"] if self.queries else []), *(["training"] if self._stored else [])],
             "uploads": self.measured is not None,
             "columns": {
                 name: [plain(value) for value in values] if len(values) <= MOST_CHOICES else None
@@ -141,18 +154,17 @@ class Library:
 
     def ids(self, source: Source, contains: str, count: int) -> list[str]:
         """The first ids of a source that contain a text."""
-        names = self._training_ids if source == "training" else self._places.get(source, self._uploads)
-        found: list[str] = []
-        for name in names:
-            if contains in name:
-                found.append(name)
-                if len(found) == count:
-                    break
-        return found
+        if source == "training":
+            return self._training_names.containing(contains, count) if self._stored else []
+        names = self._places.get(source, self._uploads)
+        return list(islice((name for name in names if contains in name), count))
 
     def check(self, asked: Asked) -> None:
         """ValueError unless there is such a query."""
-        names = self._training_ids if asked.source == "training" else self._places.get(asked.source, self._uploads)
+        training = asked.source == "training"
+        names: Container[str] = self._places.get(asked.source, self._uploads)
+        if training:
+            names = self._training_names if self._stored else ()
         if asked.upload is None and asked.id not in names:
             raise ValueError(f"there is no {asked.id!r} among the {asked.source}.")
 
@@ -168,8 +180,17 @@ class Library:
         index.check_store()
         rows = np.stack([self._query_rows(name, one) for one in asked], axis=1)
         if isinstance(question.where, str):
-            question = replace(question, where=self._mask(name, question.where))
+            question = replace(question, where=self.mask(name, question.where))
         return answer_rows(index, rows, self._query_ids(asked), question)
+
+    def mask(self, name: str, where: str, wanted: Callable[[], bool] = lambda: True) -> Bools | None:
+        """The samples of an index that count for an expression; any thread may ask. Raises as `which`."""
+        key = name, where
+        if key not in self._masks:
+            self._masks[key] = which(where, self.indexes[name], wanted)
+            while len(self._masks) > self._kept_masks:
+                self._masks.popitem(last=False)
+        return self._masks.get(key)
 
     def explain(self, name: str, asked: Asked, sample: str) -> Json:
         """A score of one index, taken apart."""
@@ -188,7 +209,7 @@ class Library:
 
     def told(self, name: str, found: list[Told]) -> Json:
         """What `repeatability` gave for all groups, as the page holds it."""
-        return told(joined(found), len(self._ids))
+        return told(joined(found), self.indexes[name].shape[1])
 
     def shared(self, name: str, asked: Asked, k: int, where: str | None) -> Json | None:
         """How many names of one query's list two halves of the measurements share; None where they cannot tell."""
@@ -196,7 +217,7 @@ class Library:
         if index.estimator.pairing != "matched":
             return None
         index.check_store()
-        mask = None if where is None else self._mask(name, where)
+        mask = None if where is None else self.mask(name, where)
         rows, own = self._query_rows(name, asked)[:, None], asked.source == "training"
         try:
             found = repeatability_of_rows(index, rows, self._query_ids([asked]), k, exclude_self=own, where=mask)
@@ -280,14 +301,13 @@ class Library:
         return found
 
     @property
-    def _training_ids(self) -> dict[str, int]:
+    def _training_names(self) -> Named:
         return next(iter(self._stored.values()))
 
     def _query_ids(self, asked: list[Asked]) -> Any:
         """As the index has them, where a sample is to be left out of its own list."""
-        ids = np.array([one.id for one in asked])
-        numbers = asked[0].source == "training" and self._ids.dtype.kind in "iu"
-        return ids.astype(np.int64) if numbers else ids
+        training = asked[0].source == "training"
+        return np.array([self._samples.id(one.id) if training else one.id for one in asked])
 
     def _upload(self, asked: Asked) -> tuple[Upload, Mapping[str, SketchStore]]:
         kept = asked.upload or self._uploads.get(asked.id)
@@ -311,7 +331,7 @@ class Library:
         """An index's store, and where a sample stands in it."""
         store = self.indexes[name].check_store()
         assert store is not None
-        return store, self._stored[name][sample]
+        return store, self._stored[name].place(sample)
 
     def _sketches(self, name: str, asked: Asked) -> SketchStore:
         if asked.source == "uploads":
@@ -322,17 +342,10 @@ class Library:
             store, place = self.queries[name], self._places["queries"][asked.id]
         return take(store, store.ids[place : place + 1])
 
-    def _evaluate(self, name: str, where: str) -> Bools | None:
-        return which(where, self.indexes[name])
-
     def _sample_id(self, sample: str) -> Any:
-        try:
-            number = int(sample) if self._ids.dtype.kind in "iu" else sample
-        except ValueError:
-            number = None
-        if number not in self._rows.places:
+        if sample not in self._samples:
             raise ValueError(f"there is no training sample {sample!r}.")
-        return number
+        return self._samples.id(sample)
 
     def _describe(self, sample: str) -> Json:
         name = self._sample_id(sample)
@@ -350,12 +363,6 @@ class Library:
         for own in self.queries.values():
             check_shown(own, [own.ids[place].item()], [shown], exact=isinstance(self.pictures.queries, PictureFiles))
         return data_uri(shown)
-
-
-def _places_of(store: SketchStore) -> dict[str, int]:
-    """Where each sample that is not deleted stands in a store."""
-    names = store.ids.tolist()
-    return {str(names[place]): place for place in np.flatnonzero(store.alive).tolist()}
 
 
 def _image_shape(model: Any) -> tuple[int, int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import ipaddress
 import signal
 import socket
@@ -28,6 +29,7 @@ def run(
     limits: Limits,
     title: str,
     announce: Callable[[str], object] = lambda url: None,
+    renew: Callable[[], Library] | None = None,
 ) -> None:
     """Serve until SIGINT or SIGTERM; requests that have begun are answered.
 
@@ -37,6 +39,7 @@ def run(
         port: 0 for any that is free.
         token: see `create_app`; limits and title too.
         announce: told the address once it is taken.
+        renew: see `create_app`.
 
     Raises:
         ValueError: others could reach the service and no token is set.
@@ -45,13 +48,15 @@ def run(
     local = is_local(host)
     if not local and token is None:
         raise ValueError(f"--host {host} lets others in; set a token that they must send (--token-file).")
-    app = create_app(library, title=title, token=token, limits=limits, hosts=LOCAL_NAMES if local else None)
+    hosts = LOCAL_NAMES if local else None
+    app = create_app(library, title=title, token=token, limits=limits, hosts=hosts, renew=renew)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE, server_header=False)
     server = uvicorn.Server(config)
 
     def stop(number: int, frame: FrameType | None) -> None:
         server.should_exit = True
 
+    faulthandler.enable(all_threads=False)  # a mapped file that is cut short while it is scanned ends the process
     with _listen(host, port) as listener:
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:  # uvicorn puts these handlers back and raises the signal once more when it is done

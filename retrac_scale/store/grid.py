@@ -137,7 +137,8 @@ class Grid:
             if part is None or record is None:
                 raise IncompleteStoreError(
                     f"checkpoint {checkpoint!r}, samples {samples.start} .. {samples.stop - 1} "
-                    "are not written yet; run the same sketch(...) again, it computes only what is missing."
+                    "are not written yet; repeat the sketch(...) or write_store(...) that began it, it makes only what "
+                    "is missing."
                 )
             found.append((partial(part.read, checkpoint, block=number, record=record), part.shape[1]))
         return found

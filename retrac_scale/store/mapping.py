@@ -8,6 +8,7 @@ import mmap
 import os
 import sys
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,36 @@ def fetch_chunk(array: zarr.Array[Any], chunk: tuple[int, ...], crc: int | None 
     content = np.frombuffer(found, np.uint8)
     _check(content, size, crc, f"{array.store_path.store}/{key}", verified=False)
     return _cut(array, chunk, content)
+
+
+Mapped = tuple[str, int, int]
+"""A file that is mapped: its path, inode and size."""
+
+
+def mapped_files(group: zarr.Group, keys: Iterable[str]) -> list[Mapped]:
+    """The files of some objects below a group, as they are now; none where they are not on this disk."""
+    store: Any = group.store
+    if not isinstance(store, LocalStore):
+        return []
+    paths = [f"{store.root}/{group.path}/{key}" for key in keys]
+    return [(path, status.st_ino, status.st_size) for path in paths for status in [os.stat(path)]]
+
+
+def check_mapped(files: Iterable[Mapped]) -> None:
+    """Raise DamagedStoreError where a mapped file was cut short in its place: to read behind its end ends a process.
+
+    One that was removed, or replaced by renaming another to its name, lives on in its map.
+    """
+    for path, inode, size in files:
+        try:
+            status = os.stat(path)
+        except OSError:
+            continue
+        if status.st_ino == inode and status.st_size < size:
+            raise DamagedStoreError(
+                f"{path} was cut short in its place, from {size} to {status.st_size} bytes, while it was read; replace "
+                "files by renaming others to their names, and build an index again."
+            )
 
 
 def chunk_key(array: zarr.Array[Any], chunk: tuple[int, ...]) -> str:

@@ -47,17 +47,18 @@ def read(group: Place, key: str) -> bytes | None:
     return read_all(group, [key])[key]
 
 
-def write_all(group: Place, objects: Mapping[str, Content]) -> None:
+def write_all(group: Place, objects: Mapping[str, Content], *, durable: bool = True) -> None:
     """Write objects, each of them atomically; on a local disk they are durable when this returns.
 
-    Pieces are asked for in the order of the objects; an exception while they are made leaves nothing written.
+    Pieces are asked for in the order of the objects; an exception while they are made leaves nothing written. What need
+    not be durable yet is so after `force_all`.
     """
     store: Any = group.store
     if store.read_only:
         raise OSError(errno.EACCES, f"{store} was opened for reading; open it with mode='r+' to write")
     contents = {_full(group, key): content for key, content in objects.items()}
     if isinstance(store, LocalStore):
-        _write_durably(store.root, contents)
+        _write_files(store.root, contents, durable)
     else:
         buffers = {key: _whole(content) for key, content in contents.items()}
 
@@ -86,6 +87,12 @@ def delete_all(group: Place, keys: Iterable[str]) -> None:
         await store.delete(_full(group, key))
 
     _in_parallel(store, dict.fromkeys(keys, delete))
+
+
+def delete_folder(group: Place, folder: str) -> None:
+    """Delete all objects below a folder of a group, if there are any."""
+    store: Any = group.store
+    sync(store.delete_dir(_full(group, folder)))
 
 
 def names(group: Place, folder: str) -> list[str]:
@@ -155,7 +162,7 @@ def _pieces(content: Content) -> Iterator[memoryview]:
         yield from (piece.data for piece in content)
 
 
-def _write_durably(root: Path, contents: Mapping[str, Content]) -> None:
+def _write_files(root: Path, contents: Mapping[str, Content], durable: bool) -> None:
     """Write files and force them to the disk, then the folders that name them: zarr renames but forces nothing."""
     unnamed: dict[str, str] = {}
     folders = {""}
@@ -167,13 +174,15 @@ def _write_durably(root: Path, contents: Mapping[str, Content]) -> None:
             unnamed[f"{root}/{key}"] = f"{root}/{key}.{uuid.uuid4().hex}.partial"
             _write(content, unnamed[f"{root}/{key}"])
         for file, partial in unnamed.items():
-            force(partial)
+            if durable:
+                force(partial)
             os.replace(partial, file)
     except Exception:
         for partial in unnamed.values():
             Path(partial).unlink(missing_ok=True)
         raise
-    for folder in [*sorted((f"{root}/{folder}" for folder in folders), reverse=True), str(root.parent)]:
+    every = [*sorted((f"{root}/{folder}" for folder in folders), reverse=True), str(root.parent)]
+    for folder in every if durable else ():
         force(folder)
 
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import zarr
 
 from retrac_scale.arrays import Float32
+from retrac_scale.columns import Places
 from retrac_scale.store import commits, objects
 from retrac_scale.store.grid import Grid
 from retrac_scale.store.opening import WHAT, measure_of, open_parts, open_root
@@ -63,10 +64,11 @@ class SketchStore:
         merged = dict(self.meta["fingerprint"])
         if len(self._parts) > 1:
             every = [part.meta["fingerprint"] for part in self._parts]
-            merged["checkpoints"] = {name: value for one in every for name, value in one.get("checkpoints", {}).items()}
+            digests = {name: value for one in every for name, value in one.get("checkpoints", {}).items()}
             plans = {part.same_pairs: plans_of(part.meta["fingerprint"]) for part in self._parts}
             each = [plan for some in plans.values() for plan in some]
-            merged["timesteps"] = each[0] if len(each) == 1 else each
+            told = {"checkpoints": digests, "timesteps": each[0] if len(each) == 1 else each}
+            merged |= {name: value for name, value in told.items() if value}  # a store of arrays knows neither
         return merged
 
     @property
@@ -86,6 +88,11 @@ class SketchStore:
     def ids(self) -> npt.NDArray[Any]:
         """Sample ids `[n]`, int64 or str."""
         return np.concatenate([part.ids for part in self._grid.segments])
+
+    @cached_property
+    def places(self) -> Places:
+        """Where each sample stands."""
+        return Places(self.ids)
 
     @cached_property
     def columns(self) -> dict[str, npt.NDArray[Any]]:
@@ -139,15 +146,13 @@ class SketchStore:
         """A digest of all that determines the content now: descriptions, ids, tombstones and commit records."""
         state = []
         for part in self._parts:
-            keys = [
-                commits.commit_key(name, block)
-                for name in part.meta["checkpoints"]
-                for block in range(len(part.blocks))
-            ]
-            records = objects.read_all(part.root, keys)
-            state += [part.name.encode(), part.meta["digest"].encode(), part.deleted.tobytes()]
-            state += [record or b"-" for record in records.values()]
-        return digest_of(b"".join(len(item).to_bytes(8, "little") + item for item in state))
+            state += [part.name.encode(), part.meta["digest"].encode(), part.deleted.tobytes(), *_records(part)]
+        return _digest_of_all(state)
+
+    @property
+    def part_digests(self) -> list[list[str]]:
+        """Of each part its name and a digest of its content but for tombstones: description, ids, commit records."""
+        return [[part.name, _digest_of_all([part.meta["digest"].encode(), *_records(part)])] for part in self._parts]
 
     def refresh(self) -> SketchStore:
         """The store as it is now, with the parts that were added since it was opened."""
@@ -273,6 +278,17 @@ class SketchStore:
     def __repr__(self) -> str:
         n, t, k = self.shape
         return f"SketchStore({self.url!r}: {len(self.checkpoints)} checkpoints, {n} samples, {t} timesteps, k = {k})"
+
+
+def _records(part: Part) -> list[bytes]:
+    """The commit records of all blocks of a part, as they lie there."""
+    names = part.meta["checkpoints"]
+    keys = [commits.commit_key(name, block) for name in names for block in range(len(part.blocks))]
+    return [record or b"-" for record in objects.read_all(part.root, keys).values()]
+
+
+def _digest_of_all(items: Sequence[bytes]) -> str:
+    return digest_of(b"".join(len(item).to_bytes(8, "little") + item for item in items))
 
 
 def open_store(

@@ -14,6 +14,8 @@ import zarr
 from zarr.abc.store import Store
 from zarr.codecs import Crc32cCodec
 
+from retrac_scale.store.errors import DamagedStoreError
+
 FORMAT_VERSION = 1
 ATTRIBUTE = "retrac_scale"
 BLOCK_BYTES = 16 * 2**20
@@ -95,19 +97,26 @@ def new_array(
 
 
 def get_array(group: zarr.Group, path: str) -> zarr.Array[Any]:
-    """The array at a path below a group."""
-    array = group[path]
+    """The array at a path below a group; DamagedStoreError where there is none."""
+    array = _found(group, path)
     if not isinstance(array, zarr.Array):
-        raise ValueError(f"{path} in {group.store_path} is no array; the store is damaged.")
+        raise DamagedStoreError(f"{path} in {group.store_path} is no array; the store is damaged.")
     return array
 
 
 def get_group(group: zarr.Group, path: str) -> zarr.Group:
-    """The group at a path below a group."""
-    found = group[path]
+    """The group at a path below a group; DamagedStoreError where there is none."""
+    found = _found(group, path)
     if not isinstance(found, zarr.Group):
-        raise ValueError(f"{path} in {group.store_path} is no group; the store is damaged.")
+        raise DamagedStoreError(f"{path} in {group.store_path} is no group; the store is damaged.")
     return found
+
+
+def _found(group: zarr.Group, path: str) -> Any:
+    try:
+        return group[path]
+    except (KeyError, FileNotFoundError):
+        raise DamagedStoreError(f"{group.store_path}/{path} is missing.") from None
 
 
 def read(group: zarr.Group, path: str, selection: Any = slice(None)) -> npt.NDArray[Any]:

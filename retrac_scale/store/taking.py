@@ -20,11 +20,10 @@ def take(store: SketchStore, ids: Sequence[Any] | npt.NDArray[Any]) -> SketchSto
     Raises:
         ValueError: an id is not in the store.
     """
-    places = {sample: place for place, sample in enumerate(store.ids.tolist())}
-    unknown = [sample for sample in np.asarray(ids).tolist() if sample not in places]
-    if unknown:
-        raise ValueError(f"{store.url or 'the store'} has no sample {unknown[0]!r}.")
-    chosen = [places[sample] for sample in np.asarray(ids).tolist()]
+    asked = np.asarray(ids)
+    chosen = store.places.find(asked)
+    if (chosen < 0).any():
+        raise ValueError(f"{store.url or 'the store'} has no sample {asked[chosen < 0].tolist()[0]!r}.")
     _, t, k = store.shape
     quantities = [name for name in SKETCHED if store.has(name)]
     fingerprint = store.fingerprint

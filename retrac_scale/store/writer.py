@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,13 +14,13 @@ import numpy.typing as npt
 import zarr
 
 from retrac_scale.arrays import Float32
-from retrac_scale.columns import RESERVED, check_columns, check_ids, column_types
+from retrac_scale.columns import RESERVED, check_columns, column_types
 from retrac_scale.store import commits, objects
 from retrac_scale.store.compatibility import as_told_by, kept_alike, library_versions
-from retrac_scale.store.encoding import Dtype, array_dtype, check_dtype, decode, encode
+from retrac_scale.store.encoding import Dtype, array_dtype, check_dtype, encode
 from retrac_scale.store.errors import DamagedStoreError
 from retrac_scale.store.opening import WHAT, open_parts
-from retrac_scale.store.part import ROOT, NewChunk, group_json, lay_out
+from retrac_scale.store.part import ROOT, NewChunk, Part, group_json, lay_out
 from retrac_scale.store.reader import SketchStore
 from retrac_scale.store.schema import (
     ATTRIBUTE,
@@ -192,19 +194,80 @@ def write_block(
         OSError: the disk is full, or the like; what was committed before stands.
     """
     part = store.only_part
-    samples = part.blocks[block]
-    steps = timesteps if timesteps is not None else np.tile(np.arange(sketches.shape[1]), (len(sketches), 1))
-    for what, plane in (("loss", losses), ("gradient norm", norms)):
+    given = Rows(sketches, norms, losses, timesteps, contents)
+    chunks = chunks_of(part, checkpoint, block, part.ids[part.blocks[block]], given)
+    keys = {name: part.chunk_key(checkpoint, name, block) for name in chunks}
+    with told_of_block(f"block {block} of checkpoint {checkpoint!r}", part.place):
+        objects.write_all(part.root, {keys[name]: new for name, new in chunks.items()})
+        checksums = {name: new.checksum for name, new in chunks.items()}
+        record = commits.pack(part.meta["digest"], checkpoint, block, checksums)
+        objects.write_all(part.root, {commits.commit_key(checkpoint, block): record})
+
+
+@contextlib.contextmanager
+def told_of_block(what: str, place: Any) -> Iterator[None]:
+    """An OSError says what could not be written, and that the rest stands."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{what} could not be written to {place}: {error.strerror or error}; what was committed before stands, "
+            "repeat the call once that is repaired",
+        ) from error
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """What is measured of some samples at one checkpoint, `[n, t, k]` and `[n, t]`; see `write_block`."""
+
+    sketches: Float32
+    norms: Float32
+    losses: Float32 | None = None
+    timesteps: npt.NDArray[np.int64] | None = None
+    contents: npt.NDArray[np.uint64] | None = None
+
+    def each(self, change: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]) -> Rows:
+        """The same change of all that there is, such as some of the samples."""
+        return replace(self, **{name: change(values) for name, values in vars(self).items() if values is not None})
+
+    @staticmethod
+    def joined(several: Sequence[Rows]) -> Rows:
+        """Several, one after the other."""
+        if len(several) == 1:
+            return several[0]
+        there = [name for name, values in vars(several[0]).items() if values is not None]
+        return replace(several[0], **{name: np.concatenate([vars(one)[name] for one in several]) for name in there})
+
+
+def chunks_of(
+    part: Part, checkpoint: str, block: int, ids: npt.NDArray[Any], rows: Rows, place: int | None = None
+) -> dict[str, NewChunk]:
+    """The chunks of one block by quantity, made while they are written; the samples' ids are for messages.
+
+    Args:
+        part: laid out.
+        checkpoint: its name.
+        block: number of the block, for messages.
+        ids: of its samples, `[n]`.
+        rows: of them.
+        place: the chunks' place in the arrays; None for `block`.
+
+    Raises:
+        ValueError: shapes that do not fit, a loss or a norm that is not finite; a sketch is told when it is written.
+    """
+    count, sketches = len(ids), rows.sketches
+    steps = rows.timesteps if rows.timesteps is not None else np.tile(np.arange(sketches.shape[1]), (count, 1))
+    for what, plane in (("loss", rows.losses), ("gradient norm", rows.norms)):
         if plane is not None:
-            _check_finite(plane, what, checkpoint, part.ids[samples], steps)
+            _check_finite(plane, what, checkpoint, ids, steps)
     given: dict[str, Any] = {
         "sketch": sketches,
-        "norm": norms,
-        "loss": losses,
-        "timestep": timesteps,
-        CONTENT: contents,
+        "norm": rows.norms,
+        "loss": rows.losses,
+        "timestep": rows.timesteps,
+        CONTENT: rows.contents,
     }
-    count = samples.stop - samples.start
     scale = np.empty((count, *part.shape[1:2]), np.float32)
 
     def stored() -> Iterator[npt.NDArray[Any]]:
@@ -213,10 +276,10 @@ def write_block(
         size = max(1, objects.SLICE // (math.prod(array.shape[1:]) * array.dtype.itemsize))
         for start in range(0, count, size):
             some = slice(start, start + size)
-            rows, scale[some] = encode(sketches[some], part.meta["dtype"])
+            encoded, scale[some] = encode(sketches[some], part.meta["dtype"])
             if part.meta["dtype"] == "float32" or not np.isfinite(scale[some]).all():
-                _check_finite(sketches[some], "gradient", checkpoint, part.ids[samples][some], steps[some])
-            yield rows
+                _check_finite(sketches[some], "gradient", checkpoint, ids[some], steps[some])
+            yield encoded
 
     # sketch is the first of the quantities, so that scale is full when its turn comes
     values: dict[str, Iterable[Any]] = {name: [array] for name, array in given.items()}
@@ -230,18 +293,8 @@ def write_block(
                 f"block {block} of checkpoint {checkpoint!r} needs {quantity} of shape {expected}, got "
                 f"{np.shape(given[quantity])}."
             )
-        chunks[quantity] = NewChunk(array, block, values[quantity])
-    try:
-        objects.write_all(part.root, {part.chunk_key(checkpoint, name, block): new for name, new in chunks.items()})
-        checksums = {name: new.checksum for name, new in chunks.items()}
-        record = commits.pack(part.meta["digest"], checkpoint, block, checksums)
-        objects.write_all(part.root, {commits.commit_key(checkpoint, block): record})
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"block {block} of checkpoint {checkpoint!r} could not be written to {part.place}: "
-            f"{error.strerror or error}; what was committed before stands, repeat the call once that is repaired",
-        ) from error
+        chunks[quantity] = NewChunk(array, block if place is None else place, values[quantity])
+    return chunks
 
 
 def _check_finite(
@@ -257,137 +310,3 @@ def _check_finite(
             f"the {what} is NaN or infinite at checkpoint {checkpoint!r}, sample {ids[sample]}, timestep "
             f"{steps[sample, timestep]}; check that checkpoint and that image, or leave them out."
         )
-
-
-def write_store(
-    out: Url,
-    sketches: Mapping[str, Any],
-    *,
-    norms: Mapping[str, Any] | None = None,
-    losses: Mapping[str, Any] | None = None,
-    timesteps: Mapping[str, Any] | Sequence[int] | npt.NDArray[Any] | None = None,
-    ids: Sequence[Any] | npt.NDArray[Any] | None = None,
-    weights: Mapping[str, float] | Sequence[float] | None = None,
-    dtype: Dtype = "int8",
-    columns: Mapping[str, Any] | None = None,
-    layout: Layout | None = None,
-) -> SketchStore:
-    """Make a SketchStore out of arrays, for those who bring their own gradients.
-
-    Called again with the same arrays after it was interrupted, or a repair, it writes the blocks that are missing.
-
-    Args:
-        out: path, fsspec URL, or None for memory.
-        sketches: {checkpoint: raw sketches `[n, t, k]`}, unnormalised, scaled so that inner products estimate those of
-            the gradients.
-        norms: {checkpoint: L2 norms of the full gradients `[n, t]`}; None: the sketches' own norms.
-        losses: {checkpoint: `[n, t]`}.
-        timesteps: {checkpoint: `[n, t]`}, or one list `[t]` for all samples.
-        ids: `[n]` unique integers or strings, default 0 .. n-1.
-        weights: w_c per checkpoint, a mapping or in the order of `sketches`; default 1.
-        dtype: "int8", "float16", "bfloat16" or "float32".
-        columns: {name: `[n]`}, what is known of the samples (label, path, group, ...).
-        layout: how samples are cut into blocks; None chooses.
-
-    Returns:
-        the complete store.
-
-    Raises:
-        ValueError: shapes that do not fit each other, values that are not finite, negative norms, timesteps that are no
-            integers, ids given twice, `out` in use: by a complete store, or by the beginning of one of other arrays.
-
-    >>> store = write_store(None, {"final": np.eye(3)[:, None]}, ids=["a", "b", "c"])
-    >>> store.shape
-    (3, 1, 3)
-    >>> store.norms("final").ravel()
-    array([1., 1., 1.], dtype=float32)
-    """
-    arrays = {name: np.asarray(value, dtype=np.float32) for name, value in sketches.items()}
-    if not arrays:
-        raise ValueError("write_store got no checkpoint; give sketches={'name': array [n, t, k]}.")
-    shape = next(iter(arrays.values())).shape
-    for name, array in arrays.items():
-        if array.ndim != 3 or array.shape != shape or 0 in shape:
-            raise ValueError(
-                f"sketches of checkpoint {name!r} have shape {array.shape}; all must share one non-empty [n, t, k]."
-            )
-    n, t, k = shape
-    weight_of = dict(weights) if isinstance(weights, Mapping) else _zip_weights(arrays, weights)
-    if set(weight_of) != set(arrays):
-        raise ValueError(
-            f"weights are given for {sorted(weight_of)}, sketches for {sorted(arrays)}; give one for each."
-        )
-    planes = {
-        "norms": {name: _lengths(array) for name, array in arrays.items()} if norms is None else norms,
-        "losses": losses,
-        "timesteps": _timestep_tables(timesteps, arrays, n),
-    }
-    checked = {name: None if plane is None else _planes(name, plane, arrays, (n, t)) for name, plane in planes.items()}
-    store = create_store(
-        out,
-        shape=(n, t, k),
-        ids=check_ids(ids, n),
-        weights={name: float(weight_of[name]) for name in arrays},
-        fingerprint={"projection": {"kind": "given", "dim": k}},
-        dtype=dtype,
-        quantities=[q for q, plane in (("loss", losses), ("timestep", timesteps)) if plane is not None],
-        columns=columns,
-        layout=layout,
-    )
-    if store.is_complete:
-        raise ValueError(f"{out} already holds a store; choose another path.")
-    for name, array in arrays.items():
-        for block, samples in enumerate(store.blocks):
-            part = {key: None if plane is None else plane[name][samples] for key, plane in checked.items()}
-            norm = part["norms"].astype(np.float32)  # type: ignore[union-attr]
-            if store.committed(name)[block]:
-                _check_same(store, name, samples, array[samples], norm)
-                continue
-            write_block(store, name, block, array[samples], norm, losses=part["losses"], timesteps=part["timesteps"])
-    return store
-
-
-def _check_same(store: SketchStore, name: str, samples: slice, sketches: Float32, norms: Float32) -> None:
-    """Raise ValueError unless a block that is there holds these sketches and norms."""
-    there = decode(*encode(sketches, store.meta["dtype"]))
-    if not (np.array_equal(there, store.sketches(name, samples)) and np.array_equal(norms, store.norms(name, samples))):
-        raise ValueError(
-            f"{store.url} was begun with other arrays: samples {samples.start} .. {samples.stop - 1} of checkpoint "
-            f"{name!r} differ; choose another path."
-        )
-
-
-def _zip_weights(arrays: Mapping[str, Any], weights: Sequence[float] | None) -> dict[str, float]:
-    values = [1.0] * len(arrays) if weights is None else list(weights)
-    if len(values) != len(arrays):
-        raise ValueError(f"got {len(values)} weights for {len(arrays)} checkpoints; give one for each.")
-    return dict(zip(arrays, values, strict=True))
-
-
-def _timestep_tables(timesteps: Any, arrays: Mapping[str, Any], n: int) -> Mapping[str, Any] | None:
-    if timesteps is None or isinstance(timesteps, Mapping):
-        return timesteps
-    table = np.asarray(timesteps)
-    return {name: np.tile(table, (n, 1)) if table.ndim == 1 else table for name in arrays}
-
-
-def _lengths(rows: Float32) -> npt.NDArray[np.float64]:
-    """Of the last axis, without a copy in float64, beyond whose range no square falls."""
-    lengths: npt.NDArray[np.float64] = np.sqrt(np.einsum("ntk,ntk->nt", rows, rows, dtype=np.float64))
-    return lengths
-
-
-def _planes(
-    what: str, planes: Mapping[str, Any], arrays: Mapping[str, Any], shape: tuple[int, int]
-) -> dict[str, npt.NDArray[Any]]:
-    if set(planes) != set(arrays):
-        raise ValueError(f"{what} are given for {sorted(planes)}, sketches for {sorted(arrays)}; give the same.")
-    checked = {name: np.asarray(planes[name]) for name in arrays}
-    for name, plane in checked.items():
-        if plane.shape != shape:
-            raise ValueError(f"{what} of checkpoint {name!r} have shape {plane.shape}; its sketches need {shape}.")
-        if what == "norms" and (plane < 0).any():
-            raise ValueError(f"norms of checkpoint {name!r} are negative, such as {plane[plane < 0][0]}; give lengths.")
-        if what == "timesteps" and plane.dtype.kind not in "iu":
-            raise ValueError(f"timesteps of checkpoint {name!r} have dtype {plane.dtype}; give integers.")
-    return checked

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 import retrac_scale as rs
 from retrac_scale.index.approximate import product_of
+from retrac_scale.index.chunk import Chunk
 from retrac_scale.index.plain import FREE_QUERIES, Light
-from retrac_scale.index.scan import Chunk, merge, scores, top
+from retrac_scale.index.scan import merge, scores, top
 
 DTYPES = ("int8", "float16", "float32")
 

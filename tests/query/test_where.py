@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import retrac_scale as rs
-from retrac_scale.columns import Texts
+from retrac_scale.columns import Places, Texts
 from retrac_scale.query.where import which
 
 N = 60
@@ -76,7 +76,8 @@ def test_an_expression_says_of_each_sample_what_python_does(expression: str) -> 
 
 
 def test_ids_that_are_texts_compare_as_texts() -> None:
-    for expression in ("id >= 'picture-50'", "'picture-50' <= id", "id in ['picture-03', 'picture-59', 'nobody']"):
+    listed = "id in ['picture-03', 'picture-59', 'nobody', '']"
+    for expression in ("id >= 'picture-50'", "'picture-50' <= id", listed):
         expected = [bool(eval(expression, {}, {"id": sample})) for sample in index(True).ids.tolist()]
         assert which(expression, index(True)).tolist() == expected  # type: ignore[union-attr]
 
@@ -101,6 +102,8 @@ def test_ids_that_are_texts_compare_as_texts() -> None:
         ("year ** 9 > 1", "use column names, values, comparisons"),
         ("year == None", "use column names, values, comparisons"),
         ("year ==", "is no expression"),
+        (" or ".join(["artist < licence"] * 5), "compares texts too often: two columns count for 16"),
+        (" or ".join(["year // 2 == 1"] * 22), "where= has 67 operations; at most 64"),
         (" or ".join(["year == 1"] * 70), "where= has 71 operations; at most 64"),
         ("(" * 900 + "year" + ")" * 900, "is no expression"),
         ("open or " * 300 + "open", "characters; at most 2000 are read"),
@@ -133,3 +136,13 @@ def test_texts_come_back_from_their_codes() -> None:
     assert column.codes.dtype == np.int32
     np.testing.assert_array_equal(column.values, np.unique(COLUMNS["artist"]))
     np.testing.assert_array_equal(index().columns["artist"], COLUMNS["artist"])
+
+
+def test_places_are_found_of_numbers_and_texts_in_any_order_and_of_nothing_else() -> None:
+    for ids in (np.array([5, 2, 9]), np.array([2, 5, 9]), np.array(["b", "äa", "c"]), np.array(["a", "b", "c"])):
+        places = Places(ids)
+        assert places.find(ids[::-1]).tolist() == [2, 1, 0]
+        assert places.find(np.array(["d" * 1000, "7", ids[0]])).tolist() == [-1, -1, 0 if ids.dtype.kind == "U" else -1]
+        assert places.find([2**63, 3]).tolist() == [-1, -1]
+        assert places.find([True]).tolist() == [-1]
+    assert Places(np.empty(0, np.int64)).find([1]).tolist() == [-1]

@@ -1,0 +1,59 @@
+"""Consecutive samples of an index, as a scan takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from retrac_scale.arrays import Bools, Float32, Float64
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Rows of consecutive samples, letters: c checkpoint, n row of the chunk, k entry.
+
+    Attributes:
+        rows: for each c, stored rows `[n, k]`; row x scale is the estimator's row times w_c.
+        scale: `[c, n]`.
+        norm: no less than |row| x |scale|, `[c, n]`.
+        ids: `[n]`.
+        mask: which rows count, `[n]`; None for all.
+        kept: whether the rows stay in reach anyway, at no cost: views of a file that stays mapped.
+        alive: which rows are those of samples that are not deleted, `[n]`; None for all.
+    """
+
+    rows: Sequence[npt.NDArray[Any]]
+    scale: Float32
+    norm: Float32
+    ids: npt.NDArray[Any]
+    mask: Bools | None = None
+    kept: bool = False
+    alive: Bools | None = None
+
+    @cached_property
+    def longest(self) -> Float64:
+        """The largest norm of each checkpoint, `[c]`."""
+        longest: Float64 = self.norm.max(1).astype(np.float64)
+        return longest
+
+    @property
+    def samples(self) -> npt.NDArray[Any]:
+        """The ids of those that are not deleted."""
+        return self.ids if self.alive is None else self.ids[self.alive]
+
+    def row(self, sample: int) -> int:
+        """The row of a sample, by its place among those that are not deleted."""
+        return sample if self.alive is None else int(np.flatnonzero(self.alive)[sample])
+
+    def counting(self, mask: Bools | None) -> Bools | None:
+        """Which rows count, of which samples that are not deleted do."""
+        if self.alive is None or mask is None:
+            return self.alive if mask is None else mask
+        rows = np.zeros(len(self.ids), bool)
+        rows[self.alive] = mask
+        return rows

@@ -1,0 +1,143 @@
+"""Segments of an index: rows of consecutive samples, written once and never changed, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.storage import StorePath
+
+from retrac_scale.arrays import Bools, Int64
+from retrac_scale.columns import Column, Texts
+from retrac_scale.index.columns import column_names, read_column
+from retrac_scale.store import objects
+from retrac_scale.store.part import ROOT
+from retrac_scale.store.schema import blocks, get_array, get_group, new_array
+
+ARRAYS = ("row", "scale", "norm", "id")
+FOLDER, DELETED, KEPT = "segments", "deleted", "kept"
+AT_ROOT = (*ARRAYS, KEPT, "column")
+UNSEALED = (ROOT, f"{FOLDER}/{ROOT}", f"{DELETED}/{ROOT}")
+"""Objects of an index that no seal is about: its description, and what holds nothing."""
+MOST = 64
+"""Segments of an index; beyond, it is built whole."""
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Rows of those of the store's samples `start` .. `stop` that were not deleted when it was written.
+
+    Attributes:
+        root: the index's group.
+        name: "" for the segment at the root, else its name below `segments`.
+        start: place in the store of the first sample that it is about.
+        stop: behind the last.
+    """
+
+    root: zarr.Group
+    name: str
+    start: int = 0
+    stop: int = 0
+
+    @property
+    def prefix(self) -> str:
+        """What the keys of its objects begin with."""
+        return prefix_of(self.name)
+
+    @cached_property
+    def group(self) -> zarr.Group:
+        """Its own group."""
+        return get_group(self.root, self.prefix.rstrip("/")) if self.name else self.root
+
+    @cached_property
+    def arrays(self) -> dict[str, zarr.Array[Any]]:
+        """Its arrays by name."""
+        return {name: get_array(self.group, name) for name in ARRAYS}
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(c, n, k)."""
+        c, n, k = self.arrays["row"].shape
+        return c, n, k
+
+    @property
+    def chunks(self) -> list[slice]:
+        """Ranges of its rows that are one chunk each."""
+        return blocks(self.shape[1], self.arrays["row"].chunks[1])
+
+    @cached_property
+    def places(self) -> Int64:
+        """Where the sample of each row stands in the store, `[n]`."""
+        if self.shape[1] == self.stop - self.start:
+            return np.arange(self.start, self.stop)
+        kept = unpacked(get_array(self.group, KEPT), self.stop - self.start)
+        return self.start + np.flatnonzero(kept)
+
+    def described(self) -> dict[str, Any]:
+        """What the index's description says of it."""
+        return {"name": self.name, "start": self.start, "stop": self.stop}
+
+
+def segments_of(root: zarr.Group, meta: Mapping[str, Any]) -> list[Segment]:
+    """The segments of an index, those of earlier releases in one."""
+    return [Segment(root, **one) for one in meta.get("segments", [{"name": ""}])]
+
+
+def prefix_of(name: str) -> str:
+    """What the keys of a segment's objects begin with."""
+    return f"{FOLDER}/{name}/" if name else ""
+
+
+def column_of(segments: Sequence[Segment], name: str, some: slice = slice(None)) -> Column:
+    """A column of all segments, or of the same samples of each."""
+    read = [read_column(segment.group, name, some) for segment in segments]
+    if len(read) == 1:
+        return read[0]
+    if not isinstance(read[0], Texts):
+        return np.concatenate([np.asarray(values) for values in read])
+    texts = [values for values in read if isinstance(values, Texts)]
+    values = np.unique(np.concatenate([one.values for one in texts]))
+    codes = [np.searchsorted(values, one.values).astype(np.int32)[one.codes] for one in texts]
+    return Texts(values, np.concatenate(codes))
+
+
+def names_of_columns(segments: Sequence[Segment]) -> list[str]:
+    """Names of the user's columns, sorted."""
+    return column_names(segments[0].group)
+
+
+def write_packed(root: zarr.Group, name: str, values: Bools) -> None:
+    """Write booleans `[n]`, eight to a byte."""
+    packed = np.packbits(values)
+    new_array(root, name, shape=packed.shape, chunks=packed.shape, dtype="uint8", dims=["byte"])[:] = packed
+
+
+def unpacked(array: zarr.Array[Any], count: int) -> Bools:
+    """What `write_packed` wrote."""
+    return np.unpackbits(np.asarray(array[:]), count=count).astype(bool)
+
+
+def holds(names: Sequence[str], deleted: str | None, key: str) -> bool:
+    """Whether an object belongs to one of some segments, or is the mark of deleted samples of that name."""
+    first, _, rest = key.partition("/")
+    if key.endswith(".partial"):
+        return False
+    if first == FOLDER:
+        return rest.partition("/")[0] in {*names} - {""}
+    if first == DELETED:
+        return rest.partition("/")[0] == deleted
+    return "" in names and first in AT_ROOT
+
+
+def sweep(place: StorePath, names: Sequence[str], deleted: str | None) -> None:
+    """Remove segments but those of some names, and marks of deleted samples but those of one."""
+    for folder in AT_ROOT if "" not in names else ():
+        objects.delete_folder(place, folder)
+    for above, held in ((FOLDER, {*names}), (DELETED, {deleted})):
+        for name in objects.names(place, above):
+            if name not in held and name != ROOT:
+                objects.delete_folder(place, f"{above}/{name}")

@@ -1,0 +1,88 @@
+"""A service follows its indexes: it answers while its store grows, and takes in what was built again at its place."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from starlette.testclient import TestClient
+
+import retrac_scale as rs
+from retrac_scale.report.pictures import Pictures
+from retrac_scale.serve import create_app
+from retrac_scale.serve.library import Library
+
+RNG = np.random.default_rng(0)
+ROWS = RNG.standard_normal((60, 1, 8))
+QUERIES = rs.write_store(None, {"c": RNG.standard_normal((2, 1, 8))}, timesteps=[3])
+
+
+def append(out: Path, rows: slice) -> rs.SketchStore:
+    with rs.StoreWriter(out) as writer:
+        writer.append(np.arange(60)[rows], {"c": ROWS[rows]}, timesteps=[3])
+    return rs.open_store(out)
+
+
+def library(place: Path) -> Library:
+    index = rs.open_index(place)
+    pictures = np.zeros((index.shape[1], 4, 4), np.uint8)
+    return Library({"TracIn": index}, Pictures(pictures, index.ids, pictures[:2]), queries=QUERIES)
+
+
+def until(wanted: Callable[[], Any]) -> Any:
+    ends = time.monotonic() + 20
+    while not (found := wanted()):
+        assert time.monotonic() < ends
+        time.sleep(0.02)
+    return found
+
+
+def test_an_index_that_grew_is_taken_in_while_the_old_one_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retrac_scale.serve.following.LOOK", 0.05)
+    monkeypatch.setattr("retrac_scale.serve.following.AFTER_FAILURE", 0.05)
+    place, loads = tmp_path / "i", [OSError("the pictures are late"), None]
+
+    def renew() -> Library:
+        if (error := loads.pop(0)) is not None:
+            raise error
+        return library(place)
+
+    rs.build_index(append(tmp_path / "s", slice(0, 40)), rs.TracIn(), place)
+    app = create_app(library(place), renew=renew)
+    with TestClient(app, raise_server_exceptions=False) as client:
+
+        def state() -> Any:
+            return client.get("/health").json()["indexes"]["TracIn"]
+
+        def ids(**options: Any) -> set[str]:
+            asked = {"source": "queries", "ids": ["0"], "k": 60, **options}
+            response = client.post("/api/query", json=asked)
+            assert response.status_code == 200, response.text
+            lists = response.json()["queries"][0]["lists"]["TracIn"]
+            return {one["id"] for side in lists.values() for one in side}
+
+        assert (state(), len(ids())) == ("ready", 40)
+        store = append(tmp_path / "s", slice(40, 60))
+        assert (state(), len(ids())) == ("behind", 40)
+        assert len(ids(source="training", ids=["7"])) == 39
+        explained = {"source": "queries", "id": "0", "sample": "7", "index": "TracIn"}
+        assert client.post("/api/explain", json=explained).status_code == 200
+        rs.build_index(store, rs.TracIn(), place)
+        until(lambda: state() == "not loaded" or not loads)
+        until(lambda: state() == "ready")
+        assert len(ids()) == 60
+        assert client.get("/api/about").json()["samples"] == 60
+        store.delete([5])
+        response = client.post("/api/query", json={"source": "queries", "ids": ["0"]})
+        assert (response.status_code, "build the index again" in response.json()["detail"]) == (503, True)
+        assert client.get("/health").status_code == 503
+        loads.append(None)
+        rs.build_index(store, rs.TracIn(), place)
+        until(lambda: client.get("/health").status_code == 200 and state() == "ready")
+        assert ids() == {str(i) for i in range(60)} - {"5"}

@@ -1,0 +1,96 @@
+"""What stands before the routes: a client that leaves, a service that ends."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+import retrac_scale as rs
+from retrac_scale.query.where import NotWantedError, which
+from retrac_scale.serve import Limits
+from retrac_scale.serve.guard import Guard
+
+SCOPE: dict[str, Any] = {"type": "http", "path": "/api/query", "method": "POST", "headers": []}
+BODY = {"type": "http.request", "body": b"{}", "more_body": False}
+
+
+class Answering:
+    """An application that reads the body and then takes its time."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.ended: list[str] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        assert (await receive())["body"] == b"{}"
+        try:
+            await asyncio.sleep(self.seconds)
+        except asyncio.CancelledError:
+            self.ended.append("cancelled")
+            raise
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        self.ended.append("answered")
+
+
+def asked(application: Answering, stay: float, patience: float) -> list[Any]:
+    """What is sent to a client that leaves after `stay` seconds, by a server that ends after `patience`."""
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def run() -> None:
+        messages = [BODY]
+
+        async def receive() -> Any:
+            if messages:
+                return messages.pop()
+            await asyncio.sleep(stay)
+            return {"type": "http.disconnect"}
+
+        task = asyncio.create_task(Guard(application, None, Limits())(SCOPE, receive, send))
+        done, _ = await asyncio.wait({task}, timeout=patience)
+        if not done:
+            task.cancel()
+            await asyncio.wait({task})
+        await task
+
+    asyncio.run(run())
+    return sent
+
+
+def test_a_question_ends_when_its_client_leaves() -> None:
+    application = Answering(60)
+    assert asked(application, stay=0.05, patience=30) == []
+    assert application.ended == ["cancelled"]
+
+
+def test_a_client_that_waits_when_the_service_ends_is_told_so_and_others_are_answered() -> None:
+    application = Answering(60)
+    start, body = asked(application, stay=60, patience=0.05)
+    assert (start["status"], body["body"]) == (503, b'{"detail": "the service is ending; ask again soon."}')
+    assert application.ended == ["cancelled"]
+    application = Answering(0)
+    (start,) = asked(application, stay=60, patience=30)
+    assert start["status"] == 200
+    assert application.ended == ["answered"]
+
+
+def test_an_expression_is_worked_out_for_as_long_as_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("retrac_scale.query.where.TILE", 2)
+    store = rs.write_store(None, {"c": np.ones((8, 1, 4))}, columns={"year": np.arange(8)})
+    index, gone = rs.build_index(store, rs.TracIn(), None), threading.Event()
+    tiles: list[int] = []
+
+    def wanted() -> bool:
+        tiles.append(1)
+        return len(tiles) < 3
+
+    with pytest.raises(NotWantedError):
+        which("year > 2", index, wanted)
+    assert len(tiles) == 3  # of four
+    assert which("year > 2", index, lambda: not gone.is_set()).tolist() == [False] * 3 + [True] * 5  # type: ignore[union-attr]
