@@ -12,11 +12,13 @@ const LUCK = 0.5;
 const LONGEST = 22;
 const HUB_SHARE = 0.5;
 const shown = { search: "", columns: new Map(), sides: new Set(SIDES), hidden: new Set(), pages: 1 };
-// The live page replaces these: how an explanation, a query's group totals, and what its halves share are had.
+// The live page replaces these: how an explanation, a query's group totals, and what its halves share are had, and what
+// can be done with a query.
 const source = {
   explain: (query, estimator, result) => result.explanation,
   groups: (query, column) => query.groups[column],
   shared: (query) => query.shared || {},
+  tools: () => [],
 };
 
 const at = (id) => document.getElementById(id);
@@ -201,8 +203,8 @@ function article(query, lists) {
   });
   if (lines.size) tellShared(query, lines);
   const groups = query.groupColumns || Object.keys(query.groups || {});
-  return h("article", { className: "query card", ariaLabel: `Query ${query.id}` },
-    h("figure", { className: "asked" }, picture(query.picture, `query ${query.id}`), h("figcaption", { title: query.id }, query.label || `query ${shortName(query.id)}`)),
+  return h("article", { className: query.whole ? "query part card" : "query card", ariaLabel: query.whole ? query.label : `Query ${query.id}` },
+    h("figure", { className: "asked" }, picture(query.picture, `query ${query.id}`), h("figcaption", { title: query.id }, query.label || `query ${shortName(query.id)}`), source.tools(query)),
     h("div", { className: "estimators" }, columns),
     h("div", { className: "details" }, groups.map((column) => groupDetails(query, column))));
 }

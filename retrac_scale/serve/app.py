@@ -183,8 +183,9 @@ class Service:
 
     async def root(self) -> HTMLResponse:
         """The page."""
-        live = resources.files("retrac_scale.serve").joinpath("live.js").read_text(encoding="utf-8")
-        return HTMLResponse(page(self.title, {"title": self.title, "live": True}, live))
+        own = resources.files("retrac_scale.serve")
+        scripts = [own.joinpath(name).read_text(encoding="utf-8") for name in ("regions.js", "live.js")]
+        return HTMLResponse(page(self.title, {"title": self.title, "live": True}, *scripts))
 
     async def health(self) -> Json:
         """Whether the service is up."""

@@ -131,6 +131,7 @@ class Library:
             "samples": len(self._ids),
             "sources": [*(["queries"] if self.queries else []), *(["training"] if self._training_ids else [])],
             "uploads": self.measured is not None,
+            "size": None if self.measured is None else [*reversed(self.image_shape[1:])],
             "columns": {
                 name: [plain(value) for value in values] if len(values) <= MOST_CHOICES else None
                 for name, values in columns.items()
@@ -223,6 +224,8 @@ class Library:
         """
         if asked.source == "uploads":
             whole, _ = self._upload(asked)
+            if asked.id in self._uploads:  # its parts do not push it out
+                self._uploads.move_to_end(asked.id)
         else:
             pictures = self.pictures
             training = asked.source == "training"

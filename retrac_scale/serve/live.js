@@ -47,10 +47,11 @@ function take({ queries: answered, samples: shownSamples }, where) {
     if (place >= 0) queries.splice(place, 1);
     queries.unshift({ ...query, where, groupColumns: about.group_columns });
   }
-  for (const query of queries) {
+  for (const query of queries.filter((one) => !one.whole)) {
     const label = { queries: `query ${shortName(query.id)}`, training: `training sample ${shortName(query.id)}`, uploads: "upload" }[query.source];
     query.label = query.note ? `${label}, ${query.note}` : label;
   }
+  closePart();
   choose("answers");
   draw();
 }
@@ -146,6 +147,7 @@ async function begin() {
   if (call.token) sessionStorage.setItem("token", call.token);
   history.replaceState(null, "", location.pathname);
   found.curve = about.curve;
+  if (about.uploads) drawPart();
   draw();
   await drawAsk(); // opens with the first picture
   tellTrust();
