@@ -128,6 +128,26 @@ class IndexReader:
             self._chunks[number] = chunk
         return chunk
 
+    def rows_at(self, ids: npt.NDArray[Any]) -> Float32:
+        """The training rows of some samples of the index, with the checkpoint weights, `[m, c k]`."""
+        known, order = self._sorted
+        places = order[np.searchsorted(known, ids)]
+        numbers = np.searchsorted([samples.stop for samples in self.chunks], places, side="right")
+        c, _, k = self.shape
+        rows = np.empty((len(ids), c * k), np.float32)
+        for number in np.unique(numbers).tolist():
+            chunk, here = self.chunk(number), np.flatnonzero(numbers == number)
+            own = places[here] - self.chunks[number].start
+            for place, (stored, scale) in enumerate(zip(chunk.rows, chunk.scale, strict=True)):
+                rows[here, place * k : (place + 1) * k] = stored[own] * scale[own, None]
+        return rows
+
+    @functools.cached_property
+    def _sorted(self) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+        """Ids in order, and where each stands."""
+        order = np.argsort(self.ids, kind="stable")
+        return self.ids[order], order
+
     def _plane(self, name: str, number: int) -> Float32:
         views = [self._fetched(name, c, number) for c in range(self.shape[0])]
         return views[0] if len(views) == 1 else np.concatenate(views)

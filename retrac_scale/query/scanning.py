@@ -86,8 +86,8 @@ class Scan:
         found: Found = compute(runs, self.client)[0]
         return found
 
-    def groups(self, group_by: str | npt.ArrayLike) -> Groups:
-        """Each lane's k best groups.
+    def groups(self, group_by: str | npt.ArrayLike, left_out: list[npt.NDArray[Any]] | None = None) -> Groups:
+        """Each lane's k best groups, some samples left out, for each query.
 
         Sums are formed in an order that depends on the index's chunks and the mask alone.
         """
@@ -96,7 +96,7 @@ class Scan:
         runs = [chunks[i : i + GROUP_CHUNKS] for i in range(0, len(chunks), GROUP_CHUNKS)]
         question = self.question
         excluded = self.query_ids if question.exclude_self else None
-        common = (question.signs, excluded, question.reduce, len(labels))
+        common = (question.signs, excluded, left_out, question.reduce, len(labels))
         level = self._tasks("group", group_run, runs, common, codes)
         while len(level) > 1:
             merged = delayed(merge_groups)

@@ -225,7 +225,19 @@ function strip(query, estimator, side, results, scale) {
     h("span", { className: "unseen" }, `${error}, rank ${rank}${near ? ", order against the next not resolved" : ""}`));
   });
   return h("ol", { className: `strip ${side}`, ariaLabel: `${side} of query ${query.id} under ${estimator}`, onkeydown: rove },
-    buttons.map((button) => h("li", {}, button)));
+    buttons.map((button, place) => h("li", {}, button, results[place].result.copies ? copiesOf(results[place].result) : null)));
+}
+
+// What was folded into a result, behind it when it is asked for.
+function copiesOf({ copies }) {
+  const count = `and ${copies.length} ${copies.length > 1 ? "copies" : "copy"}`;
+  const toggle = h("button", { type: "button", className: "copies link", tabIndex: -1, ariaExpanded: "false", onclick: () => {
+    const open = toggle.getAttribute("aria-expanded") === "false";
+    toggle.setAttribute("aria-expanded", String(open));
+    if (open) toggle.parentElement.after(...copies.map((id) => h("li", { className: "result copy", title: `sample ${id}` }, picture(samples.get(id).picture, `copy ${id}`), h("span", { className: "name" }, shortName(id)))));
+    else copies.forEach(() => toggle.parentElement.nextElementSibling.remove());
+  } }, count);
+  return toggle;
 }
 
 function bar({ score, error }, scale) {

@@ -260,7 +260,8 @@ class Library:
             for place, one in enumerate(asked)
         ]
         results = (x for lists in answers.values() for sides in lists for side in sides.values() for x in side)
-        return {"queries": queries, "samples": {x["id"]: self.sample(x["id"]) for x in results}}
+        named = (name for x in results for name in (x["id"], *x.get("copies", ())))
+        return {"queries": queries, "samples": {name: self.sample(name) for name in named}}
 
     def _shown(self, asked: Asked) -> Json:
         """Picture and note of a query."""

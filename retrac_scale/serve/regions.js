@@ -213,15 +213,15 @@ async function askPart() {
   if (asking.now) return;
   asking.now = true;
   say("", "Asking …");
-  const where = at("where").value || null;
+  const like = wanted();
   const { query, rest } = drawn;
   try {
     const region = drawn.painted ? { mask: await png(drawn.mask) } : { box: drawn.box };
     const what = `${rest ? "all but " : ""}${drawn.painted ? "what is painted" : `box ${drawn.box.join(", ")}`}`;
     const shownPart = document.createElement("canvas");
     paint(shownPart);
-    const answer = await post("/api/region", { source: query.source, id: query.id, ...region, rest, k: Number(at("k").value), where });
-    if (drawn.query === query) takePart(answer, { where, whole: query, label: `${query.label}, ${what}`, picture: shownPart.toDataURL() });
+    const answer = await post("/api/region", { source: query.source, id: query.id, ...region, rest, ...like });
+    if (drawn.query === query) takePart(answer, { ...like, whole: query, label: `${query.label}, ${what}`, picture: shownPart.toDataURL() });
     say("");
   } catch (error) {
     say(error.message);

@@ -20,6 +20,7 @@ from retrac_scale.measurement.halves import repeatability_of_rows
 from retrac_scale.report import Pictures, norm_curve, write_report
 from retrac_scale.serve import Limits, create_app
 from retrac_scale.serve.library import Library
+from tests.query.test_copies import planted
 from tests.served import HOSTILE, QUERIES, build, running
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the page is tested with playwright, not installed here")
@@ -190,6 +191,24 @@ def test_captions_keep_what_tells_two_pictures_apart(page: Any, folder: Path) ->
     assert told["images/apple/apple.png"] == "apple"
     assert told["images/google/pear.png"] == "google/pear"
     assert {told[name][-2:] for name in names[-2:]} == {"-a", "-b"}
+
+
+def test_copies_stand_behind_the_best_of_them_when_they_are_unfolded(page: Any, folder: Path) -> None:
+    index, queries, _, _ = planted()
+    answer = index.query(queries, 3, duplicates="fold")
+    assert answer.copies is not None
+    pictures = Pictures(np.random.default_rng(0).random((len(index.ids), 8, 8)), index.ids, np.zeros((3, 8, 8)))
+    page.goto(write_report(folder / "copies.html", {"TracIn": answer}, pictures).as_uri())
+    assert shown(page) == [str(name) for name in answer.ids.ravel()]
+    toggle = page.get_by_role("button", name="and 5 copies").first
+    toggle.click()
+    unfolded = page.locator(".copy img").evaluate_all("x => x.map(i => i.alt)")
+    assert unfolded == [f"copy {name}" for name in answer.copies[0, 0]]
+    page.locator("article").first.locator(".result").first.focus()
+    page.keyboard.press("ArrowRight")
+    assert toggle.evaluate("x => x === document.activeElement")
+    page.keyboard.press("Enter")
+    assert page.locator(".copy").count() == 0
 
 
 def test_search_and_filters_leave_what_matches(page: Any, file: str, library: Library) -> None:
