@@ -130,8 +130,7 @@ class IndexReader:
 
     def rows_at(self, ids: npt.NDArray[Any]) -> Float32:
         """The training rows of some samples of the index, with the checkpoint weights, `[m, c k]`."""
-        known, order = self._sorted
-        places = order[np.searchsorted(known, ids)]
+        places = self.places_of(ids)
         numbers = np.searchsorted([samples.stop for samples in self.chunks], places, side="right")
         c, _, k = self.shape
         rows = np.empty((len(ids), c * k), np.float32)
@@ -141,6 +140,11 @@ class IndexReader:
             for place, (stored, scale) in enumerate(zip(chunk.rows, chunk.scale, strict=True)):
                 rows[here, place * k : (place + 1) * k] = stored[own] * scale[own, None]
         return rows
+
+    def places_of(self, ids: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+        """Where samples of the index stand in `ids`."""
+        known, order = self._sorted
+        return order[np.searchsorted(known, ids)]
 
     @functools.cached_property
     def _sorted(self) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
@@ -203,6 +207,11 @@ class IndexReader:
         Raises:
             ValueError: the queries were sketched otherwise than the training side; says which field differs.
         """
+        self.check_queries(queries)
+        return self.rows_of(queries)
+
+    def check_queries(self, queries: SketchStore) -> None:
+        """Raise ValueError unless the queries were sketched as the training side was; says which field differs."""
         here = {**self.meta["fingerprint"], "timesteps": self.meta.get("noise", [])}
         check_compatible(here, self.checkpoints, queries.fingerprint, queries.checkpoints)
         estimator = self.estimator
@@ -222,7 +231,6 @@ class IndexReader:
             raise ValueError(
                 f"the queries have rows of {estimator.width(queries)} entries, the index of {self.shape[2]}."
             )
-        return self.rows_of(queries)
 
     def rows_of(self, side: SketchStore, samples: slice = slice(None)) -> Float32:
         """Some samples' rows as a query's, `[c, n, k]`, of a store that is known to fit."""

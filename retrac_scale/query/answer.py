@@ -46,6 +46,15 @@ def answer(index: IndexReader, queries: SketchStore | Samples, question: Questio
         return answer_samples(index, store, queries, question, client)
     if question.rerank is not None:
         raise ValueError(NO_SAMPLES)
+    return answer_sketched(index, queries, question, client)
+
+
+def answer_sketched(index: IndexReader, queries: SketchStore, question: Question, client: Client | None) -> TopK:
+    """The answer to queries as they are sketched, one by one or together, without reranking."""
+    if question.together:
+        from retrac_scale.query.together import answer_together  # it answers by what stands here
+
+        return answer_together(index, queries, question, client)
     return answer_rows(index, index.query_rows(queries), queries.ids, question, client)
 
 
@@ -56,7 +65,7 @@ def answer_rows(
     scan = Scan(index, rows, query_ids, question, which(question.where, index), client)
     alike = threshold(question.duplicates, index.estimator)
     if question.group_by is not None:
-        groups = scan.groups(question.group_by, None if alike is None else _copies(scan, alike))
+        groups = scan.groups(question.group_by, copies_left_out(scan))
         found = Found(groups.scores, groups.labels, np.zeros((*groups.scores.shape, 0)))
         return topk(scan, found, groups=groups)
     if alike is None:
@@ -65,8 +74,11 @@ def answer_rows(
     return topk(scan, best, copies=copies)
 
 
-def _copies(scan: Scan, alike: float) -> list[npt.NDArray[Any]]:
-    """The samples that groups do not count, for each query."""
+def copies_left_out(scan: Scan) -> list[npt.NDArray[Any]] | None:
+    """The samples that groups do not count, for each query; None where copies are kept."""
+    alike = threshold(scan.question.duplicates, scan.index.estimator)
+    if alike is None:
+        return None
     side: Side = "proponents" if scan.index.estimator.squared else "both"
     found = replace(scan, question=replace(scan.question, side=side)).samples(OF_GROUPS)
     return copies_of_queries(scan.index, found, len(scan.query_ids), alike)

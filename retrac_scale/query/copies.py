@@ -13,28 +13,43 @@ from retrac_scale.estimators import Estimator
 from retrac_scale.index.reader import IndexReader
 from retrac_scale.index.scan import Found
 
-ALIKE, ALIKE_UNDER_A_RIDGE = 0.95, 0.6
-"""Cosines of two rows from which "fold" takes samples for copies, chosen by `python -m benchmarks.copies`. A ridge
-plays down what all images have in common, so that other images' rows are nearly orthogonal."""
+ALIKE, ALIKE_UNDER_A_RIDGE = 0.95, 0.7
+"""How alike two samples are from which "fold" takes them for copies, chosen by `python -m benchmarks.copies`. A ridge
+plays down what all images have in common, so that others are hardly alike."""
 FEWEST, MOST = 64, 2048
 """Candidates of a list among which copies are looked for."""
-OF_GROUPS = 512
+OF_GROUPS = 128
 """The same of groups, of either sign."""
 
 
 def threshold(duplicates: str | float, estimator: Estimator) -> float | None:
-    """The cosine from which samples are copies of each other; None where they are kept apart."""
+    """How alike samples are from which they are copies of each other; None where they are kept apart."""
     if isinstance(duplicates, str):
         own = ALIKE if estimator.damping is None else ALIKE_UNDER_A_RIDGE
         return own if duplicates == "fold" else None
     return duplicates
 
 
-def cosines(index: IndexReader, ids: npt.NDArray[Any]) -> Float32:
-    """Of the index's rows of some samples, all checkpoints and timesteps side by side, `[m, m]`."""
-    rows = index.rows_at(ids)
-    rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.finfo(np.float32).tiny)
-    return rows @ rows.T
+def likeness(index: IndexReader, ids: npt.NDArray[Any]) -> Float32:
+    """How alike samples of an index are, at most 1, `[m, m]`.
+
+    Of two samples it is the score of either for the other as a query, over that of each for itself, geometric means of
+    both: the cosine of their gradients by the estimator's own measure.
+
+    Raises:
+        ValueError: the store of the index, which has the samples as queries, was in memory.
+    """
+    store = index.check_store()
+    if store is None:
+        raise ValueError("to tell copies, the store that the index was built from is needed; it was in memory.")
+    places = np.flatnonzero(store.alive)[index.places_of(ids)].tolist()
+    asked = np.empty((len(ids), index.shape[0] * index.shape[2]), np.float32)
+    for row, place in enumerate(places):
+        asked[row] = index.rows_of(store, slice(place, place + 1)).ravel()
+    scores = index.rows_at(ids) @ asked.T
+    own = np.sqrt(np.maximum(np.diag(scores), np.finfo(np.float32).tiny))
+    found: Float32 = np.sign(scores) * np.sqrt(np.maximum(scores * scores.T, 0)) / own[:, None] / own
+    return found
 
 
 def families(alike: Bools, wanted: int | None = None) -> list[Int64]:
@@ -66,7 +81,7 @@ def folded(
         index: whose rows are compared.
         candidates: the best samples of each lane, so many of them, best first.
         wanted: families of each lane.
-        alike: cosine from which two samples are copies.
+        alike: how alike two samples are from which they are copies.
 
     Returns:
         What was found, `[lane, f]`; at which places of the candidates; and the copies of each, tuples of ids.
@@ -77,7 +92,7 @@ def folded(
         found = candidates(size)
         for lane in (lane for lane in range(len(found.ids)) if lane not in done):
             names = found.ids[lane][found.scores[lane] > -np.inf]
-            own = families(cosines(index, names) >= alike, wanted)
+            own = families(likeness(index, names) >= alike, wanted)
             if len(own) == wanted or len(names) < size or size >= MOST:
                 done[lane] = own
         if len(done) == len(found.ids):
@@ -103,7 +118,7 @@ def copies_of_queries(index: IndexReader, found: Found, queries: int, alike: flo
         index: whose rows are compared.
         found: the best samples of each lane, queries running fastest.
         queries: how many.
-        alike: cosine from which two samples are copies.
+        alike: how alike two samples are from which they are copies.
     """
     left_out = []
     for query in range(queries):
@@ -111,6 +126,6 @@ def copies_of_queries(index: IndexReader, found: Found, queries: int, alike: flo
         order = np.argsort(-np.abs(scores), kind="stable")
         names = ids[order][np.isfinite(scores[order])]
         names = names[np.sort(np.unique(names, return_index=True)[1])]  # few samples stand on both sides
-        own = families(cosines(index, names) >= alike)
+        own = families(likeness(index, names) >= alike)
         left_out.append(names[np.concatenate([members[1:] for members in own])])
     return left_out

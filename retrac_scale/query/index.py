@@ -39,6 +39,7 @@ class Index(IndexReader):
         rerank: int | None = None,
         train: Samples | None = None,
         duplicates: Duplicates | float = "keep",
+        together: bool = False,
     ) -> TopK:
         """The k training samples with the largest (proponents) or smallest (opponents) score for each query.
 
@@ -60,8 +61,10 @@ class Index(IndexReader):
                 needs `queries` as Samples, and `train`.
             train: the training samples, to be measured again for `rerank`.
             duplicates: "fold" puts near-duplicates among the best samples together: a list has the best of each family,
-                with the others in `TopK.copies`, and groups count it alone. Two samples are copies when the cosine of
-                their rows in the index is 0.6 or more, 0.95 where the estimator has no ridge; or give the cosine.
+                with the others in `TopK.copies`, and groups count it alone. Copies are alike (`query.copies.likeness`)
+                to 0.7 or more, 0.95 where the estimator has no ridge; or give the number.
+            together: all queries as one question, read some at a time from a store: one list, of means over the queries
+                of scores and of groups' shares; errors of groups then are standard errors over queries.
 
         Returns:
             TopK, best first.
@@ -70,7 +73,7 @@ class Index(IndexReader):
             StaleIndexError: the store has changed since the index was built, or is gone.
             ValueError: the queries do not fit the index, or an argument is wrong; says which and what to do.
         """
-        question = Question(k, side, where, group_by, reduce, exclude_self, rerank, train, duplicates)
+        question = Question(k, side, where, group_by, reduce, exclude_self, rerank, train, duplicates, together)
         return answer(self, queries, question, client)
 
     def scores(self, queries: SketchStore) -> dask.array.Array:

@@ -9,7 +9,7 @@ import numpy as np
 
 from retrac_scale.index.reader import IndexReader
 from retrac_scale.index.scan import Found
-from retrac_scale.query.answer import NO_SAMPLES, answer_rows, filled, topk
+from retrac_scale.query.answer import NO_SAMPLES, answer_sketched, filled, topk
 from retrac_scale.query.copies import folded, threshold
 from retrac_scale.query.question import Question
 from retrac_scale.query.rerank import as_measured, exact_scores
@@ -37,7 +37,7 @@ def answer_samples(
     if question.rerank is not None:
         return _reranked(index, store, queries, question, client)
     sketched = _like(queries, store).sketch(like=_known(store))
-    return answer_rows(index, index.query_rows(sketched), sketched.ids, question, client)
+    return answer_sketched(index, sketched, question, client)
 
 
 def _like(queries: Samples, store: SketchStore | None) -> Samples:

@@ -27,6 +27,7 @@ class Question:
     rerank: int | None = None
     train: Samples | None = None
     duplicates: Duplicates | float = "keep"
+    together: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.k, Integral) or self.k < 1:
@@ -36,11 +37,13 @@ class Question:
                 raise ValueError(f"{name} must be one of {get_args(kinds)}, got {value!r}.")
         if isinstance(self.duplicates, str):
             if self.duplicates not in get_args(Duplicates):
-                raise ValueError(f"duplicates must be 'keep', 'fold' or a cosine, got {self.duplicates!r}.")
+                raise ValueError(f"duplicates must be 'keep', 'fold' or a likeness, got {self.duplicates!r}.")
         elif not 0 < self.duplicates <= 1:
-            raise ValueError(f"duplicates must be 'keep', 'fold' or a cosine in 0 .. 1, got {self.duplicates!r}.")
+            raise ValueError(f"duplicates must be 'keep', 'fold' or a likeness in 0 .. 1, got {self.duplicates!r}.")
         if self.rerank is None:
             return
+        if self.together:
+            raise ValueError("rerank takes queries one by one; leave out together= or rerank=.")
         if self.train is None:
             raise ValueError(
                 "rerank computes full gradients: give the training samples as train=rs.Samples(dataset, task, "

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import retrac_scale as rs
+from retrac_scale.query.copies import likeness
 
 COPIES = {3: 2, 7: 5, 20: 1, 33: 30}
 """Of these samples so many copies are planted behind the first 40."""
@@ -62,6 +63,18 @@ def test_a_list_has_the_best_of_each_family_with_its_copies(noise: float) -> Non
     assert (np.sort(kept.ids[0])[:6] != np.sort(answer.ids[0])[:6]).any()
 
 
+def test_how_alike_samples_are_is_told_by_their_scores_for_each_other() -> None:
+    rng = np.random.default_rng(1)
+    store = rs.write_store(None, {"c": rng.standard_normal((30, 2, 16))}, weights={"c": 0.5}, dtype="float32")
+    for estimator in (rs.TracIn(), rs.ReTracRidge(), rs.RelatIF()):
+        index = rs.build_index(store, estimator, None, dtype="float32")
+        scores = np.asarray(index.scores(store)).T
+        own = np.sqrt(np.diag(scores))
+        expected = np.sqrt(np.maximum(scores * scores.T, 0)) * np.sign(scores) / own / own[:, None]
+        some = np.array([7, 3, 21])
+        np.testing.assert_allclose(likeness(index, index.ids[some]), expected[np.ix_(some, some)], atol=1e-5)
+
+
 def test_both_sides_are_folded_and_a_list_does_not_depend_on_its_company() -> None:
     index, queries, scores, family = planted()
     both = index.query(queries, 5, side="both", duplicates="fold")
@@ -74,14 +87,14 @@ def test_both_sides_are_folded_and_a_list_does_not_depend_on_its_company() -> No
         assert alone.copies[0].tolist() == both.copies[query].tolist()
 
 
-def test_a_cosine_says_what_a_copy_is() -> None:
+def test_a_number_says_what_a_copy_is() -> None:
     index, queries, _, family = planted(0.3)
     rows = np.concatenate([index.chunk(number).rows[0] for number in range(len(index.chunks))])
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     own = np.flatnonzero(family == 33)
     least = (unit[own] @ unit[own].T).min()
     assert least < 0.95
-    strict, loose = (index.query(queries, 1, duplicates=cosine).copies for cosine in ("fold", float(least) - 0.01))
+    strict, loose = (index.query(queries, 1, duplicates=one).copies for one in ("fold", float(least) - 0.01))
     assert len(strict[1, 0]) < 30  # type: ignore[index]
     assert len(loose[1, 0]) == 30  # type: ignore[index]
 
@@ -116,5 +129,5 @@ def test_a_list_holds_no_more_than_there_are_families_and_wrong_words_are_refuse
     index, queries, _, _ = planted()
     assert index.query(queries, 60, duplicates="fold").ids.shape == (3, 40)
     for wrong in ("drop", 0.0, 1.5):
-        with pytest.raises(ValueError, match="'keep', 'fold' or a cosine"):
+        with pytest.raises(ValueError, match="'keep', 'fold' or a likeness"):
             index.query(queries, duplicates=wrong)  # type: ignore[arg-type]
