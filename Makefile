@@ -1,4 +1,5 @@
 # make demo    set up what the package itself needs, then train, sketch, index, query and report on real digits (into demo/)
+# make live    serve the demo's page, to be asked about parts of pictures and uploads
 # make test    set up, then run the tests
 # make test-all   those too that take long
 # make test-any-cpu   those of compiled code, as a CPU without AVX runs it
@@ -17,10 +18,15 @@ INSTALL = $(BIN)/pip install -q --no-compile --disable-pip-version-check -c cons
 # what is imported is compiled once, at its first import: neither all of it, nor again in every process
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo test test-all test-any-cpu check docs bench notebooks house format clean
+.PHONY: demo live test test-all test-any-cpu check docs bench notebooks house format clean
 
 demo: $(RUNS)
 	$(BIN)/retrac-scale demo
+
+live: $(RUNS)
+	$(INSTALL) -e '.[serve]'
+	$(BIN)/retrac-scale serve demo/retracridge.zarr --queries demo/queries.zarr --images demo/images.npy \
+		--query-images demo/generated.npy --model demo/model --checkpoint epoch-40=demo/model/unet
 
 test: $(STAMP)
 	$(BIN)/pytest -q -n 2 --durations=5

@@ -208,6 +208,8 @@ def run(out: str | os.PathLike[str]) -> None:
     model = build_model()
     checkpoints = train(model, scheduler, scans, folder)
     generated = generate(model, scheduler, folder / "generated.pt")
+    model.save_pretrained(folder / "model" / "unet")
+    scheduler.save_pretrained(folder / "model" / "scheduler")
     task = DiffusionTask(model, scheduler)
     last = dict([list(checkpoints.items())[-1]])
     common, asked = sketched_by_the_recipe(task, scans, generated, last, folder)
@@ -251,6 +253,11 @@ def run(out: str | os.PathLike[str]) -> None:
     print(f"queries  {folder / 'queries.zarr'}  {folder / 'recorded-queries.zarr'}")
     print(f"indexes  {'  '.join(str(index.url) for index in indexes.values())}")
     print(f"report   {report}\npicture  {folder / 'report.png'}")
+    print(
+        f"live     retrac-scale serve {folder / 'retracridge.zarr'} --queries {folder / 'queries.zarr'} "
+        f"--images {folder / 'images.npy'} --query-images {folder / 'generated.npy'} --model {folder / 'model'} "
+        f"--checkpoint epoch-40={folder / 'model' / 'unet'}"
+    )
 
 
 def _print_findings(scans: Scans, recorded: SketchStore, answers: Any, again: Any, curve: Any) -> None:

@@ -22,6 +22,7 @@ from tests.conftest import tiny_unet
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 SAMPLES, QUERIES = 24, 4
+COPIED, COPIES = 3, (12, 17)
 
 
 class Scans:
@@ -45,6 +46,8 @@ class Scans:
 def build(folder: Path) -> Library:
     """Sketch, index, and open what `retrac-scale serve` would."""
     model, scans, made = tiny_unet(), Scans(SAMPLES, 0), Scans(QUERIES, 1)
+    for copy in COPIES:
+        scans.pixels[copy] = scans.pixels[COPIED]
     task = rs.DiffusionTask(model, DDPMScheduler(num_train_timesteps=100))
     weights = {"final": model.state_dict()}
     common: dict[str, Any] = {"checkpoints": weights, "progress": False, "batch_size": 16}

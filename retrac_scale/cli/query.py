@@ -41,6 +41,15 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reduce", choices=("sum", "mean", "max"), default="sum", help="a group's score (default: sum)"
     )
+    parser.add_argument("--together", action="store_true", help="all queries as one question: means over them")
+    parser.add_argument(
+        "--fold-copies",
+        nargs="?",
+        const="fold",
+        default="keep",
+        metavar="LIKENESS",
+        help="near-duplicates stand with the best of them, and count once in groups; LIKENESS, up to 1, says from when",
+    )
     parser.add_argument("--out", help="file to write in place of printing: .json or .parquet")
 
 
@@ -63,6 +72,8 @@ def _run(arguments: argparse.Namespace) -> Answer:
         group_by=arguments.group_by,
         reduce=arguments.reduce,
         exclude_self=arguments.ids is not None,
+        duplicates=_duplicates(arguments.fold_copies),
+        together=arguments.together,
     )
     if arguments.out is None:
         return Answer(_text(answer, index, notes, arguments), json.loads(answer.to_json()))
@@ -75,6 +86,13 @@ def _run(arguments: argparse.Namespace) -> Answer:
     else:
         raise ValueError(f"--out {arguments.out}: the name must end in .json or .parquet.")
     return Answer(arguments.out, {"out": arguments.out})
+
+
+def _duplicates(told: str) -> Any:
+    try:
+        return told if told in ("keep", "fold") else float(told)
+    except ValueError:
+        raise ValueError(f"--fold-copies {told}: give a likeness in 0 .. 1, or nothing behind it.") from None
 
 
 def _text(answer: TopK, index: Index, notes: list[str], arguments: argparse.Namespace) -> str:
@@ -152,6 +170,8 @@ VERB = Verb(
       --checkpoint final=google/ddpm-cifar10-32                   image files, sketched here as the store was
   retrac-scale query retrac.zarr a.png --region 0,0,16,8          a part of it: a box, or --mask white.png; --all-but
   retrac-scale query demo/retrac.zarr demo/queries.zarr --group-by artist --reduce mean
+  retrac-scale query demo/retracridge.zarr demo/queries.zarr --fold-copies      near-duplicates once
+  retrac-scale query demo/retracridge.zarr demo/queries.zarr --group-by shows --together    what all of them owe to whom
   retrac-scale query demo/retrac.zarr demo/queries.zarr --out answers.parquet    or .json, or --json to print it""",
     _options,
     _run,

@@ -179,6 +179,20 @@ class IndexReader:
         planes = [f"{name}/c/{c}/{own}" for name in ("scale", "norm") for c in range(self.shape[0])]
         return [*(f"row/c/{c}/{own}/0" for c in range(self.shape[0])), *planes, f"id/c/{own}"]
 
+    def rows_at(self, ids: npt.NDArray[Any]) -> Float32:
+        """The training rows of some samples of the index, with the checkpoint weights, `[m, c k]`."""
+        places = self.places.find(ids)
+        numbers = np.searchsorted([samples.stop for samples in self.chunks], places, side="right")
+        c, _, k = self.shape
+        rows = np.empty((len(ids), c * k), np.float32)
+        for number in np.unique(numbers).tolist():
+            chunk, here = self.chunk(number), np.flatnonzero(numbers == number)
+            own = places[here] - self.chunks[number].start
+            own = own if chunk.alive is None else np.flatnonzero(chunk.alive)[own]
+            for place, (stored, scale) in enumerate(zip(chunk.rows, chunk.scale, strict=True)):
+                rows[here, place * k : (place + 1) * k] = stored[own] * scale[own, None]
+        return rows
+
     def _plane(self, name: str, number: int) -> Float32:
         views = [self._fetched(name, number, c) for c in range(self.shape[0])]
         return views[0] if len(views) == 1 else np.concatenate(views)
@@ -266,6 +280,11 @@ class IndexReader:
         Raises:
             ValueError: the queries were sketched otherwise than the training side; says which field differs.
         """
+        self.check_queries(queries)
+        return self.rows_of(queries)
+
+    def check_queries(self, queries: SketchStore) -> None:
+        """Raise ValueError unless the queries were sketched as the training side was; says which field differs."""
         here = {**self.meta["fingerprint"], "timesteps": self.meta.get("noise", [])}
         check_compatible(here, self.checkpoints, queries.fingerprint, queries.checkpoints)
         estimator = self.estimator
@@ -285,7 +304,6 @@ class IndexReader:
             raise ValueError(
                 f"the queries have rows of {estimator.width(queries)} entries, the index of {self.shape[2]}."
             )
-        return self.rows_of(queries)
 
     def rows_of(self, side: SketchStore, samples: slice = slice(None)) -> Float32:
         """Some samples' rows as a query's, `[c, n, k]`, of a store that is known to fit."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,10 +12,11 @@ import numpy.typing as npt
 from retrac_scale.arrays import Bools, Float32, Float64, Int64
 from retrac_scale.index.reader import IndexReader
 from retrac_scale.index.scan import Found
+from retrac_scale.query.copies import OF_GROUPS, copies_of_queries, folded, threshold
 from retrac_scale.query.groups import Groups
 from retrac_scale.query.question import Question
 from retrac_scale.query.scanning import Scan
-from retrac_scale.query.topk import TopK
+from retrac_scale.query.topk import Side, TopK
 from retrac_scale.query.where import which
 from retrac_scale.store import SketchStore
 
@@ -44,6 +46,15 @@ def answer(index: IndexReader, queries: SketchStore | Samples, question: Questio
         return answer_samples(index, store, queries, question, client)
     if question.rerank is not None:
         raise ValueError(NO_SAMPLES)
+    return answer_sketched(index, queries, question, client)
+
+
+def answer_sketched(index: IndexReader, queries: SketchStore, question: Question, client: Client | None) -> TopK:
+    """The answer to queries as they are sketched, one by one or together, without reranking."""
+    if question.together:
+        from retrac_scale.query.together import answer_together  # it answers by what stands here
+
+        return answer_together(index, queries, question, client)
     return answer_rows(index, index.query_rows(queries), queries.ids, question, client)
 
 
@@ -52,11 +63,25 @@ def answer_rows(
 ) -> TopK:
     """The answer to queries whose rows `[c, q, k]` are known already, without reranking."""
     scan = Scan(index, rows, query_ids, question, which(question.where, index), client)
+    alike = threshold(question.duplicates, index.estimator)
     if question.group_by is not None:
-        groups = scan.groups(question.group_by)
+        groups = scan.groups(question.group_by, copies_left_out(scan))
         found = Found(groups.scores, groups.labels, np.zeros((*groups.scores.shape, 0)))
-        return topk(scan, found, question.k, groups=groups)
-    return topk(scan, scan.samples(question.k + 1), question.k)
+        return topk(scan, found, groups=groups)
+    if alike is None:
+        return topk(scan, scan.samples(question.k + 1))
+    best, _, copies = folded(index, scan.samples, question.k + 1, alike)
+    return topk(scan, best, copies=copies)
+
+
+def copies_left_out(scan: Scan) -> list[npt.NDArray[Any]] | None:
+    """The samples that groups do not count, for each query; None where copies are kept."""
+    alike = threshold(scan.question.duplicates, scan.index.estimator)
+    if alike is None:
+        return None
+    side: Side = "proponents" if scan.index.estimator.squared else "both"
+    found = replace(scan, question=replace(scan.question, side=side)).samples(OF_GROUPS)
+    return copies_of_queries(scan.index, found, len(scan.query_ids), alike)
 
 
 def _check_exact(index: IndexReader) -> None:
@@ -76,17 +101,23 @@ def filled(found: Found, k: int) -> Found:
     width = int(counts.min())
     if width < min(k, int(counts.max())):
         raise ValueError(
-            f"k = {k} is more than every query has: with exclude_self= some have only {width} left; ask for at most "
-            f"{width}, or widen where=."
+            f"k = {k} is more than every query has: with exclude_self= or duplicates= some have only {width} left; ask "
+            f"for at most {width}, or widen where=."
             if width
             else "where= and exclude_self= leave some queries no sample to score; widen where=."
         )
     return Found(found.scores[:, :width], found.ids[:, :width], found.parts[:, :width])
 
 
-def topk(scan: Scan, found: Found, k: int, ranks: Int64 | None = None, groups: Groups | None = None) -> TopK:
+def topk(
+    scan: Scan,
+    found: Found,
+    ranks: Int64 | None = None,
+    groups: Groups | None = None,
+    copies: npt.NDArray[Any] | None = None,
+) -> TopK:
     """The answer, lanes of both sides side by side; `found` may hold more than k places."""
-    question, q = scan.question, len(scan.query_ids)
+    question, q, k = scan.question, len(scan.query_ids), scan.question.k
     found = filled(found, k)
     if not found.scores.shape[1]:
         raise ValueError("where= and exclude_self= leave no sample to score.")
@@ -109,6 +140,7 @@ def topk(scan: Scan, found: Found, k: int, ranks: Int64 | None = None, groups: G
         sketch_rank=None if ranks is None else beside(ranks),
         shares=None if groups is None else beside(groups.shares),
         share_errors=None if groups is None else beside(groups.share_errors),
+        copies=None if copies is None else beside(copies),
     )
 
 

@@ -63,7 +63,7 @@ def group_run(
         `[4, lane, g]`: sums of scores (or the largest), of their squares, of what of them is above zero, and of the
         squares of that.
     """
-    signs, excluded, reduce, groups = common
+    signs, excluded, left_out, reduce, groups = common
     index = opened(source)
     q = rows.shape[1]
     sums, counts = np.zeros((4, len(signs) * q, groups)), np.zeros((q, groups), np.int64)
@@ -74,6 +74,8 @@ def group_run(
         counted = np.ones((q, len(code)), dtype=bool) if mask is None else np.tile(mask, (q, 1))
         if excluded is not None:
             counted &= chunk.samples[None] != excluded[:, None]
+        for query, names in enumerate(left_out or ()):
+            counted[query] &= ~np.isin(chunk.samples, names)
         values = readout(index, scores(chunk, rows))
         order = np.argsort(code, kind="stable")
         starts = np.flatnonzero(np.diff(code[order], prepend=-1))

@@ -11,7 +11,7 @@ from retrac_scale.query.answer import answer
 from retrac_scale.query.explain import Explanation, explain
 from retrac_scale.query.question import Question
 from retrac_scale.query.source import all_scores
-from retrac_scale.query.topk import Reduce, Side, TopK
+from retrac_scale.query.topk import Duplicates, Reduce, Side, TopK
 from retrac_scale.store import SketchStore
 from retrac_scale.store.schema import Url
 
@@ -38,6 +38,8 @@ class Index(IndexReader):
         client: Client | None = None,
         rerank: int | None = None,
         train: Samples | None = None,
+        duplicates: Duplicates | float = "keep",
+        together: bool = False,
     ) -> TopK:
         """The k training samples with the largest (proponents) or smallest (opponents) score for each query.
 
@@ -58,6 +60,11 @@ class Index(IndexReader):
             rerank: take so many by sketch and put them in the order of their exact scores, from full float32 gradients;
                 needs `queries` as Samples, and `train`.
             train: the training samples, to be measured again for `rerank`.
+            duplicates: "fold" puts near-duplicates among the best samples together: a list has the best of each family,
+                with the others in `TopK.copies`, and groups count it alone. Copies are alike (`query.copies.likeness`)
+                to 0.7 or more, 0.95 where the estimator has no ridge; or give the number.
+            together: all queries as one question, read some at a time from a store: one list, of means over the queries
+                of scores and of groups' shares; errors of groups then are standard errors over queries.
 
         Returns:
             TopK, best first.
@@ -66,7 +73,7 @@ class Index(IndexReader):
             StaleIndexError: the store has changed since the index was built, or is gone.
             ValueError: the queries do not fit the index, or an argument is wrong; says which and what to do.
         """
-        question = Question(k, side, where, group_by, reduce, exclude_self, rerank, train)
+        question = Question(k, side, where, group_by, reduce, exclude_self, rerank, train, duplicates, together)
         return answer(self, queries, question, client)
 
     def scores(self, queries: SketchStore) -> dask.array.Array:

@@ -9,7 +9,8 @@ import numpy as np
 
 from retrac_scale.index.reader import IndexReader
 from retrac_scale.index.scan import Found
-from retrac_scale.query.answer import NO_SAMPLES, answer_rows, filled, topk
+from retrac_scale.query.answer import NO_SAMPLES, answer_sketched, filled, topk
+from retrac_scale.query.copies import folded, threshold
 from retrac_scale.query.question import Question
 from retrac_scale.query.rerank import as_measured, exact_scores
 from retrac_scale.query.scanning import Scan
@@ -36,7 +37,7 @@ def answer_samples(
     if question.rerank is not None:
         return _reranked(index, store, queries, question, client)
     sketched = _like(queries, store).sketch(like=_known(store))
-    return answer_rows(index, index.query_rows(sketched), sketched.ids, question, client)
+    return answer_sketched(index, sketched, question, client)
 
 
 def _like(queries: Samples, store: SketchStore | None) -> Samples:
@@ -70,4 +71,8 @@ def _reranked(
     values = np.take_along_axis(values, np.searchsorted(candidates, found.ids), 1)
     order = np.stack([np.lexsort((ids, -lane)) for ids, lane in zip(found.ids, values, strict=True)])
     ids, best = np.take_along_axis(found.ids, order, 1), np.take_along_axis(values, order, 1)
-    return topk(scan, Found(best, ids, np.zeros((*best.shape, 0))), question.k, order + 1)
+    every, ranks, copies = Found(best, ids, np.zeros((*best.shape, 0))), order + 1, None
+    if (alike := threshold(question.duplicates, index.estimator)) is not None:
+        every, places, copies = folded(index, lambda _: every, question.k + 1, alike)
+        ranks = np.take_along_axis(ranks, places, 1)
+    return topk(scan, every, ranks, copies=copies)

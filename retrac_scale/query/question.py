@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, get_args
 
 import numpy.typing as npt
 
-from retrac_scale.query.topk import Reduce, Side
+from retrac_scale.query.topk import Duplicates, Reduce, Side
 
 if TYPE_CHECKING:
     from retrac_scale.sketching.samples import Samples
@@ -26,6 +26,8 @@ class Question:
     exclude_self: bool
     rerank: int | None = None
     train: Samples | None = None
+    duplicates: Duplicates | float = "keep"
+    together: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.k, Integral) or self.k < 1:
@@ -33,8 +35,15 @@ class Question:
         for name, value, kinds in (("side", self.side, Side), ("reduce", self.reduce, Reduce)):
             if value not in get_args(kinds):
                 raise ValueError(f"{name} must be one of {get_args(kinds)}, got {value!r}.")
+        if isinstance(self.duplicates, str):
+            if self.duplicates not in get_args(Duplicates):
+                raise ValueError(f"duplicates must be 'keep', 'fold' or a likeness, got {self.duplicates!r}.")
+        elif not 0 < self.duplicates <= 1:
+            raise ValueError(f"duplicates must be 'keep', 'fold' or a likeness in 0 .. 1, got {self.duplicates!r}.")
         if self.rerank is None:
             return
+        if self.together:
+            raise ValueError("rerank takes queries one by one; leave out together= or rerank=.")
         if self.train is None:
             raise ValueError(
                 "rerank computes full gradients: give the training samples as train=rs.Samples(dataset, task, "

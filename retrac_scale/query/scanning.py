@@ -87,8 +87,14 @@ class Scan:
         found: Found = compute(runs, self.client)[0]
         return found
 
-    def groups(self, group_by: str | npt.ArrayLike) -> Groups:
-        """Each lane's k best groups.
+    def groups(self, group_by: str | npt.ArrayLike, left_out: list[npt.NDArray[Any]] | None = None) -> Groups:
+        """Each lane's k best groups, some samples left out, for each query."""
+        return best_groups(*self.all_groups(group_by, left_out), self.question.k)
+
+    def all_groups(
+        self, group_by: str | npt.ArrayLike, left_out: list[npt.NDArray[Any]] | None = None
+    ) -> tuple[npt.NDArray[Any], Float64, Float64 | None, Float64, Float64]:
+        """Labels `[g]`, and what `with_errors` gives, `[lane, g]` each.
 
         Sums are formed in an order that depends on the index's chunks and the mask alone.
         """
@@ -97,22 +103,14 @@ class Scan:
         runs = [chunks[i : i + GROUP_CHUNKS] for i in range(0, len(chunks), GROUP_CHUNKS)]
         question = self.question
         excluded = self.query_ids if question.exclude_self else None
-        common = (question.signs, excluded, question.reduce, len(labels))
+        common = (question.signs, excluded, left_out, question.reduce, len(labels))
         level = self._tasks("group", group_run, runs, common, codes)
         while len(level) > 1:
             merged = delayed(merge_groups)
             level = [merged(level[i : i + MERGE_WIDTH], question.reduce) for i in range(0, len(level), MERGE_WIDTH)]
         sums, counts = compute(level, self.client)[0]
         many = np.tile(counts, (len(question.signs), 1))
-        score, error, share, share_error = with_errors(sums, many, question.reduce)
-        best = np.argsort(-score, axis=1, kind="stable")  # labels are sorted: equal scores are ordered by label
-        order = best[:, : question.k]
-
-        def first(values: Float64) -> Float64:
-            return np.take_along_axis(values, order, 1)
-
-        errors = None if error is None else first(error)
-        return Groups(labels[order], first(score), errors, first(share), first(share_error))
+        return labels, *with_errors(sums, many, question.reduce)
 
     def _tasks(
         self, name: str, function: Any, runs: list[list[int]], common: tuple[Any, ...], codes: Any = None
@@ -147,6 +145,24 @@ class Scan:
         """For each chunk of a run, its part of values `[n]`."""
         chunks = self.index.chunks
         return [None if values is None else values[chunks[number]] for number in run]
+
+
+def best_groups(
+    labels: npt.NDArray[Any],
+    score: Float64,
+    error: Float64 | None,
+    share: Float64,
+    share_error: Float64,
+    k: int,
+) -> Groups:
+    """Each lane's k best groups, of labels `[g]` and values `[lane, g]`."""
+    order = np.argsort(-score, axis=1, kind="stable")[:, :k]  # labels are sorted: equal scores are ordered by label
+
+    def first(values: Float64) -> Float64:
+        return np.take_along_axis(values, order, 1)
+
+    errors = None if error is None else first(error)
+    return Groups(labels[order], first(score), errors, first(share), first(share_error))
 
 
 def _scan_run(

@@ -47,6 +47,8 @@ def _score(answer: TopK, query: int, place: int) -> str:
         text += f" {answer.shares[query, place]:6.1%} ± {answer.share_errors[query, place]:.1%}"
     if answer.resolved is not None and not answer.resolved[query, place]:
         text += " ~"
+    if answer.copies is not None and (count := len(answer.copies[query, place])):
+        text += f"  and {count} {'copies' if count > 1 else 'copy'}"
     return text
 
 

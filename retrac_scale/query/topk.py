@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Side = Literal["proponents", "opponents", "both"]
 Reduce = Literal["sum", "mean", "max"]
+Duplicates = Literal["keep", "fold"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +48,7 @@ class TopK:
         shares: of groups, `[q, k]`: what of a group's scores is above zero (of opponents, below) as a part of all that
             is; over all groups they sum to one. None for samples.
         share_errors: their standard errors, `[q, k]`, as of a bootstrap over all samples.
+        copies: where copies were folded, ids of those folded into each result, tuples `[q, k]`, best first; else None.
     """
 
     ids: npt.NDArray[Any]
@@ -59,6 +61,7 @@ class TopK:
     sketch_rank: npt.NDArray[np.int64] | None = None
     shares: Float64 | None = None
     share_errors: Float64 | None = None
+    copies: npt.NDArray[Any] | None = None
 
     @property
     def sides(self) -> dict[str, slice]:
@@ -83,14 +86,14 @@ class TopK:
     def to_frame(self) -> pd.DataFrame:
         """A pandas table of what is `listed`: id, score, rank (from 1), query, side, and what else is known.
 
-        That is error, resolved, sketch_rank, share and share_error. Id and score come first, so that a narrow terminal
-        leaves out others.
+        That is error, resolved, sketch_rank, share, share_error, and copies with their number. Id and score come first,
+        so that a narrow terminal leaves out others.
         """
         import pandas as pd
 
         q, width = self.ids.shape
         k = width // len(self.sides)
-        columns = {
+        columns: dict[str, Any] = {
             "id": self.ids.ravel(),
             "score": self.scores.ravel(),
             "rank": np.tile(np.arange(1, k + 1), q * len(self.sides)),
@@ -100,6 +103,8 @@ class TopK:
         known = {"error": self.errors, "resolved": self.resolved, "sketch_rank": self.sketch_rank}
         known |= {"share": self.shares, "share_error": self.share_errors}
         columns |= {name: x.ravel() for name, x in known.items() if x is not None}
+        if self.copies is not None:
+            columns |= {"copies": [len(ids) for ids in self.copies.flat], "copy_ids": list(map(list, self.copies.flat))}
         return pd.DataFrame(columns)[self.listed.ravel()].reset_index(drop=True)
 
     def __str__(self) -> str:
@@ -117,7 +122,7 @@ class TopK:
     def to_json(self) -> str:
         """JSON: the estimator, the side, and for each query the `listed` ids and scores, and what else is known."""
         known = {"errors": self.errors, "resolved": self.resolved, "sketch_ranks": self.sketch_rank}
-        known |= {"shares": self.shares, "share_errors": self.share_errors}
+        known |= {"shares": self.shares, "share_errors": self.share_errors, "copies": self.copies}
         fields = {"ids": self.ids, "scores": self.scores} | {name: x for name, x in known.items() if x is not None}
         results = [
             {"query": query, **{name: values[place][listed].tolist() for name, values in fields.items()}}

@@ -72,7 +72,7 @@ def content(
             for query, shared in zip(asked, shared_by_halves(found), strict=True):
                 query.setdefault("shared", {})[name] = shared
     rows = Rows(next(iter(indexes.values()))) if indexes else None
-    every = np.unique(np.concatenate([answer.ids.ravel() for answer in answers.values()]))
+    every = np.unique(np.concatenate([_ids_of(answer) for answer in answers.values()]))
     notes += _notes_of_pictures(every, pictures, indexes, sketched)
     return {
         "title": title,
@@ -161,14 +161,17 @@ def sides(index: Index) -> Side:
 def ranked(answer: TopK) -> list[dict[str, list[Json]]]:
     """For each query the lists of each side, best first: id, score, and where known its error and whether resolved.
 
-    A list ends at zero: a positive score is no opponent's, a negative one no proponent's.
+    A list ends at zero: a positive score is no opponent's, a negative one no proponent's. Where copies were folded, a
+    result that has some has their ids.
     """
     listed, sides = answer.listed, answer.sides
     known = {"id": answer.ids, "score": answer.scores, "error": answer.errors, "resolved": answer.resolved}
     fields = {name: values for name, values in known.items() if values is not None}
 
     def result(query: int, place: int) -> Json:
-        return {n: str(x[query, place]) if n == "id" else plain(x[query, place]) for n, x in fields.items()}
+        own = {n: str(x[query, place]) if n == "id" else plain(x[query, place]) for n, x in fields.items()}
+        copies = () if answer.copies is None else answer.copies[query, place]
+        return own | ({"copies": list(map(str, copies))} if copies else {})
 
     width = answer.ids.shape[1]
     return [
@@ -178,6 +181,12 @@ def ranked(answer: TopK) -> list[dict[str, list[Json]]]:
         }
         for query in range(len(answer.ids))
     ]
+
+
+def _ids_of(answer: TopK) -> npt.NDArray[Any]:
+    """Of all samples that an answer names, copies too."""
+    copies = [] if answer.copies is None else [sample for ids in answer.copies.flat for sample in ids]
+    return np.concatenate([answer.ids.ravel(), np.array(copies, answer.ids.dtype)])
 
 
 def list_length(answer: TopK) -> int:

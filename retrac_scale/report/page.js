@@ -12,11 +12,13 @@ const LUCK = 0.5;
 const LONGEST = 22;
 const HUB_SHARE = 0.5;
 const shown = { search: "", columns: new Map(), sides: new Set(SIDES), hidden: new Set(), pages: 1 };
-// The live page replaces these: how an explanation, a query's group totals, and what its halves share are had.
+// The live page replaces these: how an explanation, a query's group totals, and what its halves share are had, and what
+// can be done with a query.
 const source = {
   explain: (query, estimator, result) => result.explanation,
   groups: (query, column) => query.groups[column],
   shared: (query) => query.shared || {},
+  tools: () => [],
 };
 
 const at = (id) => document.getElementById(id);
@@ -201,8 +203,8 @@ function article(query, lists) {
   });
   if (lines.size) tellShared(query, lines);
   const groups = query.groupColumns || Object.keys(query.groups || {});
-  return h("article", { className: "query card", ariaLabel: `Query ${query.id}` },
-    h("figure", { className: "asked" }, picture(query.picture, `query ${query.id}`), h("figcaption", { title: query.id }, query.label || `query ${shortName(query.id)}`)),
+  return h("article", { className: query.whole ? "query part card" : "query card", ariaLabel: query.whole ? query.label : `Query ${query.id}` },
+    h("figure", { className: "asked" }, picture(query.picture, `query ${query.id}`), h("figcaption", { title: query.id }, query.label || `query ${shortName(query.id)}`), source.tools(query)),
     h("div", { className: "estimators" }, columns),
     h("div", { className: "details" }, groups.map((column) => groupDetails(query, column))));
 }
@@ -223,7 +225,19 @@ function strip(query, estimator, side, results, scale) {
     h("span", { className: "unseen" }, `${error}, rank ${rank}${near ? ", order against the next not resolved" : ""}`));
   });
   return h("ol", { className: `strip ${side}`, ariaLabel: `${side} of query ${query.id} under ${estimator}`, onkeydown: rove },
-    buttons.map((button) => h("li", {}, button)));
+    buttons.map((button, place) => h("li", {}, button, results[place].result.copies ? copiesOf(results[place].result) : null)));
+}
+
+// What was folded into a result, behind it when it is asked for.
+function copiesOf({ copies }) {
+  const count = `and ${copies.length} ${copies.length > 1 ? "copies" : "copy"}`;
+  const toggle = h("button", { type: "button", className: "copies link", tabIndex: -1, ariaExpanded: "false", onclick: () => {
+    const open = toggle.getAttribute("aria-expanded") === "false";
+    toggle.setAttribute("aria-expanded", String(open));
+    if (open) toggle.parentElement.after(...copies.map((id) => h("li", { className: "result copy", title: `sample ${id}` }, picture(samples.get(id).picture, `copy ${id}`), h("span", { className: "name" }, shortName(id)))));
+    else copies.forEach(() => toggle.parentElement.nextElementSibling.remove());
+  } }, count);
+  return toggle;
 }
 
 function bar({ score, error }, scale) {

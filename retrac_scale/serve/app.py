@@ -21,7 +21,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from retrac_scale.index.reader import StaleIndexError
 from retrac_scale.query.index import Index
 from retrac_scale.query.question import Question
-from retrac_scale.query.topk import Reduce
+from retrac_scale.query.topk import Duplicates, Reduce
 from retrac_scale.query.where import LONGEST
 from retrac_scale.report.content import sides
 from retrac_scale.report.page import page
@@ -36,6 +36,7 @@ from retrac_scale.store import DamagedStoreError
 Json = dict[str, Any]
 Stored = Literal["queries", "training"]
 Name = Annotated[str, Field(max_length=4096)]
+Fold = Annotated[Duplicates, Field(description="whether near-duplicates are folded into the best of them")]
 Where = Annotated[str, Field(max_length=LONGEST, description="which samples count, such as `year < 2000`")]
 MOST_IDS, MOST_PICTURES = 1000, 100
 
@@ -53,6 +54,7 @@ class Ask(Body):
     ids: list[Name] = Field(min_length=1, description="of queries in that source", examples=[["0"]])
     k: int = Field(10, ge=1, description="results per side")
     where: Where | None = None
+    duplicates: Fold = "keep"
     indexes: list[Name] | None = Field(None, min_length=1, max_length=64, description="which; null for all")
 
 
@@ -75,6 +77,7 @@ class Part(Body):
     rest: bool = Field(False, description="all but it")
     k: int = Field(10, ge=1, description="results per side")
     where: Where | None = None
+    duplicates: Fold = "keep"
 
 
 class Groups(Body):
@@ -86,6 +89,7 @@ class Groups(Body):
     reduce: Reduce = "sum"
     k: int = Field(10, ge=1, description="groups per side")
     where: Where | None = None
+    duplicates: Fold = "keep"
 
 
 class Halves(Body):
@@ -194,8 +198,9 @@ class Service:
 
     async def root(self) -> HTMLResponse:
         """The page."""
-        live = resources.files("retrac_scale.serve").joinpath("live.js").read_text(encoding="utf-8")
-        return HTMLResponse(page(self.title, {"title": self.title, "live": True}, live))
+        own = resources.files("retrac_scale.serve")
+        scripts = [own.joinpath(name).read_text(encoding="utf-8") for name in ("regions.js", "live.js")]
+        return HTMLResponse(page(self.title, {"title": self.title, "live": True}, *scripts))
 
     async def health(self) -> Json:
         """Whether the service can answer, and whether each index is ready, behind its store, loading or refused."""
@@ -232,13 +237,15 @@ class Service:
     async def query(self, ask: Ask) -> Json:
         """Which training samples influenced these queries most?"""
         asked = [Asked(ask.source, name) for name in ask.ids]
-        return await self._answer(asked, ask.k, ask.where, ask.indexes or list(self.library.indexes))
+        wanted = (ask.k, ask.where, ask.duplicates)
+        return await self._answer(asked, *wanted, ask.indexes or list(self.library.indexes))
 
     async def upload(
         self,
         file: Annotated[UploadFile, File(description="PNG, JPEG, WebP or BMP")],
         k: Annotated[int, Form(ge=1)] = 10,
         where: Annotated[Where, Form()] = "",
+        duplicates: Annotated[Fold, Form()] = "keep",
     ) -> Json:
         """Which training samples influenced this image most?"""
         if self.library.measured is None:
@@ -249,7 +256,7 @@ class Service:
             read_upload, content, self.library.image_shape, self.limits, self.library.background
         )
         asked = await self._batcher.run(self.library.upload, image)
-        return await self._answer([asked], k, where or None, list(self.library.indexes))
+        return await self._answer([asked], k, where or None, duplicates, list(self.library.indexes))
 
     async def region(self, ask: Part) -> Json:
         """Which training samples influenced this part of a picture most?"""
@@ -259,7 +266,7 @@ class Service:
         self._check(ask.k, [asked], [])
         told = await asyncio.to_thread(region_asked, ask.box, ask.mask, ask.rest, self.limits)
         part = await self._batcher.run(self.library.part, asked, told)
-        return await self._answer([part], ask.k, ask.where, list(self.library.indexes))
+        return await self._answer([part], ask.k, ask.where, ask.duplicates, list(self.library.indexes))
 
     async def explain(self, ask: Explain) -> Json:
         """What each checkpoint and timestep adds to a score."""
@@ -277,7 +284,8 @@ class Service:
         own = ask.source == "training"
 
         def question(index: Index) -> Question:
-            return Question(ask.k, sides(index), ask.where, ask.column, ask.reduce, own)
+            wanted = (ask.k, sides(index), ask.where, ask.column, ask.reduce, own)
+            return Question(*wanted, duplicates=ask.duplicates)
 
         every = self.library.indexes.items()
         found = await asyncio.gather(*(self._batcher.ask(name, asked, question(index)) for name, index in every))
@@ -313,12 +321,15 @@ class Service:
             self.library.check(one)
         self.library.check_indexes(indexes)
 
-    async def _answer(self, asked: list[Asked], k: int, where: str | None, indexes: list[str]) -> Json:
+    async def _answer(
+        self, asked: list[Asked], k: int, where: str | None, duplicates: Duplicates, indexes: list[str]
+    ) -> Json:
         self._check(k, asked, indexes)
         found = {}
         for name in indexes:
             own = asked[0].source == "training"
-            question = Question(k, sides(self.library.indexes[name]), where, None, "sum", own)
+            side = sides(self.library.indexes[name])
+            question = Question(k, side, where, None, "sum", own, duplicates=duplicates)
             found[name] = list(await asyncio.gather(*(self._batcher.ask(name, one, question) for one in asked)))
         return await asyncio.to_thread(self.library.fragment, asked, found)
 

@@ -25,9 +25,13 @@ class _Waiting:
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """Queries of one kind can share a scan: they differ in nothing but k and what is asked about."""
+        """Queries of one kind can share a scan: they differ in nothing but k and what is asked about.
+
+        Where copies are folded, how far they are looked for hangs on k.
+        """
         question = self.question
-        return self.index, question.where, question.group_by, question.reduce, question.exclude_self
+        folded = None if question.duplicates == "keep" else (question.duplicates, question.k)
+        return self.index, question.where, question.group_by, question.reduce, question.exclude_self, folded
 
 
 class Batcher:

@@ -144,6 +144,7 @@ class Library:
             "samples": first.shape[1],
             "sources": [*(["queries"] if self.queries else []), *(["training"] if self._stored else [])],
             "uploads": self.measured is not None,
+            "size": None if self.measured is None else [*reversed(self.image_shape[1:])],
             "columns": {
                 name: [plain(value) for value in values] if len(values) <= MOST_CHOICES else None
                 for name, values in columns.items()
@@ -244,6 +245,8 @@ class Library:
         """
         if asked.source == "uploads":
             whole, _ = self._upload(asked)
+            if asked.id in self._uploads:  # its parts do not push it out
+                self._uploads.move_to_end(asked.id)
         else:
             pictures = self.pictures
             training = asked.source == "training"
@@ -278,7 +281,8 @@ class Library:
             for place, one in enumerate(asked)
         ]
         results = (x for lists in answers.values() for sides in lists for side in sides.values() for x in side)
-        return {"queries": queries, "samples": {x["id"]: self.sample(x["id"]) for x in results}}
+        named = (name for x in results for name in (x["id"], *x.get("copies", ())))
+        return {"queries": queries, "samples": {name: self.sample(name) for name in named}}
 
     def _shown(self, asked: Asked) -> Json:
         """Picture and note of a query."""

@@ -20,7 +20,7 @@ call.token = token;
 const post = (path, body) => call(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
 
 source.explain = (query, estimator, { id }) => post("/api/explain", { source: query.source, id: query.id, sample: id, index: estimator });
-source.groups = (query, column) => post("/api/groups", { source: query.source, id: query.id, column, where: query.where });
+source.groups = (query, column) => post("/api/groups", { source: query.source, id: query.id, column, where: query.where, duplicates: query.duplicates });
 // Asked once for each answer; the lists are on the page by then.
 source.shared = (query) => {
   const k = Math.max(1, ...Object.values(query.lists).map((sides) => sides.proponents.length));
@@ -40,17 +40,21 @@ async function tellTrust() {
   drawTrust();
 }
 
-function take({ queries: answered, samples: shownSamples }, where) {
+// What lists are to be like, as the service takes it.
+const wanted = () => ({ k: Number(at("k").value), where: at("where").value || null, duplicates: at("fold").checked ? "fold" : "keep" });
+
+function take({ queries: answered, samples: shownSamples }, { where, duplicates }) {
   for (const [id, sample] of Object.entries(shownSamples)) samples.set(id, sample);
   for (const query of answered) {
     const place = queries.findIndex((one) => one.source === query.source && one.id === query.id);
     if (place >= 0) queries.splice(place, 1);
-    queries.unshift({ ...query, where, groupColumns: about.group_columns });
+    queries.unshift({ ...query, where, duplicates, groupColumns: about.group_columns });
   }
-  for (const query of queries) {
+  for (const query of queries.filter((one) => !one.whole)) {
     const label = { queries: `query ${shortName(query.id)}`, training: `training sample ${shortName(query.id)}`, uploads: "upload" }[query.source];
     query.label = query.note ? `${label}, ${query.note}` : label;
   }
+  closePart();
   choose("answers");
   draw();
 }
@@ -62,6 +66,7 @@ function drawAsk() {
   const status = h("p", { role: "status", className: "hint" });
   const k = h("input", { type: "number", id: "k", min: 1, max: about.limits.k, value: 10, required: true });
   const where = h("input", { type: "text", id: "where", placeholder: Object.keys(about.columns).length ? `${Object.keys(about.columns)[0]} == …` : "id < 100", maxLength: 2000 });
+  const fold = h("input", { type: "checkbox", id: "fold" });
   const from = h("select", { id: "source", ariaLabel: "Ask about" }, about.sources.map((name) => h("option", { value: name }, { queries: "stored queries", training: "training samples" }[name])));
   const choices = h("ul", { id: "choices", ariaLabel: "Pictures to ask about" });
   const contains = h("input", { type: "search", id: "part", placeholder: "part of a name", ariaLabel: "part of a name" });
@@ -73,7 +78,8 @@ function drawAsk() {
     status.textContent = "Asking …";
     button.disabled = true;
     try {
-      take(await ask(), where.value || null);
+      const like = wanted();
+      take(await ask(like), like);
       return true;
     } catch (error) {
       alert.textContent = error.message;
@@ -83,7 +89,7 @@ function drawAsk() {
       button.disabled = false;
     }
   }
-  const ask = (button) => answering(() => post("/api/query", { source: from.value, ids: [button.value], k: Number(k.value), where: where.value || null }), button);
+  const ask = (button) => answering((like) => post("/api/query", { source: from.value, ids: [button.value], ...like }), button);
 
   async function pick(event) {
     const button = event.currentTarget;
@@ -108,16 +114,15 @@ function drawAsk() {
   if (about.sources.length) {
     parts.push(h("form", { id: "pick", onsubmit: (event) => event.preventDefault() }, from, contains), choices);
   }
-  const further = [h("form", { onsubmit: (event) => event.preventDefault() }, h("label", {}, "results per side", k), h("label", {}, "only samples where", where))];
+  const further = [h("form", { onsubmit: (event) => event.preventDefault() }, h("label", {}, "results per side", k), h("label", {}, "only samples where", where), h("label", { className: "check" }, fold, "fold copies"))];
   if (about.uploads) {
     further.push(h("form", { id: "upload", onsubmit: (event) => {
       event.preventDefault();
-      answering(() => {
+      answering((like) => {
         if (file.files[0].size > about.limits.upload_bytes) throw new Error(`The file is larger than ${about.limits.upload_bytes} bytes.`);
         const body = new FormData();
         body.append("file", file.files[0]);
-        body.append("k", k.value);
-        if (where.value) body.append("where", where.value);
+        for (const [name, value] of Object.entries(like)) if (value !== null) body.append(name, value);
         return call("/api/upload", { method: "POST", body });
       }, event.target.querySelector("button"));
     } }, h("label", {}, "an image of your own", file), h("button", {}, "Upload and ask")));
@@ -146,6 +151,7 @@ async function begin() {
   if (call.token) sessionStorage.setItem("token", call.token);
   history.replaceState(null, "", location.pathname);
   found.curve = about.curve;
+  if (about.uploads) drawPart();
   draw();
   await drawAsk(); // opens with the first picture
   tellTrust();

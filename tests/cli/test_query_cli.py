@@ -280,6 +280,19 @@ def test_a_box_or_a_mask_of_image_files_is_asked_about(tmp_path: Path, capsys: p
         assert why in capsys.readouterr().err
 
 
+def test_copies_are_folded_and_queries_asked_together(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    index, queries = rs.open_index(folder / "i"), rs.open_store(folder / "q")
+    capsys.readouterr()
+    assert main(["query", str(folder / "i"), str(folder / "q"), "-k", "2", "--json", "--fold-copies", "0.3"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(index.query(queries, 2, duplicates=0.3).to_json())
+    asked = ["query", str(folder / "i"), str(folder / "q"), "--group-by", "artist", "--together", "--fold-copies"]
+    assert main(asked) == 0
+    expected = index.query(queries, 10, group_by="artist", together=True, duplicates="fold")
+    assert str(expected) in capsys.readouterr().out
+    assert main(["query", str(folder / "i"), str(folder / "q"), "--fold-copies", "much"]) == 1
+    assert "--fold-copies much: give a likeness in 0 .. 1" in capsys.readouterr().err
+
+
 def test_wrong_questions_are_told_in_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = [[], [str(folder / "q"), "--ids", "3"], [str(folder / "q"), "--out", "a.txt"], ["--ids", "99"]]
     for arguments in wrong:

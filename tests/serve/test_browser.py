@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import retrac_scale as rs
@@ -18,6 +20,7 @@ from retrac_scale.measurement.halves import repeatability_of_rows
 from retrac_scale.report import Pictures, norm_curve, write_report
 from retrac_scale.serve import Limits, create_app
 from retrac_scale.serve.library import Library
+from tests.query.test_copies import planted
 from tests.served import HOSTILE, QUERIES, build, running
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the page is tested with playwright, not installed here")
@@ -188,6 +191,24 @@ def test_captions_keep_what_tells_two_pictures_apart(page: Any, folder: Path) ->
     assert told["images/apple/apple.png"] == "apple"
     assert told["images/google/pear.png"] == "google/pear"
     assert {told[name][-2:] for name in names[-2:]} == {"-a", "-b"}
+
+
+def test_copies_stand_behind_the_best_of_them_when_they_are_unfolded(page: Any, folder: Path) -> None:
+    index, queries, _, _ = planted()
+    answer = index.query(queries, 3, duplicates="fold")
+    assert answer.copies is not None
+    pictures = Pictures(np.random.default_rng(0).random((len(index.ids), 8, 8)), index.ids, np.zeros((3, 8, 8)))
+    page.goto(write_report(folder / "copies.html", {"TracIn": answer}, pictures).as_uri())
+    assert shown(page) == [str(name) for name in answer.ids.ravel()]
+    toggle = page.get_by_role("button", name="and 5 copies").first
+    toggle.click()
+    unfolded = page.locator(".copy img").evaluate_all("x => x.map(i => i.alt)")
+    assert unfolded == [f"copy {name}" for name in answer.copies[0, 0]]
+    page.locator("article").first.locator(".result").first.focus()
+    page.keyboard.press("ArrowRight")
+    assert toggle.evaluate("x => x === document.activeElement")
+    page.keyboard.press("Enter")
+    assert page.locator(".copy").count() == 0
 
 
 def test_search_and_filters_leave_what_matches(page: Any, file: str, library: Library) -> None:
@@ -376,6 +397,107 @@ def test_the_service_takes_an_upload_and_refuses_a_bad_one(page: Any, service: s
     page.get_by_label("only samples where").fill("artist ==")
     page.get_by_label("Pictures to ask about").get_by_role("button").nth(1).click()
     page.get_by_text("is no expression").wait_for()
+
+
+def opened(page: Any, service: str) -> Any:
+    """The page with the tools for a part of its first query, and the surface to draw on."""
+    page.goto(service)
+    page.get_by_role("button", name="ask about a part").first.click()
+    surface = page.get_by_role("application", name="The picture")
+    surface.wait_for()
+    return surface
+
+
+def drag(page: Any, surface: Any, first: tuple[int, int], last: tuple[int, int]) -> None:
+    """From the middle of a pixel of the 8 x 8 picture to that of another."""
+    frame = surface.bounding_box()
+    points = [
+        [frame[axis] + frame["width"] * (x + 0.5) / 8 for axis, x in zip("xy", p, strict=True)] for p in (first, last)
+    ]
+    page.mouse.move(*points[0])
+    page.mouse.down()
+    page.mouse.move(*points[1], steps=6)
+    page.mouse.up()
+
+
+def proponents(library: Library, region: Any) -> list[str]:
+    """What the index under common noise names for a part of the first stored query, five each side, sketched here."""
+    assert library.measured is not None
+    pixels = torch.from_numpy(library.pictures.query(0).astype(np.float32))[None, None] / 127.5 - 1
+    asked = replace(library.measured, dataset=rs.Regions(pixels, region))
+    answer = library.indexes["ReTracRidge"].query(asked, K, side="both")
+    return [str(sample) for sample in answer.ids[answer.listed]]
+
+
+def told_by(page: Any, part: Any, drawn: Callable[[], None]) -> list[str]:
+    """The samples in a part's lists once the service has answered what is drawn."""
+    with page.expect_response("**/api/region"):
+        drawn()
+    part.locator(".result").first.wait_for()
+    page.wait_for_function("!asking.now")
+    return shown(part.locator("section").last)
+
+
+def test_a_box_that_is_dragged_has_its_own_lists(page: Any, service: str, library: Library) -> None:
+    surface = opened(page, service)
+    page.get_by_text("more options").click()
+    page.get_by_label("results per side").fill(str(K))
+    part = page.get_by_role("article", name="query 0, box 1, 2, 6, 5")
+    assert told_by(page, part, lambda: drag(page, surface, (5, 4), (1, 2))) == proponents(library, (1, 2, 6, 5))
+    part.get_by_role("button", name="remove").click()
+    assert page.get_by_role("article").count() == 1
+
+
+@pytest.mark.slow
+def test_parts_are_painted_kept_beside_each_other_and_turned_round(page: Any, service: str, library: Library) -> None:
+    surface = opened(page, service)
+    page.get_by_text("more options").click()
+    page.get_by_label("results per side").fill(str(K))
+    box = page.get_by_role("article", name="query 0, box 0, 0, 4, 8")
+    first = told_by(page, box, lambda: drag(page, surface, (0, 0), (3, 7)))
+    page.get_by_role("button", name="Keep it").click()
+    page.get_by_role("button", name="brush").click()
+    page.get_by_label("size of the brush").fill("2")
+    mask = np.zeros((8, 8), np.float32)
+    mask[3:5, 1:7] = 1  # a brush of two pixels, from (1, 3) to (5, 3)
+    painted = page.get_by_role("article", name="query 0, what is painted")
+    assert told_by(page, painted, lambda: drag(page, surface, (1, 3), (5, 3))) == proponents(library, mask)
+    rest = page.get_by_role("article", name="query 0, all but what is painted")
+    turned = told_by(page, rest, lambda: page.get_by_label("all but this").check())
+    assert turned == proponents(library, rs.AllBut(mask))
+    assert shown(box.locator("section").last) == first == proponents(library, (0, 0, 4, 8))
+    left, right = (part.bounding_box() for part in (box, rest))
+    assert left["y"] == right["y"]
+    assert left["x"] + left["width"] < right["x"]
+    assert painted.count() == 0  # it gave way to what was drawn next
+    page.get_by_role("button", name="Clear").click()
+    assert page.evaluate("drawn.painted") is False
+
+
+@pytest.mark.slow
+def test_a_part_is_chosen_by_keys_by_numbers_and_by_touch(browser: Any, service: str, library: Library) -> None:
+    context = browser.new_context(viewport={"width": 420, "height": 800}, has_touch=True)
+    page = context.new_page()
+    surface = opened(page, service)
+    page.get_by_text("more options").click()
+    page.get_by_label("results per side").fill(str(K))
+    surface.focus()
+    for key in ("ArrowLeft", "ArrowLeft", "ArrowDown", "Shift+ArrowUp"):  # the first makes the box 2, 2, 6, 6
+        page.keyboard.press(key)
+    part = page.get_by_role("article", name="query 0, box 1, 3, 5, 6")
+    assert told_by(page, part, lambda: None) == proponents(library, (1, 3, 5, 6))
+    page.get_by_label("bottom").fill("8")
+    part = page.get_by_role("article", name="query 0, box 1, 3, 5, 8")
+    assert told_by(page, part, lambda: page.keyboard.press("Enter")) == proponents(library, (1, 3, 5, 8))
+    page.get_by_label("right", exact=True).fill("9")
+    page.keyboard.press("Enter")
+    page.get_by_role("alert").get_by_text("reaches outside").wait_for()
+    part = page.get_by_role("article", name="query 0, box 4, 4, 5, 5")
+    frame = surface.bounding_box()
+    touch = lambda: page.touchscreen.tap(frame["x"] + frame["width"] * 4.5 / 8, frame["y"] + frame["height"] * 4.5 / 8)  # noqa: E731
+    assert told_by(page, part, touch) == proponents(library, (4, 4, 5, 5))
+    assert page.evaluate("document.documentElement.scrollWidth") <= 420
+    context.close()
 
 
 def test_the_service_asks_for_its_token(page: Any, service: str) -> None:

@@ -43,7 +43,7 @@ from retrac_scale.serve.batcher import Batcher
 from retrac_scale.serve.library import Asked, Library
 from retrac_scale.serve.server import LOCAL_NAMES, is_local
 from retrac_scale.serve.uploads import read_upload
-from tests.served import QUERIES, SAMPLES, build, running
+from tests.served import COPIED, COPIES, QUERIES, SAMPLES, build, running
 
 LIMITS = Limits(upload_bytes=20_000, pixels=10_000, k=20, ids=4, kept_uploads=2)
 
@@ -108,6 +108,25 @@ def test_answers_are_those_of_the_index(client: TestClient, library: Library) ->
         scores = [result["score"] for result in found["queries"][0]["lists"][name]["proponents"]]
         np.testing.assert_allclose(scores, answer.scores[0, :3], rtol=1e-4)
     assert {sample["columns"]["artist"] for sample in found["samples"].values()} == {"Anna"}
+
+
+def test_copies_are_folded_on_request_with_their_pictures(client: TestClient, library: Library) -> None:
+    ask = {"source": "training", "ids": [str(COPIED)], "k": 10, "duplicates": "fold"}
+    body = client.post("/api/query", json=ask).json()
+    assert set(body["samples"]) >= {str(copy) for copy in COPIES}
+    index = library.indexes["ReTracRidge"]
+    lists = body["queries"][0]["lists"]["ReTracRidge"]
+    first = lists["proponents"][0]
+    assert (first["id"], first["copies"]) == (str(COPIES[0]), [str(COPIES[1])])  # under common noise; itself left out
+    assert all("copies" not in result for result in lists["proponents"][1:] + lists["opponents"])
+    own = rs.take(library.queries["ReTracRidge"], [2])
+    ask = {"source": "queries", "id": "2", "column": "artist", "k": 3, "duplicates": "fold"}
+    groups = client.post("/api/groups", json=ask).json()["ReTracRidge"]["proponents"]
+    totals = {group["id"]: group["score"] for group in groups}
+    counted = ~np.isin(index.ids, COPIES)
+    expected = index.query(own, 3, group_by="artist", where=counted)
+    for name, score, listed in zip(expected.ids[0], expected.scores[0], expected.listed[0], strict=True):
+        assert not listed or totals[name] == pytest.approx(score, rel=1e-4)
 
 
 def test_pictures_that_are_not_those_that_were_sketched_are_refused_by_name(library: Library) -> None:
