@@ -23,7 +23,7 @@ from retrac_scale.index.reader import IndexReader
 from retrac_scale.runtime.runs import run
 from retrac_scale.runtime.tasks import Task
 from retrac_scale.store import IncompleteStoreError, SketchStore, StoreHandle, objects
-from retrac_scale.store.compatibility import COMPARED
+from retrac_scale.store.compatibility import agreed
 from retrac_scale.store.encoding import encode
 from retrac_scale.store.opening import open_root
 from retrac_scale.store.part import ROOT, group_json, plans_of
@@ -137,7 +137,7 @@ def _description(store: SketchStore, estimator: Estimator, dtype: IndexDtype) ->
         "store": place if isinstance(place, str) else None,
         "revision": store.revision,
         "measure": store.fingerprint.get("measure"),
-        "fingerprint": {key: store.fingerprint.get(key) for key in COMPARED},
+        "fingerprint": agreed("query", store.fingerprint),
     }
     if "precondition" in store.fingerprint:
         meta["precondition"] = store.fingerprint["precondition"]

@@ -19,7 +19,7 @@ from retrac_scale.index import seals
 from retrac_scale.index.columns import column_names, read_column
 from retrac_scale.index.scan import Chunk
 from retrac_scale.store import DamagedStoreError, SketchStore, open_store
-from retrac_scale.store.compatibility import COMPARED, check_compatible, slots
+from retrac_scale.store.compatibility import agreed, check_compatible, slots
 from retrac_scale.store.mapping import fetch_chunk
 from retrac_scale.store.opening import open_root
 from retrac_scale.store.part import ROOT
@@ -164,7 +164,7 @@ class IndexReader:
                 ) from error
         if store is None:
             return None
-        found = differences(self.meta["fingerprint"], {key: store.fingerprint.get(key) for key in COMPARED})
+        found = differences(self.meta["fingerprint"], agreed("query", store.fingerprint))
         if not found and store.revision != self.meta["revision"]:
             found = ["samples, checkpoints or blocks were added, deleted or written anew"]
         if found:
