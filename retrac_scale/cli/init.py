@@ -7,10 +7,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from retrac_scale.cli import found
-from retrac_scale.cli.project import FILE, RECORDED, Project, add_options, need, overruled
+from retrac_scale.cli.project import FILE, RECORDED, Project, add_options, need, overruled, told_entries
 from retrac_scale.cli.verb import Answer, Verb
 
 
@@ -36,15 +35,12 @@ def _run(arguments: argparse.Namespace) -> Answer:
 
 
 def _ask(project: Project, prompt: Callable[[str, str], str]) -> Project:
-    questions = {
-        "model": "Model (diffusers folder or hub name)",
-        "images": "Folder of training images",
-        "query_images": "Folder of images to ask about (empty for none)",
-        "out": "Folder for the results",
-    }
-    missing = {name: text for name, text in questions.items() if getattr(project, name) == getattr(Project, name)}
-    told: dict[str, Any] = {name: prompt(text, getattr(project, name)) for name, text in missing.items()}
-    return replace(project, **told)
+    told = told_entries()
+    missing = [
+        name for name in ("model", "images", "query_images", "out") if getattr(project, name) == getattr(Project, name)
+    ]
+    said = {name: prompt(f"{name.replace('_', ' ')}: {told[name]}", getattr(project, name)) for name in missing}
+    return replace(project, **said)  # type: ignore[arg-type]
 
 
 def _prompt(text: str, default: str) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from retrac_scale.cli.indexes import make_estimator, measures_of, with_options
 from retrac_scale.cli.info import in_words
-from retrac_scale.cli.project import RECORDED, Project, find, projection_of
+from retrac_scale.cli.project import RECORDED, Project, find, projection_of, told_entries
 from retrac_scale.cli.repeated import as_json
 from retrac_scale.cli.sizes import in_bytes, in_time
 from retrac_scale.cli.verb import Answer, Verb
@@ -22,14 +22,12 @@ if TYPE_CHECKING:
 
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, help="N")
-    parser.add_argument("--timesteps", type=int, help="T per sample (default: 4)")
+    parser.add_argument("--timesteps", type=int, help=f"T per sample (default: {Project.timesteps})")
     parser.add_argument("--checkpoints", type=int, help="C (default: 1)")
-    parser.add_argument("--dim", type=int, help="K per timestep's sketch (default: 512)")
+    parser.add_argument("--dim", type=int, help=f"K per timestep's sketch (default: {Project.dim})")
     parser.add_argument("--dtype", default="int8", choices=("int8", "float16", "bfloat16", "float32"))
     parser.add_argument("--model", help="diffusers folder or hub name, or 'demo': times sketching it here")
-    parser.add_argument(
-        "--rank", type=int, help="of the projection; 0 keeps the full gradient (default: -1, chosen for dim)"
-    )
+    parser.add_argument("--rank", type=int, help=f"{told_entries()['rank']} (default: {Project.rank})")
     parser.add_argument("--device", default="cpu", help="where to time (default: cpu)")
     parser.add_argument("--hours", type=float, help="deadline: says how many such workers meet it")
     parser.add_argument(

@@ -19,52 +19,63 @@ FILE = "retrac-scale.toml"
 DENOISERS = ("unet", "transformer")
 RECORDED = "recorded"
 """In place of a number of timesteps."""
-ESTIMATORS = (
-    "which indexes are built, in upper or lower case: ReTracRidge (recommended); TracIn and ReTrac, the inner products "
-    "of arXiv 2401.09031; GradDot, GradCos, RelatIF, RenormIF, TRAK; DTRAK and DAS, for each of which `sketch` "
-    "measures another function of the model; several stand beside each other on the page"
-)
+
+
+def _entry(default: Any, told: str, **option: Any) -> Any:
+    """An entry of the file: its default, what it is for, and what else argparse is to know of its option."""
+    return field(default=default, metadata={"told": told, "option": option})
+
+
+def timesteps_of(given: str) -> int | str:
+    """What --timesteps says."""
+    if given == RECORDED or given.removeprefix("-").isdecimal():
+        return given if given == RECORDED else int(given)
+    raise argparse.ArgumentTypeError(f"give a number or {RECORDED}, not {given!r}")
 
 
 @dataclass(frozen=True)
 class Project:
-    """Model, data and places; paths are relative to the file's folder.
+    """Model, data and places: what the file, options and help say of each stands here alone.
 
-    Attributes:
-        model: diffusers folder or hub name: a pipeline, or the denoiser itself.
-        images: folder of training images.
-        query_images: folder of images to ask about.
-        out: folder for stores, indexes and the report.
-        checkpoints: {name: weights}; default: the model's own.
-        timesteps: at how many evenly spaced timesteps each image is measured; "recorded" for where it was trained.
-        noise: "common" to all images and queries at a timestep, or each image's "own".
-        rank: of the projection; -1 chooses it, 0 keeps the full gradient (CountSketch).
-        dim: entries of a sketch.
-        measure: "mse" or "l1".
-        record: folder of a training record, which "recorded" timesteps and the checkpoints' weights come from.
-        background: what transparent pictures are put onto, such as "white"; empty drops their transparency.
-        device: where to compute.
-        estimators: which indexes are built.
-        folder: of the file.
-        stated: entries that the file or an option gives; of a store that is there the others are what it has.
+    Paths are relative to the file's folder. Of a store that is there, entries that are not stated are what it has.
     """
 
-    model: str = ""
-    images: str = ""
-    query_images: str = ""
-    out: str = "attribution"
-    checkpoints: Mapping[str, str] = field(default_factory=dict)
-    timesteps: int | str = 4
-    noise: str = "common"
-    rank: int = -1
-    dim: int = 512
-    measure: str = "mse"
-    record: str = ""
-    background: str = ""
-    device: str = "cpu"
-    estimators: tuple[str, ...] = ("ReTracRidge",)
-    folder: str = ""
-    stated: frozenset[str] = field(default=frozenset(), compare=False)
+    model: str = _entry("", "diffusers folder or hub name: a pipeline, or the denoiser itself")
+    images: str = _entry("", "folder of training images")
+    query_images: str = _entry("", "folder of images to ask about")
+    out: str = _entry("attribution", "folder for stores, indexes and the report")
+    checkpoints: Mapping[str, str] = field(default_factory=dict)  # {name: weights}; with none, the model's own
+    timesteps: int | str = _entry(
+        4,
+        f"evenly spaced, at each of which every image is measured; or {RECORDED}: where it was trained, by the record",
+        type=timesteps_of,
+        metavar=f"N|{RECORDED}",
+    )
+    noise: str = _entry(
+        "common",
+        "of a timestep: common to all images and queries, or every image's own",
+        choices=("common", "own"),
+    )
+    rank: int = _entry(-1, "of the projection; -1 chooses it, 0 keeps the full gradient (CountSketch)", type=int)
+    dim: int = _entry(512, "numbers kept of each gradient, a byte each", type=int)
+    measure: str = _entry("mse", "the training loss: mse or l1", choices=("mse", "l1"))
+    record: str = _entry(
+        "", f"folder that a TrainingRecorder wrote, for {RECORDED} timesteps and the checkpoints' weights"
+    )
+    background: str = _entry(
+        "",
+        "what transparent pictures are put onto, such as white or #808080; with none their transparency is dropped, as "
+        "diffusers' training examples do",
+    )
+    device: str = _entry("cpu", "where to compute")
+    estimators: tuple[str, ...] = _entry(
+        ("ReTracRidge",),
+        "which indexes are built, in upper or lower case: ReTracRidge (recommended); TracIn and ReTrac, the inner "
+        "products of arXiv 2401.09031; GradDot, GradCos, RelatIF, RenormIF, TRAK; DTRAK and DAS, for each of which "
+        "`sketch` measures another function of the model; several stand beside each other on the page",
+    )
+    folder: str = ""  # of the file
+    stated: frozenset[str] = field(default=frozenset(), compare=False)  # entries that the file or an option gives
 
     def path(self, name: str) -> str:
         """A path of the file, as it is from here; a hub's name stays."""
@@ -127,32 +138,23 @@ class Project:
         Args:
             beside: {name: weights} of checkpoints that were found and are not used; they are written as comments.
         """
-        often = self.timesteps if self.timesteps == RECORDED else f"{self.timesteps} x {self.dim}"
-        size = "" if often == RECORDED else f": {often} bytes of an image"
-        lines = [
-            "# Written by `retrac-scale init`. Options of a command come first; paths are relative to this file.",
-            f"model = {_toml(self.model)}  # diffusers folder or hub name",
-            f"images = {_toml(self.images)}  # folder of training images",
-            f"query_images = {_toml(self.query_images)}  # folder of images to ask about",
-            f"out = {_toml(self.out)}  # folder for stores, indexes and the report",
-            f"timesteps = {_toml(self.timesteps)}  # evenly spaced, at each of which every image is measured; or"
-            f' "{RECORDED}": where it was trained, by the record',
-            f"record = {_toml(self.record)}  # folder that a TrainingRecorder wrote, if there is one",
-            f'noise = {_toml(self.noise)}  # of a timestep: the same for all images and queries, or "own" for each',
-            f"rank = {self.rank}  # of the projection; -1 chooses it, 0 keeps the full gradient",
-            f"dim = {self.dim}  # numbers kept of each gradient{size}",
-            f"measure = {_toml(self.measure)}  # the training loss: mse or l1",
-            f'background = {_toml(self.background)}  # under transparent pictures, such as "white" or "#808080"; '
-            "empty drops transparency",
-            f"device = {_toml(self.device)}",
-            *textwrap.wrap(ESTIMATORS, 118, initial_indent="# ", subsequent_indent="# "),
-            f"estimators = {_toml(list(self.estimators))}",
+        lines = ["# Written by `retrac-scale init`. Options of a command come first; paths are relative to this file."]
+        for name, told in told_entries().items():
+            comment = textwrap.wrap(told, 118, initial_indent="# ", subsequent_indent="# ")
+            line = f"{name} = {_toml(getattr(self, name))}"
+            lines += [f"{line}  {comment[0]}"] if len(line) + len(told) < 116 else [*comment, line]
+        lines += [
             "",
             "[checkpoints]  # name = weights, whose scores are added up; with none, the model's own",
             *(f"{_toml(name)} = {_toml(path)}" for name, path in self.checkpoints.items()),
             *(f"# {_toml(name)} = {_toml(path)}" for name, path in (beside or {}).items()),
         ]
         return "\n".join(lines) + "\n"
+
+
+def told_entries() -> dict[str, str]:
+    """What each entry of the file is for, but the table of checkpoints."""
+    return {one.name: one.metadata["told"] for one in fields(Project) if one.metadata}
 
 
 def find(config: str | None) -> Project:
@@ -181,49 +183,24 @@ def find(config: str | None) -> Project:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options that stand for entries of the file."""
-    parser.add_argument("--model", help="diffusers folder or hub name: a pipeline, or the denoiser itself")
-    parser.add_argument("--images", help="folder of training images")
-    parser.add_argument("--query-images", help="folder of images to ask about")
-    parser.add_argument("--out", help="folder for stores, indexes and the report (default: attribution)")
-    parser.add_argument("--checkpoint", action="append", help="NAME=weights, for each (default: the model's own)")
-    parser.add_argument(
-        "--timesteps",
-        type=timesteps_of,
-        metavar="N|recorded",
-        help="evenly spaced, at which each image is measured (default: 4), or recorded: where each was trained",
-    )
-    parser.add_argument("--record", help="folder of the training record, for recorded timesteps")
-    parser.add_argument(
-        "--noise",
-        choices=("common", "own"),
-        help="of a timestep: the same for all images and queries (the default), or every image's own",
-    )
-    parser.add_argument(
-        "--rank", type=int, help="of the projection; 0 keeps the full gradient (default: -1, chosen for dim)"
-    )
-    parser.add_argument("--dim", type=int, help="numbers kept of each gradient at a timestep (default: 512)")
-    parser.add_argument("--measure", choices=("mse", "l1"), help="the training loss (default: mse)")
-    parser.add_argument(
-        "--background",
-        help="what transparent pictures are put onto, such as white, black, #808080 (default: their transparency is "
-        "dropped, as diffusers' training examples do)",
-    )
-    parser.add_argument("--device", help="where to compute (default: cpu)")
+    for one in fields(Project):
+        if one.name == "checkpoints":
+            parser.add_argument(
+                "--checkpoint", action="append", help="NAME=weights, for each (default: the model's own)"
+            )
+        elif one.metadata and one.name != "estimators":
+            default = f" (default: {one.default})" if one.default else ""
+            parser.add_argument(
+                f"--{one.name.replace('_', '-')}", help=one.metadata["told"] + default, **one.metadata["option"]
+            )
 
 
 def overruled(project: Project, arguments: argparse.Namespace) -> Project:
     """The project with what the options of `add_options` say."""
-    names = {one.name for one in fields(Project)} - {"checkpoints", "estimators", "folder", "stated"}
+    names = told_entries().keys() - {"estimators"}
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     checkpoints = parse_checkpoints(arguments.checkpoint) if arguments.checkpoint else project.checkpoints
     return replace(project, **given, checkpoints=checkpoints, stated=project.stated | given.keys())
-
-
-def timesteps_of(given: str) -> int | str:
-    """What --timesteps says."""
-    if given == RECORDED or given.removeprefix("-").isdecimal():
-        return given if given == RECORDED else int(given)
-    raise argparse.ArgumentTypeError(f"give a number or {RECORDED}, not {given!r}")
 
 
 def parse_checkpoints(items: list[str]) -> dict[str, str]:
@@ -257,7 +234,7 @@ def need(value: Any, what: str) -> Any:
 
 
 def _check(found: Mapping[str, Any], file: Path) -> None:
-    default, known = Project(), {one.name for one in fields(Project)} - {"folder", "stated"}
+    default, known = Project(), {*told_entries(), "checkpoints"}
     for name, value in found.items():
         if name not in known:
             raise ValueError(f"{file} has an unknown entry {name!r}; known are {', '.join(sorted(known))}.")

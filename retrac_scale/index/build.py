@@ -25,7 +25,7 @@ from retrac_scale.runtime.runs import run
 from retrac_scale.runtime.tasks import Task
 from retrac_scale.store import IncompleteStoreError, SketchStore, StoreHandle, objects
 from retrac_scale.store.alone import alone
-from retrac_scale.store.compatibility import COMPARED
+from retrac_scale.store.compatibility import agreed
 from retrac_scale.store.encoding import encode
 from retrac_scale.store.part import ROOT, digest_of, group_json, plans_of
 from retrac_scale.store.schema import (
@@ -188,7 +188,7 @@ def _description(store: SketchStore, estimator: Estimator, dtype: IndexDtype) ->
         "revision": store.revision,
         "parts": store.part_digests,
         "measure": store.fingerprint.get("measure"),
-        "fingerprint": {key: store.fingerprint.get(key) for key in COMPARED},
+        "fingerprint": agreed("query", store.fingerprint),
     }
     if "precondition" in store.fingerprint:
         meta["precondition"] = store.fingerprint["precondition"]

@@ -21,7 +21,7 @@ from retrac_scale.index import seals
 from retrac_scale.index.chunk import Chunk
 from retrac_scale.index.segments import ARRAYS, DELETED, Segment, column_of, names_of_columns, segments_of, unpacked
 from retrac_scale.store import DamagedStoreError, SketchStore, open_store
-from retrac_scale.store.compatibility import COMPARED, check_compatible, slots
+from retrac_scale.store.compatibility import agreed, check_compatible, slots
 from retrac_scale.store.mapping import Mapped, check_mapped, fetch_chunk, mapped_files
 from retrac_scale.store.opening import open_root
 from retrac_scale.store.part import ROOT
@@ -253,7 +253,7 @@ class IndexReader:
                 ) from error
         if store is None:
             return None
-        found = differences(self.meta["fingerprint"], {key: store.fingerprint.get(key) for key in COMPARED})
+        found = differences(self.meta["fingerprint"], agreed("query", store.fingerprint))
         if not found and store.revision != self.meta["revision"]:
             found = ["samples, checkpoints or blocks were added, deleted or written anew"]
         self.lacks = int(np.count_nonzero(store.alive)) - self.shape[1] if found and self._only_lacks(store) else 0

@@ -16,7 +16,7 @@ from retrac_scale.sketching.content import ITEM, ChangedItemsError, digest_of, s
 from retrac_scale.sketching.pairs import measured_pairs
 from retrac_scale.sketching.samples import Samples
 from retrac_scale.store import SketchStore
-from retrac_scale.store.compatibility import of_both
+from retrac_scale.store.compatibility import compared
 from retrac_scale.store.part import plans_of
 from retrac_scale.store.reader import Words
 from retrac_scale.store.schema import differences
@@ -43,8 +43,7 @@ def as_measured(train: Samples, store: SketchStore) -> Samples:
     given["frozen"] = {**train.task.frozen, **(brought(train.dataset, "frozen") or {})}
     given["forward"] = train.task.forward
     given |= {name: brought(train.dataset, name) for name in ("region", "concept")}
-    there, here = of_both(store.fingerprint, given)
-    found = differences({key: there.get(key) for key in given}, here)
+    found = differences(*compared("rerank", store.fingerprint, given))
     stored = plans_of(store.fingerprint)
     known = train.plans if train.timesteps is not None else [grid_from_spec(spec) for spec in stored]
     if None in known:

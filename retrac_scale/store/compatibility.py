@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from retrac_scale.store.part import plans_of
 from retrac_scale.store.schema import CONTENT, differences
@@ -30,40 +30,46 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
+Purpose = Literal["query", "rerank", "grow"]
+"""What two fingerprints are compared for; a run that goes on must find every entry unchanged, see `as_told_by`."""
+
+
 @dataclass(frozen=True)
 class Field:
-    """An entry of a fingerprint, which a run that goes on must find unchanged.
+    """An entry of a fingerprint, and for which purposes it must agree.
 
     Attributes:
         what: what of the gradient it tells.
-        queries: whether queries must have the same as the training side.
-        parts: whether everything that a store grows by must have the same; the others are compared by name or make a
-            part of their own.
+        query: whether queries must have the same as the training side: asked, of a report or of a service.
+        rerank: whether samples that are measured again must; what else matters there is compared in its own way.
+        grow: whether everything that a store grows by must; the others are compared by name or make a part of their
+            own.
     """
 
     what: str
-    queries: bool = True
-    parts: bool = True
+    query: bool = True
+    rerank: bool = False
+    grow: bool = True
 
 
 FIELDS = {
     "projection": Field("what a gradient is projected by: kind, dimensions, seed, revision"),
     "parameters": Field("which parameters it is of: names and shapes"),
-    "checkpoints": Field("digests of all weights, and what LoRA's are multiplied with, by checkpoint", parts=False),
-    "scheduler": Field("what of the scheduler's configuration determines noisy images, targets and times"),
-    "measure": Field("what is differentiated, and how it is weighted over timesteps", parts=False),
-    "forward": Field("what runs: call=, the model's code and plain attributes, adapters, mixed precision, noising"),
-    "autocast": Field("mixed precision, as earlier releases told it", queries=False),
-    "frozen": Field("the model's configuration; digests of VAE, text encoders, a ControlNet's U-Net"),
-    "timesteps": Field("the plan, and a digest of every timestep and noise seed", queries=False, parts=False),
-    "region": Field("which part of every sample it is of, where it is not of all", queries=False),
-    "concept": Field("for which concept, where it is not of what is measured", queries=False),
-    "precondition": Field("digests of what it is divided by, by checkpoint", queries=False, parts=False),
+    "checkpoints": Field("digests of all weights, and what LoRA's are multiplied with, by checkpoint", grow=False),
+    "scheduler": Field("what of the scheduler's configuration determines noisy images, targets and times", rerank=True),
+    "measure": Field("what is differentiated, and how it is weighted over timesteps", rerank=True, grow=False),
+    "forward": Field(
+        "what runs: call=, the model's code and plain attributes, adapters, mixed precision, noising", rerank=True
+    ),
+    "autocast": Field("mixed precision, as earlier releases told it", query=False),
+    "frozen": Field("the model's configuration; digests of VAE, text encoders, a ControlNet's U-Net", rerank=True),
+    "timesteps": Field("the plan, and a digest of every timestep and noise seed", query=False, grow=False),
+    "region": Field("which part of every sample it is of, where it is not of all", query=False, rerank=True),
+    "concept": Field("for which concept, where it is not of what is measured", query=False, rerank=True),
+    "precondition": Field("digests of what it is divided by, by checkpoint", query=False, grow=False),
 }
 """Everything that a gradient is a function of, beside the samples themselves. A fingerprint has no other entries."""
 
-COMPARED = tuple(name for name, field in FIELDS.items() if field.queries)
-ALIKE = tuple(name for name, field in FIELDS.items() if field.parts)
 NOT_EVERYWHERE = ("frozen", "forward")
 """Entries of which only what both sides tell is compared.
 
@@ -79,8 +85,7 @@ def check_compatible(
     Raises:
         ValueError: they were sketched otherwise; says which field differs and what to do.
     """
-    left, right = of_both(train, queries)
-    found = differences({k: left.get(k) for k in COMPARED}, {k: right.get(k) for k in COMPARED})
+    found = differences(*compared("query", train, queries))
     if not found and set(train_checkpoints) != set(query_checkpoints):
         found = [f"checkpoints are {train_checkpoints} there and {query_checkpoints} here"]
     if found:
@@ -113,14 +118,21 @@ def slots(fingerprint: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     return found
 
 
-def of_both(train: Mapping[str, Any], queries: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The fingerprints with that of `NOT_EVERYWHERE` which both name."""
-    left, right = dict(train), dict(queries)
+def compared(
+    purpose: Purpose, stored: Mapping[str, Any], given: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What two fingerprints tell of all that must agree for a purpose, of `NOT_EVERYWHERE` what both name."""
+    left, right = agreed(purpose, stored), agreed(purpose, given)
     for field in NOT_EVERYWHERE:
-        told = [_told(one, field) for one in (train, queries)]
+        told = [_told(one, field) for one in (stored, given)]
         names = told[0].keys() & told[1].keys()
         left[field], right[field] = ({name: one[name] for name in names} for one in told)
     return left, right
+
+
+def agreed(purpose: Purpose, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a fingerprint that must agree for a purpose; None where it has none."""
+    return {name: fingerprint.get(name) for name, field in FIELDS.items() if getattr(field, purpose)}
 
 
 def as_told_by(stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import zarr
 
 from retrac_scale.columns import check_columns, column_types
 from retrac_scale.store import objects
-from retrac_scale.store.compatibility import ALIKE, kept_alike, of_both
+from retrac_scale.store.compatibility import compared, kept_alike
 from retrac_scale.store.encoding import Dtype
 from retrac_scale.store.opening import PARTS, WHAT, open_parts, open_root
 from retrac_scale.store.part import ROOT, digest_of, group_json, lay_out, plans_of
@@ -106,24 +106,17 @@ def _check_alike(
     names = list(meta["checkpoints"])
     for part in parts:
         shared = [name for name in part.checkpoints if name in names]
-        prints = of_both(part.fingerprint, fingerprint)
-        digests = [print_.get("checkpoints", {}) for print_ in prints]
+        told = compared("grow", part.fingerprint, fingerprint)
+        held = part.meta["quantities"]
         stored, given = (
-            {key: print_.get(key) for key in ALIKE}
-            | {"checkpoints": {name: digest.get(name) for name in shared}}
-            | {"precondition": {name: print_.get("precondition", {}).get(name) for name in shared}}
+            agree
+            | {key: {name: print_.get(key, {}).get(name) for name in shared} for key in ("checkpoints", "precondition")}
             | {"weights": {name: weights[name] for name in shared}}
             | {key: described[key] for key in ("dtype", "columns")}
             | {"quantities": quantities}
-            for print_, digest, weights, described, quantities in (
-                (prints[0], digests[0], part.weights, part.meta, part.meta["quantities"]),
-                (
-                    prints[1],
-                    digests[1],
-                    meta["checkpoints"],
-                    meta,
-                    kept_alike(part.meta["quantities"], meta["quantities"]),
-                ),
+            for agree, print_, weights, described, quantities in (
+                (told[0], part.fingerprint, part.weights, part.meta, held),
+                (told[1], fingerprint, meta["checkpoints"], meta, kept_alike(held, meta["quantities"])),
             )
         )
         if found := differences(stored, given):
