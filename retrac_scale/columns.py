@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import keyword
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,14 +19,16 @@ RESERVED = ("id", "deleted", "parts")
 
 @dataclass(frozen=True, eq=False)
 class Texts:
-    """A column of texts: `values[codes]` in short.
+    """A column of texts: the distinct ones in their order, of which one is found without reading the others.
 
     Attributes:
-        values: sorted and distinct, `[v]`.
-        codes: int32 `[n]`.
+        text: the distinct texts in UTF-8, one after the other, uint8 `[b]`; their bytes sort as they do.
+        ends: where each of them ends, int64 `[v]`.
+        codes: which of them each sample has, int32 `[n]`.
     """
 
-    values: npt.NDArray[np.str_]
+    text: npt.NDArray[np.uint8]
+    ends: npt.NDArray[np.int64]
     codes: npt.NDArray[np.int32]
 
     @staticmethod
@@ -32,11 +37,46 @@ class Texts:
         import pandas as pd
 
         codes, values = pd.factorize(texts.astype(object), sort=True)
-        return Texts(np.array(values.tolist(), dtype=str), codes.astype(np.int32))
+        return Texts.coded(values.tolist(), codes)
+
+    @staticmethod
+    def coded(values: Sequence[str], codes: npt.NDArray[Any]) -> Texts:
+        """Those of sorted distinct texts and codes."""
+        encoded = [value.encode() for value in values]
+        ends = np.cumsum([len(value) for value in encoded], dtype=np.int64)
+        return Texts(np.frombuffer(b"".join(encoded), np.uint8), ends, codes.astype(np.int32))
+
+    @property
+    def count(self) -> int:
+        """How many distinct texts there are."""
+        return len(self.ends)
+
+    @cached_property
+    def values(self) -> npt.NDArray[np.str_]:
+        """The distinct texts, sorted, `[v]`."""
+        every, edges = self.text.tobytes(), itertools.pairwise([0, *self.ends.tolist()])
+        return np.array([every[start:stop].decode() for start, stop in edges], dtype=str)
+
+    def value(self, sample: int) -> str:
+        """The text of one sample."""
+        return self._encoded(int(self.codes[sample])).decode()
+
+    def find(self, text: str) -> tuple[int, bool]:
+        """How many of the distinct texts come before a text, and whether it is the next of them."""
+        wanted = text.encode(errors="surrogatepass")
+        place = bisect.bisect_left(range(self.count), wanted, key=self._encoded)
+        return place, place < self.count and self._encoded(place) == wanted
+
+    def some(self, samples: Any) -> Texts:
+        """The column of some samples, chosen as an array is."""
+        return replace(self, codes=self.codes[samples])
 
     def whole(self) -> npt.NDArray[np.str_]:
         """The texts themselves, `[n]`."""
         return self.values[self.codes]
+
+    def _encoded(self, code: int) -> bytes:
+        return self.text[int(self.ends[code - 1]) if code else 0 : int(self.ends[code])].tobytes()
 
 
 class Places:
@@ -70,9 +110,12 @@ class Places:
 Column = npt.NDArray[Any] | Texts
 
 
-def distinct(column: Column) -> npt.NDArray[Any]:
-    """Its sorted distinct values."""
-    return column.values if isinstance(column, Texts) else np.unique(column)
+def distinct(column: Column, most: int) -> npt.NDArray[Any] | None:
+    """Its sorted distinct values; None where there are more than so many."""
+    if isinstance(column, Texts):
+        return column.values if column.count <= most else None
+    values = np.unique(column)
+    return values if len(values) <= most else None
 
 
 def check_ids(ids: Sequence[Any] | npt.NDArray[Any] | None, n_samples: int) -> npt.NDArray[Any]:

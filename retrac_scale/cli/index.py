@@ -44,6 +44,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
     from retrac_scale.estimators import recommended
     from retrac_scale.store import open_store
 
+    options = {name: getattr(arguments, name) for name in OPTIONS}
     every = ("estimator", "measure", *OPTIONS, "dtype")
     given = [name for name in every if getattr(arguments, name) is not None]
     project = find(arguments.config)
@@ -54,6 +55,8 @@ def _run(arguments: argparse.Namespace) -> Answer:
     elif arguments.store is None and arguments.estimator is None:
         raise ValueError(f"--{given[0]} is for one index: say of which --estimator.")
     else:
+        if arguments.estimator is not None:
+            with_options(make_estimator(arguments.estimator), options)  # first: what is no option of it is told at once
         given_store = arguments.store is not None
         store = open_store(arguments.store, measure=arguments.measure) if given_store else open_sketches(project)
         if arguments.estimator is None:
@@ -62,7 +65,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
             store, plain = of_measure(arguments.estimator, store)
         else:
             plain = make_estimator(arguments.estimator)
-        estimator = with_options(plain, {name: getattr(arguments, name) for name in OPTIONS})
+        estimator = with_options(plain, options)
         place = arguments.out or place_of(project, estimator)
         name = type(estimator).__name__
         shown: dict[str, Any] = {"dtype": arguments.dtype or "int8", "progress": f"index of {name}"}

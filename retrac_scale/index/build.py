@@ -141,8 +141,8 @@ def _write_segment(
     size = None if base is None else base.segments[0].arrays["row"].chunks[1]
     chunks = create_arrays(root, len(store.checkpoints), store.ids[kept], estimator.width(store), dtype, size)
     root.create_group("column", overwrite=True)
-    for name, values in store.columns.items():
-        write_column(root, name, values[kept])
+    for name in store.meta["columns"].keys() - {"id"}:
+        write_column(root, name, store.column(name)[kept])
     if len(kept) < segment.stop - segment.start:
         write_packed(root, KEPT, np.isin(np.arange(segment.start, segment.stop), kept, assume_unique=True))
     ridges = fit(store, estimator, kept, client, done)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,10 @@ import zarr
 from retrac_scale.columns import Column, Texts
 from retrac_scale.store.schema import get_array, get_group, new_array
 
+PARTS = ("text", "end", "code")
+"""Arrays of a column of texts, see `Texts`."""
+Fetch = Callable[[zarr.Array[Any]], npt.NDArray[Any]]
+
 
 def write_column(root: zarr.Group, name: str, values: npt.NDArray[Any]) -> None:
     """Write a column `[n]` of an index, in one chunk."""
@@ -19,18 +24,27 @@ def write_column(root: zarr.Group, name: str, values: npt.NDArray[Any]) -> None:
         write_list(group, name, values)
         return
     texts = Texts.of(values)
-    write_list(group, f"{name}/value", texts.values)
-    write_list(group, f"{name}/code", texts.codes)
+    arrays: list[npt.NDArray[Any]] = [texts.text, texts.ends, texts.codes]
+    for part, array in zip(PARTS, arrays, strict=True):
+        write_list(group, f"{name}/{part}", array)
 
 
-def read_column(root: zarr.Group, name: str, some: slice = slice(None)) -> Column:
-    """A column of an index, or of some of its samples; those of earlier releases hold texts as they are."""
+def read_column(root: zarr.Group, name: str, fetch: Fetch) -> Column:
+    """A column of an index; those of earlier releases hold texts as they are, or their values so.
+
+    Args:
+        root: of the index, or of its segment.
+        name: the column's.
+        fetch: reads an array of numbers.
+    """
     group = get_group(root, "column")
     if name in group.array_keys():
-        values = np.asarray(get_array(group, name)[some])
-        return values if values.dtype.kind in "biuf" else Texts.of(values)
-    stored, codes = (np.asarray(get_array(group, f"{name}/{part}")[some]) for part in ("value", "code"))
-    return Texts(np.array(stored.tolist(), dtype=str), codes)
+        array = get_array(group, name)
+        return fetch(array) if array.dtype.kind in "biuf" else Texts.of(np.asarray(array[:]))
+    inner = get_group(group, name)
+    if "value" in inner.array_keys():
+        return Texts.coded(np.asarray(get_array(inner, "value")[:]).tolist(), fetch(get_array(inner, "code")))
+    return Texts(*(fetch(get_array(inner, part)) for part in PARTS))
 
 
 def column_names(root: zarr.Group) -> list[str]:

@@ -22,7 +22,7 @@ from retrac_scale.index.chunk import Chunk
 from retrac_scale.index.segments import ARRAYS, DELETED, Segment, column_of, names_of_columns, segments_of, unpacked
 from retrac_scale.store import DamagedStoreError, SketchStore, open_store
 from retrac_scale.store.compatibility import agreed, check_compatible, slots
-from retrac_scale.store.mapping import Mapped, check_mapped, fetch_chunk, mapped_files
+from retrac_scale.store.mapping import Mapped, check_mapped, chunk_key, fetch_chunk, mapped_files
 from retrac_scale.store.opening import open_root
 from retrac_scale.store.part import ROOT
 from retrac_scale.store.schema import ATTRIBUTE, Url, differences, get_array, read_ids
@@ -104,13 +104,20 @@ class IndexReader:
         if name == "id":
             return self.ids if read else _listed(np.empty(0, self._first["id"].dtype))
         if not read:
-            return column_of(self.segments, name, slice(0))
+            return column_of(self.segments, name, lambda array: np.empty(0, array.dtype))
         columns = tuple(f"{one.prefix}column/{name}/" for one in self.segments)
-        self._check(key for key in self._seals if key.startswith(columns))
-        column = column_of(self.segments, name)
+        mapped = ("/code/c/0", "/text/c/0", "/end/c/0", f"column/{name}/c/0")  # compared below, as all numbers are
+        self._check(key for key in self._seals if key.startswith(columns) and not key.endswith(mapped))
+        with self._or_replaced():
+            column = column_of(self.segments, name, self._numbers)
         if self._alive is None:
             return column
-        return Texts(column.values, column.codes[self._alive]) if isinstance(column, Texts) else column[self._alive]
+        return column.some(self._alive) if isinstance(column, Texts) else column[self._alive]
+
+    def _numbers(self, array: zarr.Array[Any]) -> npt.NDArray[Any]:
+        """An array of one chunk, compared with its seal; a map where it can be mapped."""
+        key = chunk_key(array, (0,)).removeprefix(f"{self.root.path}/")
+        return fetch_chunk(array, (0,), self._seals.get(key)) if array.shape[0] else np.empty(0, array.dtype)
 
     @functools.cached_property
     def shape(self) -> tuple[int, int, int]:

@@ -13,7 +13,7 @@ from zarr.storage import StorePath
 
 from retrac_scale.arrays import Bools, Int64
 from retrac_scale.columns import Column, Texts
-from retrac_scale.index.columns import column_names, read_column
+from retrac_scale.index.columns import Fetch, column_names, read_column
 from retrac_scale.store import objects
 from retrac_scale.store.part import ROOT
 from retrac_scale.store.schema import blocks, get_array, get_group, new_array
@@ -92,17 +92,17 @@ def prefix_of(name: str) -> str:
     return f"{FOLDER}/{name}/" if name else ""
 
 
-def column_of(segments: Sequence[Segment], name: str, some: slice = slice(None)) -> Column:
-    """A column of all segments, or of the same samples of each."""
-    read = [read_column(segment.group, name, some) for segment in segments]
+def column_of(segments: Sequence[Segment], name: str, fetch: Fetch) -> Column:
+    """A column of all segments."""
+    read = [read_column(segment.group, name, fetch) for segment in segments]
     if len(read) == 1:
         return read[0]
-    if not isinstance(read[0], Texts):
-        return np.concatenate([np.asarray(values) for values in read])
     texts = [values for values in read if isinstance(values, Texts)]
+    if not texts:
+        return np.concatenate([np.asarray(values) for values in read])
     values = np.unique(np.concatenate([one.values for one in texts]))
-    codes = [np.searchsorted(values, one.values).astype(np.int32)[one.codes] for one in texts]
-    return Texts(values, np.concatenate(codes))
+    codes = [np.searchsorted(values, one.values)[one.codes] for one in texts]
+    return Texts.coded(values.tolist(), np.concatenate(codes))
 
 
 def names_of_columns(segments: Sequence[Segment]) -> list[str]:

@@ -84,7 +84,7 @@ def _evaluate(expression: str, index: IndexReader, wanted: Callable[[], bool]) -
 
 
 def _some(column: Column, samples: slice) -> Column:
-    return Texts(column.values, column.codes[samples]) if isinstance(column, Texts) else column[samples]
+    return column.some(samples) if isinstance(column, Texts) else column[samples]
 
 
 def _parsed(expression: str) -> ast.Expression:
@@ -205,8 +205,8 @@ class _Expression:
         if not all(isinstance(value, str | bool | int | float) for value in values):
             raise self._error(f"looks in {ast.unparse(listed)}, which holds more than values")
         if isinstance(one, Texts):
-            chosen = np.isin(one.values, np.array(values, dtype=str))
-            return chosen[one.codes]
+            places = [one.find(value) for value in values]
+            return np.isin(one.codes, [code for code, there in places if there])
         if not _is_text(one):
             return np.isin(one, np.array(values))
         self._charge(SEARCH_TERMS)
@@ -259,8 +259,7 @@ def _whole(value: Any) -> Any:
 
 def _codes_compared(column: Texts, op: type[ast.cmpop], text: str) -> Bools:
     """A column of texts against one text, by the order of the codes."""
-    first = int(np.searchsorted(column.values, text))
-    there = first < len(column.values) and column.values[first] == text
+    first, there = column.find(text)
     bounds = {ast.Lt: first, ast.LtE: first + there, ast.Gt: first + there, ast.GtE: first}
     if op in (ast.Lt, ast.LtE):
         return column.codes < bounds[op]

@@ -147,10 +147,7 @@ class Rows(dict[Any, Json]):
 
     def __missing__(self, sample: Any) -> Json:
         place = int(self._places.find([sample])[0])
-        return {
-            name: plain(x.values[x.codes[place]] if isinstance(x, Texts) else x[place])
-            for name, x in self._columns.items()
-        }
+        return {name: plain(x.value(place) if isinstance(x, Texts) else x[place]) for name, x in self._columns.items()}
 
 
 def sides(index: Index) -> Side:
@@ -229,8 +226,9 @@ def curve_of(curve: tuple[Any, Any, Any]) -> Json:
 
 def group_columns(index: Index) -> list[str]:
     """Columns that put several samples under one label."""
-    columns = {name: len(distinct(index.column(name))) for name in index.column_names}
-    return [name for name, labels in columns.items() if 1 < labels <= min(MOST_LABELS, index.shape[1] // 2)]
+    most = min(MOST_LABELS, index.shape[1] // 2)
+    labels = {name: distinct(index.column(name), most) for name in index.column_names}
+    return [name for name, values in labels.items() if values is not None and len(values) > 1]
 
 
 def plain(value: Any) -> Any:

@@ -37,7 +37,7 @@ from retrac_scale.serve.named import Named
 from retrac_scale.serve.uploads import Upload
 from retrac_scale.sketching.samples import Samples
 from retrac_scale.store import SketchStore
-from retrac_scale.store.taking import take
+from retrac_scale.store.taking import take, taken
 
 T = TypeVar("T")
 Source = Literal["queries", "training", "uploads"]
@@ -138,7 +138,7 @@ class Library:
     def about(self) -> Json:
         """What there is to ask, for the page."""
         first = next(iter(self.indexes.values()))
-        columns = {name: distinct(first.column(name)) for name in first.column_names}
+        columns = {name: distinct(first.column(name), MOST_CHOICES) for name in first.column_names}
         return {
             "estimators": list(self.indexes),
             "samples": first.shape[1],
@@ -146,8 +146,7 @@ class Library:
             "uploads": self.measured is not None,
             "size": None if self.measured is None else [*reversed(self.image_shape[1:])],
             "columns": {
-                name: [plain(value) for value in values] if len(values) <= MOST_CHOICES else None
-                for name, values in columns.items()
+                name: None if values is None else [plain(value) for value in values] for name, values in columns.items()
             },
             "group_columns": group_columns(first),
             "curve": None if self.store is None or not self.store.has("timestep") else curve_of(norm_curve(self.store)),
@@ -344,7 +343,7 @@ class Library:
             store, place = self._training(name, asked.id)
         else:
             store, place = self.queries[name], self._places["queries"][asked.id]
-        return take(store, store.ids[place : place + 1])
+        return taken(store, np.array([place]), {})
 
     def _sample_id(self, sample: str) -> Any:
         if sample not in self._samples:

@@ -6,6 +6,7 @@ import faulthandler
 import ipaddress
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from types import FrameType
 
@@ -56,7 +57,8 @@ def run(
     def stop(number: int, frame: FrameType | None) -> None:
         server.should_exit = True
 
-    faulthandler.enable(all_threads=False)  # a mapped file that is cut short while it is scanned ends the process
+    # a mapped file that is cut short while it is scanned ends the process
+    faulthandler.enable(sys.__stderr__, all_threads=False)
     with _listen(host, port) as listener:
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:  # uvicorn puts these handlers back and raises the signal once more when it is done

@@ -157,7 +157,11 @@ class Part:
     @cached_property
     def columns(self) -> dict[str, npt.NDArray[Any]]:
         """User columns `{name: [n]}`."""
-        return {name: self._fixed_list(name) for name in self.meta["columns"] if name != "id"}
+        return {name: self.column(name) for name in self.meta["columns"] if name != "id"}
+
+    def column(self, name: str) -> npt.NDArray[Any]:
+        """One of them `[n]`, read anew."""
+        return self._fixed_list(name)
 
     @property
     def deleted(self) -> npt.NDArray[np.bool_]:

@@ -87,7 +87,7 @@ class SketchStore:
     @cached_property
     def ids(self) -> npt.NDArray[Any]:
         """Sample ids `[n]`, int64 or str."""
-        return np.concatenate([part.ids for part in self._grid.segments])
+        return _joined([part.ids for part in self._grid.segments])
 
     @cached_property
     def places(self) -> Places:
@@ -98,7 +98,11 @@ class SketchStore:
     def columns(self) -> dict[str, npt.NDArray[Any]]:
         """The user's columns, `{name: [n]}`."""
         names = self._grid.segments[0].columns
-        return {name: np.concatenate([part.columns[name] for part in self._grid.segments]) for name in names}
+        return {name: _joined([part.columns[name] for part in self._grid.segments]) for name in names}
+
+    def column(self, name: str) -> npt.NDArray[Any]:
+        """One of the user's columns `[n]`, read anew and not kept."""
+        return _joined([part.column(name) for part in self._grid.segments])
 
     @property
     def deleted(self) -> npt.NDArray[np.bool_]:
@@ -278,6 +282,10 @@ class SketchStore:
     def __repr__(self) -> str:
         n, t, k = self.shape
         return f"SketchStore({self.url!r}: {len(self.checkpoints)} checkpoints, {n} samples, {t} timesteps, k = {k})"
+
+
+def _joined(several: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    return several[0] if len(several) == 1 else np.concatenate(several)
 
 
 def _records(part: Part) -> list[bytes]:

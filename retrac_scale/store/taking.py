@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,12 +24,17 @@ def take(store: SketchStore, ids: Sequence[Any] | npt.NDArray[Any]) -> SketchSto
     chosen = store.places.find(asked)
     if (chosen < 0).any():
         raise ValueError(f"{store.url or 'the store'} has no sample {asked[chosen < 0].tolist()[0]!r}.")
+    return taken(store, chosen, store.columns)
+
+
+def taken(store: SketchStore, chosen: npt.NDArray[np.int64], columns: Mapping[str, npt.NDArray[Any]]) -> SketchStore:
+    """As `take`, of the samples at some places of a store, with some of its columns."""
     _, t, k = store.shape
     quantities = [name for name in SKETCHED if store.has(name)]
     fingerprint = store.fingerprint
     if "timesteps" in fingerprint:
         fingerprint["timesteps"] = plans_of(fingerprint)  # their digests are those of other samples
-    taken = create_store(
+    small = create_store(
         None,
         shape=(len(chosen), t, k),
         ids=store.ids[chosen],
@@ -37,7 +42,7 @@ def take(store: SketchStore, ids: Sequence[Any] | npt.NDArray[Any]) -> SketchSto
         fingerprint=fingerprint,
         dtype="float32",
         quantities=quantities,
-        columns={name: values[chosen] for name, values in store.columns.items()},
+        columns={name: values[chosen] for name, values in columns.items()},
         plan=store.plan,
     )
 
@@ -45,9 +50,9 @@ def take(store: SketchStore, ids: Sequence[Any] | npt.NDArray[Any]) -> SketchSto
         return np.concatenate([read(checkpoint, slice(place, place + 1)) for place in chosen[block]])
 
     for checkpoint in store.checkpoints:
-        for number, block in enumerate(taken.blocks):
+        for number, block in enumerate(small.blocks):
             write_block(
-                taken,
+                small,
                 checkpoint,
                 number,
                 gather(store.sketches, checkpoint, block),
@@ -56,4 +61,4 @@ def take(store: SketchStore, ids: Sequence[Any] | npt.NDArray[Any]) -> SketchSto
                 timesteps=gather(store.timesteps, checkpoint, block) if "timestep" in quantities else None,
                 contents=gather(store.contents, checkpoint, block) if CONTENT in quantities else None,
             )
-    return taken
+    return small

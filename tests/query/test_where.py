@@ -134,6 +134,13 @@ def test_texts_come_back_from_their_codes() -> None:
     column = index().column("artist")
     assert isinstance(column, Texts)
     assert column.codes.dtype == np.int32
+    assert [column.value(sample) for sample in range(N)] == COLUMNS["artist"].tolist()
+    for text in ("", "artist 1", "artist 10", "artist 2~", "zz", "\ud800"):
+        before = sorted({*COLUMNS["artist"].tolist(), text}).index(text)
+        assert column.find(text) == (before, text in COLUMNS["artist"])
+    odd = np.array(["ö", "", "\U0001f600", "\uffff", "z", "ö", "a b"])
+    assert Texts.of(odd).values.tolist() == sorted({*odd.tolist()})
+    assert Texts.of(odd).some(slice(2, 5)).whole().tolist() == odd[2:5].tolist()
     np.testing.assert_array_equal(column.values, np.unique(COLUMNS["artist"]))
     np.testing.assert_array_equal(index().columns["artist"], COLUMNS["artist"])
 
