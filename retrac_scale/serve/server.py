@@ -57,8 +57,8 @@ def run(
     def stop(number: int, frame: FrameType | None) -> None:
         server.should_exit = True
 
-    # a mapped file that is cut short while it is scanned ends the process
-    faulthandler.enable(sys.__stderr__, all_threads=False)
+    if sys.__stderr__ is not None:  # a mapped file that is cut short while it is scanned ends the process: say where
+        faulthandler.enable(sys.__stderr__, all_threads=False)
     with _listen(host, port) as listener:
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:  # uvicorn puts these handlers back and raises the signal once more when it is done
