@@ -1,3 +1,5 @@
+# Installs by uv where there is one, else by pip: the same versions. With uv, UV_TORCH_BACKEND=auto takes a torch without
+# CUDA where there is no GPU.
 # make demo    set up what the package itself needs, then train, sketch, index, query and report on real digits (into demo/)
 # make live    serve the demo's page, to be asked about parts of pictures and uploads
 # make test    set up, then run the tests
@@ -13,7 +15,9 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 RUNS = $(VENV)/.runs
-INSTALL = $(BIN)/pip install -q --no-compile --disable-pip-version-check -c constraints.txt
+UV := $(shell command -v uv 2>/dev/null)
+PIP = $(if $(UV),$(UV) pip install -q --python $(BIN)/python,$(BIN)/pip install -q --no-compile --disable-pip-version-check)
+INSTALL = $(PIP) -c constraints.txt
 
 # what is imported is compiled once, at its first import: neither all of it, nor again in every process
 export PYTHONDONTWRITEBYTECODE =
