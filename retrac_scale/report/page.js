@@ -280,14 +280,14 @@ function groupDetails(query, column) {
 function groupTable(column, sides) {
   const rows = SIDES.flatMap((side) => (sides[side] || []).map((group) => ({ ...group, side }))).sort((a, b) => b.score - a.score);
   const most = Math.max(...rows.map(({ share }) => share)) || 1;
-  const head = [column, "share", "", "sum of scores"].map((name, place) => h("th", { scope: "col", className: place % 2 ? "number" : "" }, name));
+  const head = [column, "share", "", "sum"].map((name, place) => h("th", { scope: "col", className: place % 2 ? "number" : "" }, name));
   return [
-    h("table", {},
+    h("div", { className: "scroll" }, h("table", {},
       h("thead", {}, h("tr", {}, head)),
       h("tbody", {}, rows.map(({ id, score, share, share_error: error, side }) => h("tr", { className: side },
-        h("th", { scope: "row" }, id), h("td", { className: "number" }, `${percent(share)} ± ${percent(error)}`),
-        h("td", {}, bar({ score: share, error }, most)), h("td", { className: "number" }, signed(score)))))),
-    h("p", { className: "hint" }, "Share: what of a group's scores is above zero, of opponents below, as a part of all that is; ± one standard error, over samples."),
+        h("th", { scope: "row" }, id), h("td", { className: "number" }, `${(100 * share).toFixed(1)} ± ${(100 * error).toFixed(1)} %`),
+        h("td", {}, bar({ score: share, error }, most)), h("td", { className: "number" }, signed(score))))))),
+    h("p", { className: "hint" }, "Share: what of a group's scores is above zero, of opponents below, as a part of all that is; ± one standard error, over samples. Sum: of its scores."),
   ];
 }
 

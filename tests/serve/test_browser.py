@@ -282,8 +282,8 @@ def test_group_totals_open_with_shares(page: Any, file: str, library: Library) -
     assert errors is not None
     row = page.locator(".groups table").first.locator("tbody tr").first
     assert row.get_by_role("rowheader").inner_text() == answer.ids[0, 0]
-    half_up = [f"{np.floor(100 * values[0, 0] + 0.5):.0f} %" for values in (shares, errors)]
-    assert row.get_by_role("cell").first.inner_text() == " ± ".join(half_up)
+    expected = " ± ".join(f"{100 * values[0, 0]:.1f}" for values in (shares, errors))
+    assert row.get_by_role("cell").first.inner_text() == f"{expected} %"
     assert row.locator(".bar .error").count() == 1
 
 
