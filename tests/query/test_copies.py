@@ -112,6 +112,16 @@ def test_a_family_counts_once_in_its_group() -> None:
     np.testing.assert_allclose(answer.shares.sum(1), 1)  # type: ignore[union-attr]
 
 
+def test_groups_of_a_sample_that_is_left_out_alone_are_told_as_without_folding() -> None:
+    index, _, _, _ = planted()
+    store = index.check_store()
+    assert store is not None
+    asked = rs.take(store, index.ids[:1])
+    for duplicates in ("keep", "fold"):
+        with pytest.raises(ValueError, match="no sample to score"):
+            index.query(asked, where=index.ids[:1], exclude_self=True, group_by="artist", duplicates=duplicates)
+
+
 def test_tables_json_and_text_tell_copies() -> None:
     index, queries, _, _ = planted()
     answer = index.query(queries, 4, duplicates="fold")
