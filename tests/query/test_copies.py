@@ -11,6 +11,8 @@ import pytest
 
 import retrac_scale as rs
 from retrac_scale.query.copies import likeness
+from tests.conftest import random_images, tiny_unet
+from tests.sketching.test_sketching import SCHEDULER
 
 COPIES = {3: 2, 7: 5, 20: 1, 33: 30}
 """Of these samples so many copies are planted behind the first 40."""
@@ -141,3 +143,24 @@ def test_a_list_holds_no_more_than_there_are_families_and_wrong_words_are_refuse
     for wrong in ("drop", 0.0, 1.5):
         with pytest.raises(ValueError, match="'keep', 'fold' or a likeness"):
             index.query(queries, duplicates=wrong)  # type: ignore[arg-type]
+
+
+def test_copies_among_reranked_candidates_are_folded_in_the_exact_order() -> None:
+    images = random_images(6, 0)
+    images[4] = images[2]
+    state = {"c": tiny_unet().state_dict()}
+    task, steps = rs.DiffusionTask(tiny_unet(), SCHEDULER), rs.Explicit([40], noise="common")
+    store = rs.sketch(task, images, None, checkpoints=state, timesteps=steps, progress=False)
+    index = rs.build_index(store, rs.ReTrac(pairing="matched"), None)
+    queries, train = (rs.Samples(x, task, state, steps) for x in (images[2:4], images))
+    plain, folded = (
+        index.query(queries, 5, rerank=6, train=train, duplicates=how, where="id != 0") for how in ("keep", "fold")
+    )
+    assert plain.ids[0].tolist()[:2] == [2, 4]
+    assert folded.copies is not None
+    assert folded.sketch_rank is not None
+    for query in range(2):
+        rest = [sample for sample in plain.ids[query].tolist() if sample != 4]
+        assert folded.ids[query].tolist() == rest
+        assert folded.copies[query].tolist() == [(4,) if sample == 2 else () for sample in rest]
+    assert folded.sketch_rank[0, 0] == 1
