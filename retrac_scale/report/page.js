@@ -287,7 +287,7 @@ function groupTable(column, sides) {
       h("tbody", {}, rows.map(({ id, score, share, share_error: error, side }) => h("tr", { className: side },
         h("th", { scope: "row" }, id), h("td", { className: "number" }, `${(100 * share).toFixed(1)} ± ${(100 * error).toFixed(1)} %`),
         h("td", {}, bar({ score: share, error }, most)), h("td", { className: "number" }, signed(score))))))),
-    h("p", { className: "hint" }, "Share: what of a group's scores is above zero, of opponents below, as a part of all that is; ± one standard error, over samples. Sum: of its scores."),
+    h("p", { className: "hint" }, "Share: what of a group's scores is above zero, of opponents below, as a part of all that is; ± one standard error over samples: how much hangs on few of them, not what another measurement, or leaving the group out, would say. Sum: of its scores."),
   ];
 }
 
