@@ -127,5 +127,5 @@ def copies_of_queries(index: IndexReader, found: Found, queries: int, alike: flo
         names = ids[order][np.isfinite(scores[order])]
         names = names[np.sort(np.unique(names, return_index=True)[1])]  # few samples stand on both sides
         own = families(likeness(index, names) >= alike)
-        left_out.append(names[np.concatenate([members[1:] for members in own])])
+        left_out.append(names[[place for members in own for place in members[1:].tolist()]] if own else names)
     return left_out

@@ -156,13 +156,14 @@ def sides(index: Index) -> Side:
 
 
 def ranked(answer: TopK) -> list[dict[str, list[Json]]]:
-    """For each query the lists of each side, best first: id, score, and where known its error and whether resolved.
+    """For each query the lists of each side, best first: id, score, and where known error, whether resolved, share.
 
     A list ends at zero: a positive score is no opponent's, a negative one no proponent's. Where copies were folded, a
     result that has some has their ids.
     """
     listed, sides = answer.listed, answer.sides
     known = {"id": answer.ids, "score": answer.scores, "error": answer.errors, "resolved": answer.resolved}
+    known |= {"share": answer.shares, "share_error": answer.share_errors}
     fields = {name: values for name, values in known.items() if values is not None}
 
     def result(query: int, place: int) -> Json:

@@ -278,12 +278,17 @@ function groupDetails(query, column) {
 }
 
 function groupTable(column, sides) {
-  // a group can stand on both sides when there are few: once is enough
-  const every = new Map(SIDES.flatMap((side) => sides[side] || []).map(({ id, score }) => [id, score]));
-  const rows = [...every].sort((a, b) => b[1] - a[1]);
-  return h("table", {},
-    h("thead", {}, h("tr", {}, h("th", { scope: "col" }, column), h("th", { scope: "col", className: "number" }, "sum of scores"))),
-    h("tbody", {}, rows.map(([label, score]) => h("tr", {}, h("th", { scope: "row" }, label), h("td", { className: "number" }, signed(score))))));
+  const rows = SIDES.flatMap((side) => (sides[side] || []).map((group) => ({ ...group, side }))).sort((a, b) => b.score - a.score);
+  const most = Math.max(...rows.map(({ share }) => share)) || 1;
+  const head = [column, "share", "", "sum"].map((name, place) => h("th", { scope: "col", className: place % 2 ? "number" : "" }, name));
+  return [
+    h("div", { className: "scroll" }, h("table", {},
+      h("thead", {}, h("tr", {}, head)),
+      h("tbody", {}, rows.map(({ id, score, share, share_error: error, side }) => h("tr", { className: side },
+        h("th", { scope: "row" }, id), h("td", { className: "number" }, `${(100 * share).toFixed(1)} ± ${(100 * error).toFixed(1)} %`),
+        h("td", {}, bar({ score: share, error }, most)), h("td", { className: "number" }, signed(score))))))),
+    h("p", { className: "hint" }, "Share: what of a group's scores is above zero, of opponents below, as a part of all that is; ± one standard error over samples: how much hangs on few of them, not what another measurement, or leaving the group out, would say. Sum: of its scores."),
+  ];
 }
 
 // ---- one score, taken apart -----------------------------------------------------------------------------------------

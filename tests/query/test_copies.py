@@ -11,12 +11,16 @@ import pytest
 
 import retrac_scale as rs
 from retrac_scale.query.copies import likeness
+from tests.conftest import random_images, tiny_unet
+from tests.sketching.test_sketching import SCHEDULER
 
 COPIES = {3: 2, 7: 5, 20: 1, 33: 30}
 """Of these samples so many copies are planted behind the first 40."""
 
 
-def planted(noise: float = 0.0, where: Path | None = None, **options: Any) -> tuple[rs.Index, rs.SketchStore, Any, Any]:
+def planted(
+    noise: float = 0.0, where: Path | None = None, out: Path | None = None
+) -> tuple[rs.Index, rs.SketchStore, Any, Any]:
     """An index of 40 samples and copies of some, queries near samples, scores and of which sample each is one."""
     rng = np.random.default_rng(0)
     family = np.concatenate([np.arange(40), *(np.full(count, sample) for sample, count in COPIES.items())])
@@ -31,7 +35,7 @@ def planted(noise: float = 0.0, where: Path | None = None, **options: Any) -> tu
     store = rs.write_store(where, {"c": rows}, ids=ids, columns=columns, dtype="float32")
     queries = rs.write_store(None, {"c": asked}, dtype="float32")
     scores = asked[:, 0] @ rows[:, 0].T
-    return rs.build_index(store, rs.TracIn(), None, dtype="float32", **options), queries, scores, family
+    return rs.build_index(store, rs.TracIn(), out, dtype="float32"), queries, scores, family
 
 
 def by_hand(scores: Any, family: Any, ids: Any, k: int) -> tuple[list[Any], list[list[Any]]]:
@@ -112,6 +116,16 @@ def test_a_family_counts_once_in_its_group() -> None:
     np.testing.assert_allclose(answer.shares.sum(1), 1)  # type: ignore[union-attr]
 
 
+def test_groups_of_a_sample_that_is_left_out_alone_are_told_as_without_folding() -> None:
+    index, _, _, _ = planted()
+    store = index.check_store()
+    assert store is not None
+    asked = rs.take(store, index.ids[:1])
+    for duplicates in ("keep", "fold"):
+        with pytest.raises(ValueError, match="no sample to score"):
+            index.query(asked, where=index.ids[:1], exclude_self=True, group_by="artist", duplicates=duplicates)
+
+
 def test_tables_json_and_text_tell_copies() -> None:
     index, queries, _, _ = planted()
     answer = index.query(queries, 4, duplicates="fold")
@@ -131,3 +145,44 @@ def test_a_list_holds_no_more_than_there_are_families_and_wrong_words_are_refuse
     for wrong in ("drop", 0.0, 1.5):
         with pytest.raises(ValueError, match="'keep', 'fold' or a likeness"):
             index.query(queries, duplicates=wrong)  # type: ignore[arg-type]
+
+
+def test_copies_among_reranked_candidates_are_folded_in_the_exact_order() -> None:
+    images = random_images(6, 0)
+    images[4] = images[2]
+    state = {"c": tiny_unet().state_dict()}
+    task, steps = rs.DiffusionTask(tiny_unet(), SCHEDULER), rs.Explicit([40], noise="common")
+    store = rs.sketch(task, images, None, checkpoints=state, timesteps=steps, progress=False)
+    index = rs.build_index(store, rs.ReTrac(pairing="matched"), None)
+    queries, train = (rs.Samples(x, task, state, steps) for x in (images[2:4], images))
+    plain, folded = (
+        index.query(queries, 5, rerank=6, train=train, duplicates=how, where="id != 0") for how in ("keep", "fold")
+    )
+    assert plain.ids[0].tolist()[:2] == [2, 4]
+    assert folded.copies is not None
+    assert folded.sketch_rank is not None
+    for query in range(2):
+        rest = [sample for sample in plain.ids[query].tolist() if sample != 4]
+        assert folded.ids[query].tolist() == rest
+        assert folded.copies[query].tolist() == [(4,) if sample == 2 else () for sample in rest]
+    assert folded.sketch_rank[0, 0] == 1
+
+
+def test_copies_are_told_in_an_index_that_grew_and_lost_samples(tmp_path: Path) -> None:
+    index, queries, scores, family = planted(where=tmp_path / "s", out=tmp_path / "i")
+    store = index.check_store()
+    assert store is not None
+    lost = np.flatnonzero(family == 33)[:7]
+    store.delete(index.ids[lost])
+    grown = rs.build_index(store, rs.TracIn(), tmp_path / "i", dtype="float32")
+    alive = np.setdiff1d(np.arange(len(family)), lost)
+    answer = grown.query(queries, 10, duplicates="fold")
+    groups = grown.query(queries, 3, group_by="artist", duplicates="fold")
+    assert answer.copies is not None
+    firsts = alive[np.unique(family[alive], return_index=True)[1]]
+    for query in range(3):
+        best, others = by_hand(scores[query][alive], family[alive], index.ids[alive], 10)
+        assert answer.ids[query].tolist() == best
+        assert [sorted(given) for given in answer.copies[query]] == [sorted(rest) for rest in others]
+        sums = [scores[query, firsts][family[firsts] % 3 == artist].sum() for artist in range(3)]
+        np.testing.assert_allclose(groups.scores[query], np.sort(sums)[::-1], rtol=1e-5)

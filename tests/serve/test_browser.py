@@ -270,11 +270,21 @@ def test_a_hub_leads_to_the_lists_that_hold_it(page: Any, file: str) -> None:
     assert set(shown(page)) == {sample}
 
 
-def test_group_totals_open(page: Any, file: str) -> None:
+def test_group_totals_open_with_shares(page: Any, file: str, library: Library) -> None:
     page.goto(file)
     page.get_by_text("totals by artist").first.click()
     totals = page.locator(".groups table").first.locator("tbody th").all_inner_texts()
     assert sorted(totals) == sorted([HOSTILE, "Anna", "Bela"])
+    index = library.indexes["TracIn"]
+    answer = index.query(rs.take(library.queries["TracIn"], [0]), 3, group_by="artist")
+    shares, errors = answer.shares, answer.share_errors
+    assert shares is not None
+    assert errors is not None
+    row = page.locator(".groups table").first.locator("tbody tr").first
+    assert row.get_by_role("rowheader").inner_text() == answer.ids[0, 0]
+    expected = " ± ".join(f"{100 * values[0, 0]:.1f}" for values in (shares, errors))
+    assert row.get_by_role("cell").first.inner_text() == f"{expected} %"
+    assert row.locator(".bar .error").count() == 1
 
 
 @pytest.mark.parametrize("width", [320, 1280])
