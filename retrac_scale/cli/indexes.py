@@ -69,7 +69,7 @@ def of_measure(name: str, store: SketchStore) -> tuple[SketchStore, Estimator]:
     from retrac_scale.store import open_store
 
     plain = make_estimator(name)
-    if not plain.measures:
+    if not plain.measures or "measure" not in store.fingerprint:  # given sketches may be of anything
         return store, plain
     measured = next((one for one in store.measurements if one in plain.measures), None)
     if measured is None:

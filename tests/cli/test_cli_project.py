@@ -19,8 +19,15 @@ from PIL import Image
 import retrac_scale as rs
 from retrac_scale import planner
 from retrac_scale.cli import main
+from retrac_scale.cli.indexes import open_indexes
+from retrac_scale.cli.measured import measured_like
 from retrac_scale.cli.project import FILE, Project, find
+from retrac_scale.query.question import Question
+from retrac_scale.report import Pictures
 from retrac_scale.report.pictures import PictureFiles
+from retrac_scale.serve.library import Library
+from retrac_scale.serve.limits import Limits
+from retrac_scale.serve.uploads import read_upload
 from retrac_scale.store.part import plans_of
 from tests.conftest import tiny_unet
 
@@ -299,6 +306,13 @@ def test_what_d_trak_and_das_differentiate_is_measured_when_the_file_names_them(
         capsys.readouterr()
         assert main(["query", "attribution/dtrak.zarr", asked, "-k", "2", "--json"]) == 0
         assert [row["ids"] for row in json.loads(capsys.readouterr().out)["results"]] == expected.ids.tolist()
+    indexes = open_indexes([], find(None))
+    measured = measured_like(indexes["ReTracRidge"], "model/unet", {"final": "model/unet"}, None, "cpu")
+    pictures = Pictures(PictureFiles(sides[0].ids.tolist()), sides[0].ids, [])
+    library = Library(indexes, pictures, measured=measured)
+    upload = read_upload(Path("generated-images/0.png").read_bytes(), library.image_shape, Limits())
+    served = library.ask("DTRAK", [library.upload(upload)], Question(2, "proponents", None, None, "sum", False))
+    assert served.ids.tolist() == expected.ids[:1].tolist()
     alone = planner.store_size(9, 2, 1, 64, ids=sides[0].ids, columns=sides[0].columns)
     capsys.readouterr()
     assert main(["plan", "--json"]) == 0

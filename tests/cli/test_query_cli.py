@@ -150,6 +150,7 @@ def test_index_takes_a_damping_as_the_estimators_do(folder: Path, capsys: pytest
         assert main(["index", store, str(folder / name), "--estimator", "TRAK", *given]) == 0
         assert rs.open_index(folder / name).estimator == expected
     assert rs.open_index(folder / "number").meta["fit"]["c"]["damping"] == 0.25
+    assert main(["index", store, str(folder / "d"), "--estimator", "dtrak"]) == 0  # sketches that were given
     for estimator, damping in (("ReTrac", "0.25"), ("DAS", "-1")):
         assert main(["index", store, str(folder / "n"), "--estimator", estimator, "--damping", damping]) == 1
     errors = capsys.readouterr().err
