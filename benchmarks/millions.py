@@ -109,7 +109,7 @@ def write(folder: Path, n: int, k: int) -> dict[str, Any]:
     with watched(found, "write"):
         store = stream(folder, 0, n, k)
     with watched(found, "build"):
-        rs.build_index(store, rs.GradDot(), folder / "index")
+        rs.build_index(store, rs.GradDot(), folder / "index", progress=False)
     return found
 
 
@@ -162,11 +162,11 @@ def change(folder: Path, n: int, k: int) -> dict[str, Any]:
     with watched(found, "append a tenth"):
         store = stream(folder, n, n + more, k)
     with watched(found, "index them"):
-        rs.build_index(store, rs.GradDot(), folder / "index")
+        rs.build_index(store, rs.GradDot(), folder / "index", progress=False)
     with watched(found, "delete one in a thousand"):
         store.delete(np.arange(0, n, int(1 / DELETED)))
     with watched(found, "index without them"):
-        index = rs.build_index(store, rs.GradDot(), folder / "index")
+        index = rs.build_index(store, rs.GradDot(), folder / "index", progress=False)
     queries = asked(1, k)
     again(found, "query, Q = 1, of both", lambda: index.query(queries, 10))
     with watched(found, "verify the store"):

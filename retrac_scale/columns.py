@@ -6,8 +6,7 @@ import bisect
 import itertools
 import keyword
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,11 +24,13 @@ class Texts:
         text: the distinct texts in UTF-8, one after the other, uint8 `[b]`; their bytes sort as they do.
         ends: where each of them ends, int64 `[v]`.
         codes: which of them each sample has, int32 `[n]`.
+        read: the distinct texts as an array, once they have been; the column of some of the samples shares it.
     """
 
     text: npt.NDArray[np.uint8]
     ends: npt.NDArray[np.int64]
     codes: npt.NDArray[np.int32]
+    read: list[npt.NDArray[np.str_]] = field(default_factory=list, repr=False)
 
     @staticmethod
     def of(texts: npt.NDArray[Any]) -> Texts:
@@ -51,11 +52,13 @@ class Texts:
         """How many distinct texts there are."""
         return len(self.ends)
 
-    @cached_property
+    @property
     def values(self) -> npt.NDArray[np.str_]:
         """The distinct texts, sorted, `[v]`."""
-        every, edges = self.text.tobytes(), itertools.pairwise([0, *self.ends.tolist()])
-        return np.array([every[start:stop].decode() for start, stop in edges], dtype=str)
+        if not self.read:
+            every, edges = self.text.tobytes(), itertools.pairwise([0, *self.ends.tolist()])
+            self.read.append(np.array([every[start:stop].decode() for start, stop in edges], dtype=str))
+        return self.read[0]
 
     def value(self, sample: int) -> str:
         """The text of one sample."""

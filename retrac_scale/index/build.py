@@ -139,10 +139,12 @@ def _write_segment(
     """Write the rows of the samples at places `kept` of the store; what came out of it, for the description."""
     root = segment.root.require_group(segment.prefix.rstrip("/")) if segment.name else segment.root
     size = None if base is None else base.segments[0].arrays["row"].chunks[1]
-    chunks = create_arrays(root, len(store.checkpoints), store.ids[kept], estimator.width(store), dtype, size)
+    own = kept - segment.start
+    ids = store.column("id", segment.start)[own]
+    chunks = create_arrays(root, len(store.checkpoints), ids, estimator.width(store), dtype, size)
     root.create_group("column", overwrite=True)
     for name in store.meta["columns"].keys() - {"id"}:
-        write_column(root, name, store.column(name)[kept])
+        write_column(root, name, store.column(name, segment.start)[own])
     if len(kept) < segment.stop - segment.start:
         write_packed(root, KEPT, np.isin(np.arange(segment.start, segment.stop), kept, assume_unique=True))
     ridges = fit(store, estimator, kept, client, done)

@@ -44,7 +44,8 @@ def read_column(root: zarr.Group, name: str, fetch: Fetch) -> Column:
     inner = get_group(group, name)
     if "value" in inner.array_keys():
         return Texts.coded(np.asarray(get_array(inner, "value")[:]).tolist(), fetch(get_array(inner, "code")))
-    return Texts(*(fetch(get_array(inner, part)) for part in PARTS))
+    text, ends, codes = (fetch(get_array(inner, part)) for part in PARTS)
+    return Texts(text, ends, codes)
 
 
 def column_names(root: zarr.Group) -> list[str]:

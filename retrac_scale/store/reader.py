@@ -100,9 +100,14 @@ class SketchStore:
         names = self._grid.segments[0].columns
         return {name: _joined([part.columns[name] for part in self._grid.segments]) for name in names}
 
-    def column(self, name: str) -> npt.NDArray[Any]:
-        """One of the user's columns `[n]`, read anew and not kept."""
-        return _joined([part.column(name) for part in self._grid.segments])
+    def column(self, name: str, start: int = 0) -> npt.NDArray[Any]:
+        """One of the user's columns, or the ids under "id", from a sample on, `[n - start]`; read anew and not kept."""
+        found, below = [], 0
+        for part in self._grid.segments:
+            if below + part.shape[0] > start:
+                found.append(part.column(name)[max(0, start - below) :])
+            below += part.shape[0]
+        return _joined(found)
 
     @property
     def deleted(self) -> npt.NDArray[np.bool_]:

@@ -34,6 +34,8 @@ from retrac_scale.store.reader import SketchStore, open_store
 from retrac_scale.store.schema import ATTRIBUTE, LIST_CHUNK, Layout, Url, choose_layout, differences, zarr_location
 from retrac_scale.store.writer import Rows, chunks_of, describe, told_of_block, unfinished
 
+PART_ENTRIES = 2**33
+"""Of the sketches of a checkpoint in a part: what a stream that is interrupted has to repeat at most."""
 MANY = 2**31
 """Samples of a stream whose length nobody knows, for choosing a layout."""
 
@@ -41,10 +43,10 @@ MANY = 2**31
 class StoreWriter:
     """Streams rows into a store, a new one or one that is there, in memory of one block and the ids of a part.
 
-    Rows are in the store once `flush` or the end of the `with` has passed, or 2^20 samples have come; each of these
-    makes a part of the store. Rows whose ids are in the store already are compared with what is there and passed over,
-    so that a stream that was interrupted is repeated from its beginning, or from `samples` on. One process at a time
-    may stream into a store.
+    Rows are in the store once `flush` or the end of the `with` has passed, or 2^20 samples (2^33 entries of a
+    checkpoint) have come; each of these makes a part of the store. Rows whose ids are in the store already are compared
+    with what is there and passed over, so that a stream that was interrupted is repeated from its beginning, or from
+    `samples` on. One process at a time may stream into a store.
 
     Args:
         out: path or fsspec URL.
@@ -129,7 +131,8 @@ class StoreWriter:
             raise ValueError(f"these samples are unlike those before: {'; '.join(found)}; give the same at every call.")
         kept = rows if new.all() else {name: one.each(itemgetter(new)) for name, one in rows.items()}
         self._part.append(named[new], kept, {name: values[new] for name, values in own.items()})
-        if self._part.samples >= LIST_CHUNK:
+        _, t, k = self._part.meta["shape"]
+        if self._part.samples >= min(LIST_CHUNK, PART_ENTRIES // (t * k)):
             self.flush()
 
     def flush(self) -> None:

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from distributed import Client
 
 import retrac_scale as rs
 from retrac_scale.cli import main
+from retrac_scale.columns import Texts
 from retrac_scale.index import seals
 from retrac_scale.index.seals import verify_index
 
@@ -202,3 +204,26 @@ def test_an_index_that_is_gone_is_told_by_a_column_too(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "i")
     with pytest.raises(rs.DamagedStoreError, match="is missing"):
         index.query(QUERIES, 5, group_by="artist")
+
+
+def test_workers_add_what_is_new_to_the_same_files(tmp_path: Path) -> None:
+    store = store_of(tmp_path / "s", slice(0, N))
+    for place in ("here", "there"):
+        rs.build_index(store, rs.TracIn(), tmp_path / place)
+    store = append(tmp_path / "s", slice(N, N + NEW))
+    store.delete(IDS[[9]])
+    with Client(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0") as client:
+        here = rs.build_index(store, rs.TracIn(), tmp_path / "here")
+        there = rs.build_index(store, rs.TracIn(), tmp_path / "there", client=client)
+        assert here.meta == there.meta
+        one, two = here.query(QUERIES, 9), there.query(QUERIES, 9, client=client)
+        np.testing.assert_array_equal(one.ids, two.ids)
+        np.testing.assert_array_equal(one.scores, two.scores)
+
+
+def test_the_texts_of_a_column_are_read_once_for_all_its_parts(tmp_path: Path) -> None:
+    index = rs.build_index(store_of(tmp_path / "s", slice(0, N)), rs.TracIn(), None)
+    column = index.column("artist")
+    assert isinstance(column, Texts)
+    assert column.some(slice(3, 9)).values is column.values
+    np.testing.assert_array_equal(column.some(slice(3, 9)).whole(), COLUMNS["artist"][3:9])
