@@ -91,7 +91,16 @@ class IndexReader:
     @property
     def column_names(self) -> list[str]:
         """Names of the user's columns, sorted."""
-        return names_of_columns(self.segments)
+        return names_of_columns(self._with_columns)
+
+    @functools.cached_property
+    def _with_columns(self) -> list[Segment]:
+        """The segments, once the metadata of their columns have been compared with the seals: zarr trusts its lists."""
+        folders = tuple(f"{one.prefix}column/" for one in self.segments)
+        keys = [key for key in self._seals if key.startswith(folders) and key.endswith(ROOT)]
+        with self._or_replaced():
+            seals.check(self.root, self._seals, keys, self.url)
+        return self.segments
 
     @property
     def columns(self) -> dict[str, npt.NDArray[Any]]:
@@ -104,12 +113,12 @@ class IndexReader:
         if name == "id":
             return self.ids if read else _listed(np.empty(0, self._first["id"].dtype))
         if not read:
-            return column_of(self.segments, name, lambda array: np.empty(0, array.dtype))
+            return column_of(self._with_columns, name, lambda array: np.empty(0, array.dtype))
         columns = tuple(f"{one.prefix}column/{name}/" for one in self.segments)
         mapped = ("/code/c/0", "/text/c/0", "/end/c/0", f"column/{name}/c/0")  # compared below, as all numbers are
-        self._check(key for key in self._seals if key.startswith(columns) and not key.endswith(mapped))
+        self._check(key for key in self._seals if key.startswith(columns) and not key.endswith((*mapped, ROOT)))
         with self._or_replaced():
-            column = column_of(self.segments, name, self._numbers)
+            column = column_of(self._with_columns, name, self._numbers)
         if self._alive is None:
             return column
         return column.some(self._alive) if isinstance(column, Texts) else column[self._alive]

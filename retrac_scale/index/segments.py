@@ -124,7 +124,7 @@ def unpacked(array: zarr.Array[Any], count: int) -> Bools:
 def holds(names: Sequence[str], deleted: str | None, key: str) -> bool:
     """Whether an object belongs to one of some segments, or is the mark of deleted samples of that name."""
     first, _, rest = key.partition("/")
-    if key.endswith(".partial"):
+    if key.endswith(".partial") or key in UNSEALED:
         return False
     if first == FOLDER:
         return rest.partition("/")[0] in {*names} - {""}

@@ -117,6 +117,8 @@ def _found(group: zarr.Group, path: str) -> Any:
         return group[path]
     except (KeyError, FileNotFoundError):
         raise DamagedStoreError(f"{group.store_path}/{path} is missing.") from None
+    except (ValueError, TypeError, AttributeError) as error:  # what zarr raises for metadata that it cannot read
+        raise DamagedStoreError(f"{group.store_path}/{path} is damaged: {error}.") from None
 
 
 def read(group: zarr.Group, path: str, selection: Any = slice(None)) -> npt.NDArray[Any]:

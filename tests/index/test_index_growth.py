@@ -227,3 +227,13 @@ def test_the_texts_of_a_column_are_read_once_for_all_its_parts(tmp_path: Path) -
     assert isinstance(column, Texts)
     assert column.some(slice(3, 9)).values is column.values
     np.testing.assert_array_equal(column.some(slice(3, 9)).whole(), COLUMNS["artist"][3:9])
+
+
+def test_metadata_that_cannot_be_read_is_told_as_damage(tmp_path: Path) -> None:
+    rs.build_index(store_of(tmp_path / "s", slice(0, N)), rs.TracIn(), tmp_path / "i")
+    file = tmp_path / "i" / "column" / "artist" / "zarr.json"
+    content = file.read_text()
+    for damaged in (content.replace("attributes", "attribute"), content[:30], ""):
+        file.write_text(damaged)
+        with pytest.raises(rs.DamagedStoreError, match=r"column/artist/zarr\.json is not what was written"):
+            rs.open_index(tmp_path / "i").query(QUERIES, 3, where="artist == 'artist 1'")
