@@ -15,7 +15,7 @@ import torch
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 NUMBER = re.compile(r"\d[\d,.]*")
-LONG = ("02", "03", "05", "07")
+LONG = ("01", "02", "03", "05", "07")
 ALL = [pytest.param(one, marks=[pytest.mark.slow] * one.name.startswith(LONG), id=one.stem) for one in NOTEBOOKS]
 
 

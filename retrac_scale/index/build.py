@@ -231,7 +231,7 @@ def _train_rows(
 def chunk_samples(n_samples: int, row_bytes: int) -> int:
     """Samples per chunk of an index."""
     by_bytes = max(1, CHUNK_BYTES // row_bytes)
-    return min(by_bytes, max(MIN_CHUNK_SAMPLES, -(-n_samples // MIN_CHUNKS)))
+    return min(n_samples, by_bytes, max(MIN_CHUNK_SAMPLES, -(-n_samples // MIN_CHUNKS)))
 
 
 def create_arrays(
@@ -239,7 +239,7 @@ def create_arrays(
 ) -> list[slice]:
     """The empty arrays of a segment, their ids written; the sample ranges of their chunks, of about 32 MiB."""
     n, c = len(ids), checkpoints
-    size = min(n, size or chunk_samples(n, width * np.dtype(dtype).itemsize))
+    size = min(n, size) if size else chunk_samples(n, width * np.dtype(dtype).itemsize)
     dims, nan = ["checkpoint", "sample", "k"], float("nan")
     fill = UNWRITTEN if dtype == "int8" else nan
     new_array(root, "row", shape=(c, n, width), chunks=(1, size, width), dtype=dtype, dims=dims, fill_value=fill)

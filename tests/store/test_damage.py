@@ -63,12 +63,12 @@ def delete(file: Path, rng: np.random.Generator) -> None:
 def test_verify_names_the_object_and_no_read_returns_another_number(
     tmp_path: Path, layout: str, harm: Callable[[Path, np.random.Generator], None]
 ) -> None:
-    """34 places for each harm and layout, 204 in all."""
+    """12 places for each harm and layout; `benchmarks.damage` tries thousands."""
     sound = tmp_path / "sound"
     expected = everything(build(sound, layout))
     assert verify_store(sound).is_whole
     rng = np.random.default_rng(1)
-    for file in rng.permutation(np.array(files(sound)))[:34]:
+    for file in rng.permutation(np.array(files(sound)))[:12]:
         store = tmp_path / "store"
         shutil.copytree(sound, store)
         key = file.relative_to(sound)
