@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import multiprocessing
 import os
 import random
-import socket
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,7 @@ import uvicorn
 import retrac_scale as rs
 from benchmarks import millions
 from benchmarks.measurement_page import cpu_name
+from benchmarks.serving import running
 from retrac_scale.report import Pictures
 from retrac_scale.serve import Limits, create_app
 from retrac_scale.serve.library import Library
@@ -49,7 +47,7 @@ GIVEN_UP_S = 0.05
 Asking = Callable[[httpx2.AsyncClient, random.Random], Awaitable[httpx2.Response | None]]
 
 
-def serve(folder: Path, port: int) -> None:
+def serve(port: int, folder: Path) -> None:
     """The server's process."""
     index = rs.open_index(folder / "index")
     grey = (np.broadcast_to(np.uint8(0), (n, 2, 2)) for n in (index.shape[1], QUERIES))
@@ -57,29 +55,6 @@ def serve(folder: Path, port: int) -> None:
         {"GradDot": index}, Pictures(next(grey), index.ids, next(grey)), queries=millions.asked(QUERIES, DIM)
     )
     uvicorn.run(create_app(library, limits=Limits()), port=port, log_level="critical")
-
-
-@contextmanager
-def running(folder: Path) -> Iterator[tuple[str, float]]:
-    """The address of a server that answers, and how long it took to start."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    process = multiprocessing.get_context("spawn").Process(target=serve, args=(folder, port))
-    started = time.monotonic()
-    process.start()
-    url = f"http://127.0.0.1:{port}"
-    while True:
-        try:
-            httpx2.get(f"{url}/health")
-            break
-        except httpx2.TransportError:
-            time.sleep(0.05)
-    try:
-        yield url, time.monotonic() - started
-    finally:
-        process.terminate()
-        process.join()
 
 
 def query(where: str | None = None, **changed: Any) -> Asking:

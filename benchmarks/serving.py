@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ class Few:
         return self.images[row % PICTURES]
 
 
-def serve(folder: Path, port: int, batch: int) -> None:
+def serve(port: int, folder: Path, batch: int) -> None:
     """The server's process."""
     index = rs.open_index(folder / "index")
     pictures = Pictures(Few(index.shape[1]), index.ids, Few(QUERIES))  # type: ignore[arg-type]
@@ -79,12 +79,12 @@ async def client(url: str, until: float, seed: int, times: list[float], errors: 
 
 
 @contextmanager
-def running(folder: Path, batch: int) -> Iterator[tuple[str, int]]:
-    """A server that answers: its address and process id."""
+def running(serving: Callable[..., None], *arguments: Any) -> Iterator[tuple[str, int]]:
+    """A server that answers: its address and process id. Its process serves at a port, by the rest of the arguments."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    process = multiprocessing.get_context("spawn").Process(target=serve, args=(folder, port, batch))
+    process = multiprocessing.get_context("spawn").Process(target=serving, args=(port, *arguments))
     process.start()
     url = f"http://127.0.0.1:{port}"
     while True:
@@ -92,7 +92,7 @@ def running(folder: Path, batch: int) -> Iterator[tuple[str, int]]:
             httpx2.get(f"{url}/health")
             break
         except httpx2.TransportError:
-            time.sleep(0.2)
+            time.sleep(0.05)
     try:
         yield url, int(process.pid or 0)
     finally:
@@ -102,7 +102,7 @@ def running(folder: Path, batch: int) -> Iterator[tuple[str, int]]:
 
 def fuzz(folder: Path, examples: int) -> int:
     """schemathesis against the server's own OpenAPI schema; its exit status."""
-    with running(folder, 64) as (url, _):
+    with running(serve, folder, 64) as (url, _):
         checks = ["--checks", "not_a_server_error,status_code_conformance", "--max-examples", str(examples)]
         program = str(Path(sys.executable).with_name("schemathesis"))
         return subprocess.run([program, "run", *checks, f"{url}/openapi.json"], check=False, cwd=folder).returncode
@@ -110,7 +110,7 @@ def fuzz(folder: Path, examples: int) -> int:
 
 def load(folder: Path, clients: int, seconds: float, batch: int) -> dict[str, Any]:
     """One run."""
-    with running(folder, batch) as (url, pid):
+    with running(serve, folder, batch) as (url, pid):
         httpx2.post(f"{url}/api/query", json={"source": "queries", "ids": ["0"]}, timeout=120)  # maps the index
         memory: list[float] = []
         done = threading.Event()
