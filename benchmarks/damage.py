@@ -161,14 +161,8 @@ def seen(folder: Path, kind: str) -> bool:
         return True
 
 
-def main() -> None:
-    """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=10_000, help="damages to the store, and again to the indexes")
-    parser.add_argument("--seed", type=int, default=0, help="of the first")
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
+def run(count: int, first: int) -> dict[str, Counter[str]]:
+    """So many damages to the store, and again to the indexes, by seeds from the first on: how often what came of them."""
     found: dict[str, Counter[str]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "sound"
@@ -177,7 +171,7 @@ def main() -> None:
         for kind, read in (("store", store_read), ("indexes", index_read)):
             among = [one for one in files if one.startswith("s.zarr") == (kind == "store")]
             expected, counts = read(folder, queries), found.setdefault(kind, Counter())
-            for seed in tqdm(range(options.seed, options.seed + options.count), desc=kind, unit="damage"):
+            for seed in tqdm(range(first, first + count), desc=kind, unit="damage"):
                 damage = harmed(np.random.default_rng(seed), files, before, among)
                 damage = {one: new for one, new in damage.items() if new != files[one]}
                 if not damage:
@@ -192,6 +186,18 @@ def main() -> None:
                     tqdm.write(f"{kind} {seed}: {', '.join(damage)}: {result}")
                 for one in damage:
                     put(folder, one, files[one])
+    return found
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=10_000, help="damages to the store, and again to the indexes")
+    parser.add_argument("--seed", type=int, default=0, help="of the first")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    found = run(options.count, options.seed)
     for kind, counts in found.items():
         print(f"{kind}: " + ", ".join(f"{many:,} {what}" for what, many in counts.most_common()))
     bad = sum(counts[what] for counts in found.values() for what in ("bare", "ANOTHER ANSWER"))

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 
 from benchmarks import damage
 
 
-def test_random_damages_are_named_or_harmless(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["damage", "--count", "12"])
-    with pytest.raises(SystemExit) as end:
-        damage.main()
-    assert end.value.code == 0
-    store, indexes = capsys.readouterr().out.splitlines()
-    assert "named" in store
-    assert "named" in indexes
+@pytest.mark.filterwarnings("ignore")
+def test_random_damages_are_named_or_harmless() -> None:
+    for kind, counts in damage.run(count=12, first=0).items():
+        assert counts.keys() <= {"named", "harmless", "nothing changed", "seen by verify"}, kind
+        assert counts["named"] > 6
