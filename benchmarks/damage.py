@@ -162,7 +162,7 @@ def seen(folder: Path, kind: str) -> bool:
 
 
 def run(count: int, first: int) -> dict[str, Counter[str]]:
-    """So many damages to the store, and again to the indexes, by seeds from the first on: how often what came of them."""
+    """How often what came of so many damages to the store, and again to the indexes, by seeds from the first on."""
     found: dict[str, Counter[str]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "sound"
