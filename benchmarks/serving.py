@@ -87,7 +87,7 @@ def running(serving: Callable[..., None], *arguments: Any) -> Iterator[tuple[str
     process = multiprocessing.get_context("spawn").Process(target=serving, args=(port, *arguments))
     process.start()
     url = f"http://127.0.0.1:{port}"
-    while True:
+    while process.is_alive():
         try:
             httpx2.get(f"{url}/health")
             break
