@@ -69,7 +69,7 @@ def write_index(
     """
     if client is not None and out is None:
         raise ValueError("workers cannot reach an index in this process's memory; give it a path or URL.")
-    StoreHandle.of(store, client)
+    StoreHandle.of(store, client)  # first: a store in memory is out of the workers' reach
     estimator = recommended(store) if estimator is None else estimator
     _check(store, estimator, dtype)
     kept = np.flatnonzero(~store.deleted)

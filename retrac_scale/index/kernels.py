@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from retrac_scale.index.plain import LANES
+from retrac_scale.index.plain import SUMS
 from retrac_scale.native.compiled import AHEAD, LINE, STRETCH, compiled, prefetch
 
 
@@ -46,18 +46,18 @@ def dot(rows: Any, query: Any, scale: Any, unit: Any, out: Any) -> None:
 @compiled
 def multiply(rows: Any, places: Any, queries: Any, asked: Any, out: Any) -> None:
     """As `plain.multiply`, bit by bit; of float16 rows nothing is known here."""
-    sums = np.empty(LANES)
+    sums = np.empty(SUMS)
     for number in range(len(places)):
         row, query = rows[places[number]], queries[asked[number]]
-        whole = len(row) - len(row) % LANES
+        whole = len(row) - len(row) % SUMS
         sums[:] = 0
-        for start in range(0, whole, LANES):
-            some, factors = row[start : start + LANES], query[start : start + LANES]
-            for lane in range(LANES):
+        for start in range(0, whole, SUMS):
+            some, factors = row[start : start + SUMS], query[start : start + SUMS]
+            for lane in range(SUMS):
                 sums[lane] += np.float64(some[lane]) * factors[lane]
         for place in range(whole, len(row)):
             sums[place - whole] += np.float64(row[place]) * query[place]
-        width = LANES
+        width = SUMS
         while width > 1:
             width //= 2
             for lane in range(width):

@@ -16,7 +16,7 @@ Multiply = Callable[[npt.NDArray[Any], Int64, Float64, Int64, Float64], None]
 """See `multiply`."""
 
 ROUNDING = 2.0**-24
-LANES = 64
+SUMS = 64
 """Sums of exact products that run side by side, so that they are the same here and compiled."""
 LIGHT_ENTRIES = 2**28
 """Entries of rows that NumPy goes through in a fraction of the seconds that torch and numba take to load."""
@@ -102,9 +102,9 @@ def summation(norm: Float64, entries: int) -> Float64:
 
 def multiply(rows: npt.NDArray[Any], places: Int64, queries: Float64, asked: Int64, out: Float64) -> None:
     """<rows[places], queries[asked]> in float64, `[s]`, each a sum in an order that its length alone decides."""
-    sums = np.zeros((len(places), LANES))
-    for start in range(0, rows.shape[1], LANES):
-        part = slice(start, start + LANES)
+    sums = np.zeros((len(places), SUMS))
+    for start in range(0, rows.shape[1], SUMS):
+        part = slice(start, start + SUMS)
         products = rows[places, part].astype(np.float64) * queries[asked, part]
         sums[:, : products.shape[1]] += products
     while sums.shape[1] > 1:

@@ -89,7 +89,7 @@ def multiply_integers(rows: Any, queries: Any, scale: Any, unit: Any, out: Any) 
         pairs = block + (stop - block) // 2 * 2
         for query in range(0, full, QUERIES):
             for row in range(block, pairs, 2):
-                _sum_tile(2, 4, left + row * k, k, right + 2 * query * k, 2 * k, lines, target)
+                _sum_tile(2, QUERIES, left + row * k, k, right + 2 * query * k, 2 * k, lines, target)
                 for number in range(QUERIES):
                     out[row, query + number] = sums[number]
                     out[row + 1, query + number] = sums[QUERIES + number]

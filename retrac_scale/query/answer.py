@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,44 +17,12 @@ from retrac_scale.query.question import Question
 from retrac_scale.query.scanning import Scan
 from retrac_scale.query.topk import Side, TopK
 from retrac_scale.query.where import which
-from retrac_scale.store import SketchStore
 
 if TYPE_CHECKING:
     from distributed import Client
 
-    from retrac_scale.sketching.samples import Samples
-
 RESOLVED = 2.0
 """Standard errors of the difference between neighbours above which their order counts as resolved."""
-
-NO_SAMPLES = "rerank computes full gradients: give the queries as rs.Samples(...), not as a store."
-
-
-def answer(index: IndexReader, queries: SketchStore | Samples, question: Question, client: Client | None) -> TopK:
-    """See `Index.query`."""
-    if client is not None and not isinstance(index.url, str | os.PathLike):
-        raise ValueError("workers cannot reach an index in this process's memory; build it at a path or URL.")
-    store = index.check_store()
-    if question.rerank is not None:
-        _check_exact(index)
-    if index.estimator.squared and question.side != "proponents":
-        raise ValueError("a squared score is never negative, so it has no opponents; ask for side='proponents'.")
-    if not isinstance(queries, SketchStore):
-        from retrac_scale.query.measured import answer_samples  # needs torch, which stored sketches have no use for
-
-        return answer_samples(index, store, queries, question, client)
-    if question.rerank is not None:
-        raise ValueError(NO_SAMPLES)
-    return answer_sketched(index, queries, question, client)
-
-
-def answer_sketched(index: IndexReader, queries: SketchStore, question: Question, client: Client | None) -> TopK:
-    """The answer to queries as they are sketched, one by one or together, without reranking."""
-    if question.together:
-        from retrac_scale.query.together import answer_together  # it answers by what stands here
-
-        return answer_together(index, queries, question, client)
-    return answer_rows(index, index.query_rows(queries), queries.ids, question, client)
 
 
 def answer_rows(
@@ -82,17 +49,6 @@ def copies_left_out(scan: Scan) -> list[npt.NDArray[Any]] | None:
     side: Side = "proponents" if scan.index.estimator.squared else "both"
     found = replace(scan, question=replace(scan.question, side=side)).samples(OF_GROUPS)
     return copies_of_queries(scan.index, found, len(scan.query_ids), alike)
-
-
-def _check_exact(index: IndexReader) -> None:
-    """Raise ValueError unless scores can be computed from full gradients."""
-    if index.estimator.damping is not None:
-        raise ValueError(
-            f"{index.meta['estimator']['kind']} has no exact scores: its ridge over full gradients cannot be solved; "
-            "rerank an index of TracIn, ReTrac, GradDot or GradCos, such as ReTrac(pairing='matched')."
-        )
-    if "precondition" in index.meta:
-        raise ValueError("rerank computes plain gradients, but the store's were preconditioned; leave out rerank=.")
 
 
 def filled(found: Found, k: int) -> Found:

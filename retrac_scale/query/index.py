@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy.typing as npt
 
 from retrac_scale.index.reader import IndexReader, complete_root
-from retrac_scale.query.answer import answer
+from retrac_scale.query.asking import answer
 from retrac_scale.query.explain import Explanation, explain
 from retrac_scale.query.question import Question
 from retrac_scale.query.source import all_scores

@@ -9,11 +9,12 @@ import numpy as np
 
 from retrac_scale.index.reader import IndexReader
 from retrac_scale.index.scan import Found
-from retrac_scale.query.answer import NO_SAMPLES, answer_sketched, filled, topk
+from retrac_scale.query.answer import filled, topk
 from retrac_scale.query.copies import folded, threshold
-from retrac_scale.query.question import Question
+from retrac_scale.query.question import NO_SAMPLES, Question
 from retrac_scale.query.rerank import as_measured, exact_scores
 from retrac_scale.query.scanning import Scan
+from retrac_scale.query.together import answer_sketched
 from retrac_scale.query.topk import TopK
 from retrac_scale.query.where import which
 from retrac_scale.sketching.plans import plans_for_queries

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from retrac_scale.sketching.samples import Samples
 
 
+NO_SAMPLES = "rerank computes full gradients: give the queries as rs.Samples(...), not as a store."
+
+
 @dataclass(frozen=True, eq=False)
 class Question:
     """What is asked of an index, see `Index.query`."""

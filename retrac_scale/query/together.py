@@ -24,6 +24,13 @@ AT_ONCE = 64
 """Queries whose rows are held."""
 
 
+def answer_sketched(index: IndexReader, queries: SketchStore, question: Question, client: Client | None) -> TopK:
+    """The answer to queries as they are sketched, one by one or together, without reranking."""
+    if question.together:
+        return answer_together(index, queries, question, client)
+    return answer_rows(index, index.query_rows(queries), queries.ids, question, client)
+
+
 def answer_together(index: IndexReader, queries: SketchStore, question: Question, client: Client | None) -> TopK:
     """One list for all queries: means over them, see `Index.query`.
 

@@ -237,8 +237,8 @@ class Service:
     async def query(self, ask: Ask) -> Json:
         """Which training samples influenced these queries most?"""
         asked = [Asked(ask.source, name) for name in ask.ids]
-        wanted = (ask.k, ask.where, ask.duplicates)
-        return await self._answer(asked, *wanted, ask.indexes or list(self.library.indexes))
+        indexes = ask.indexes or list(self.library.indexes)
+        return await self._answer(asked, ask.k, ask.where, ask.duplicates, indexes)
 
     async def upload(
         self,
@@ -284,8 +284,7 @@ class Service:
         own = ask.source == "training"
 
         def question(index: Index) -> Question:
-            wanted = (ask.k, sides(index), ask.where, ask.column, ask.reduce, own)
-            return Question(*wanted, duplicates=ask.duplicates)
+            return Question(ask.k, sides(index), ask.where, ask.column, ask.reduce, own, duplicates=ask.duplicates)
 
         every = self.library.indexes.items()
         found = await asyncio.gather(*(self._batcher.ask(name, asked, question(index)) for name, index in every))
