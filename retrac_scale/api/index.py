@@ -30,14 +30,15 @@ def build_index(
 ) -> Index:
     """Collapse a complete store for one estimator; an index of the same store and estimator at `out` is kept.
 
-    When the store has gained or lost samples since, they are added to the index or marked in it, to the same answers;
-    with a ridge, which is over all samples, or when a file on this disk fails its checksum, it is built whole. Readers
+    When the store has gained or lost samples since, they are added to the index or marked in it, to the same answers
+    (to rounding, with a ridge); where every row depends on all samples, as a ridge over few (under 8 k) has it, or
+    when a file on this disk fails its checksum, it is built whole. Readers
     keep the old index until the new one is complete. Another process that builds the same index is waited for.
     Deleted samples are left out. Memory stays below a few blocks of the store per thread; an estimator that fits a
     ridge takes a few float64 matrices of min(n, k) x k per part of a row, checkpoint and thread besides. Rows in int8
     change a score by at most sum_c |w_c| max_k |row_k| sum_k |query_k| / 254, row and query as they are stored and
-    asked: where each timestep has a ridge, the parts of training rows are brought to one mean length, so that one scale
-    serves them all, and those of the query are divided by what theirs were multiplied with.
+    asked: where each timestep has a ridge, the parts of training rows are brought to about one mean length, so that one
+    scale serves them all, and those of the query are divided by what theirs were multiplied with.
 
     Args:
         store: the training side.

@@ -21,8 +21,8 @@ class Estimator(ABC):
     """Collapses a store's sketches into one row per checkpoint and sample; scores are inner products of rows.
 
     score(q, i) = sum_c w_c <row(c, q), train_row(c, i)>, its square where `squared`. Larger means that training on i
-    lowers the loss of q more. Most estimators treat both sides alike; one with a `damping` preconditions the training
-    rows with a ridge over all of them, one for each part of a row, which is solved when an index is built.
+    lowers the loss of q more. Most estimators treat both sides alike; one with a `damping` has a ridge over the rows of
+    all samples between them, one for each part of a row, which is solved when an index is built.
 
     A subclass is a frozen dataclass, known to indexes by its name. It says what one pair contributes, in `needs` what
     it takes from the training store beyond sketches and norms, and in `measures` which measured functions it is defined
@@ -35,6 +35,8 @@ class Estimator(ABC):
     pairing: Pairing = "cross"
     squared: bool = False
     damping: Damping | None = None
+    alone: ClassVar[bool] = True
+    """Whether a training row, before a ridge is applied to it, is a function of its own sample alone."""
 
     def __init_subclass__(cls, named: bool = True) -> None:
         if named:
@@ -81,6 +83,12 @@ class Estimator(ABC):
         self, store: SketchStore, checkpoint: str, samples: slice = slice(None), ridges: Sequence[Ridge] = ()
     ) -> Float32:
         """Rows of some training samples at a checkpoint; `ridges` are fitted to its `rows`, one for each part."""
+        return self.rows(store, checkpoint, samples)
+
+    def query_rows(
+        self, store: SketchStore, checkpoint: str, samples: slice = slice(None), ridges: Sequence[Ridge] = ()
+    ) -> Float32:
+        """Rows of some queries at a checkpoint; `ridges` as in `train_rows`, none where an index does not hold them."""
         return self.rows(store, checkpoint, samples)
 
     def collapse(self, sketches: Float32, norms: Float32) -> Float32:

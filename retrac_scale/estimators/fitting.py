@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial, reduce
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -49,6 +50,7 @@ def fit(
     places: Places,
     client: Client | None,
     done: Callable[[int], object] = lambda rows: None,
+    before: Mapping[str, list[Moments]] = MappingProxyType({}),
 ) -> dict[str, list[Ridge]]:
     """For each checkpoint the ridges over an estimator's rows, one for each part; nothing where it has no damping.
 
@@ -58,13 +60,30 @@ def fit(
         places: of the samples that count, `[n]`.
         client: a `distributed.Client` whose workers reach the store; None computes on threads here.
         done: told of rows that have been gone through, in all of each checkpoint's once.
+        before: moments of further samples.
     """
     if estimator.damping is None:
         return {}
-    run = delayed(partial(_moments_of_run, StoreHandle.of(store, client), estimator))
-    add, finish = delayed(_sum), delayed(_solve)
-    dual = len(places) < store.shape[2]
     steps = common_timesteps(store) if estimator.pairing == "matched" else None
+    dual = not before and len(places) < store.shape[2]
+    found = moments(store, estimator, places, client, done, dual=dual)
+    totals = {name: _sum([side[name] for side in (before, found) if side]) for name in store.checkpoints}
+    return {name: _solve(total, estimator.damping, name, steps) for name, total in totals.items()}
+
+
+def moments(
+    store: SketchStore,
+    estimator: Estimator,
+    places: Places,
+    client: Client | None,
+    done: Callable[[int], object] = lambda rows: None,
+    *,
+    dual: bool = False,
+) -> dict[str, list[Moments]]:
+    """For each checkpoint the moments of an estimator's rows, one for each part; nothing where there are no places."""
+    if not len(places):
+        return {}
+    run, add = delayed(partial(_moments_of_run, StoreHandle.of(store, client), estimator)), delayed(_sum)
     found, rows = [], dict[str, int]()
     for name in store.checkpoints:
         parts = [places[part] for part in blocks(len(places), RUN_ROWS)]
@@ -72,10 +91,10 @@ def fit(
         rows |= {one.key: len(part) for one, part in zip(level, parts, strict=True)}
         while len(level) > 1:
             level = [add(level[i : i + 2]) for i in range(0, len(level), 2)]
-        found.append(finish(level[0], estimator.damping, name, steps))
-    solved = compute(found, client, lambda key: done(rows.pop(key, 0)))
+        found.append(level[0])
+    sums = compute(found, client, lambda key: done(rows.pop(key, 0)))
     done(sum(rows.values()))  # by workers
-    return dict(zip(store.checkpoints, solved, strict=True))
+    return dict(zip(store.checkpoints, sums, strict=True))
 
 
 def _moments_of_run(source: StoreHandle, estimator: Estimator, name: str, places: Places, dual: bool) -> list[Moments]:

@@ -1,4 +1,4 @@
-"""Estimators whose training rows are preconditioned by a ridge over all of them."""
+"""Estimators with a ridge over all training rows between the two sides of a score."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ALL = slice(None)
 
 @dataclass(frozen=True)
 class Ridged(Estimator, named=False):
-    """Estimators that precondition training rows: by one ridge per checkpoint, or, matched, one for each timestep too.
+    """Estimators with a ridge between both sides of a score: one per checkpoint; matched, for each timestep too.
 
     Args:
         damping: lambda relative to the mean of the eigenvalues of sum_i phi phi^T that can differ from zero, that is to
@@ -55,19 +55,30 @@ class Ridged(Estimator, named=False):
     def train_rows(
         self, store: SketchStore, checkpoint: str, samples: slice = ALL, ridges: Sequence[Ridge] = ()
     ) -> Float32:
-        """K^-1 phi, `[n, k]`, or what a subclass makes of it; matched, for all timesteps side by side."""
+        """phi, `[n, k]`, or what a subclass makes of it; K^-1 of that where samples carry the ridge; matched, for all
+        timesteps side by side."""
         if not ridges:
             raise ValueError(f"{type(self).__name__} needs the ridge over all training rows; use build_index.")
         parts = self.finish(
             store, checkpoint, samples, self._parted(self.rows(store, checkpoint, samples), ridges), ridges
         )
-        return np.concatenate(parts, axis=1, dtype=np.float32)
+        return _side_by_side([ridge.of_samples(part) for ridge, part in zip(ridges, parts, strict=True)])
+
+    def query_rows(
+        self, store: SketchStore, checkpoint: str, samples: slice = ALL, ridges: Sequence[Ridge] = ()
+    ) -> Float32:
+        """phi, `[n, k]`; K^-1 phi where queries carry the ridge; matched, for all timesteps side by side."""
+        rows = self.rows(store, checkpoint, samples)
+        if not ridges:
+            return rows
+        parts = self._parted(rows, ridges)
+        return _side_by_side([ridge.of_queries(part) for ridge, part in zip(ridges, parts, strict=True)])
 
     def finish(
         self, store: SketchStore, checkpoint: str, samples: slice, parts: Sequence[Float32], ridges: Sequence[Ridge]
-    ) -> list[Floats]:
-        """The training rows, from those of `rows`, `[n, k]` for each ridge."""
-        return [ridge.apply(part) for part, ridge in zip(parts, ridges, strict=True)]
+    ) -> Sequence[Floats]:
+        """What stands for the training rows under the ridge, from those of `rows`, `[n, k]` for each ridge."""
+        return parts
 
     def _parted(self, rows: Float32, ridges: Sequence[Ridge]) -> list[Float32]:
         return np.split(rows, len(ridges), axis=1)
@@ -117,12 +128,14 @@ class TRAK(Ridged):
 class RelatIF(TRAK):
     """TRAK divided by |K^-1 phi(c,i)| at each checkpoint (Barshan, Brunet, Dziugaite 2020, arXiv 2003.11630)."""
 
+    alone: ClassVar[bool] = False
+
     def finish(
         self, store: SketchStore, checkpoint: str, samples: slice, parts: Sequence[Float32], ridges: Sequence[Ridge]
-    ) -> list[Floats]:
-        """K^-1 phi over its own length; zero where that is zero."""
-        every = super().finish(store, checkpoint, samples, parts, ridges)
-        return [_divided(solved, np.linalg.norm(solved, axis=1)) for solved in every]
+    ) -> Sequence[Floats]:
+        """phi over the length of K^-1 phi; zero where that is zero."""
+        solved = [ridge.apply(part) for part, ridge in zip(parts, ridges, strict=True)]
+        return [_divided(part, np.linalg.norm(own, axis=1)) for part, own in zip(parts, solved, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -131,13 +144,9 @@ class RenormIF(TRAK):
 
     def finish(
         self, store: SketchStore, checkpoint: str, samples: slice, parts: Sequence[Float32], ridges: Sequence[Ridge]
-    ) -> list[Floats]:
-        """K^-1 phi over the length of phi; zero where that is zero."""
-        every = super().finish(store, checkpoint, samples, parts, ridges)
-        return [
-            _divided(solved, np.linalg.norm(part.astype(np.float64), axis=1))
-            for solved, part in zip(every, parts, strict=True)
-        ]
+    ) -> Sequence[Floats]:
+        """phi over its length; zero where that is zero."""
+        return [_divided(part, np.linalg.norm(part.astype(np.float64), axis=1)) for part in parts]
 
 
 @dataclass(frozen=True)
@@ -167,14 +176,17 @@ class DAS(TRAK):
 
     def finish(
         self, store: SketchStore, checkpoint: str, samples: slice, parts: Sequence[Float32], ridges: Sequence[Ridge]
-    ) -> list[Floats]:
-        """K^-1 u r."""
+    ) -> Sequence[Floats]:
+        """u r."""
         residuals = np.sqrt(store.losses(checkpoint, samples).astype(np.float64))
         r = _divided(residuals, np.linalg.norm(residuals, axis=1))
         r = r if self.pairing == "matched" else r.mean(1, keepdims=True)
         directions = self._parted(ReTrac(self.pairing).rows(store, checkpoint, samples), ridges)
-        every = super().finish(store, checkpoint, samples, directions, ridges)
-        return [solved * own[:, None] for solved, own in zip(every, r.T, strict=True)]
+        return [part * own[:, None] for part, own in zip(directions, r.T, strict=True)]
+
+
+def _side_by_side(parts: Sequence[Floats]) -> Float32:
+    return np.concatenate(parts, axis=1, dtype=np.float32)
 
 
 def _divided(rows: Floats, lengths: Floats) -> Floats:

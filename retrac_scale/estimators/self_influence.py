@@ -72,6 +72,6 @@ def _self_influence_of_block(
         own = ridges.get(checkpoint, ())
         rows = estimator.train_rows(store, checkpoint, samples, own)
         alike = queries is None and not own
-        other = rows if alike else estimator.rows(queries or store, checkpoint, samples)
+        other = rows if alike else estimator.query_rows(queries or store, checkpoint, samples, own)
         total += weight * np.einsum("nk,nk->n", rows, other, dtype=np.float64)
     return total

@@ -14,13 +14,14 @@ import zarr
 
 from retrac_scale.arrays import Float32
 from retrac_scale.estimators import Estimator, common_timesteps, recommended
-from retrac_scale.estimators.fitting import fit, rows_at
-from retrac_scale.estimators.ridge import Ridge
+from retrac_scale.estimators.fitting import fit, moments, rows_at
+from retrac_scale.estimators.ridge import Moments, Ridge
 from retrac_scale.index import seals
 from retrac_scale.index.columns import write_column, write_list
 from retrac_scale.index.growth import base_of, is_readable, is_same, kept_index, mark_deleted, stored_description
 from retrac_scale.index.reader import IndexReader
-from retrac_scale.index.segments import KEPT, Segment, sweep, write_packed
+from retrac_scale.index.ridges import write_ridges
+from retrac_scale.index.segments import KEPT, ONE_OF, Segment, sweep, write_packed
 from retrac_scale.runtime.runs import run
 from retrac_scale.runtime.tasks import Task
 from retrac_scale.store import IncompleteStoreError, SketchStore, StoreHandle, objects
@@ -88,17 +89,26 @@ def write_index(
         segments = list(base.segments) if base else []
         start = base.meta["covered"] if base else 0
         new = kept[np.searchsorted(kept, start) :]
+        ridges = fit(store, estimator, new, client, done, _moments_left(base, store, estimator, client))
+        parted = ridges and estimator.parts(store) > 1
+        gains = base.meta["gains"] if base else _gains(store, estimator, ridges, kept) if parted else {}
         if len(new):
             segment = Segment(root, _name(described["segments"], meta), start, len(store.deleted))
-            found = _write_segment(segment, store, estimator, new, dtype, base, out if client else root, client, done)
+            target = whereabouts(out) if client else root
+            common = _Common(StoreHandle.of(store, client), target, segment.prefix, estimator, ridges, gains, dtype)
+            _write_segment(segment, store, new, common, base, client, done)
             segments.append(segment)
-        else:
-            found = {key: base.meta[key] for key in ("fit", "gains")} if base else {}
-        deleted = mark_deleted(root, segments, store.deleted)
+        state = {
+            "fit": {name: _described(own, estimator.parts(store)) for name, own in ridges.items()},
+            "gains": gains,
+            "ridge": write_ridges(root, ridges),
+            "segments": [one.described() for one in segments],
+            "deleted": mark_deleted(root, segments, store.deleted),
+            "covered": len(store.deleted),
+        }
         objects.force_all(root)  # first: what is called complete survives a power cut
-        state = {"segments": [one.described() for one in segments], "deleted": deleted, "covered": len(store.deleted)}
-        seals.seal(root, {**meta, **found, **state, "complete": True}, base.meta["seals"] if base else {})
-        sweep(root.store_path, [one.name for one in segments], deleted)
+        seals.seal(root, {**meta, **state, "complete": True}, base.meta["seals"] if base else {})
+        sweep(root.store_path, state)
     return IndexReader(zarr.open_group(location, mode="r+"), out, store), True
 
 
@@ -107,15 +117,28 @@ def _begun(location: Any, stored: Any, meta: Mapping[str, Any]) -> tuple[zarr.Gr
 
     What a process that was killed has left there is removed.
     """
-    held: dict[str, Any] = {"segments": [], "deleted": None}
+    held: dict[str, Any] = {"segments": []}
     if is_readable(location, stored) and not is_same(stored, meta):
-        held = {"segments": stored.get("segments", [{"name": ""}]), "deleted": stored.get("deleted")}
+        held = {"segments": stored.get("segments", [{"name": ""}]), **{one: stored.get(one) for one in ONE_OF}}
     else:  # first: what is there is no longer complete
         begun = group_json({"what": "index", "format": FORMAT_VERSION})
         objects.write_all(objects.place_of(location), {ROOT: begun})
     root = zarr.open_group(location, mode="r+")
-    sweep(root.store_path, [one["name"] for one in held["segments"]], held["deleted"])
+    sweep(root.store_path, held)
     return root, held
+
+
+def _moments_left(
+    base: IndexReader | None, store: SketchStore, estimator: Estimator, client: Client | None
+) -> dict[str, list[Moments]]:
+    """The moments of an index's samples without those that were deleted since; none without an index or a ridge."""
+    if base is None:
+        return {}
+    gone = moments(store, estimator, base.store_places[store.deleted[base.store_places]], client) if base.ridges else {}
+    found = {name: [ridge.moments() for ridge in own] for name, own in base.ridges.items()}
+    return {
+        name: [a + -b for a, b in zip(own, gone[name], strict=True)] if gone else own for name, own in found.items()
+    }
 
 
 def _name(held: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> str:
@@ -128,37 +151,30 @@ def _name(held: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> str:
 def _write_segment(
     segment: Segment,
     store: SketchStore,
-    estimator: Estimator,
     kept: npt.NDArray[np.int64],
-    dtype: IndexDtype,
+    common: _Common,
     base: IndexReader | None,
-    target: zarr.Group | Url,
     client: Client | None,
     done: Callable[[int], object],
-) -> dict[str, Any]:
-    """Write the rows of the samples at places `kept` of the store; what came out of it, for the description."""
+) -> None:
+    """Write the rows of the samples at places `kept` of the store."""
     root = segment.root.require_group(segment.prefix.rstrip("/")) if segment.name else segment.root
     size = None if base is None else base.segments[0].arrays["row"].chunks[1]
     own = kept - segment.start
     ids = store.column("id", segment.start)[own]
-    chunks = create_arrays(root, len(store.checkpoints), ids, estimator.width(store), dtype, size)
+    chunks = create_arrays(root, len(store.checkpoints), ids, common.estimator.width(store), common.dtype, size)
     root.create_group("column", overwrite=True)
     for name in store.meta["columns"].keys() - {"id"}:
         write_column(root, name, store.column(name, segment.start)[own])
     if len(kept) < segment.stop - segment.start:
         write_packed(root, KEPT, np.isin(np.arange(segment.start, segment.stop), kept, assume_unique=True))
-    ridges = fit(store, estimator, kept, client, done)
-    gains = _gains(store, estimator, ridges, kept) if ridges and estimator.parts(store) > 1 else {}
     tasks = [
         Task(f"build-index-{name}-samples-{samples.start}-{samples.stop}", (checkpoint, samples, kept[samples]))
         for checkpoint, name in enumerate(store.checkpoints)
         for samples in chunks
     ]
-    place = target if isinstance(target, zarr.Group) else whereabouts(target)
-    common = _Common(StoreHandle.of(store, client), place, segment.prefix, estimator, ridges, gains, dtype)
     for task, _ in run(_build_chunk, tasks, client, shared=common):
         done(len(task.args[-1]))
-    return {"fit": {name: _described(own, estimator.parts(store)) for name, own in ridges.items()}, "gains": gains}
 
 
 def _check(store: SketchStore, estimator: Estimator, dtype: IndexDtype) -> None:
@@ -206,10 +222,10 @@ def _described(ridges: Sequence[Ridge], slots: int) -> Any:
 def _gains(
     store: SketchStore, estimator: Estimator, ridges: Mapping[str, Sequence[Ridge]], kept: npt.NDArray[np.int64]
 ) -> dict[str, list[float]]:
-    """For each checkpoint and part of a row what brings the training rows' parts to one mean length.
+    """For each checkpoint and part of a row what brings the training rows' parts to about one mean length.
 
-    A ridge makes rows long where gradients are short, and one int8 scale for a row would drown the others;
-    `Index.query_rows` divides by the same.
+    Rows may be long at one timestep and short at another, and one int8 scale for a row would drown the short;
+    `Index.query_rows` divides by the same. Powers of two lose no digit, and other samples seldom make them others.
     """
     some = kept[:: max(1, len(kept) // GAIN_ROWS)][:GAIN_ROWS]
     found = {}
@@ -218,7 +234,7 @@ def _gains(
         rows = np.concatenate([rows for _, rows in rows_at(store, some, make)]).astype(np.float64)
         squares = np.square(rows).reshape(len(rows), estimator.parts(store), -1).sum(2).mean(0)
         lengths = np.sqrt(np.where(squares > 0, squares, 1.0))
-        found[name] = (lengths.mean() / lengths).tolist()
+        found[name] = np.exp2(np.round(np.log2(lengths.mean() / lengths))).tolist()
     return found
 
 

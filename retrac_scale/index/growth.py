@@ -13,9 +13,10 @@ from zarr.storage import LocalStore
 
 from retrac_scale.arrays import Bools
 from retrac_scale.estimators import Estimator
+from retrac_scale.estimators.ridge import BY_QUERIES, is_firm
 from retrac_scale.index import seals
 from retrac_scale.index.reader import IndexReader, only_grown
-from retrac_scale.index.segments import ARRAYS, DELETED, MOST, Segment, write_packed
+from retrac_scale.index.segments import ARRAYS, DELETED, MOST, RIDGE, Segment, write_packed
 from retrac_scale.store import DamagedStoreError, SketchStore, objects
 from retrac_scale.store.opening import open_root
 from retrac_scale.store.part import ROOT, digest_of
@@ -27,7 +28,7 @@ ASKED = ("format", "store", "measure", "estimator", "dtype")
 """What of an index's description was asked for; the rest is what its store was when it was built."""
 STATE = ("revision", "parts")
 """What of it tells the state of the store."""
-FOUND = ("complete", "fit", "gains", "segments", "deleted", "covered", "seals", "digest")
+FOUND = ("complete", "fit", "gains", "ridge", "segments", "deleted", "covered", "seals", "digest")
 """What came out of building."""
 
 
@@ -106,11 +107,12 @@ def base_of(
         return None
     if differences(_without(stored, (*FOUND, *STATE)), _without(meta, STATE)) or not only_grown(stored, meta["parts"]):
         return None
-    if estimator.damping is not None:
-        logger.info("%s is built whole: the ridge of %s is over all samples", out, type(estimator).__name__)
+    if not _can_grow(stored, store, estimator):
+        logger.info("%s is built whole: its rows depend on all samples, by the ridge of %s", out, estimator)
         return None
     try:
         base = IndexReader(open_root(out, "index"), out, store)
+        _ = base.ridges
         rows = sum(one.shape[1] for one in base.segments)
         gone, back = _changed(base.segments, store.deleted)
     except (KeyError, ValueError) as error:
@@ -118,6 +120,14 @@ def base_of(
         return None
     too_many = len(base.segments) >= MOST or 2 * np.count_nonzero(gone) > rows
     return None if back or too_many else base
+
+
+def _can_grow(stored: Mapping[str, Any], store: SketchStore, estimator: Estimator) -> bool:
+    """Whether an index's rows stay what they are when samples come and go; its ridge is then solved anew."""
+    if estimator.damping is None:
+        return True
+    enough = int(np.count_nonzero(store.alive)) >= BY_QUERIES * store.shape[2]
+    return bool(stored.get(RIDGE)) and enough and estimator.alone and is_firm(estimator.damping)
 
 
 def mark_deleted(root: zarr.Group, segments: Sequence[Segment], deleted: Bools) -> str | None:

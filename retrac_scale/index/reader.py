@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,20 +16,30 @@ from zarr.storage import LocalStore, MemoryStore
 from retrac_scale.arrays import Bools, Float32
 from retrac_scale.columns import Column, Places, Texts
 from retrac_scale.estimators import Estimator, common_timesteps, estimator_from_spec
+from retrac_scale.estimators.ridge import Ridge
 from retrac_scale.index import seals
 from retrac_scale.index.chunk import Chunk
-from retrac_scale.index.segments import ARRAYS, DELETED, Segment, column_of, names_of_columns, segments_of, unpacked
+from retrac_scale.index.ridges import read_ridges
+from retrac_scale.index.segments import (
+    ARRAYS,
+    DELETED,
+    RIDGE,
+    Segment,
+    column_of,
+    names_of_columns,
+    segments_of,
+    unpacked,
+)
 from retrac_scale.store import DamagedStoreError, SketchStore, open_store
 from retrac_scale.store.compatibility import agreed, check_compatible, slots
 from retrac_scale.store.mapping import Mapped, check_mapped, chunk_key, fetch_chunk, mapped_files
 from retrac_scale.store.opening import open_root
 from retrac_scale.store.part import ROOT
 from retrac_scale.store.schema import ATTRIBUTE, Url, differences, get_array, read_ids
+from retrac_scale.store.stamp import Stamp, stamp_of
 
 KEPT_MAPS = 8192
 """Files that an index keeps mapped; Linux lets a process have some 65,000 (vm.max_map_count)."""
-SETTLED_NS = 10**9
-Stamp = tuple[int, ...]
 
 
 class StaleIndexError(ValueError):
@@ -40,10 +49,10 @@ class StaleIndexError(ValueError):
 class IndexReader:
     """Rows `[c, n, k]` of one estimator, their scales `[c, n]` with the checkpoint weights in them, and the ids.
 
-    Get one from `build_index` or `open_index`. A stored row times its scale is w_c times the estimator's training row:
-    preconditioned, where the estimator does that, so that a query's own row is plain and the score an inner product.
-    `meta["fit"]` then says how each checkpoint's ridge was damped. Under matched pairing a row has a part for each of
-    `meta["slots"]` timesteps, multiplied with `meta["gains"]`, which the query's part is divided by.
+    Get one from `build_index` or `open_index`. A stored row times its scale is w_c times the estimator's training row,
+    and a score the inner product with a query's row. `meta["fit"]` says how each checkpoint's ridge was damped, where
+    there is one: `ridges` are there where queries carry it, else the training rows do. Under matched pairing a row has
+    a part for each of `meta["slots"]` timesteps, multiplied with `meta["gains"]`, which the query's part is divided by.
 
     Attributes:
         patient: whether it answers on where its store has gained samples and lost none.
@@ -125,8 +134,7 @@ class IndexReader:
 
     def _numbers(self, array: zarr.Array[Any]) -> npt.NDArray[Any]:
         """An array of one chunk, compared with its seal; a map where it can be mapped."""
-        key = chunk_key(array, (0,)).removeprefix(f"{self.root.path}/")
-        return fetch_chunk(array, (0,), self._seals.get(key)) if array.shape[0] else np.empty(0, array.dtype)
+        return self._chunk_of(array, (0,)) if array.shape[0] else np.empty(0, array.dtype)
 
     @functools.cached_property
     def shape(self) -> tuple[int, int, int]:
@@ -152,6 +160,23 @@ class IndexReader:
             found += [(one, i, slice(start + x.start, start + x.stop)) for i, x in enumerate(one.chunks)]
             start += one.shape[1]
         return found
+
+    @property
+    def store_places(self) -> npt.NDArray[np.int64]:
+        """Where each sample stands in the store, `[n]`."""
+        places = np.concatenate([one.places for one in self.segments])
+        return places if self._alive is None else places[self._alive]
+
+    @functools.cached_property
+    def ridges(self) -> dict[str, list[Ridge]]:
+        """For each checkpoint the ridges that queries carry, one for each part of a row; none where samples do."""
+        self._check(key for key in self._seals if key.startswith(f"{RIDGE}/") and key.endswith(ROOT))
+        with self._or_replaced():
+            return read_ridges(self.root, self.meta, self._chunk_of)
+
+    def _chunk_of(self, array: zarr.Array[Any], place: tuple[int, ...]) -> npt.NDArray[Any]:
+        """A chunk of an array, compared with its seal; a map where it can be mapped."""
+        return fetch_chunk(array, place, self._seals.get(chunk_key(array, place).removeprefix(f"{self.root.path}/")))
 
     @functools.cached_property
     def chunks(self) -> list[slice]:
@@ -258,7 +283,7 @@ class IndexReader:
             StaleIndexError: the store is gone, has another fingerprint, or has changed since.
         """
         url, store = self.meta["store"], self._store
-        if self._checked is not None and _stamp(self._checked[0]) == self._checked[1]:
+        if self._checked is not None and stamp_of(self._checked[0]) == self._checked[1]:
             return self._checked[0]
         if url is not None:
             try:
@@ -279,7 +304,7 @@ class IndexReader:
                 f"the store {url or 'in memory'} has changed since the index was built: {'; '.join(found)}; "
                 f"build the index again{'' if known else ' at another path'}."
             )
-        stamp = _stamp(store)
+        stamp = stamp_of(store)
         self._checked = None if stamp is None else (store, stamp)
         return store
 
@@ -287,8 +312,7 @@ class IndexReader:
         """Whether all that the index holds is in the store as it was, and nothing of it deleted."""
         if not only_grown(self.meta, store.part_digests):
             return False
-        places = np.concatenate([one.places for one in self.segments])
-        return not store.deleted[places if self._alive is None else places[self._alive]].any()
+        return not store.deleted[self.store_places].any()
 
     def query_rows(self, queries: SketchStore) -> Float32:
         """The estimator's rows of the queries, float32 `[c, q, k]`, without checkpoint weights.
@@ -323,7 +347,8 @@ class IndexReader:
 
     def rows_of(self, side: SketchStore, samples: slice = slice(None)) -> Float32:
         """Some samples' rows as a query's, `[c, n, k]`, of a store that is known to fit."""
-        found = np.stack([self.estimator.rows(side, name, samples) for name in self.checkpoints])
+        estimator, ridges = self.estimator, self.ridges
+        found = np.stack([estimator.query_rows(side, x, samples, ridges.get(x, ())) for x in self.checkpoints])
         if self.meta.get("gains"):
             gains = np.array([self.meta["gains"][name] for name in self.checkpoints], np.float32)
             c, n, _ = found.shape
@@ -363,26 +388,6 @@ def open_reader(url: Url) -> IndexReader:
 def open_on_worker(url: str, meta: str) -> IndexReader:
     """The index at a URL, kept open in this process while its description is the same: its maps outlive a task."""
     return open_reader(url)
-
-
-def _stamp(store: SketchStore) -> Stamp | None:
-    """Modification times of all that changes when a store on disk does; None where they cannot tell.
-
-    Every change of a store adds or replaces a file by renaming, which sets the time of its folder. Clocks of file
-    systems tick in milliseconds, so that a stamp counts only when its youngest time is some time ago.
-    """
-    if not isinstance(store.root.store, LocalStore):
-        return None
-    base = store.root.store.root
-    places = [base, base / "parts"]
-    for part in store.parts:
-        folder = base / part.root.path
-        places += [folder, folder / "deleted" / "c", *(folder / name / "commit" for name in part.checkpoints)]
-    try:
-        times = [place.stat().st_mtime_ns for place in places if place.name != "parts" or place.exists()]
-    except FileNotFoundError:
-        return None
-    return tuple(times) if time.time_ns() - max(times) > SETTLED_NS else None
 
 
 def _listed(values: npt.NDArray[Any]) -> npt.NDArray[Any]:

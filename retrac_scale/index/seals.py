@@ -30,8 +30,7 @@ def seal(root: zarr.Group, meta: Mapping[str, Any], known: Seals) -> dict[str, A
         meta: the description.
         known: seals of objects that stood before; the others that it holds are sealed now.
     """
-    names = [one["name"] for one in meta["segments"]]
-    held = [key for key in objects.all_keys(root) if holds(names, meta["deleted"], key)]
+    held = [key for key in objects.all_keys(root) if holds(meta, key)]
     keys = [key for key in held if key not in known]
     chunks = [key for key in keys if not key.endswith(ROOT)]
     tails = objects.read_all(root, chunks, SuffixByteRequest(CRC_BYTES))

@@ -19,9 +19,11 @@ from retrac_scale.store.part import ROOT
 from retrac_scale.store.schema import blocks, get_array, get_group, new_array
 
 ARRAYS = ("row", "scale", "norm", "id")
-FOLDER, DELETED, KEPT = "segments", "deleted", "kept"
+FOLDER, DELETED, RIDGE, KEPT = "segments", "deleted", "ridge", "kept"
+ONE_OF = (DELETED, RIDGE)
+"""Folders of which an index holds what its description names, under the same name."""
 AT_ROOT = (*ARRAYS, KEPT, "column")
-UNSEALED = (ROOT, f"{FOLDER}/{ROOT}", f"{DELETED}/{ROOT}")
+UNSEALED = (ROOT, *(f"{folder}/{ROOT}" for folder in (FOLDER, *ONE_OF)))
 """Objects of an index that no seal is about: its description, and what holds nothing."""
 MOST = 64
 """Segments of an index; beyond, it is built whole."""
@@ -121,23 +123,25 @@ def unpacked(array: zarr.Array[Any], count: int) -> Bools:
     return np.unpackbits(np.asarray(array[:]), count=count).astype(bool)
 
 
-def holds(names: Sequence[str], deleted: str | None, key: str) -> bool:
-    """Whether an object belongs to one of some segments, or is the mark of deleted samples of that name."""
+def holds(meta: Mapping[str, Any], key: str) -> bool:
+    """Whether an object belongs to the index of such a description."""
+    names = [one["name"] for one in meta["segments"]]
     first, _, rest = key.partition("/")
     if key.endswith(".partial") or key in UNSEALED:
         return False
     if first == FOLDER:
         return rest.partition("/")[0] in {*names} - {""}
-    if first == DELETED:
-        return rest.partition("/")[0] == deleted
+    if first in ONE_OF:
+        return rest.partition("/")[0] == meta.get(first)
     return "" in names and first in AT_ROOT
 
 
-def sweep(place: StorePath, names: Sequence[str], deleted: str | None) -> None:
-    """Remove segments but those of some names, and marks of deleted samples but those of one."""
+def sweep(place: StorePath, meta: Mapping[str, Any]) -> None:
+    """Remove segments, marks and ridges but those of the index of such a description."""
+    names = [one["name"] for one in meta["segments"]]
     for folder in AT_ROOT if "" not in names else ():
         objects.delete_folder(place, folder)
-    for above, held in ((FOLDER, {*names}), (DELETED, {deleted})):
+    for above, held in ((FOLDER, {*names}), *((folder, {meta.get(folder)}) for folder in ONE_OF)):
         for name in objects.names(place, above):
             if name not in held and name != ROOT:
                 objects.delete_folder(place, f"{above}/{name}")

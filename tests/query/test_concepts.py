@@ -84,7 +84,7 @@ def test_a_prompt_against_another_of_plain_and_of_encoded_samples(tmp_path: Path
     }
     latents = torch.stack([item["latents"] for item in (encoded[0], encoded[1])])
     in_float64 = [{name: value.double() for name, value in given[text].items()} for text in ("snow", "")]
-    model, rows = copy.deepcopy(task.model).double(), []
+    model, rows, lost = copy.deepcopy(task.model).double(), [], list[float]()
     for row in range(2):
         for step in STEPS:
             noise = rs.draw_noise(latents.shape[1:], None, [step], 0).double()
@@ -94,9 +94,11 @@ def test_a_prompt_against_another_of_plain_and_of_encoded_samples(tmp_path: Path
                 model(noisy, torch.tensor([step]), **{k: v[:1] for k, v in told.items()}).sample for told in in_float64
             )
             rows.append(gradient(model, -(with_it - without).square().mean()).numpy())
+            # float32's digits that the difference of two outputs alike has not
+            lost.append((with_it.norm() / (with_it - without).norm()).item())
     expected = np.stack(rows).reshape(2, len(STEPS), -1)
     for samples in (dataset, encoded):
-        close(gradients(task, rs.Concepts(samples, rs.Concept("snow"))), expected)
+        close(gradients(task, rs.Concepts(samples, rs.Concept("snow"))), expected, 3e-6 * max(lost))
 
 
 def test_a_concept_is_asked_about_over_the_store_as_it_is_and_the_sketches_say_so(tmp_path: Path) -> None:

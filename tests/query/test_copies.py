@@ -60,7 +60,7 @@ def test_a_list_has_the_best_of_each_family_with_its_copies(noise: float) -> Non
         for given, expected in zip(answer.copies[query], others, strict=True):
             assert sorted(given) == sorted(expected)
             own = [scores[query][places[np.searchsorted(store_ids[places], name)]] for name in given]
-            assert own == sorted(own, reverse=True)
+            assert (np.diff(own) <= 1e-12 * np.abs(scores).max()).all()  # the same row twice may differ by a rounding
     assert [len(answer.copies[query, 0]) for query in range(3)] == [5, 30, 0]
     kept = index.query(queries, 10)
     assert kept.copies is None

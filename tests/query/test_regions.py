@@ -63,10 +63,10 @@ def by_hand(model: nn.Module, scheduler: Any, clean: Tensor, weights: Any, **giv
     return np.stack(rows).reshape(len(clean), len(STEPS), -1)
 
 
-def close(found: Any, expected: Any) -> None:
+def close(found: Any, expected: Any, tolerance: float = 1e-5) -> None:
     lengths = np.linalg.norm(expected, axis=2, keepdims=True)
     assert lengths.min() > 0
-    np.testing.assert_array_less(np.linalg.norm(found - expected, axis=2, keepdims=True) / lengths, 1e-5)
+    np.testing.assert_array_less(np.linalg.norm(found - expected, axis=2, keepdims=True) / lengths, tolerance)
 
 
 def latent_pipeline(blocks: int = 4) -> Any:
