@@ -4,8 +4,7 @@
     python -m benchmarks.building --rows 100000 --threads 1
 
 Prints seconds and the process's peak memory of each: ReTrac matched (reads, decodes, encodes and writes the same rows)
-and ReTracRidge (adds up 4 Gram matrices and factorises them besides); and the arithmetic of the latter alone, on rows in
-memory.
+and ReTracRidge (adds up 4 Gram matrices and factorises them besides); and that arithmetic alone, on rows in memory.
 """
 
 from __future__ import annotations
