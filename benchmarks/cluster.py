@@ -19,7 +19,7 @@ import traceback
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import get_context
 from pathlib import Path
 from types import MappingProxyType
@@ -56,6 +56,7 @@ AFTER = {
 }
 INSTANTS = [f"{phase}+{wait_s}".lstrip("+") for phase, waits in AFTER.items() for wait_s in waits]
 """Forty, from a client that connects, and a model that is sent, to the last answer."""
+PATIENCE_S = 60
 DYING = Path(__file__).parent / "results" / "cluster-dying.md"
 
 CALM = {
@@ -359,7 +360,8 @@ def dying(digits: int, cases: list[tuple[str, int, int]], longest_s: float, out:
         )
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.read_text().splitlines()]
     known = {(row[0], row[2], row[3]) for row in rows if len(row) == 6}
-    with tempfile.TemporaryDirectory() as name, workers_here() as cluster:
+    with tempfile.TemporaryDirectory() as name, ExitStack() as others:
+        cluster = others.enter_context(workers_here())
         folder = Path(name) / "walk"  # the same for all: an index knows the path of its store
         expected = digest(Walk(folder, digits).run(None))
         for instant, killed, busy in cases:
@@ -367,7 +369,11 @@ def dying(digits: int, cases: list[tuple[str, int, int]], longest_s: float, out:
                 continue
             shutil.rmtree(folder)
             cluster.scale(2)  # those that it gave up
-            cluster.wait_for_workers(2)
+            try:
+                cluster.wait_for_workers(2, timeout=PATIENCE_S)
+            except TimeoutError:  # a nanny that does not come back, by whatever it was held up
+                cluster.close()
+                cluster = others.enter_context(workers_here())
             hands = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
             where, took, found = killed_walk(Walk(folder, digits), cluster, instant, killed, longest_s)
             for hand in hands:
