@@ -33,21 +33,21 @@ from retrac_scale.training.recorder import TrainingRecorder
 # it, so that with late checkpoints alone the first of them would decide everything.
 EPOCHS = 40
 KEPT_EPOCHS = (10, 20, 30, 40)
-BATCH = 16
+BATCH = 32
 LEARNING_RATE = 2e-3
 WARMUP_STEPS = 100
 OUTLIERS = 36
 GENERATED = 16
 SAMPLING_STEPS = 100
 QUERY_TIMESTEPS = 20
-TIMESTEPS, ENTRIES = 16, 2048
-"""Four of 512 show sixes for a six as well; with these most names in a list come again in another run."""
+TIMESTEPS, ENTRIES = 16, 512
+"""Four timesteps show sixes for a six as well; with these most names in a list come again in another run."""
 DIM = 4096
 
 
 @dataclass(frozen=True)
 class Scans:
-    """Images in -1 .. 1, `[n, 1, 16, 16]`; the last `OUTLIERS` are photograph patches, the others digits."""
+    """Images in -1 .. 1, `[n, 1, 8, 8]`; the last `OUTLIERS` are photograph patches, the others digits."""
 
     images: Tensor
     digits: npt.NDArray[np.int64]
@@ -70,12 +70,11 @@ class Scans:
 
 
 def load_scans() -> Scans:
-    """scikit-learn's 1,797 digits at 16 x 16, and patches of its two sample photographs."""
+    """scikit-learn's 1,797 digits of 8 x 8 pixels, and patches of its two sample photographs."""
     from sklearn.datasets import load_digits, load_sample_images
 
     scanned = load_digits()
     digits = torch.from_numpy(scanned.images).float().unsqueeze(1) / 8 - 1
-    digits = F.interpolate(digits, size=16, mode="bilinear", align_corners=False)
     rng = np.random.default_rng(0)
     photos = [photo.mean(2) for photo in load_sample_images().images]
     patches = []
@@ -83,15 +82,15 @@ def load_scans() -> Scans:
         photo = photos[number % 2]
         top, left = (int(rng.integers(0, size - 64)) for size in photo.shape)
         patch = torch.from_numpy(photo[top : top + 64, left : left + 64]).float()
-        patches.append(F.avg_pool2d(patch[None], 4) / 127.5 - 1)
+        patches.append(F.avg_pool2d(patch[None], 8) / 127.5 - 1)
     return Scans(torch.cat([digits, torch.stack(patches)]), scanned.target)
 
 
 def build_model() -> UNet2DModel:
-    """A small U-Net for 16 x 16 grey images."""
+    """A small U-Net for 8 x 8 grey images."""
     torch.manual_seed(0)
     return UNet2DModel(
-        sample_size=16,
+        sample_size=8,
         in_channels=1,
         out_channels=1,
         block_out_channels=(24, 48),
@@ -145,13 +144,13 @@ def train(model: UNet2DModel, scheduler: Any, scans: Scans, folder: Path) -> dic
 
 
 def generate(model: UNet2DModel, scheduler: Any, file: Path) -> Tensor:
-    """16 images from the trained model, `[16, 1, 16, 16]`, kept in `file`."""
+    """16 images from the trained model, `[16, 1, 8, 8]`, kept in `file`."""
     if not file.exists():
         # Ancestral sampling: DDIM leaves a common blemish on all images, and queries that share it share proponents.
         sampler = DDPMScheduler.from_config(scheduler.config)
         sampler.set_timesteps(SAMPLING_STEPS)
         random = torch.Generator().manual_seed(1)
-        images = torch.randn(GENERATED, 1, 16, 16, generator=random)
+        images = torch.randn(GENERATED, 1, 8, 8, generator=random)
         model.eval()
         with torch.no_grad():
             for step in tqdm(sampler.timesteps, unit="step", desc="generate"):

@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 
 from retrac_scale.query.topk import TopK
 from retrac_scale.report.content import list_length
-from retrac_scale.report.pictures import Pictures
+from retrac_scale.report.pictures import Pictures, is_tiny
 from retrac_scale.store import SketchStore
 
 BINS, CURVE_SAMPLES = 25, 2**17
@@ -121,5 +121,6 @@ def _show(axes: Axes, image: Any, column: int, row: int) -> None:
     height, width = image.shape[0] / max(image.shape[:2]), image.shape[1] / max(image.shape[:2])
     across, down = (0.94 * width / 2, 0.94 * height / 2)
     extent = (column + 0.5 - across, column + 0.5 + across, row + 0.5 + down, row + 0.5 - down)
-    axes.imshow(image, cmap="gray", vmin=0, vmax=255, extent=extent)
+    smooth = "bilinear" if is_tiny(image) else None
+    axes.imshow(image, cmap="gray", vmin=0, vmax=255, extent=extent, interpolation=smooth)
     axes.add_patch(Rectangle((extent[0], extent[3]), 2 * across, 2 * down, fill=False, ec="#bbb", lw=0.6))

@@ -15,7 +15,8 @@ from PIL import Image, ImageOps
 from retrac_scale.columns import Places
 from retrac_scale.datasets.base import opaque
 
-SMALL, LARGEST = 64, 160
+TINY, SMALL, LARGEST = 12, 64, 160
+ENLARGED = 8
 Images = npt.NDArray[Any] | Sequence[npt.NDArray[Any]]
 """`[n, h, w(, 3)]`, floats 0 .. 1 or integers 0 .. 255; or as many arrays, read when they are asked for."""
 
@@ -93,9 +94,16 @@ def to_uint8(image: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     return grey
 
 
+def is_tiny(image: npt.NDArray[np.uint8]) -> bool:
+    """Whether a picture has so few pixels that, shown as squares, they hide what it shows."""
+    return max(image.shape[:2]) <= TINY
+
+
 def data_uri(image: npt.NDArray[np.uint8]) -> str:
-    """A data URI: PNG as it is when small, otherwise a JPEG of at most 160 pixels."""
+    """A data URI: PNG as it is when small, smoothly enlarged when tiny, otherwise a JPEG of at most 160 pixels."""
     picture = Image.fromarray(image)
+    if is_tiny(image):
+        picture = picture.resize((ENLARGED * picture.width, ENLARGED * picture.height), Image.Resampling.BILINEAR)
     small = max(picture.size) <= SMALL
     picture.thumbnail((LARGEST, LARGEST))
     buffer = io.BytesIO()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 from pathlib import Path
@@ -11,11 +13,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 import retrac_scale as rs
 from retrac_scale.cli import main
 from retrac_scale.report import Pictures, attribution_figure, norm_curve, write_report
 from retrac_scale.report.page import embed, page
+from retrac_scale.report.pictures import data_uri
 from retrac_scale.report.trust import repeatability_for_page
 
 HOSTILE = [
@@ -325,6 +329,16 @@ def test_pictures_are_bytes_or_shares(dtype: Any) -> None:
     grey = np.full((1, 2, 2), 51, np.uint8)
     given = (grey / 255).astype(dtype) if dtype is np.float32 else grey.astype(dtype)
     assert (Pictures(given, np.arange(1), []).image(0) == 51).all()
+
+
+@pytest.mark.parametrize(("size", "shown"), [(8, 64), (12, 96), (16, 16)])
+def test_pictures_of_a_few_pixels_are_shown_smoothly(size: int, shown: int) -> None:
+    steps = np.linspace(0, 255, size).astype(np.uint8)
+    uri = data_uri(np.broadcast_to(steps, (size, size)))
+    content = base64.b64decode(uri.removeprefix("data:image/png;base64,"))
+    (row, *_) = np.asarray(Image.open(io.BytesIO(content)), dtype=int)
+    assert len(row) == shown
+    assert np.diff(row).max() * (shown // size) <= np.diff(steps.astype(int)).max() + shown // size
 
 
 def test_an_explanations_picture_takes_names_as_they_are(tmp_path: Path) -> None:
