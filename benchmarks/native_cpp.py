@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks.measurement_page import cpu_name
 from retrac_scale.gradients import tiles
-from retrac_scale.gradients.outer import pairs_of
+from retrac_scale.gradients.factored import pairs_of
 from retrac_scale.projections import folding
 
 SOURCE = Path(__file__).parent / "tiles.cpp"

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from benchmarks.measurement_page import cpu_name
-from retrac_scale.gradients.outer import OuterProducts, pairs_of
+from retrac_scale.gradients.factored import FactoredGradients, pairs_of
 from retrac_scale.native import threads
 from retrac_scale.projections import folding
 
@@ -62,7 +62,7 @@ def ways(n: int, size: int, positions: int, count: int) -> dict[str, Callable[[]
     rng = np.random.default_rng(0)
     left, right = (torch.from_numpy(rng.standard_normal((n, 1, size, positions), dtype=np.float32)) for _ in range(2))
     pairs = pairs_of((1,), (1,), (1,), (0,), (positions,), (positions,))
-    products = OuterProducts(left, right, (), pairs)
+    products = FactoredGradients(left, right, (), pairs)
     signs = rng.choice(np.array([-1, 1], np.int8), size * size), rng.integers(0, K, -(-size * size // K))
     sums, squares = torch.zeros(n, 2 * K), np.zeros(n)
     sides = products.sides()

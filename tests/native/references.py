@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.lib.stride_tricks import as_strided
 
-from retrac_scale.gradients import outer
+from retrac_scale.gradients import factored
 from retrac_scale.gradients.mixing import mix
 from retrac_scale.gradients.rules import normalization
 from retrac_scale.index import kernels, plain
@@ -25,7 +25,7 @@ from retrac_scale.store import rounding
 
 
 def form(sides: Any, out: Any, first: int, last: int) -> None:
-    """See `outer._form`."""
+    """See `factored._form`."""
     for sample in range(first, last):
         out[sample] = gradient_of(sides, sample)
 
@@ -43,7 +43,7 @@ def form_and_fold(sides: Any, accumulator: Any, signs: Any, scale: Any, squares:
 
 
 def gradient_of(sides: Any, sample: int) -> Any:
-    """Of `OuterProducts.sides`, one sample's gradient `[o, k, i]`."""
+    """Of `FactoredGradients.sides`, one sample's gradient `[o, k, i]`."""
     left, right, pairs, mixer = sides
     grad, x = side_of(left, sample), side_of(right, sample)
     of_places = [
@@ -153,24 +153,24 @@ def floats(rng: np.random.Generator, *shape: int) -> Any:
 
 
 def sides(rng: np.random.Generator) -> tuple[Any, int]:
-    """As of `OuterProducts.sides`, and of how many samples."""
+    """As of `FactoredGradients.sides`, and of how many samples."""
     n, frames, o, i = int(rng.integers(1, 4)), int(rng.integers(1, 3)), size(rng, 1), size(rng, 1)
     length, kernel, padding = int(rng.integers(1, 150)), int(rng.integers(1, 4)), int(rng.integers(0, 3))
     outputs = max(1, length + 2 * padding - kernel + 1)
-    pairs = outer.pairs_of((kernel,), (1,), (1,), (padding,), (outputs,), (length,))
+    pairs = factored.pairs_of((kernel,), (1,), (1,), (padding,), (outputs,), (length,))
     mixer = floats(rng, 4 * int(rng.integers(1, 3)), o) if rng.random() < 0.5 else None
     orders = [rng.permutation(4) for _ in range(2)]
     left, right = (
         torch.from_numpy(floats(rng, *np.take(shape, order))).permute(*np.argsort(order).tolist())
         for shape, order in zip(((n, frames, o, outputs), (n, frames, i, length)), orders, strict=True)
     )
-    return outer.OuterProducts(
+    return factored.FactoredGradients(
         left, right, (kernel,), pairs, mixer=None if mixer is None else torch.from_numpy(mixer)
     ).sides(), n
 
 
 def to_form(rng: np.random.Generator) -> tuple[Any, ...]:
-    """For `outer._form`."""
+    """For `factored._form`."""
     given, n = sides(rng)
     left, right, pairs, mixer = given
     return given, floats(rng, n, len(mixer) or left[2][1], len(pairs[0]), right[2][1]), int(rng.integers(0, n + 1)), n
@@ -265,7 +265,7 @@ def to_dot(rng: np.random.Generator) -> tuple[Any, ...]:
 
 
 PASSES = (
-    Pass(outer._form, form, to_form, (1,)),
+    Pass(factored._form, form, to_form, (1,)),
     Pass(folding._form_and_fold, form_and_fold, to_form_and_fold, (1, 4)),
     Pass(folding._fold, fold, to_fold, (0, 4)),
     Pass(rounding._to_int8, to_int8, to_round, (1, 2), bits=True),
