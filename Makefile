@@ -5,6 +5,7 @@
 # make test    set up, then run the tests
 # make test-all   those too that take long
 # make test-any-cpu   those of compiled code, as a CPU without AVX runs it
+# make test-plain   the same with plain references in place of compiled passes
 # make check   set up, then formatting, lint and types
 # make docs    set up, then build the documentation (into site/)
 # make bench   set up, then run a short selection of the benchmarks, printing each command
@@ -18,11 +19,12 @@ RUNS = $(VENV)/.runs
 UV := $(shell command -v uv 2>/dev/null)
 PIP = $(if $(UV),$(UV) pip install -q --python $(BIN)/python,$(BIN)/pip install -q --no-compile --disable-pip-version-check)
 INSTALL = $(PIP) -c constraints.txt
+COMPILED = tests/native tests/gradients tests/projections tests/index/test_scan.py
 
 # what is imported is compiled once, at its first import: neither all of it, nor again in every process
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo live test test-all test-any-cpu check docs bench notebooks house format clean
+.PHONY: demo live test test-all test-any-cpu test-plain check docs bench notebooks house format clean
 
 demo: $(RUNS)
 	$(BIN)/retrac-scale demo
@@ -39,7 +41,10 @@ test-all: $(STAMP)
 	$(BIN)/pytest -q -n 2 --durations=5 -m ""
 
 test-any-cpu: $(STAMP)
-	NUMBA_CPU_NAME=generic $(BIN)/pytest -q -n 2 tests/native tests/gradients tests/projections tests/index/test_scan.py
+	NUMBA_CPU_NAME=generic $(BIN)/pytest -q -n 2 $(COMPILED)
+
+test-plain: $(STAMP)
+	$(BIN)/pytest -q -n 2 --plain $(COMPILED)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.measurement_page import cpu_name
+from retrac_scale.gradients.factored import FactoredGradients, pairs_of
 from retrac_scale.gradients.norms import squared_norm
-from retrac_scale.gradients.outer import OuterProducts, pairs_of
 from retrac_scale.gradients.rules.normalization import _watched, group_norm
 from retrac_scale.index import approximate, kernels, plain
 from retrac_scale.projections.folding import fold, fold_by_block
@@ -60,7 +60,7 @@ def linear(n: int = 16, positions: int = 256, size: int = 128) -> tuple[Way, Way
 
     def compiled() -> Any:
         sums.zero_()
-        return fold(sums, OuterProducts(left, right, (), pairs), ours, 1.0), sums
+        return fold(sums, FactoredGradients(left, right, (), pairs), ours, 1.0), sums
 
     def by_torch() -> Any:
         sums.zero_()
@@ -81,7 +81,7 @@ def convolution(n: int = 16, side: int = 16, size: int = 64) -> tuple[Way, Way]:
     def compiled() -> Any:
         sums.zero_()
         lefts, rights = (x.flatten(2)[:, None] for x in (left, right))
-        return fold(sums, OuterProducts(lefts, rights, (3, 3), pairs), ours, 1.0), sums
+        return fold(sums, FactoredGradients(lefts, rights, (3, 3), pairs), ours, 1.0), sums
 
     def by_torch() -> Any:
         sums.zero_()

@@ -17,6 +17,17 @@ settings.load_profile("tests")
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--plain", action="store_true", help="run references in place of compiled passes")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("plain"):
+        from tests.native import references  # which loads every compiled module
+
+        references.put_in_place()
+
+
 @pytest.fixture
 def small_layers_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
     """`LowRank` mixes the layers of tiny models too, where that saves no time."""

@@ -47,7 +47,7 @@ class Backward:
         sink: see `GradientCapture.backward`, as are those that follow.
         mixers: what weights' gradients are mixed with.
         traits: of the model's parameters; told more here.
-        unformed: whether the sink takes `OuterProducts`.
+        factored: whether the sink takes `FactoredGradients`.
         retain_graph: whether another pass will need what layers have seen.
     """
 
@@ -55,7 +55,7 @@ class Backward:
     sink: Sink
     mixers: Mapping[str, Tensor]
     traits: Traits
-    unformed: bool = False
+    factored: bool = False
     retain_graph: bool = False
     _waiting: dict[str, Tensor] = field(default_factory=dict, init=False)
 
@@ -72,7 +72,7 @@ class Backward:
         self._note_precision(layer, calls)
         mixer = self._mixer(layer, calls)
         given = [call.widened() for call in calls] if mixer is not None or layer.narrow else calls
-        if self._leaves_unformed(layer, given):
+        if self._leaves_factored(layer, given):
             samples = slice(0, self.n)
             self._deliver(layer, form(layer, given[0], self.n, samples, mixer), samples)
         else:
@@ -105,11 +105,11 @@ class Backward:
         self.traits.single_position.discard(weight)
         return self.mixers.get(weight)
 
-    def _leaves_unformed(self, layer: Layer, calls: list[Call]) -> bool:
+    def _leaves_factored(self, layer: Layer, calls: list[Call]) -> bool:
         """Whether the sink gets the products that the rule gives, which take no memory, for all samples at once."""
         own = layer.parameters
         alone = len(calls) == 1 and self.traits.shared.isdisjoint(own.values())
-        return self.unformed and alone and "weight" in own and layer.gives_products(calls[0].grads[0])
+        return self.factored and alone and "weight" in own and layer.gives_factored(calls[0].grads[0])
 
     def _deliver(self, layer: Layer, gradients: Gradients, samples: slice) -> None:
         for own, name in layer.parameters.items():

@@ -107,7 +107,7 @@ class GradientCapture:
         sink: Sink,
         mixers: Mapping[str, Tensor] | None = None,
         *,
-        unformed: bool = False,
+        factored: bool = False,
         retain_graph: bool = False,
     ) -> Reference | None:
         """Differentiate one loss per sample and hand every parameter's gradients to `sink`, once each.
@@ -118,7 +118,7 @@ class GradientCapture:
                 sample of every parameter comes once.
             mixers: for the weight of a mixable layer, the mixer `[r, o]` of its output gradients, see
                 `gradients.mixing`; layers in `single_position` are left as they are.
-            unformed: let the sink have `OuterProducts` in place of gradients that are sums of such.
+            factored: let the sink have `FactoredGradients` in place of gradients that are sums of such.
             retain_graph: keep the forward pass, to differentiate another function of it next.
 
         Returns:
@@ -141,7 +141,7 @@ class GradientCapture:
         if reference is not None:
             sink = reference.beside(sink)
         called = {name for layer in watched.layers if layer.calls for name in layer.parameters.values()}
-        self._differentiate(losses, Backward(len(losses), sink, mixers, watched.traits, unformed, retain_graph))
+        self._differentiate(losses, Backward(len(losses), sink, mixers, watched.traits, factored, retain_graph))
         if reference is not None:
             reference.compare(watched.traits.mixed(mixers), self.half, type(self.model).__name__)
             self._compared = len(losses)

@@ -7,22 +7,22 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from retrac_scale.gradients.factored import FactoredGradients
 from retrac_scale.gradients.layers import Call, Layer
 from retrac_scale.gradients.mixing import SETS, mix, mix_outputs, one_set_each
-from retrac_scale.gradients.outer import OuterProducts
 from retrac_scale.gradients.recompute import recomputed
 from retrac_scale.gradients.registry import Gradients
 
 
 def form(layer: Layer, call: Call, n: int, samples: slice, mixer: Tensor | None) -> Gradients:
-    """Own name -> gradients `[m, ...]` of some of n samples, or outer products that they are sums of.
+    """Own name -> gradients `[m, ...]` of some of n samples, or, factored, what they are sums of.
 
     Args:
         layer: whose parameters' gradients are formed.
         call: of the layer, with the gradients of its outputs.
         n: samples of the batch.
         samples: which of them.
-        mixer: `[r, o]`, what the weight's gradients are mixed with, see `gradients.mixing`; None leaves them whole.
+        mixer: `[r, o]`, what the weight's gradients are mixed with, see `gradients.mixing`; None for none.
     """
     if layer.rule is None:
         return recomputed(layer, call, n, range(samples.start, samples.stop))
@@ -31,11 +31,11 @@ def form(layer: Layer, call: Call, n: int, samples: slice, mixer: Tensor | None)
     if m < n:
         values = [value[samples.start * each : samples.stop * each] for value in values]
     activation, grad, *kept = values
-    if mixer is not None and SETS * len(mixer) < mixer.shape[1] and not layer.gives_products(grad):
+    if mixer is not None and SETS * len(mixer) < mixer.shape[1] and not layer.gives_factored(grad):
         return _of_mixed_outputs(layer, activation, grad, m, mixer)
     gradients = layer.rule.form(layer.module, activation, grad, m, *kept)
     weight = gradients.get("weight")
-    if isinstance(weight, OuterProducts):
+    if isinstance(weight, FactoredGradients):
         along = weight.with_bias and "bias" in layer.parameters
         if mixer is None and along == weight.with_bias:
             return gradients
@@ -58,16 +58,16 @@ def form_sum(layer: Layer, calls: list[Call], n: int, samples: slice, mixer: Ten
 
 
 def bias_goes_along(gradients: Gradients) -> bool:
-    """Whether the bias has no gradient of its own, because it goes along with the weight's outer products."""
+    """Whether the bias has no gradient of its own, because it goes along with the weight's factors."""
     weight = gradients.get("weight")
-    return isinstance(weight, OuterProducts) and weight.with_bias
+    return isinstance(weight, FactoredGradients) and weight.with_bias
 
 
 def _formed(gradients: Gradients, own: Container[str]) -> dict[str, Tensor]:
     """Those of a layer's own parameters."""
     found = {}
     for key, gradient in gradients.items():
-        if isinstance(gradient, OuterProducts):
+        if isinstance(gradient, FactoredGradients):
             if gradient.with_bias:
                 found["bias"] = gradient.bias()
             if key in own:

@@ -44,11 +44,11 @@ class Layer:
     def narrow(self) -> bool:
         """Whether its products are better made in float32."""
         module: Any = self.module
-        return self.rule is not None and self.rule.unformed is not None and len(module.weight) < NARROW
+        return self.rule is not None and self.rule.factored is not None and len(module.weight) < NARROW
 
-    def gives_products(self, grad_output: Tensor) -> bool:
-        """Whether, for such output gradients, its rule gives `OuterProducts`."""
-        return self.rule is not None and self.rule.unformed is not None and self.rule.unformed(self.module, grad_output)
+    def gives_factored(self, grad_output: Tensor) -> bool:
+        """Whether, for such output gradients, its rule gives `FactoredGradients`."""
+        return self.rule is not None and self.rule.factored is not None and self.rule.factored(self.module, grad_output)
 
 
 @dataclass

@@ -72,15 +72,15 @@ class LiveCapture:
     def recording(self, value: bool) -> None:
         self._watched.recording = value
 
-    def attach(self, begin: Begin, mixers: Mapping[str, Tensor], *, unformed: bool) -> None:
+    def attach(self, begin: Begin, mixers: Mapping[str, Tensor], *, factored: bool) -> None:
         """Hand the gradients of every backward pass from now on to what `begin` gives.
 
         Args:
             begin: see `Begin`.
             mixers: see `GradientCapture.backward`.
-            unformed: likewise.
+            factored: likewise.
         """
-        self._begin, self._mixers, self._unformed = begin, mixers, unformed
+        self._begin, self._mixers, self._factored = begin, mixers, factored
         begins, ends = Hook(self.model, self._count), Hook(self.model, self._watch_outputs)
         self._handles.append(self.model.register_forward_pre_hook(begins, with_kwargs=True))
         self._watched.watch(self._begun)
@@ -135,7 +135,7 @@ class LiveCapture:
             if self._outputs and self._checkable:
                 self._against = Reference(self._samples, watched.parameters)
                 sink = self._against.beside(sink)
-            watched.backward = Backward(self._samples, sink, self._mixers, watched.traits, self._unformed)
+            watched.backward = Backward(self._samples, sink, self._mixers, watched.traits, self._factored)
             Variable._execution_engine.queue_callback(self._finish)
         return watched.backward
 

@@ -66,7 +66,7 @@ def one_set_each(weight: Tensor) -> Tensor:
 
 
 def mix(mixer: Tensor, weight: Tensor) -> Tensor:
-    """Whole gradients of a weight `[n, o, i, *kernel]`, mixed: `[n, r, i, *kernel]`."""
+    """Full gradients of a weight `[n, o, i, *kernel]`, mixed: `[n, r, i, *kernel]`."""
     outputs, inputs, *kernel = weight.shape[1:]
     own = _sets(inputs, tuple(kernel), weight.device)
     signs = _ways(outputs, weight.device).to(weight.dtype).T[:, own]

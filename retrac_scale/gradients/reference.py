@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from retrac_scale.gradients.errors import GradientMismatchError, used_elsewhere
+from retrac_scale.gradients.factored import FactoredGradients
 from retrac_scale.gradients.mixing import mix
 from retrac_scale.gradients.norms import squared_norm
-from retrac_scale.gradients.outer import OuterProducts
 
 TOLERANCE, TENSOR_FLOAT_TOLERANCE, HALF_TOLERANCE = 1e-4, 1e-3, 2e-2
 """Relative, in L2 norm, of a parameter's gradient against plain autograd's in the same batch: on a CPU in 32 bits or
@@ -23,7 +23,7 @@ ALONE_TOLERANCE, ALONE_HALF_TOLERANCE = 1e-3, 1e-1
 """Of a sample in a batch against the same sample in a forward pass of its own, which is rounded otherwise."""
 
 NEGLIGIBLE = 1e-5, 1e-4
-"""Differences below this share of the whole gradient's norm count as none; the second one for 16 bits."""
+"""Differences below this share of the full gradient's norm count as none; the second one for 16 bits."""
 
 PIECE_BYTES = 64 << 20
 """Products are formed for as many samples at a time as keep to this."""
@@ -147,7 +147,7 @@ class Reference:
 
 def _pieces(name: str, gradient: Any, samples: slice) -> Iterator[tuple[str, Tensor, slice]]:
     """Parameters, formed gradients `[m, ...]` and which samples they are of."""
-    if not isinstance(gradient, OuterProducts):
+    if not isinstance(gradient, FactoredGradients):
         yield name, gradient, samples
         return
     n = len(gradient.left)

@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from retrac_scale.gradients.outer import OuterProducts
+from retrac_scale.gradients.factored import FactoredGradients
 
-Gradients = Mapping[str, Tensor | OuterProducts]
+Gradients = Mapping[str, Tensor | FactoredGradients]
 """Own parameter name -> gradient `[n, *shape]`."""
 
 Rule = Callable[..., Gradients]
@@ -35,7 +35,7 @@ class LayerRule:
 
     form: Rule
     mixable: bool
-    unformed: Callable[[Any, Tensor], bool] | None
+    factored: Callable[[Any, Tensor], bool] | None
     watch: Callable[[Any, Tensor, Tensor, Seen], Tensor] | None
     suits: Callable[[Any], bool] | None = None
 
@@ -50,7 +50,7 @@ def register(
     rule: Rule,
     *,
     mixable: bool = False,
-    unformed: Callable[[Any, Tensor], bool] | None = None,
+    factored: Callable[[Any, Tensor], bool] | None = None,
     watch: Callable[[Any, Tensor, Tensor, Seen], Tensor] | None = None,
     suits: Callable[[Any], bool] | None = None,
 ) -> None:
@@ -63,15 +63,15 @@ def register(
         mixable: whether the layer multiplies with `weight` and adds `bias`, if anything, and the rule also takes output
             gradients that have been mixed linearly into t channels (`LowRank`): its gradient of the weight then has t
             in place of o.
-        unformed: whether, for a layer and its output gradient, the rule leaves the gradients of weight and bias as
-            `OuterProducts`; it is then called once for all samples, and never with mixed output gradients.
+        factored: whether, for a layer and its output gradient, the rule leaves the gradients of weight and bias as
+            `FactoredGradients`; it is then called once for all samples, and never with mixed output gradients.
         watch: called in the forward pass with the layer, its activation, its output and a `Seen`; gives the output to
             go on with, and has `Seen` called when that one's gradient is known. The tensors that it hands on are
             further arguments of the rule. Without it, the rule gets none.
         suits: whether the rule holds for a layer, by its options; others are recomputed. Without it, for all.
     """
     _rules[layer_type if isinstance(layer_type, str) else _name(layer_type)] = LayerRule(
-        rule, mixable, unformed, watch, suits
+        rule, mixable, factored, watch, suits
     )
 
 

@@ -69,7 +69,7 @@ def _add_tile(
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, _, _, left, row_step, left_step, right, right_step, meets, met, count, out, out_step, fresh = arguments
-        number, index, whole = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+        number, index, int64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
         vector = ir.VectorType(number, LANES)
         each = min(turns, LANES)  # numbers that a register's lanes take turns with
         few = ir.VectorType(number, each)
@@ -81,12 +81,12 @@ def _add_tile(
             return builder.inttoptr(builder.add(address, offset), kind.as_pointer())
 
         def stepping(base: Any, by: Any) -> list[Any]:
-            return [builder.add(base, builder.mul(by, whole(row))) for row in range(height)]
+            return [builder.add(base, builder.mul(by, int64(row))) for row in range(height)]
 
-        parts = [whole(4 * LANES * part) for part in range(width)]
+        parts = [int64(4 * LANES * part) for part in range(width)]
         lefts, targets = stepping(left, row_step), stepping(out, out_step)
         sums = [[cgutils.alloca_once(builder, vector) for _ in parts] for _ in targets]
-        with builder.if_else(builder.icmp_signed("!=", fresh, whole(0))) as (then, otherwise):
+        with builder.if_else(builder.icmp_signed("!=", fresh, int64(0))) as (then, otherwise):
             for branch, zero in ((then, True), (otherwise, False)):
                 with branch:
                     for registers, target in zip(sums, targets, strict=True):
@@ -94,14 +94,14 @@ def _add_tile(
                             before = ir.Constant(vector, [0.0] * LANES)
                             builder.store(before if zero else builder.load(at(target, part, vector), align=4), register)
         with cgutils.for_range(builder, count) as loop:
-            place = builder.mul(loop.index, whole(8))
-            of_left = builder.mul(builder.load(at(meets, place, whole)), left_step)
-            of_right = builder.add(right, builder.mul(builder.load(at(met, place, whole)), right_step))
+            place = builder.mul(loop.index, int64(8))
+            of_left = builder.mul(builder.load(at(meets, place, int64)), left_step)
+            of_right = builder.add(right, builder.mul(builder.load(at(met, place, int64)), right_step))
             columns = [builder.load(at(of_right, part, vector), align=4) for part in parts]
             for registers, address in zip(sums, lefts, strict=True):
                 factors = []
                 for start in range(0, min(turns, width * LANES), each):
-                    some = builder.load(at(address, builder.add(of_left, whole(4 * start)), few), align=4)
+                    some = builder.load(at(address, builder.add(of_left, int64(4 * start)), few), align=4)
                     factors.append(builder.shuffle_vector(some, ir.Constant(few, ir.Undefined), around))
                 for register, column, factor in zip(registers, columns, itertools.cycle(factors)):
                     builder.store(builder.call(multiply_add, [factor, column, builder.load(register)]), register)
@@ -134,20 +134,20 @@ def _mix_places(
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, left, left_step, mixer, mixer_step, count, out, out_step = arguments
-        whole, index, lanes = ir.IntType(64), ir.IntType(32), range(SETS)
+        int64, index, lanes = ir.IntType(64), ir.IntType(32), range(SETS)
         vector = ir.VectorType(ir.FloatType(), SETS)
         kind = ir.FunctionType(vector, [vector] * 3)
         multiply_add = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{SETS}f32")
 
         def at(base: Any, by: Any, number: int, offset: Any) -> Any:
-            address = builder.add(builder.add(base, builder.mul(by, whole(number))), offset)
+            address = builder.add(builder.add(base, builder.mul(by, int64(number))), offset)
             return builder.inttoptr(address, vector.as_pointer())
 
         sums = [[cgutils.alloca_once(builder, vector) for _ in range(positions)] for _ in range(ROWS_BY_SETS)]
         for register in itertools.chain(*sums):
             builder.store(ir.Constant(vector, [0.0] * SETS), register)
         with cgutils.for_range(builder, count) as loop:
-            some = builder.mul(loop.index, whole(4 * SETS))
+            some = builder.mul(loop.index, int64(4 * SETS))
             outputs = [builder.load(at(left, left_step, place, some), align=4) for place in range(positions)]
             for row, registers in enumerate(sums):
                 factors = builder.load(at(mixer, mixer_step, row, some), align=4)
@@ -162,7 +162,7 @@ def _mix_places(
                     swapped = builder.shuffle_vector(value, ir.Constant(vector, ir.Undefined), other)
                     value = builder.call(multiply_add, [signs, value, swapped])
                 for twice in (0, SETS):
-                    builder.store(value, at(out, out_step, place, whole(4 * (TWICE * row + twice))), align=4)
+                    builder.store(value, at(out, out_step, place, int64(4 * (TWICE * row + twice))), align=4)
         return context.get_dummy_value()
 
     return types.void(places, *[types.intp] * 7), generate
@@ -194,11 +194,11 @@ def _transpose_tile(typing: Any, source: Any, source_step: Any, target: Any, tar
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source, source_step, target, target_step = arguments
-        index, whole = ir.IntType(32), ir.IntType(64)
+        index, int64 = ir.IntType(32), ir.IntType(64)
         vector = ir.VectorType(ir.FloatType(), LANES)
 
         def row(base: Any, by: Any, number: int) -> Any:
-            return builder.inttoptr(builder.add(base, builder.mul(by, whole(number))), vector.as_pointer())
+            return builder.inttoptr(builder.add(base, builder.mul(by, int64(number))), vector.as_pointer())
 
         rows = [builder.load(row(source, source_step, number), align=4) for number in range(LANES)]
         size = 1

@@ -24,9 +24,9 @@ from retrac_scale.measurement.halves import (
 )
 from retrac_scale.query.index import Index
 from retrac_scale.store import SketchStore
-from retrac_scale.store.excerpt import Excerpt
 from retrac_scale.store.part import plans_of
 from retrac_scale.store.taking import take
+from retrac_scale.store.view import StoreView
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -70,12 +70,10 @@ def repeatability(
         if store.shape[1] < 2:
             pairs_of_parts(1)
         return repeatability_of_index(write_index(store, estimator, client=client)[0], queries, k, client=client)
-    return _of_excerpts(
-        store, take(store, some_ids(store)) if queries is None else queries, estimator, k, queries is None
-    )
+    return _of_views(store, take(store, some_ids(store)) if queries is None else queries, estimator, k, queries is None)
 
 
-def _of_excerpts(
+def _of_views(
     store: SketchStore, queries: SketchStore, estimator: Estimator, k: int, exclude_self: bool
 ) -> Repeatability:
     """Under cross pairing: an index of each part of the training side, asked by a part of the queries' timesteps."""
@@ -92,10 +90,10 @@ def _of_excerpts(
         if (part, side) not in answers:
             chosen = [names[place] for place in part] if by_checkpoint else names
             asked = part if s == t and not by_checkpoint else tuple(range(s))[side::2] if s > 1 else (0,)
-            excerpt = Excerpt(store, chosen, (0,) if by_checkpoint else part)
-            reader, _ = write_index(excerpt, estimator, dtype="float32")
-            asking = Excerpt(queries, chosen, asked)
-            index = Index(reader.root, None, excerpt)
+            view = StoreView(store, chosen, (0,) if by_checkpoint else part)
+            reader, _ = write_index(view, estimator, dtype="float32")
+            asking = StoreView(queries, chosen, asked)
+            index = Index(reader.root, None, view)
             lists = index.query(asking, k, exclude_self=exclude_self).ids
             answers[part, side] = lists, np.asarray(index.scores(asking))
         return answers[part, side]

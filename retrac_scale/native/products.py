@@ -36,7 +36,7 @@ def _sum_tile(
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, _, left, left_step, right, right_step, lines, out = arguments
-        whole, number, place = ir.IntType(64), ir.IntType(32), ir.IntType(32)
+        int64, number, place = ir.IntType(64), ir.IntType(32), ir.IntType(32)
         at_once = 2 * LANES
         bytes_, halves, wide = (ir.VectorType(ir.IntType(bits), at_once) for bits in (8, 16, 32))
         vector = ir.VectorType(number, LANES)
@@ -48,7 +48,7 @@ def _sum_tile(
             return builder.inttoptr(builder.add(base, offset), kind.as_pointer())
 
         def stepping(base: Any, by: Any, count: int) -> list[Any]:
-            return [builder.add(base, builder.mul(by, whole(row))) for row in range(count)]
+            return [builder.add(base, builder.mul(by, int64(row))) for row in range(count)]
 
         lefts, rights = stepping(left, left_step, height), stepping(right, right_step, width)
         sums = [[cgutils.alloca_once(builder, vector) for _ in rights] for _ in lefts]
@@ -56,8 +56,8 @@ def _sum_tile(
             builder.store(ir.Constant(vector, [0] * LANES), register)
         with cgutils.for_range(builder, lines) as loop:
             for start in range(0, LINE, at_once):
-                entry = builder.add(builder.mul(loop.index, whole(LINE)), whole(start))
-                factors = [builder.load(at(r, builder.mul(entry, whole(2)), halves), align=2) for r in rights]
+                entry = builder.add(builder.mul(loop.index, int64(LINE)), int64(start))
+                factors = [builder.load(at(r, builder.mul(entry, int64(2)), halves), align=2) for r in rights]
                 for address, registers in zip(lefts, sums, strict=True):
                     row = builder.sext(builder.load(at(address, entry, bytes_), align=1), halves)
                     for factor, register in zip(factors, registers, strict=True):
@@ -68,7 +68,7 @@ def _sum_tile(
         for row, registers in enumerate(sums):
             for query, register in enumerate(registers):
                 total = builder.call(reduce, [builder.load(register)])
-                builder.store(total, at(out, whole(4 * (row * width + query)), number))
+                builder.store(total, at(out, int64(4 * (row * width + query)), number))
         return context.get_dummy_value()
 
     return types.void(rows, queries, *[types.intp] * 6), generate

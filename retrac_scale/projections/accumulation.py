@@ -46,10 +46,10 @@ class Accumulation:
 
 
 def sketch_of(projector: Projector, gradients: Mapping[str, Tensor], unmixed: Set[str]) -> Tensor:
-    """The sketch `[k]` of one whole gradient, parameter name -> `[*shape]`; `unmixed` as in `Accumulation`."""
+    """The sketch `[k]` of one full gradient, parameter name -> `[*shape]`; `unmixed` as in `Accumulation`."""
     mixers = projector.mixers_in_forming.keys() - unmixed
     sums = Accumulation(projector, 1, unmixed)
     for name, gradient in gradients.items():
-        whole = gradient[None]
-        sums.add(name, mix(projector.mixers[name], whole) if name in mixers else whole, slice(0, 1))
+        full = gradient[None]
+        sums.add(name, mix(projector.mixers[name], full) if name in mixers else full, slice(0, 1))
     return sums.finished()[0][0]

@@ -27,8 +27,8 @@ class Projector(ABC):
     see `gradients.mixing`."""
     exact_norm: bool = True
     """Whether squared norms of the full gradients are given: these have to be formed then, and are mixed afterwards."""
-    unformed: bool = False
-    """Whether `OuterProducts` are taken too, with the bias beside."""
+    factored: bool = False
+    """Whether `FactoredGradients` are taken too, with the bias beside."""
 
     @abstractmethod
     def start(self, n: int) -> Tensor:
@@ -39,7 +39,7 @@ class Projector(ABC):
         """Add one parameter's gradients `[n, *shape]`; returns their squared norms `[n]`, float64, if `exact_norm`."""
 
     def add_mixed(self, accumulator: Tensor, name: str, gradient: Any) -> Tensor | None:
-        """The same for a weight in `mixers`: its gradients `[n, r, i, *kernel]`, mixed; if `exact_norm`, whole ones."""
+        """The same for a weight in `mixers`: its gradients `[n, r, i, *kernel]`, mixed; if `exact_norm`, full ones."""
         return self.add(accumulator, name, gradient)
 
     @abstractmethod
@@ -48,7 +48,7 @@ class Projector(ABC):
 
     @property
     def mixers_in_forming(self) -> Mapping[str, Tensor]:
-        """Those that gradients are mixed with when they are formed, and never whole."""
+        """Those that gradients are mixed with when they are formed, and never in full."""
         return {} if self.exact_norm else self.mixers
 
 

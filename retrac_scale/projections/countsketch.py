@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from retrac_scale.gradients.factored import FactoredGradients
 from retrac_scale.gradients.norms import squared_norm
-from retrac_scale.gradients.outer import OuterProducts
 from retrac_scale.projections import random
 from retrac_scale.projections.base import Projection, Projector, Shapes, bias_beside, check_dim, inputs_last
 from retrac_scale.projections.folding import fold, fold_by_block
@@ -25,7 +25,7 @@ class SignedFold(Projector):
     as for the plain sketch of Charikar, Chen, Farach-Colton 2002. The input features of a convolution come last.
     """
 
-    unformed = True
+    factored = True
 
     def __init__(self, dim: int, seed: int, device: torch.device) -> None:
         self.dim = dim
@@ -49,13 +49,15 @@ class SignedFold(Projector):
         """Two rounds wide, so that a rotated block is one contiguous addition."""
         return torch.zeros(n, 2 * self.dim, device=self.device)
 
-    def add(self, accumulator: Tensor, name: str, gradient: Tensor | OuterProducts) -> Tensor | None:
+    def add(self, accumulator: Tensor, name: str, gradient: Tensor | FactoredGradients) -> Tensor | None:
         """Sign, rotate and add the blocks of one parameter."""
         return self._fold(accumulator, name, gradient, 1)
 
-    def _fold(self, accumulator: Tensor, name: str, gradient: Tensor | OuterProducts, scale: float) -> Tensor | None:
+    def _fold(
+        self, accumulator: Tensor, name: str, gradient: Tensor | FactoredGradients, scale: float
+    ) -> Tensor | None:
         size = prod(gradient.shape[1:])
-        if isinstance(gradient, OuterProducts):
+        if isinstance(gradient, FactoredGradients):
             of_bias = self._signs(bias_beside(name), gradient.left.shape[2]) if gradient.with_bias else None
             squares = fold(accumulator, gradient, self._signs(name, size), scale, of_bias)
             return squares if self.exact_norm else None

@@ -12,8 +12,8 @@ from numba import types
 from numba.extending import overload
 from torch import Tensor
 
-from retrac_scale.gradients.outer import (
-    OuterProducts,
+from retrac_scale.gradients.factored import (
+    FactoredGradients,
     columns_of,
     form_rows,
     left_of,
@@ -34,7 +34,7 @@ Signs = tuple[npt.NDArray[np.int8], npt.NDArray[np.int64]]
 
 def fold(
     accumulator: Tensor,
-    entries: Tensor | OuterProducts,
+    entries: Tensor | FactoredGradients,
     signs: Signs,
     scale: float,
     of_bias: Signs | None = None,
@@ -46,14 +46,14 @@ def fold(
         entries: `[n, p]`, or what they are sums of; input features last.
         signs: of the entries.
         scale: of all entries.
-        of_bias: of the bias that goes along with `OuterProducts`, whose scale is 1.
+        of_bias: of the bias that goes along with `FactoredGradients`, whose scale is 1.
 
     Returns:
         Squared norms of the entries `[n]`, float64.
     """
     sums = accumulator.numpy()
     squares = np.zeros(len(sums))
-    if isinstance(entries, OuterProducts):
+    if isinstance(entries, FactoredGradients):
         arguments = (entries.sides(), sums, (signs, of_bias or _NONE), np.float32(scale), squares)
         _formed_and_folded(arguments, len(sums), entries.nbytes)
         return torch.from_numpy(squares)
@@ -88,7 +88,7 @@ def _fold(accumulator: Any, entries: Any, signs: Any, scale: Any, squares: Any) 
 
 @compiled
 def _form_and_fold(sides: Any, accumulator: Any, signs: Any, scale: Any, squares: Any, first: Any, last: Any) -> None:
-    """A sample's gradient is folded while it is formed, some rows at a time; see `OuterProducts.sides`."""
+    """A sample's gradient is folded while it is formed, some rows at a time; see `FactoredGradients.sides`."""
     left, right, pairs, mixer = sides
     signs, of_bias = signs
     entries, steps, (frames, i, _) = right

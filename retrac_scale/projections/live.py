@@ -37,7 +37,7 @@ class LiveSketcher:
         self._gradients: dict[str, Tensor] = {}
         self._handles: list[Any] = []
         self._watch()
-        self._capture.attach(self._begin, self._projector.mixers_in_forming, unformed=self._projector.unformed)
+        self._capture.attach(self._begin, self._projector.mixers_in_forming, factored=self._projector.factored)
 
     @property
     def dim(self) -> int:

@@ -1,4 +1,4 @@
-"""LowRank: a layer's output gradients mixed into a few random channels, its input side whole, then a signed fold."""
+"""LowRank: a layer's output gradients mixed into a few random channels, its input side as it is, then a signed fold."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from retrac_scale.gradients.factored import FactoredGradients
 from retrac_scale.gradients.mixing import SETS, mix
 from retrac_scale.gradients.norms import squared_norm
-from retrac_scale.gradients.outer import OuterProducts
 from retrac_scale.gradients.tiles import ROWS_BY_SETS
 from retrac_scale.projections import random
 from retrac_scale.projections.base import Projection, Projector, Shapes, check_dim, inputs_last
@@ -34,7 +34,7 @@ class LowRank(Projection):
 
     r is the rank, and twice that for linear layers and convolutions with a kernel of one position: they cost less,
     and have fewer inputs to average over. Layers where mixing would save less than a third of the multiplications stay
-    whole, and layers with fewer outputs than an eighth of their inputs: the last one of a transformer, narrow and
+    unmixed, and layers with fewer outputs than an eighth of their inputs: the last one of a transformer, narrow and
     cheap, has most of the gradient. So do biases, and linear layers that see a sample at one position (timestep
     embeddings, adaptive norms): their gradient has rank 1 and costs little.
 
@@ -96,16 +96,16 @@ class _Mixed(SignedFold):
         super().__init__(dim, seed, device)
         self.mixers = mixers
 
-    def add_mixed(self, accumulator: Tensor, name: str, gradient: Tensor | OuterProducts) -> Tensor | None:
+    def add_mixed(self, accumulator: Tensor, name: str, gradient: Tensor | FactoredGradients) -> Tensor | None:
         """Fold, with what makes signs entries of +-1/sqrt(r)."""
         return self._fold(accumulator, name, gradient, len(self.mixers[name]) ** -0.5)
 
 
 class _MixedAfterwards(_Mixed):
-    """Takes whole gradients, for their norms, and mixes them itself."""
+    """Takes full gradients, for their norms, and mixes them itself."""
 
     exact_norm = True
-    unformed = False
+    factored = False
 
     def add_mixed(self, accumulator: Tensor, name: str, gradient: Any) -> Tensor | None:
         """Mix, then fold."""

@@ -77,12 +77,12 @@ class GradientSketcher:
 
         Raises:
             ValueError: some are missing, of another shape or not positive, or the projection mixes output gradients
-                before whole gradients are formed.
+                before full gradients are formed.
         """
         if divisors is not None:
             if self._projector.mixers_in_forming:
                 raise ValueError(
-                    f"{where}: LowRank never forms the whole gradients that are to be divided; "
+                    f"{where}: LowRank never forms the full gradients that are to be divided; "
                     "use CountSketch(dim), or LowRank(dim=dim, norm='exact')."
                 )
             check_divisors(divisors, self.shapes, where)
@@ -124,9 +124,9 @@ class GradientSketcher:
         def add(name: str, gradient: Any, samples: slice) -> None:
             sums.add(name, self._divided(name, gradient), samples)
 
-        unformed = projector.unformed and not self._divisors
+        factored = projector.factored and not self._divisors
         given = losses, add if self._divisors else sums.add, projector.mixers_in_forming
-        reference = self._capture.backward(*given, unformed=unformed, retain_graph=retain_graph)
+        reference = self._capture.backward(*given, factored=factored, retain_graph=retain_graph)
         sketch, norm = sums.finished()
         if reference is not None:
             self._compare(reference, sketch, norm)
@@ -153,12 +153,12 @@ class GradientSketcher:
                 )
 
     def _sketch_of(self, gradients: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The sketch `[k]` of one whole gradient, and its norm; exact, or the sketch's own."""
-        whole = {name: self._divided(name, gradient[None])[0] for name, gradient in gradients.items()}
-        sketch = sketch_of(self._projector, whole, self._capture.single_position)
+        """The sketch `[k]` of one full gradient, and its norm; exact, or the sketch's own."""
+        full = {name: self._divided(name, gradient[None])[0] for name, gradient in gradients.items()}
+        sketch = sketch_of(self._projector, full, self._capture.single_position)
         if not self._projector.exact_norm:
             return sketch, torch.linalg.vector_norm(sketch)
-        squares = torch.stack([squared_norm(gradient.reshape(1, -1)) for gradient in whole.values()])
+        squares = torch.stack([squared_norm(gradient.reshape(1, -1)) for gradient in full.values()])
         return sketch, squares.sum().sqrt().to(sketch.dtype)
 
     def _divided(self, name: str, gradient: Any) -> Any:

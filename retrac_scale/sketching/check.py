@@ -35,7 +35,7 @@ class ParameterCheck:
         rule: the rule's name, "per-sample autograd" (exact, slow), or "refused".
         size: entries.
         error: relative L2 error of its gradient against autograd of one sample alone, the largest over the samples
-            (below 1e-6 of the whole gradient's norm it counts as none, 2e-5 in 16 bits); None when refused.
+            (below 1e-6 of the full gradient's norm it counts as none, 2e-5 in 16 bits); None when refused.
         reached: whether the example gives it a gradient that could have come out wrong.
         reason: why it is refused, else empty.
     """

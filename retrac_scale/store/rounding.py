@@ -28,7 +28,7 @@ def _to_int8(rows: Any, stored: Any, scale: Any) -> None:
     """Rows `[n, k]`; a row's divisions hide the time in which the next row comes from memory to be measured."""
     n, k = rows.shape
     top = np.float32(0)
-    for row in range(-1, n):
+    for row in range(-1 if n > 0 else 0, n):
         following = rows[min(row + 1, n - 1)]
         step = top / np.float32(127)
         bits = np.int32(0)

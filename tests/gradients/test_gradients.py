@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import retrac_scale as rs
+from retrac_scale.gradients.factored import FactoredGradients, pairs_of
 from retrac_scale.gradients.layers import Call
-from retrac_scale.gradients.outer import OuterProducts, pairs_of
 from retrac_scale.gradients.rules.normalization import _sums, _watched
 from tests.oracle import gradient
 
@@ -270,9 +270,9 @@ def test_a_rule_that_forgets_the_bias_beside_its_products_is_refused() -> None:
 
     def rule(layer: nn.Linear, activation: Tensor, grad_output: Tensor, n: int) -> Any:
         pairs = pairs_of((1,), (1,), (1,), (0,), (1,), (1,))
-        return {"weight": OuterProducts(grad_output[:, None, :, None], activation[:, None, :, None], (), pairs)}
+        return {"weight": FactoredGradients(grad_output[:, None, :, None], activation[:, None, :, None], (), pairs)}
 
-    rs.gradients.register(Forgetful, rule, unformed=OuterProducts.suit)
+    rs.gradients.register(Forgetful, rule, factored=FactoredGradients.suit)
     model = nn.Sequential(nn.Linear(3, 3), Forgetful(3, 2))
     for projection in (rs.CountSketch(8), rs.Identity()):
         with (

@@ -115,7 +115,7 @@ def test_divisors_that_do_not_fit_are_named_before_any_work() -> None:
         sketch({first: torch.ones(3)})
     with pytest.raises(ValueError, match="must be finite and positive"):
         sketch({first: torch.zeros_like(divisors[first])})
-    with pytest.raises(ValueError, match=r"LowRank never forms the whole gradients .* norm='exact'"):
+    with pytest.raises(ValueError, match=r"LowRank never forms the full gradients .* norm='exact'"):
         sketch({}, rs.LowRank(4, 64))
     with pytest.raises(ValueError, match=r"precondition is given for \['other'\], checkpoints are \['last'\]"):
         sketch({}, name="other")

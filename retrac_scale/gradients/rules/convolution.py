@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from retrac_scale.gradients.outer import OuterProducts, pairs_of
+from retrac_scale.gradients.factored import FactoredGradients, pairs_of
 from retrac_scale.gradients.products import batched_product, scratch
 from retrac_scale.gradients.registry import Gradients, by_sample, register
 
@@ -25,8 +25,8 @@ WINDOWS_BYTES = 4 << 20
 def convolution(layer: Any, activation: Tensor, grad_output: Tensor, n: int) -> Gradients:
     """weight[n,o,i,k]: sum_p grad[n,o,p] activation[n,i, stride p + dilation k - padding]."""
     inputs, padding = _padded(layer, activation.to(grad_output.dtype))
-    if OuterProducts.suit(layer, grad_output):
-        return {"weight": _outer_products(layer, grad_output, inputs, n, padding, with_bias=layer.bias is not None)}
+    if FactoredGradients.suit(layer, grad_output):
+        return {"weight": _factored(layer, grad_output, inputs, n, padding, with_bias=layer.bias is not None)}
     if layer.groups > 1:
         weight = _grouped(layer, inputs, grad_output, n, padding)
     elif 4 * grad_output.shape[1] <= inputs.shape[1]:
@@ -38,22 +38,22 @@ def convolution(layer: Any, activation: Tensor, grad_output: Tensor, n: int) -> 
 
 def transposed_convolution(layer: Any, activation: Tensor, grad_output: Tensor, n: int) -> Gradients:
     """weight[n,i,o,k]: sum_s activation[n,i,s] grad[n,o, stride s + dilation k - padding]."""
-    weight: Tensor | OuterProducts
-    if OuterProducts.suit(layer, grad_output):
-        weight = _outer_products(layer, activation.to(grad_output.dtype), grad_output, n, layer.padding)
+    weight: Tensor | FactoredGradients
+    if FactoredGradients.suit(layer, grad_output):
+        weight = _factored(layer, activation.to(grad_output.dtype), grad_output, n, layer.padding)
     else:
         weight = _grouped(layer, activation, grad_output, n, layer.padding)
     return {"weight": weight, **_bias(layer, grad_output, n)}
 
 
-def _outer_products(
+def _factored(
     layer: Any, outputs: Tensor, inputs: Tensor, n: int, padding: tuple[int, ...], *, with_bias: bool = False
-) -> OuterProducts:
+) -> FactoredGradients:
     """Of a convolution from the inputs' positions to the outputs'."""
     sizes = tuple(outputs.shape[2:]), tuple(inputs.shape[2:])
     left, right = (by_sample(side.flatten(2), n) for side in (outputs, inputs))
     pairs = pairs_of(layer.kernel_size, layer.stride, layer.dilation, padding, *sizes)
-    return OuterProducts(left, right, layer.kernel_size, pairs, with_bias)
+    return FactoredGradients(left, right, layer.kernel_size, pairs, with_bias)
 
 
 def _bias(layer: Any, grad_output: Tensor, n: int) -> dict[str, Tensor]:
@@ -206,6 +206,6 @@ def _padded(layer: Any, activation: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 
 
 for _type in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-    register(_type, convolution, mixable=True, unformed=OuterProducts.suit)
+    register(_type, convolution, mixable=True, factored=FactoredGradients.suit)
 for _transposed in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
-    register(_transposed, transposed_convolution, unformed=OuterProducts.suit)
+    register(_transposed, transposed_convolution, factored=FactoredGradients.suit)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from retrac_scale.gradients.outer import OuterProducts, pairs_of
+from retrac_scale.gradients.factored import FactoredGradients, pairs_of
 from retrac_scale.gradients.products import batched_product, scratch
 from retrac_scale.gradients.registry import Gradients, register
 
@@ -14,10 +14,10 @@ def linear(layer: nn.Linear, activation: Tensor, grad_output: Tensor, n: int) ->
     positions = activation.shape[:-1].numel() // n
     grad = grad_output.reshape(n, positions, grad_output.shape[-1])
     inputs = activation.reshape(n, positions, activation.shape[-1]).to(grad.dtype)
-    if OuterProducts.suit(layer, grad):
+    if FactoredGradients.suit(layer, grad):
         pairs = pairs_of((1,), (1,), (1,), (0,), (positions,), (positions,))
         return {
-            "weight": OuterProducts(grad.mT.unsqueeze(1), inputs.mT.unsqueeze(1), (), pairs, layer.bias is not None)
+            "weight": FactoredGradients(grad.mT.unsqueeze(1), inputs.mT.unsqueeze(1), (), pairs, layer.bias is not None)
         }
     weight = scratch("weight", (n, grad.shape[2], inputs.shape[2]), grad)
     gradients = {"weight": batched_product(grad.mT, inputs.mT, weight)}
@@ -26,4 +26,4 @@ def linear(layer: nn.Linear, activation: Tensor, grad_output: Tensor, n: int) ->
     return gradients
 
 
-register(nn.Linear, linear, mixable=True, unformed=OuterProducts.suit)
+register(nn.Linear, linear, mixable=True, factored=FactoredGradients.suit)

@@ -40,7 +40,7 @@ Pairs = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64
 
 
 @dataclass(frozen=True, eq=False)
-class OuterProducts:
+class FactoredGradients:
     """Gradients `[n, o, i, *kernel]` of n samples, float32 on a CPU, not formed yet.
 
     That of kernel position k is the sum over frames f and over the pairs (p, s) of k of left[n, f, :, p] times
@@ -155,8 +155,8 @@ def memory_for(sides: Any) -> Any:
         `[o]` over them.
     """
     (_, _, (frames, o, positions)), (_, _, (_, i, inputs)), pairs, mixer = sides
-    kernel, wide, r = len(pairs[0]), _whole(i, LANES), len(mixer)
-    padded = np.zeros((r, _whole(mixer.shape[1], SETS)), np.float32)
+    kernel, wide, r = len(pairs[0]), _rounded_up(i, LANES), len(mixer)
+    padded = np.zeros((r, _rounded_up(mixer.shape[1], SETS)), np.float32)
     padded[:, : mixer.shape[1]] = mixer
     mixing = (
         padded,
@@ -178,7 +178,7 @@ def _all(count: Any) -> Any:
 
 
 @compiled
-def _whole(count: Any, of: Any) -> Any:
+def _rounded_up(count: Any, of: Any) -> Any:
     return -(-count // of) * of
 
 
@@ -225,7 +225,7 @@ def form_rows(left: Any, row: Any, columns: Any, frames: Any, pairs: Any, rows: 
         row: the first.
         columns: as `columns_of` gives them.
         frames: how many.
-        pairs: see `OuterProducts`.
+        pairs: see `FactoredGradients`.
         rows: `[rows, k, wide]`, written; of a mixed side, a multiple of ROWS_BY_SETS.
         ahead: see `add_products`.
         lines: likewise.

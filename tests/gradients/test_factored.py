@@ -1,4 +1,4 @@
-"""Gradients left as outer products: formed, and folded while they are formed."""
+"""Factored gradients: formed, and folded while they are formed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import retrac_scale as rs
+from retrac_scale.gradients.factored import BLOCK_BYTES, FactoredGradients, pairs_of
 from retrac_scale.gradients.mixing import mix
-from retrac_scale.gradients.outer import BLOCK_BYTES, OuterProducts, pairs_of
 from retrac_scale.gradients.tiles import LANES, POSITIONS, ROWS, WIDTH
 from retrac_scale.projections.folding import fold
 
@@ -26,10 +26,10 @@ def drawn(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def of_linear(left: Tensor, right: Tensor) -> OuterProducts:
+def of_linear(left: Tensor, right: Tensor) -> FactoredGradients:
     """Of sides `[n, f, o, p]` and `[n, f, i, p]`."""
     size = (left.shape[3],)
-    return OuterProducts(left, right, (), pairs_of((1,), (1,), (1,), (0,), size, size))
+    return FactoredGradients(left, right, (), pairs_of((1,), (1,), (1,), (0,), size, size))
 
 
 @st.composite
@@ -47,7 +47,7 @@ def convolutions(draw: st.DrawFn) -> tuple[Any, Tensor, int]:
 
 
 @given(convolutions(), st.booleans())
-def test_outer_products_of_a_convolution_are_its_gradients(drawing: Any, last: bool) -> None:
+def test_factored_gradients_of_a_convolution_are_its_gradients(drawing: Any, last: bool) -> None:
     layer, inputs, frames = drawing
     grads = drawn(1, *layer(inputs).shape)
     if last:
@@ -55,7 +55,7 @@ def test_outer_products_of_a_convolution_are_its_gradients(drawing: Any, last: b
     sizes = tuple(grads.shape[2:]), tuple(inputs.shape[2:])
     pairs = pairs_of(layer.kernel_size, layer.stride, layer.dilation, layer.padding, *sizes)
     left, right = (x.unflatten(0, (2, frames)).flatten(3) for x in (grads, inputs))
-    found = OuterProducts(left, right, layer.kernel_size, pairs).formed()
+    found = FactoredGradients(left, right, layer.kernel_size, pairs).formed()
     for sample in range(2):
         rows = slice(sample * frames, (sample + 1) * frames)
         weight = layer.weight.detach().double().requires_grad_()
@@ -133,7 +133,7 @@ def test_a_left_side_is_mixed_and_its_bias_goes_along(order: tuple[int, ...], o:
 
 @pytest.mark.parametrize("projection", [rs.CountSketch(64), rs.LowRank(4, 64), rs.LowRank(4, 64, norm="exact")])
 @pytest.mark.usefixtures("small_layers_mixed")
-def test_sketches_of_gradients_left_unformed_are_those_of_formed_ones(projection: Any) -> None:
+def test_sketches_of_factored_gradients_are_those_of_formed_ones(projection: Any) -> None:
     torch.manual_seed(0)
     shared = nn.Conv2d(8, 8, 3, padding=1)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), shared, nn.SiLU(), shared, nn.ConvTranspose2d(8, 4, 2, stride=2))
@@ -141,7 +141,7 @@ def test_sketches_of_gradients_left_unformed_are_those_of_formed_ones(projection
     found: list[tuple[Tensor, Tensor]] = []
     for _ in range(2):
         sketcher = rs.GradientSketcher(model, projection)
-        sketcher._projector.unformed &= not found
+        sketcher._projector.factored &= not found
         with sketcher:
             found.append(sketcher(model(inputs).sin().flatten(1).mean(1)))
     for one, other in zip(*found, strict=True):

@@ -13,7 +13,7 @@ from retrac_scale.store.reader import SketchStore
 from retrac_scale.store.schema import CONTENT
 
 
-class Excerpt(SketchStore):
+class StoreView(SketchStore):
     """Reads what a part of another store's measurements would be; in this process alone, and without a URL.
 
     Args:
