@@ -1,35 +1,35 @@
 """A service that is asked badly: python -m benchmarks.hostile [--rows N] [--seconds S]
 
-Random rows of 512 entries with columns, of `benchmarks.millions`, are indexed and served. Measured beside what clients
-see who ask plainly: eight clients with a filter each, of their own; the dearest filter that is accepted, and what it
-costs others once its client is gone; and honest clients while one in ten sends what is refused, malformed, huge, or
-given up. Printed: median and 99th percentile of the honest, and how many answers were wrong: not 200 for the honest,
-500 or above for the others.
+Random rows of 512 entries with columns, of `benchmarks.millions`, are indexed and served by `retrac-scale serve`.
+Measured beside what clients see who ask plainly: eight clients with a filter each, of their own; the dearest filter
+that is accepted, and what it costs others once its client is gone; and honest clients while one in ten sends what is
+refused, malformed, huge, or given up. Printed: how long the service takes to start, its memory then (resident, maps of
+files included) and how long the first answer takes; of each run the median and 99th percentile of the honest, and how
+many answers were wrong: not 200 for the honest, 500 or above for the others.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
 import random
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import numpy as np
-import uvicorn
+import psutil
 
-import retrac_scale as rs
 from benchmarks import millions
 from benchmarks.measurement_page import cpu_name
-from benchmarks.serving import running
-from retrac_scale.report import Pictures
-from retrac_scale.serve import Limits, create_app
-from retrac_scale.serve.library import Library
 
 DIM, QUERIES = 512, 64
 REFUSED = (
@@ -47,14 +47,28 @@ GIVEN_UP_S = 0.05
 Asking = Callable[[httpx2.AsyncClient, random.Random], Awaitable[httpx2.Response | None]]
 
 
-def serve(port: int, folder: Path) -> None:
-    """The server's process."""
-    index = rs.open_index(folder / "index")
-    grey = (np.broadcast_to(np.uint8(0), (n, 2, 2)) for n in (index.shape[1], QUERIES))
-    library = Library(
-        {"GradDot": index}, Pictures(next(grey), index.ids, next(grey)), queries=millions.asked(QUERIES, DIM)
-    )
-    uvicorn.run(create_app(library, limits=Limits()), port=port, log_level="critical")
+@contextmanager
+def served(folder: Path, rows: int) -> Iterator[str]:
+    """The address of the service of an index, which tells how it started."""
+    millions.asked(QUERIES, DIM, folder / "queries")
+    named: list[Path | str] = ["serve", folder / "index", "--queries", folder / "queries", "--port", "0", "--json"]
+    for option, count in (("--images", rows), ("--query-images", QUERIES)):
+        np.save(folder / f"{count}.npy", np.zeros((count, 2, 2), np.uint8))
+        named += [option, folder / f"{count}.npy"]
+    command = [sys.executable, "-m", "retrac_scale.cli", *named]
+    begun = time.monotonic()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            url = json.loads(process.stdout.readline())["url"]
+            httpx2.get(f"{url}health").raise_for_status()
+            started, memory = time.monotonic() - begun, psutil.Process(process.pid).memory_info().rss / 1e6
+            httpx2.post(f"{url}api/query", json={"source": "queries", "ids": ["0"]}, timeout=120).raise_for_status()
+            first = time.monotonic() - begun - started
+            print(f"started in {started:.1f} s, {memory:.0f} MB; the first answer after {first:.1f} s more\n")
+            yield url
+        finally:
+            process.terminate()
 
 
 def query(where: str | None = None, **changed: Any) -> Asking:
@@ -146,11 +160,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         millions.write(folder, options.rows, DIM)
-        begun = time.monotonic()
-        with running(serve, folder) as (url, _):
-            print(f"started in {time.monotonic() - begun:.1f} s\n")
+        with served(folder, options.rows) as url:
             print("| run | answers | median, ms | 99 %, ms | wrong |\n" + "| --- " * 5 + "|")
-            together(url, 2, [query()], [])  # maps the index
             for what, (honest, others) in runs.items():
                 took, wrong = together(url, options.seconds, honest, others)
                 middle, late = 1000 * np.quantile(took, [0.5, 0.99])

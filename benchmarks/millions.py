@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from distributed import Client, LocalCluster
 
 import retrac_scale as rs
 from benchmarks.scanning import anonymous_bytes
@@ -35,11 +36,12 @@ from retrac_scale.store.schema import blocks
 
 BATCH = 2**14
 ARTISTS, YEARS = 1000, 97
-APPENDED, DELETED = 0.1, 0.001
+APPENDED, DELETED = 100_000, 0.001
 REPEATS = 5
 WHERE = "artist == 'artist 7' and year < 1950"
-WORST = " or ".join(["artist < path"] * 3 + ["year % 7 > rating"] * 3)
-"""About the most that is accepted."""
+WORST = " or ".join([f"rating in {[n % 9 for n in range(51)]}".replace(", ", ",")] * 16)
+"""About the dearest that is accepted."""
+TEXTS = "artist < path or path < artist"
 
 
 def random_rows(seed: int, n: int, k: int) -> Any:
@@ -64,9 +66,9 @@ def stream(folder: Path, start: int, stop: int, k: int) -> rs.SketchStore:
     return rs.open_store(folder / "store")
 
 
-def asked(q: int, k: int) -> rs.SketchStore:
-    """Queries in memory."""
-    return rs.write_store(None, {"last": random_rows(10**9, q, k)}, timesteps=[500])
+def asked(q: int, k: int, place: Path | None = None) -> rs.SketchStore:
+    """Queries, in memory or at a place."""
+    return rs.write_store(place, {"last": random_rows(10**9, q, k)}, timesteps=[500])
 
 
 @contextmanager
@@ -128,7 +130,8 @@ def query(folder: Path, n: int, k: int) -> dict[str, Any]:
         again(found, f"query, Q = {q}", lambda queries=queries: index.query(queries, 10))  # type: ignore[misc]
     one = several[1]
     again(found, "where", lambda: index.query(one, 10, where=WHERE))
-    again(found, "where, the worst", lambda: index.query(one, 10, where=WORST))
+    again(found, "where, two columns of texts", lambda: index.query(one, 10, where=TEXTS))
+    again(found, "where, the dearest", lambda: index.query(one, 10, where=WORST))
     again(found, "group by 1000", lambda: index.query(one, 10, group_by="artist"))
     with watched(found, "explain, first"):
         index.explain(one, n // 2)
@@ -155,11 +158,24 @@ def serve(folder: Path, n: int, k: int) -> dict[str, Any]:
     return found
 
 
+def workers(folder: Path, n: int, k: int) -> dict[str, Any]:
+    """Ask on two workers of one thread each."""
+    found: dict[str, Any] = {}
+    index = rs.open_index(folder / "index")
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster, Client(cluster) as client:
+        for q in (1, 16):
+            queries = asked(q, k)
+            again(
+                found, f"query, Q = {q}, two workers", lambda queries=queries: index.query(queries, 10, client=client)
+            )  # type: ignore[misc]
+    return found
+
+
 def change(folder: Path, n: int, k: int) -> dict[str, Any]:
     """Append, delete, index each time, verify."""
     found: dict[str, Any] = {}
-    more = int(APPENDED * n)
-    with watched(found, "append a tenth"):
+    more = min(APPENDED, n // 10)
+    with watched(found, "append 100,000, or a tenth"):
         store = stream(folder, n, n + more, k)
     with watched(found, "index them"):
         rs.build_index(store, rs.GradDot(), folder / "index", progress=False)
@@ -177,7 +193,7 @@ def change(folder: Path, n: int, k: int) -> dict[str, Any]:
 
 
 STEPS: dict[str, Callable[[Path, int, int], dict[str, Any]]] = {
-    "write": write, "query": query, "serve": serve, "change": change
+    "write": write, "query": query, "workers": workers, "serve": serve, "change": change
 }  # fmt: skip
 
 

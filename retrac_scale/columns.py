@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+LOOKED_AT = 2**16
+"""Entries of a column at a time, where its distinct values are few or do not count."""
 RESERVED = ("id", "deleted", "parts")
 """Names at the root of a store that neither a column nor a checkpoint may take."""
 
@@ -75,8 +77,11 @@ class Texts:
         return replace(self, codes=self.codes[samples])
 
     def whole(self) -> npt.NDArray[np.str_]:
-        """The texts themselves, `[n]`."""
-        return self.values[self.codes]
+        """The texts themselves, `[n]`; of few samples theirs alone are read."""
+        if self.read or self.count <= len(self.codes):
+            return self.values[self.codes]
+        codes, places = np.unique(self.codes, return_inverse=True)
+        return np.array([self._encoded(code).decode() for code in codes.tolist()], dtype=str)[places]
 
     def _encoded(self, code: int) -> bytes:
         return self.text[int(self.ends[code - 1]) if code else 0 : int(self.ends[code])].tobytes()
@@ -117,8 +122,16 @@ def distinct(column: Column, most: int) -> npt.NDArray[Any] | None:
     """Its sorted distinct values; None where there are more than so many."""
     if isinstance(column, Texts):
         return column.values if column.count <= most else None
-    values = np.unique(column)
-    return values if len(values) <= most else None
+    values = column[:0]
+    for start in range(0, len(column), LOOKED_AT):
+        some = column[start : start + LOOKED_AT]
+        if len(values):
+            some = some[values[np.minimum(np.searchsorted(values, some), len(values) - 1)] != some]
+        if len(some):
+            values = np.unique(np.concatenate([values, some]))
+        if len(values) > most:
+            return None
+    return values
 
 
 def check_ids(ids: Sequence[Any] | npt.NDArray[Any] | None, n_samples: int) -> npt.NDArray[Any]:

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 from retrac_scale.cli.project import FILE, Project
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
+    from retrac_scale.columns import Column
     from retrac_scale.estimators import Estimator
     from retrac_scale.query.index import Index
     from retrac_scale.store import SketchStore
@@ -110,9 +109,9 @@ def place_of(project: Project, estimator: Estimator) -> str:
     return project.place(f"{type(estimator).__name__.lower()}.zarr")
 
 
-def picture_names(index: Index) -> npt.NDArray[Any]:
+def picture_names(index: Index) -> Column:
     """What names the files of an index's samples: their ids, or a column "path" beside ids of another kind."""
-    return index.columns["path"] if "path" in index.column_names else index.ids
+    return index.column("path") if "path" in index.column_names else index.places.ids
 
 
 def make_estimator(name: str) -> Estimator:

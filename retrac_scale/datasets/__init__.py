@@ -1,10 +1,8 @@
-"""Where images come from: files, Hugging Face datasets, tar shards, arrays, Parquet."""
+"""Where images come from: files, Hugging Face datasets, tar shards, arrays, Parquet.
 
-from retrac_scale.datasets.arrays import Arrays
-from retrac_scale.datasets.base import CorruptImageError, ImageDataset
-from retrac_scale.datasets.files import ImageFiles
-from retrac_scale.datasets.hugging_face import HuggingFace
-from retrac_scale.datasets.parquet import Parquet
-from retrac_scale.datasets.shards import TarShards
+Names stand in `__init__.pyi` and are imported when they are first used: pictures are shown without torch.
+"""
 
-__all__ = ["Arrays", "CorruptImageError", "HuggingFace", "ImageDataset", "ImageFiles", "Parquet", "TarShards"]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -9,15 +9,16 @@ import struct
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from io import BytesIO
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image, ImageColor, ImageOps
-from torch import Tensor
 
 from retrac_scale.columns import check_columns, check_ids
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -268,6 +269,8 @@ def pixels(image: Any, channels: int, size: int | None, background: str = "") ->
     image = opaque(image, background).convert("L" if channels == 1 else "RGB")
     if size is not None:
         image = middle_square(image, size)
+    import torch  # which pictures that are shown have no use for
+
     values = torch.from_numpy(np.asarray(image, dtype=np.float32))
     return values.reshape(*values.shape[:2], channels).permute(2, 0, 1) / 127.5 - 1
 

@@ -44,6 +44,10 @@ class Found:
     ids: npt.NDArray[Any]
     parts: Float64
 
+    def some(self, lanes: Any) -> Found:
+        """That of some lanes, chosen as an array is."""
+        return Found(self.scores[lanes], self.ids[lanes], self.parts[lanes])
+
 
 def top(
     chunks: Iterable[Chunk],
@@ -91,7 +95,7 @@ def top(
             rest = len(chunk.ids) - stop
             tile = slice(stop, stop + (rest if rest <= size + size // 4 else size))  # a short rest joins a tile
             stop, size = tile.stop, min(2 * size, products[0].tile)
-            if chunk.mask is None or chunk.mask[tile].any():
+            if chunk.mask is None or chunk.mask[..., tile].any():
                 _scan_tile(chunk, number, tile, products, error, signs, query_ids, pool)
         if not chunk.kept:
             pool.settle()
@@ -149,20 +153,23 @@ def _scan_tile(
         total += product.weighted(chunk.rows[c][tile], chunk.scale[c, tile])
     q = total.shape[1]
     unit, faint = pool.unit, len(products) * chunk.rows[0].shape[1] * LEAST_NORMAL * pool.unit
-    slack = chunk.longest @ error + faint
+    slack, counting = chunk.longest @ error + faint, chunk.counting(tile)
     for side, sign in enumerate(signs):
         part = slice(side * q, (side + 1) * q)
-        if np.isneginf(pool.floor[part]).any() and len(total) >= pool.k:
-            kth = _reached(sign * total, pool.k, chunk, tile, query_ids)
-            np.maximum(pool.floor[part], kth * unit - slack, out=pool.floor[part])
+        new = np.flatnonzero(np.isneginf(pool.floor[part]))
+        if len(new) and len(total) >= pool.k:
+            own = None if query_ids is None else query_ids[new]
+            kth = _reached(sign * total[:, new], pool.k, chunk.ids[tile], _of(counting, new), own)
+            lanes = side * q + new
+            pool.floor[lanes] = np.maximum(pool.floor[lanes], kth * unit[new] - slack[new])
         lowest = ((pool.floor[part] - slack) / unit).astype(np.float32)
         lowest = np.nextafter(lowest, np.float32(-np.inf))
         passed = np.greater_equal(total, lowest) if sign > 0 else np.less_equal(total, -lowest)
+        if counting is not None:
+            passed &= counting
         places = np.flatnonzero(passed)
         if not len(places):
             continue
-        if chunk.mask is not None:
-            places = places[chunk.mask[tile][places // q]]
         if query_ids is not None:
             places = places[chunk.ids[tile][places // q] != query_ids[places % q]]
         rows, lanes = np.divmod(places, q)
@@ -171,18 +178,25 @@ def _scan_tile(
         pool.add(number, tile.start + rows, side * q + lanes, value, bound)
 
 
-def _reached(values: Float32, k: int, chunk: Chunk, tile: slice, query_ids: npt.NDArray[Any] | None) -> Float64:
+def _reached(
+    values: Float32, k: int, ids: npt.NDArray[Any], counting: Bools | None, query_ids: npt.NDArray[Any] | None
+) -> Float64:
     """What k samples of a tile that count for a query reach, of values `[n, q]`: the k-th largest, or a little less.
 
     It is the k-th largest of the maxima of some groups of samples, which are much fewer; -inf when too few count.
     """
-    if chunk.mask is not None:
-        values[~chunk.mask[tile]] = -np.inf
+    if counting is not None:
+        np.copyto(values, -np.inf, where=~counting)
     if query_ids is not None:
-        values[chunk.ids[tile][:, None] == query_ids] = -np.inf
+        values[ids[:, None] == query_ids] = -np.inf
     size = max(1, len(values) // (8 * k))
     groups = values[: len(values) // size * size].reshape(size, -1, values.shape[1])
     return np.partition(groups.max(0).T, -k, axis=1)[:, -k].astype(np.float64)
+
+
+def _of(counting: Bools | None, queries: Int64) -> Bools | None:
+    """Which rows count for some queries, of `Chunk.counting`."""
+    return counting if counting is None or counting.shape[1] == 1 else counting[:, queries]
 
 
 def _lengths(rows: Float64) -> Float64:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,15 +31,54 @@ def answer_rows(
 ) -> TopK:
     """The answer to queries whose rows `[c, q, k]` are known already, without reranking."""
     scan = Scan(index, rows, query_ids, question, which(question.where, index), client)
-    alike = threshold(question.duplicates, index.estimator)
+    found, groups, copies = _found(scan)
+    return topk(scan, found, groups=groups, copies=copies)
+
+
+def answers_by_one_scan(
+    index: IndexReader, rows: Float32, query_ids: npt.NDArray[Any], questions: Sequence[Question]
+) -> list[TopK | ValueError]:
+    """The answer to each of some queries, or why there is none, as if each had been asked alone.
+
+    Args:
+        index: what is asked.
+        rows: of the queries, `[c, q, k]`.
+        query_ids: `[q]`.
+        questions: `[q]`, which differ in nothing but `k`, or `where`, a mask or None; groups not in `where` either.
+    """
+    given = {id(one.where): one.where for one in questions}
+    mask: Bools | None = None
+    if given.keys() != {id(None)}:
+        masks = [np.ones(index.shape[1], bool) if one is None else np.asarray(one) for one in given.values()]
+        mask = masks[0] if len(masks) == 1 else np.stack(masks)
+    of = None if len(given) == 1 else np.array([[*given].index(id(one.where)) for one in questions])
+    every = replace(questions[0], k=max(one.k for one in questions))
+    scan = Scan(index, rows, query_ids, every, mask, None, of)
+    found, groups, copies = _found(scan)
+
+    def own(query: int) -> TopK | ValueError:
+        lanes, alone = slice(query, None, len(questions)), slice(query, query + 1)
+        asked = replace(scan, query_ids=query_ids[alone], question=questions[query])
+        of_groups, of_copies = groups and groups.some(lanes), None if copies is None else copies[lanes]
+        try:
+            return topk(asked, found.some(lanes), groups=of_groups, copies=of_copies)
+        except ValueError as error:
+            return error
+
+    return [own(query) for query in range(len(questions))]
+
+
+def _found(scan: Scan) -> tuple[Found, Groups | None, npt.NDArray[Any] | None]:
+    """What answers a question, by lane; its groups, where it is about them, or copies, where they are folded."""
+    question = scan.question
+    alike = threshold(question.duplicates, scan.index.estimator)
     if question.group_by is not None:
         groups = scan.groups(question.group_by, copies_left_out(scan))
-        found = Found(groups.scores, groups.labels, np.zeros((*groups.scores.shape, 0)))
-        return topk(scan, found, groups=groups)
+        return Found(groups.scores, groups.labels, np.zeros((*groups.scores.shape, 0))), groups, None
     if alike is None:
-        return topk(scan, scan.samples(question.k + 1))
-    best, _, copies = folded(index, scan.samples, question.k + 1, alike)
-    return topk(scan, best, copies=copies)
+        return scan.samples(question.k + 1), None, None
+    best, _, copies = folded(scan.index, scan.samples, question.k + 1, alike)
+    return best, None, copies
 
 
 def copies_left_out(scan: Scan) -> list[npt.NDArray[Any]] | None:

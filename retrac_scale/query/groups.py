@@ -34,6 +34,11 @@ class Groups:
     shares: Float64
     share_errors: Float64
 
+    def some(self, lanes: Any) -> Groups:
+        """Those of some lanes, chosen as an array is."""
+        errors = None if self.errors is None else self.errors[lanes]
+        return Groups(self.labels[lanes], self.scores[lanes], errors, self.shares[lanes], self.share_errors[lanes])
+
 
 def labels_of(group_by: str | npt.ArrayLike, index: IndexReader) -> tuple[npt.NDArray[Any], npt.NDArray[np.integer]]:
     """The groups' sorted labels, and of which label each sample is."""

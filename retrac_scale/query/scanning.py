@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from retrac_scale.arrays import Bools, Float32, Float64
+from retrac_scale.arrays import Bools, Float32, Float64, Int64
 from retrac_scale.index.plain import light
 from retrac_scale.index.reader import IndexReader
 from retrac_scale.index.scan import Found, merge, top
@@ -31,7 +31,17 @@ GROUP_CHUNKS = 16
 
 @dataclass(frozen=True, eq=False)
 class Scan:
-    """The chunks of an index, to be scanned for some queries by tasks here or on workers."""
+    """The chunks of an index, to be scanned for some queries by tasks here or on workers.
+
+    Attributes:
+        index: whose chunks.
+        rows: of the queries, `[c, q, k]`.
+        query_ids: `[q]`.
+        question: what is asked.
+        mask: the samples that count, `[n]`, or by each of several filters, `[m, n]`; None for all.
+        client: of the workers; None for threads here.
+        of: of several filters, which is each query's, `[q]`; groups are formed under one.
+    """
 
     index: IndexReader
     rows: Float32
@@ -39,13 +49,14 @@ class Scan:
     question: Question
     mask: Bools | None
     client: Client | None
+    of: Int64 | None = None
 
     @property
     def _matching(self) -> list[int]:
         """Numbers of the chunks that hold a sample that counts."""
         mask = self.mask
         chunks = [(i, samples) for i, samples in enumerate(self.index.chunks) if samples.start < samples.stop]
-        return [i for i, samples in chunks if mask is None or mask[samples].any()]
+        return [i for i, samples in chunks if mask is None or mask[..., samples].any()]
 
     def _entries(self, chunks: list[int]) -> int:
         """Of the rows of some chunks."""
@@ -60,9 +71,7 @@ class Scan:
             return self._best(k, self.question.signs)
         both = self._best(k, (1, -1))
         q = self.rows.shape[1]
-        up, down = (
-            Found(both.scores[lanes], both.ids[lanes], both.parts[lanes]) for lanes in (slice(q), slice(q, None))
-        )
+        up, down = both.some(slice(q)), both.some(slice(q, None))
         up.scores[up.scores < 0], down.scores[down.scores <= 0] = -np.inf, -np.inf  # each sample on one side
         best = merge([up, down], k)
         return replace(best, scores=np.where(best.scores == -np.inf, -np.inf, best.scores**2))
@@ -77,7 +86,7 @@ class Scan:
             count = min(len(chunks), max(workers, -(-len(chunks) // RUN_CHUNKS)))
         floor = None if self.client else np.full(len(signs) * self.rows.shape[1], -np.inf)
         excluded = self.query_ids if question.exclude_self else None
-        common = (k, signs, excluded, floor, is_light)
+        common = (k, signs, excluded, floor, is_light, self.of)
         if self.client is None and count == 1:  # one thread: a graph of one task would cost a millisecond
             return _scan_run(self.index, chunks, self._share(self.mask, chunks), self.rows, common)
         runs = self._tasks("scan", _scan_run, [list(run) for run in np.array_split(chunks, count)], common)
@@ -142,9 +151,9 @@ class Scan:
         return placed
 
     def _share(self, values: npt.NDArray[Any] | None, run: list[int]) -> list[Any]:
-        """For each chunk of a run, its part of values `[n]`."""
+        """For each chunk of a run, its part of values `[..., n]`."""
         chunks = self.index.chunks
-        return [None if values is None else values[chunks[number]] for number in run]
+        return [None if values is None else values[..., chunks[number]] for number in run]
 
 
 def best_groups(
@@ -168,10 +177,10 @@ def best_groups(
 def _scan_run(
     source: Source, run: list[int], masks: list[Bools | None], rows: Float32, common: tuple[Any, ...]
 ) -> Found:
-    k, signs, excluded, floor, is_light = common
+    k, signs, excluded, floor, is_light, of = common
     index = opened(source)
     return top(
-        chunks_of(index, run, masks),
+        chunks_of(index, run, masks, of),
         rows,
         k,
         signs=signs,

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from retrac_scale.arrays import Bools, Float32, Float64
+from retrac_scale.arrays import Bools, Float32, Float64, Int64
 from retrac_scale.index.chunk import Chunk
 from retrac_scale.index.reader import IndexReader, open_on_worker
 from retrac_scale.index.scan import scores
@@ -35,12 +34,12 @@ def opened(source: Source) -> IndexReader:
     return source if isinstance(source, IndexReader) else open_on_worker(*source)
 
 
-def chunks_of(index: IndexReader, run: list[int], masks: list[Bools | None]) -> Iterator[Chunk]:
-    """Some chunks, each with its mask of the samples that count."""
+def chunks_of(
+    index: IndexReader, run: list[int], masks: list[Bools | None], of: Int64 | None = None
+) -> Iterator[Chunk]:
+    """Some chunks, each with its mask of the samples that count, see `Chunk`."""
     for number, mask in zip(run, masks, strict=True):
-        chunk = index.chunk(int(number))
-        counting = chunk.counting(mask)
-        yield chunk if counting is None else replace(chunk, mask=counting)
+        yield index.chunk(int(number)).filtered(mask, of)
 
 
 def readout(index: IndexReader, values: Float64) -> Float64:

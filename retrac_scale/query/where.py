@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from retrac_scale.arrays import Bools
+from retrac_scale.arrays import Bools, Int64
 from retrac_scale.columns import Column, Texts
 from retrac_scale.index.reader import IndexReader
 from retrac_scale.store.schema import blocks
@@ -67,17 +67,17 @@ def _evaluate(expression: str, index: IndexReader, wanted: Callable[[], bool]) -
     if unknown := sorted(named - set(names)):
         raise ValueError(f"where={expression!r} names {unknown[0]!r}; the columns are {', '.join(names)}.")
     # first over no sample: what does not fit is told before anything is read
-    answer = _Expression(expression, {name: index.column(name, read=False) for name in named}).value(tree.body)
+    answer = _Expression(expression, {name: index.column(name, read=False) for name in named}, {}).value(tree.body)
     if not isinstance(answer, np.ndarray) or answer.dtype != bool or answer.ndim != 1:
         raise ValueError(f"where={expression!r} must say yes or no for each sample.")
-    columns = {name: index.column(name) for name in named}
+    columns = {name: index.places.ids if name == "id" else index.column(name) for name in named}
     found = np.empty(index.shape[1], bool)
+    shared: dict[str, Int64] = {}
     for tile in blocks(len(found), TILE):
         if not wanted():
             raise NotWantedError(expression)
-        found[tile] = _Expression(expression, {name: _some(column, tile) for name, column in columns.items()}).value(
-            tree.body
-        )
+        some = {name: _some(column, tile) for name, column in columns.items()}
+        found[tile] = _Expression(expression, some, shared).value(tree.body)
     if not found.any():
         raise ValueError(f"where={expression!r} leaves no sample to score.")
     return found
@@ -136,10 +136,16 @@ _ARITHMETIC: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {  # no po
 
 
 class _Expression:
-    """What an expression says of each sample: arrays `[n]` of booleans, numbers or texts, or constants."""
+    """What an expression says of each sample: arrays `[n]` of booleans, numbers or texts, or constants.
 
-    def __init__(self, text: str, columns: Mapping[str, Column]) -> None:
-        self._text, self._columns, self._terms = text, columns, 0
+    Args:
+        text: the expression.
+        columns: of some samples.
+        shared: what is worked out once for all samples, kept here: see `_ranks`.
+    """
+
+    def __init__(self, text: str, columns: Mapping[str, Column], shared: dict[str, Int64]) -> None:
+        self._text, self._columns, self._shared, self._terms = text, columns, shared, 0
 
     def value(self, node: ast.expr) -> Any:
         """The value of a part of the expression."""
@@ -194,7 +200,19 @@ class _Expression:
             return _codes_compared(one, type(op), other)
         if _is_text(one):
             self._charge(SEARCH_TERMS if isinstance(one, str) or isinstance(other, str) else TEXT_TERMS)
+        if isinstance(one, Texts) and isinstance(other, Texts):
+            ranks = self._ranks(f"{ast.unparse(left)} {ast.unparse(right)}", one, other)
+            return _COMPARED[type(op)](ranks[one.codes], 2 * other.codes)
         return np.asarray(_COMPARED[type(op)](_whole(one), _whole(other)))
+
+    def _ranks(self, names: str, one: Texts, other: Texts) -> Int64:
+        """What the codes of a column stand for, to be compared with twice those of another; both by their names."""
+        if names not in self._shared:
+            from retrac_scale.native.texts import merge  # numba, which takes a while to load
+
+            self._shared[names] = np.empty(one.count, np.int64)
+            merge(one.text, one.ends, other.text, other.ends, self._shared[names])
+        return self._shared[names]
 
     def _is_among(self, one: Any, listed: ast.expr) -> Bools:
         if not isinstance(listed, ast.List | ast.Tuple):

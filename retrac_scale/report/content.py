@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from retrac_scale.columns import Texts, distinct
-from retrac_scale.evaluate.originals import Originals
 from retrac_scale.measurement.halves import Repeatability
 from retrac_scale.query.explain import Explanation, explain_lists
 from retrac_scale.query.index import Index
@@ -19,6 +18,9 @@ from retrac_scale.report.pictures import Images, PictureFiles, Pictures, data_ur
 from retrac_scale.report.shown import check_shown
 from retrac_scale.report.trust import Told, check_given, repeatability_for_page, shared_by_halves, told
 from retrac_scale.store import SketchStore
+
+if TYPE_CHECKING:
+    from retrac_scale.evaluate.originals import Originals
 
 MOST_LABELS = 1000
 """A column with more distinct values is no grouping."""

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 from retrac_scale.query.topk import TopK
 from retrac_scale.report.content import list_length
 from retrac_scale.report.pictures import Pictures, is_tiny
 from retrac_scale.store import SketchStore
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BINS, CURVE_SAMPLES = 25, 2**17
 WIDTH, EDGE, CURVE, HEADING, LINE = 9.6, 0.06, 2.7, 0.27, 0.16
@@ -72,6 +73,8 @@ def attribution_figure(
         captions: {title: a line}, broken where it is wider than the pictures below it; titles may be left out.
         rows: how many queries to show.
     """
+    from matplotlib.figure import Figure  # half a second, which a page has no use for
+
     shown = min(rows, len(next(iter(answers.values())).ids))
     columns = min(max(FEWEST, ACROSS // len(answers)), *map(list_length, answers.values()))
     cell = min(LARGEST, (WIDTH - 2 * EDGE) / (1 + len(answers) * (columns + GAP)))
@@ -118,6 +121,8 @@ def _draw_curve(axes: Axes, curve: tuple[Any, Any, Any]) -> None:
 
 def _show(axes: Axes, image: Any, column: int, row: int) -> None:
     """A picture in its cell, of its own shape, with a little room around it."""
+    from matplotlib.patches import Rectangle
+
     height, width = image.shape[0] / max(image.shape[:2]), image.shape[1] / max(image.shape[:2])
     across, down = (0.94 * width / 2, 0.94 * height / 2)
     extent = (column + 0.5 - across, column + 0.5 + across, row + 0.5 + down, row + 0.5 - down)

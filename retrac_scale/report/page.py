@@ -11,15 +11,17 @@ from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from retrac_scale.evaluate.originals import Originals
 from retrac_scale.measurement.halves import Repeatability
 from retrac_scale.query.index import Index
 from retrac_scale.query.topk import TopK
 from retrac_scale.report.content import content
 from retrac_scale.report.pictures import Pictures
 from retrac_scale.store import SketchStore
+
+if TYPE_CHECKING:
+    from retrac_scale.evaluate.originals import Originals
 
 
 def write_report(

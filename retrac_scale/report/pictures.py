@@ -12,13 +12,27 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from retrac_scale.columns import Places
+from retrac_scale.columns import Column, Places, Texts
 from retrac_scale.datasets.base import opaque
 
 TINY, SMALL, LARGEST = 12, 64, 160
 ENLARGED = 8
 Images = npt.NDArray[Any] | Sequence[npt.NDArray[Any]]
 """`[n, h, w(, 3)]`, floats 0 .. 1 or integers 0 .. 255; or as many arrays, read when they are asked for."""
+
+
+class Paths(Sequence[str]):
+    """Names in a folder as paths, each made when it is asked for."""
+
+    def __init__(self, names: Column, folder: str) -> None:
+        self._names, self._folder = names, folder
+
+    def __len__(self) -> int:
+        return len(self._names.codes if isinstance(self._names, Texts) else self._names)
+
+    def __getitem__(self, row: Any) -> Any:
+        name = self._names.value(row) if isinstance(self._names, Texts) else str(self._names[row])
+        return os.path.join(self._folder, name)
 
 
 class PictureFiles(Sequence[npt.NDArray[Any]]):
@@ -36,7 +50,7 @@ class PictureFiles(Sequence[npt.NDArray[Any]]):
             return np.asarray(opaque(upright, self.background).convert("RGB"))
 
 
-def read_images(file: str | None, ids: npt.NDArray[Any], folder: str = "", background: str = "") -> Images:
+def read_images(file: str | None, ids: Column, folder: str = "", background: str = "") -> Images:
     """The images of samples: a .npy file `[n, h, w(, 3)]`, or without one the files that their ids name.
 
     Args:
@@ -49,10 +63,10 @@ def read_images(file: str | None, ids: npt.NDArray[Any], folder: str = "", backg
         ValueError: the ids name no files, or the file is no array of images.
     """
     if file is None:
-        for base in (folder, "") if ids.dtype.kind == "U" else ():
-            if os.path.isfile(os.path.join(base, ids[0])):
-                return PictureFiles([os.path.join(base, name) for name in ids.tolist()], background)
-        raise ValueError(f"the ids, such as {ids[0]!s}, are no image files; give the pictures in a .npy file.")
+        for paths in (Paths(ids, folder), Paths(ids, "")) if isinstance(ids, Texts) or ids.dtype.kind == "U" else ():
+            if os.path.isfile(paths[0]):
+                return PictureFiles(paths, background)
+        raise ValueError(f"the ids, such as {Paths(ids, '')[0]}, are no image files; give the pictures in a .npy file.")
     try:
         images = np.lib.format.open_memmap(file, mode="r")
     except ValueError as error:

@@ -9,10 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from retrac_scale.datasets.base import pixels
-from retrac_scale.sketching.content import ITEM, ChangedItemsError, digest_of, listed, looks_like, stored_contents
 from retrac_scale.store import SketchStore
 from retrac_scale.store.reader import Words
-from retrac_scale.task.items import Item
 
 Picture = npt.NDArray[np.uint8]
 
@@ -33,6 +31,8 @@ def check_shown(store: SketchStore, ids: Sequence[Any], pictures: Iterable[Pictu
     """
     if "scheduler" not in store.fingerprint:
         return ""
+    from retrac_scale.sketching.content import ChangedItemsError, listed, stored_contents  # torch, which takes seconds
+
     shape, words = store.plan.get("sample", []), stored_contents(store, np.asarray(ids))
     exact = exact and bool(store.plan.get("pictures"))
     found = [_same(picture, shape, its, exact) for picture, its in zip(pictures, words, strict=True)]
@@ -56,6 +56,9 @@ def _same(picture: Picture, shape: Sequence[int], words: Words, exact: bool) -> 
     A picture of another size is cut and resized as `ImageDataset` does it; if it then looks otherwise, it may have been
     cut in another way.
     """
+    from retrac_scale.sketching.content import ITEM, digest_of, looks_like
+    from retrac_scale.task.items import Item
+
     if len(shape) != 3 or shape[0] not in (1, 3):
         return None
     channels, height, width = shape

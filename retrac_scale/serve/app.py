@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib import resources
 from typing import Annotated, Any, Literal
 
 import fastapi
-import prometheus_client as prometheus
 from fastapi import FastAPI, File, Form, HTTPException, Query, Request, Response, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
@@ -26,6 +25,7 @@ from retrac_scale.query.where import LONGEST
 from retrac_scale.report.content import sides
 from retrac_scale.report.page import page
 from retrac_scale.serve.batcher import Batcher
+from retrac_scale.serve.counters import Counters, Counting
 from retrac_scale.serve.following import Follower
 from retrac_scale.serve.guard import Guard
 from retrac_scale.serve.library import Asked, Library
@@ -162,12 +162,7 @@ class Service:
     ) -> None:
         self.library, self.title, self.limits = library, title, limits
         self._follower = Follower(library, renew, self._take)
-        self._registry = registry = prometheus.CollectorRegistry()
-        self._requests = prometheus.Counter("requests", "Requests answered.", ["route", "status"], registry=registry)
-        self._seconds = prometheus.Histogram("request_seconds", "Time to the answer.", ["route"], registry=registry)
-        self._sizes = prometheus.Histogram(
-            "scan_queries", "Queries answered by one scan.", registry=registry, buckets=(1, 2, 4, 8, 16, 32, 64)
-        )
+        self.counters = Counters()
         self._about = library.about()
         self._known: dict[str, Json] = {}
         self._telling = asyncio.Lock()
@@ -176,25 +171,18 @@ class Service:
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         """Scans are made while the service is up."""
-        self._batcher = Batcher(self.library, self.limits.batch, self._sizes.observe)
-        following = asyncio.create_task(self._follower.follow())
+        self._batcher = Batcher(self.library, self.limits.batch, self.counters.scanned)
+        loading = self._batcher.run(importlib.import_module, "retrac_scale.index.approximate")  # torch takes seconds
+        beside = [asyncio.create_task(task) for task in (self._follower.follow(), loading)]
         yield
-        following.cancel()
+        for task in beside:
+            task.cancel()
         await self._batcher.close()
 
     def _take(self, library: Library, about: Json) -> None:
         """Answer from another library from now on."""
         self.library = self._batcher.library = library
         self._about, self._known = about, {}
-
-    async def measured(self, request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
-        """A request's answer, counted."""
-        started = time.perf_counter()
-        response = await answer(request)
-        route = getattr(request.scope.get("route"), "path", "other")
-        self._requests.labels(route, response.status_code).inc()
-        self._seconds.labels(route).observe(time.perf_counter() - started)
-        return response
 
     async def root(self) -> HTMLResponse:
         """The page."""
@@ -211,7 +199,7 @@ class Service:
 
     async def metrics(self) -> Response:
         """Counters for Prometheus."""
-        return Response(prometheus.generate_latest(self._registry), media_type="text/plain; version=0.0.4")
+        return Response(self.counters.text(), media_type="text/plain; version=0.0.4")
 
     async def describe(self) -> Json:
         """Indexes, columns, sources and limits."""
@@ -370,7 +358,7 @@ def create_app(
     app.add_middleware(Guard, token=token, limits=limits)
     if hosts is not None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
-    app.middleware("http")(service.measured)
+    app.add_middleware(Counting, counters=service.counters)
     for kind, handler in REFUSING.items():
         app.add_exception_handler(kind, handler)
     _add_routes(app, service)

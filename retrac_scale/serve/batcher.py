@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from retrac_scale.query.question import Question
@@ -14,6 +14,8 @@ from retrac_scale.report.content import Json, ranked
 from retrac_scale.serve.library import Asked, Library
 
 T = TypeVar("T")
+FILTERS = 16
+"""Of one scan, at most: each of them is a byte for every sample."""
 
 
 @dataclass(eq=False)
@@ -25,13 +27,14 @@ class _Waiting:
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """Queries of one kind can share a scan: they differ in nothing but k and what is asked about.
+        """Queries of one kind can share a scan: they differ in k, in which samples count, and in what is asked about.
 
-        Where copies are folded, how far they are looked for hangs on k.
+        Where copies are folded, how far they are looked for hangs on k; groups are formed of the same samples.
         """
         question = self.question
         folded = None if question.duplicates == "keep" else (question.duplicates, question.k)
-        return self.index, question.where, question.group_by, question.reduce, question.exclude_self, folded
+        counting = None if question.group_by is None else question.where
+        return self.index, counting, question.group_by, question.reduce, question.exclude_self, folded
 
 
 class Batcher:
@@ -58,7 +61,7 @@ class Batcher:
 
     async def ask(self, index: str, asked: Asked, question: Question) -> Json:
         """The lists of one query, as the page holds them."""
-        if isinstance(question.where, str):
+        if isinstance(question.where, str) and not self.library.knows(index, question.where):
             await self.mask(index, question.where)
         one = _Waiting(index, asked, question, asyncio.get_running_loop().create_future())
         self._waiting.append(one)
@@ -101,8 +104,7 @@ class Batcher:
             if not self._waiting:
                 self._arrived.clear()
                 continue
-            kind = self._waiting[0].kind
-            batch = [one for one in self._waiting if one.kind == kind][: self.size]
+            batch = self._next()
             self._waiting = [one for one in self._waiting if one not in batch]
             self.observe(len(batch))
             for one, answer in zip(batch, await self._compute(self._answers, batch), strict=True):
@@ -113,14 +115,20 @@ class Batcher:
                 else:
                     one.answer.set_result(answer)
 
+    def _next(self) -> list[_Waiting]:
+        """Whoever has waited longest, and those who can share the scan."""
+        batch: list[_Waiting] = []
+        filters: set[Any] = set()
+        for one in self._waiting:
+            if one.kind == self._waiting[0].kind and len(filters | {one.question.where}) <= FILTERS:
+                batch.append(one)
+                filters.add(one.question.where)
+        return batch[: self.size]
+
     def _answers(self, batch: list[_Waiting]) -> list[Json | Exception]:
         """One answer or error each; a batch that fails is asked one by one, so that each has its own error."""
-        question = replace(batch[0].question, k=max(one.question.k for one in batch))
         try:
-            answer = self.library.ask(batch[0].index, [one.asked for one in batch], question)
+            found = self.library.ask(batch[0].index, [one.asked for one in batch], [one.question for one in batch])
         except Exception as error:  # goes to whoever asked
-            return [error] if len(batch) == 1 else [found for one in batch for found in self._answers([one])]
-        return [
-            {side: results[: one.question.k] for side, results in lists.items()}
-            for one, lists in zip(batch, ranked(answer), strict=True)
-        ]
+            return [error] if len(batch) == 1 else [answer for one in batch for answer in self._answers([one])]
+        return [answer if isinstance(answer, Exception) else ranked(answer)[0] for answer in found]

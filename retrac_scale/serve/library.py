@@ -7,14 +7,14 @@ from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
 from retrac_scale.arrays import Bools, Float32
 from retrac_scale.columns import distinct
 from retrac_scale.measurement.halves import MeasuredOnceError, repeatability_of_rows
-from retrac_scale.query.answer import answer_rows
+from retrac_scale.query.answer import answers_by_one_scan
 from retrac_scale.query.index import Index
 from retrac_scale.query.question import Question
 from retrac_scale.query.topk import TopK
@@ -35,9 +35,11 @@ from retrac_scale.report.shown import check_shown
 from retrac_scale.report.trust import Told, joined, repeatability_for_page, shared_by_halves, told
 from retrac_scale.serve.named import Named
 from retrac_scale.serve.uploads import Upload
-from retrac_scale.sketching.samples import Samples
 from retrac_scale.store import SketchStore
 from retrac_scale.store.taking import take, taken
+
+if TYPE_CHECKING:
+    from retrac_scale.sketching.samples import Samples
 
 T = TypeVar("T")
 Source = Literal["queries", "training", "uploads"]
@@ -174,14 +176,23 @@ class Library:
             if name not in self.indexes:
                 raise ValueError(f"there is no index {name!r}; there are {', '.join(self.indexes)}.")
 
-    def ask(self, name: str, asked: list[Asked], question: Question) -> TopK:
-        """The answer of one index to several queries, in one scan; `question.where` is an expression."""
+    def ask(self, name: str, asked: list[Asked], questions: list[Question]) -> list[TopK | ValueError]:
+        """The answer of one index to each of several queries, or why there is none, in one scan.
+
+        Args:
+            name: of the index.
+            asked: the queries, of one source.
+            questions: of each, see `answers_by_one_scan`; `where` is an expression.
+        """
         index = self.indexes[name]
         index.check_store()
         rows = np.stack([self._query_rows(name, one) for one in asked], axis=1)
-        if isinstance(question.where, str):
-            question = replace(question, where=self.mask(name, question.where))
-        return answer_rows(index, rows, self._query_ids(asked), question)
+        masked = [replace(x, where=self.mask(name, x.where)) if isinstance(x.where, str) else x for x in questions]
+        return answers_by_one_scan(index, rows, self._query_ids(asked), masked)
+
+    def knows(self, name: str, where: str) -> bool:
+        """Whether the samples that count for an expression need not be worked out."""
+        return (name, where) in self._masks
 
     def mask(self, name: str, where: str, wanted: Callable[[], bool] = lambda: True) -> Bools | None:
         """The samples of an index that count for an expression; any thread may ask. Raises as `which`."""

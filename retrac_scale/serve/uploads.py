@@ -8,16 +8,17 @@ import hashlib
 import io
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from retrac_scale.datasets.base import check_depth, is_transparent, middle_square, opaque
 from retrac_scale.serve.limits import Limits
-from retrac_scale.task.regions import AllBut, Regions
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MOST_ASPECT = 16
@@ -43,7 +44,7 @@ class Upload:
     @property
     def dataset(self) -> Any:
         """A dataset of this one image, `[channels, h, w]` in -1 .. 1."""
-        return _One(self) if self.region is None else Regions(_One(self), self.region)
+        return _One(self) if self.region is None else _regions(self, self.region)
 
     def part(self, region: Any) -> Upload:
         """The same image, of which a part is asked about.
@@ -51,7 +52,7 @@ class Upload:
         Raises:
             ValueError: it is no region, or is empty.
         """
-        words = str(Regions(_One(self), region).region)
+        words = str(_regions(self, region).region)
         key = hashlib.blake2b(f"{self.key} {words}".encode(), digest_size=8).hexdigest()
         return replace(self, key=key, note=", ".join(filter(None, (self.note, words))), region=region)
 
@@ -64,9 +65,17 @@ class _One:
     def __len__(self) -> int:
         return 1
 
-    def __getitem__(self, row: int) -> torch.Tensor:
+    def __getitem__(self, row: int) -> Tensor:
+        import torch  # which takes seconds, and nobody may ever upload
+
         pixels = self._pixels if self._pixels.ndim == 3 else self._pixels[..., None]
         return torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1) / 127.5 - 1
+
+
+def _regions(upload: Upload, region: Any) -> Any:
+    from retrac_scale.task.regions import Regions
+
+    return Regions(_One(upload), region)
 
 
 def read_upload(content: bytes, shape: tuple[int, int, int], limits: Limits, background: str = "") -> Upload:
@@ -152,4 +161,8 @@ def region_asked(box: list[int] | None, mask: str | None, rest: bool, limits: Li
         found: Any = tuple(box) if box is not None else painted(base64.b64decode(mask or "", validate=True), limits)
     except binascii.Error as error:
         raise ValueError(f"the mask is not in base64: {error}.") from None
-    return AllBut(found) if rest else found
+    if not rest:
+        return found
+    from retrac_scale.task.regions import AllBut
+
+    return AllBut(found)

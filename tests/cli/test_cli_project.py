@@ -311,8 +311,8 @@ def test_what_d_trak_and_das_differentiate_is_measured_when_the_file_names_them(
     pictures = Pictures(PictureFiles(sides[0].ids.tolist()), sides[0].ids, [])
     library = Library(indexes, pictures, measured=measured)
     upload = read_upload(Path("generated-images/0.png").read_bytes(), library.image_shape, Limits())
-    served = library.ask("DTRAK", [library.upload(upload)], Question(2, "proponents", None, None, "sum", False))
-    assert served.ids.tolist() == expected.ids[:1].tolist()
+    (served,) = library.ask("DTRAK", [library.upload(upload)], [Question(2, "proponents", None, None, "sum", False)])
+    assert served.ids.tolist() == expected.ids[:1].tolist()  # type: ignore[union-attr]
     alone = planner.store_size(9, 2, 1, 64, ids=sides[0].ids, columns=sides[0].columns)
     capsys.readouterr()
     assert main(["plan", "--json"]) == 0

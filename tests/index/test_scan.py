@@ -32,7 +32,9 @@ def random_rows(rng: Any, c: int, n: int, k: int, dtype: str, distinct: int) -> 
     return list(rows.astype(dtype)), scale
 
 
-def as_chunks(rows: list[Any], scale: Any, ids: Any, cuts: Any, kept: bool, mask: Any = None) -> list[Chunk]:
+def as_chunks(
+    rows: list[Any], scale: Any, ids: Any, cuts: Any, kept: bool, mask: Any = None, of: Any = None
+) -> list[Chunk]:
     norm = np.abs(scale) * np.stack([np.linalg.norm(r.astype(np.float64), axis=1) for r in rows]) * (1 + 1e-6)
     edges = [0, *cuts, len(ids)]
     return [
@@ -41,8 +43,9 @@ def as_chunks(rows: list[Any], scale: Any, ids: Any, cuts: Any, kept: bool, mask
             scale[:, a:b],
             norm[:, a:b].astype(np.float32),
             ids[a:b],
-            mask=None if mask is None else mask[a:b],
+            mask=None if mask is None else mask[..., a:b],
             kept=kept,
+            of=of,
         )
         for a, b in itertools.pairwise(edges)
         if b > a
@@ -79,16 +82,17 @@ def test_the_order_is_that_of_float64_brute_force(data: Any) -> None:
     rows, scale = random_rows(rng, c, n, k, draw(st.sampled_from(DTYPES)), draw(st.sampled_from([2, 30, 1000])))
     queries = rng.standard_normal((c, q, k)).astype(np.float32) * np.float32(10.0 ** rng.integers(-6, 6))
     ids = rng.permutation(2 * n)[:n]
-    mask = rng.random(n) < 0.4 if draw(st.booleans()) else None
+    filters = draw(st.integers(0, 4))  # of several, each query has one
+    mask = rng.random((filters, n)) < rng.random((filters, 1)) if filters > 1 else rng.random(n) < 0.4
+    of = rng.integers(0, filters, q) if filters > 1 else None
     cuts = np.unique(rng.integers(0, n, draw(st.integers(0, 3))))
     signs = draw(st.sampled_from([(1,), (-1,), (1, -1)]))
     query_ids = rng.choice(ids, q) if draw(st.booleans()) else None
-    found = top(
-        as_chunks(rows, scale, ids, cuts, draw(st.booleans()), mask), queries, best, signs=signs, query_ids=query_ids
-    )
+    chunks = as_chunks(rows, scale, ids, cuts, draw(st.booleans()), mask if filters else None, of)
+    found = top(chunks, queries, best, signs=signs, query_ids=query_ids)
     expected = brute_force(rows, scale, queries)
-    if mask is not None:
-        expected[:, ~mask] = np.nan
+    if filters:
+        expected[~(mask[None] if of is None else mask[of]).repeat(q if of is None else 1, 0)] = np.nan
     if query_ids is not None:
         expected[ids[None] == query_ids[:, None]] = np.nan
     lanes = np.concatenate([sign * expected for sign in signs])

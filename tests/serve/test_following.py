@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -86,3 +89,37 @@ def test_an_index_that_grew_is_taken_in_while_the_old_one_answers(
         rs.build_index(store, rs.TracIn(), place)
         until(lambda: client.get("/health").status_code == 200 and state() == "ready")
         assert ids() == {str(i) for i in range(60)} - {"5"}
+
+
+CUT = """
+import os, resource, sys
+import numpy as np
+from retrac_scale.query.index import open_index
+from retrac_scale.report.pictures import Pictures
+from retrac_scale.serve import Limits, run
+from retrac_scale.serve.library import Library
+
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+index = open_index(sys.argv[1])
+served = Library({"TracIn": index}, Pictures(np.zeros((40, 4, 4)), index.ids, []))
+rows = index.chunk(0).rows[0]
+
+def read_on(url):
+    os.truncate(os.path.join(sys.argv[1], "row/c/0/0/0"), 0)
+    rows.sum()
+
+run(served, host="127.0.0.1", port=0, token=None, limits=Limits(), title="", announce=read_on)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="what the system does to a process that reads behind a file's end")
+def test_a_service_that_reads_behind_the_end_of_a_file_that_was_cut_in_its_place_says_where_it_died(
+    tmp_path: Path,
+) -> None:
+    rs.build_index(append(tmp_path / "s", slice(0, 40)), rs.TracIn(), tmp_path / "i")
+    command, root = [sys.executable, "-c", CUT, str(tmp_path / "i")], Path(__file__).parents[2]
+    ended = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == -signal.SIGBUS
+    assert "Bus error" in ended.stderr
+    assert "in read_on" in ended.stderr

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from typing import Any
 
 import numpy as np
 import pytest
+from starlette.testclient import TestClient
 
 import retrac_scale as rs
 from retrac_scale.query.where import NotWantedError, which
-from retrac_scale.serve import Limits
+from retrac_scale.report.pictures import Pictures
+from retrac_scale.serve import Limits, create_app
 from retrac_scale.serve.guard import Guard
+from retrac_scale.serve.library import Library
 
 SCOPE: dict[str, Any] = {"type": "http", "path": "/api/query", "method": "POST", "headers": []}
 BODY = {"type": "http.request", "body": b"{}", "more_body": False}
@@ -34,6 +38,14 @@ class Answering:
             raise
         await send({"type": "http.response.start", "status": 200, "headers": []})
         self.ended.append("answered")
+
+
+class Slow(Library):
+    """A library that takes its time to work out which samples count."""
+
+    def mask(self, *asked: Any) -> Any:
+        time.sleep(0.2)
+        return super().mask(*asked)
 
 
 def asked(application: Answering, stay: float, patience: float) -> list[Any]:
@@ -78,6 +90,30 @@ def test_a_client_that_waits_when_the_service_ends_is_told_so_and_others_are_ans
     (start,) = asked(application, stay=60, patience=30)
     assert start["status"] == 200
     assert application.ended == ["answered"]
+
+
+def test_a_client_that_leaves_is_neither_an_error_nor_counted() -> None:
+    store = rs.write_store(None, {"c": np.ones((8, 1, 4))})
+    index = rs.build_index(store, rs.TracIn(), None)
+    sent: list[Any] = []
+    app = create_app(Slow({"TracIn": index}, Pictures(np.zeros((8, 2, 2)), index.ids, [])))
+    scope = {**SCOPE, "headers": [(b"content-type", b"application/json")], "query_string": b"", "http_version": "1.1"}
+    body = b'{"source": "training", "ids": ["0"], "where": "id > 2"}'
+    messages = [{"type": "http.disconnect"}, {**BODY, "body": body}]
+
+    async def receive() -> Any:
+        return messages.pop()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def ask() -> None:
+        async with app.router.lifespan_context(app):
+            await app(scope, receive, send)
+
+    asyncio.run(ask())
+    assert sent == []
+    assert "/api/query" not in TestClient(app).get("/metrics").text
 
 
 def test_an_expression_is_worked_out_for_as_long_as_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -233,7 +233,8 @@ def test_an_upload_is_answered_however_many_came_after_it(library: Library) -> N
     question = Question(2, "both", None, None, "sum", False)
     for asked in (first, second):
         few.check(asked)
-        answer = few.ask("TracIn", [asked], question)
+        (answer,) = few.ask("TracIn", [asked], [question])
+        assert isinstance(answer, rs.TopK)
         (query,) = few.fragment([asked], {"TracIn": ranked(answer)})["queries"]
         assert query["picture"].startswith("data:image/png")
     with pytest.raises(ValueError, match="among the uploads"):
@@ -422,11 +423,14 @@ def test_ids_can_be_searched_and_metrics_count(client: TestClient) -> None:
 
 def test_concurrent_queries_share_a_scan_and_each_gets_its_own_answer(library: Library) -> None:
     sizes: list[int] = []
+    ks, wheres = (1, 5, SAMPLES), (None, "artist == 'Anna'", "year < 1995")
+    for where in wheres[1:]:
+        library.mask("ReTracRidge", str(where))
 
     async def ask_all() -> list[Any]:
         batcher = Batcher(library, 16, sizes.append)
-        plain = [Question(k, "both", None, None, "sum", False) for k in (1, 5, SAMPLES)]
-        asked = [(Asked("queries", str(i % QUERIES)), plain[i % 3]) for i in range(12)]
+        filtered = [Question(k, "both", where, None, "sum", False) for k, where in zip(ks, wheres, strict=True)]
+        asked = [(Asked("queries", str(i % QUERIES)), filtered[i % 3]) for i in range(12)]
         wrong = Question(2, "both", "artist", None, "sum", False)
         tasks = [batcher.ask("ReTracRidge", one, question) for one, question in [*asked, (asked[0][0], wrong)]]
         found = await asyncio.gather(*tasks, return_exceptions=True)
@@ -438,7 +442,7 @@ def test_concurrent_queries_share_a_scan_and_each_gets_its_own_answer(library: L
     assert sizes == [12]  # what cannot be meant is told before a scan
     for i, lists in enumerate(found):
         query = rs.take(library.queries["ReTracRidge"], [i % QUERIES])
-        answer = library.indexes["ReTracRidge"].query(query, (1, 5, SAMPLES)[i % 3], side="both")
+        answer = library.indexes["ReTracRidge"].query(query, ks[i % 3], side="both", where=wheres[i % 3])
         assert ids_of(lists) == listed(answer)[0]
         assert [x["resolved"] for side in lists.values() for x in side] == answer.resolved[answer.listed].tolist()  # type: ignore[index]
 
@@ -564,10 +568,11 @@ def test_images_are_measured_as_the_store_was_unless_timesteps_are_given(library
         question = Question(5, "both", None, None, "sum", False)
         if refused:
             with pytest.raises(ValueError, match="matched pairing needs the index's timesteps in the queries"):
-                served.ask("ReTracRidge", [asked], question)
+                served.ask("ReTracRidge", [asked], [question])
             continue
-        expected = library.ask("ReTracRidge", [library.upload(ours)], question)
-        assert served.ask("ReTracRidge", [asked], question).ids.tolist() == expected.ids.tolist()
+        (expected,) = library.ask("ReTracRidge", [library.upload(ours)], [question])
+        (found,) = served.ask("ReTracRidge", [asked], [question])
+        assert found.ids.tolist() == expected.ids.tolist()  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
