@@ -33,7 +33,8 @@ from retrac_scale.evaluate.settings.removal import Removal, removal
 
 HERE = Path(__file__).parent
 METHODS = ((RECIPE, "common"), ("TRAK", "own"), ("pixel ridge", "-"))
-SHARE, RANDOM = 0.1, 8
+SHARE, RANDOM = 0.1, 4
+"""How much is removed, and how many models are trained without random samples."""
 
 
 def known(setting: Setting) -> Iterator[tuple[str, Any]]:
