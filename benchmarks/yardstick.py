@@ -197,7 +197,10 @@ def table(lab: Lab, truths: list[evaluate.Truth], again: list[str], kept: bool) 
 
 
 def run(setting: evaluate.Setting, names: list[str], again: list[str], kept: bool, file: Path) -> None:
-    """Write the report of a setting, judged by some truths, row by row; rows of an earlier run stay until then."""
+    """Write the report of a setting, judged by some truths, row by row; rows of an earlier run stay until then.
+
+    With `kept` those without scores stay afterwards too, unless a truth that they were judged by has changed.
+    """
     truths = [evaluate.truth(name) for name in names]
     report: dict[str, Any] = {
         "command": f"python -m benchmarks.yardstick --setting {setting.name}",
@@ -219,7 +222,7 @@ def run(setting: evaluate.Setting, names: list[str], again: list[str], kept: boo
         file.write_text(json.dumps(report, indent=1) + "\n")
         shown = [f"{f['queries']} {f['metric']} {f['value']['value']:.3f}" for x in line["figures"].values() for f in x]
         print(line["method"], line["noise"], "squared" * line["squared"], *shown, sep=" | ", flush=True)
-    file.write_text(json.dumps(report | {"rows": done}, indent=1) + "\n")
+    file.write_text(json.dumps(report if kept else report | {"rows": done}, indent=1) + "\n")
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
