@@ -5,16 +5,17 @@
 A small U-Net is told shape and colour of the 512 pictures of shapes16 as two tokens, one or both of which are left out
 now and then; 16 of the 64 combinations are in no training picture. Pictures of combinations that were trained on (new
 ones) and of those that were not are asked about for their shape (told both, against the colour alone) and for their
-colour. Precision@10 is the share of a list that has the shape, or the colour; beside the plain query, pixels and middle
-activations. Model and sketches are made first (minutes) unless they are there; the table goes to
-benchmarks/results/concepts-shapes16.md.
+colour. Precision@10 is the share of a list that has the shape, or the colour; beside the plain query, pixels, middle
+activations and self-supervised features. Those stand in for CLIP's, which cannot be had without a download, and are
+none: the net has seen these training pictures alone, and knows no words. Model and sketches are made first (minutes)
+unless they are there; the table goes to benchmarks/results/concepts-shapes16.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 import retrac_scale as rs
 from benchmarks.measurement_page import cpu_name
+from benchmarks.yardstick_baselines import simclr
 from benchmarks.yardstick_lab import damped, forward_features
 from retrac_scale import evaluate
 from retrac_scale.estimators.ridge import AUTO
@@ -124,6 +126,23 @@ def best(scores: Any) -> Any:
     return np.argsort(-scores, axis=1, kind="stable")[:, :TOP]
 
 
+def without_gradients(model: Any, scheduler: Any, train: Images, images: Images, net: Any) -> Iterator[tuple[str, Any]]:
+    """Scores `[q, n]` of baselines, which know no concept: one list for shape and colour; `net` gives features."""
+    inside = forward_features(model.eval(), scheduler, {"train": train, "asked": images})["middle activations"]
+    with torch.no_grad():
+        flat, seen = ([of(x.images).double().numpy() for x in (train, images)] for of in (nn.Flatten(), net))
+    seen = [x - seen[0].mean(0) for x in seen]
+    for name, sides in (
+        ("pixel ridge", [[x] for x in flat]),
+        ("self-supervised features, ridge", [[x] for x in seen]),
+        ("middle activations, same ridge", [list(inside[x].transpose(1, 0, 2)) for x in ("train", "asked")]),
+    ):
+        unit = [[x / np.linalg.norm(x, axis=1, keepdims=True) for x in side] for side in sides]
+        yield name, sum(damped(a.astype(float), b.astype(float), [AUTO])[0] for a, b in zip(*unit, strict=True))
+    first, second = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in seen)
+    yield "self-supervised features, centred cosine", second @ first.T
+
+
 class Listed(list[Any]):
     """Items with ids."""
 
@@ -153,7 +172,7 @@ def main() -> None:
             ("cross-attention", rs.ReTrac(pairing="matched")),
         )
     }
-    model = build()
+    model, net = build(), simclr(train.images)
     model.load_state_dict(weights)
     lines = []
     for where, (images, own) in asked_pictures(pictures).items():
@@ -171,15 +190,7 @@ def main() -> None:
                 found[f"concept; {label}"] = [best(one) for one in scores]
                 found[f"concept, either sign; {label}"] = [best(abs(one)) for one in scores]
                 found[f"plain query; {label}"] = [best(np.asarray(index.scores(plain)))] * 2
-        flat = [x.images.flatten(1).double().numpy() for x in (train, images)]
-        inside = forward_features(model.eval(), scheduler, {"train": train, "asked": images})["middle activations"]
-        for name, sides in (
-            ("pixel ridge", [[x] for x in flat]),
-            ("middle activations, same ridge", [list(inside[x].transpose(1, 0, 2)) for x in ("train", "asked")]),
-        ):
-            unit = [[x / np.linalg.norm(x, axis=1, keepdims=True) for x in side] for side in sides]
-            scores = sum(damped(a.astype(float), b.astype(float), [AUTO])[0] for a, b in zip(*unit, strict=True))
-            found[name] = [best(scores)] * 2
+        found |= {name: [best(scores)] * 2 for name, scores in without_gradients(model, scheduler, train, images, net)}
         for name, ids in found.items():
             shares = [(numbers[one, kind] == own[:, [kind]]).mean(1) for kind, one in enumerate(ids)]
             cells = " | ".join(f"{evaluate.bootstrap(np.mean, share):.3g}" for share in shares)
@@ -190,7 +201,8 @@ def main() -> None:
         f"`python -m benchmarks.concepts`, {datetime.date.today()}, {cpu_name()}; torch {torch.__version__}.",
         "Written by that command.\n",
         f"{len(train)} training images at {t} timesteps of {k} entries; {ASKED} pictures of either kind.",
-        f"Precision@{TOP}; brackets: 95 % intervals over pictures.\n",
+        f"Precision@{TOP}; brackets: 95 % intervals over pictures. Self-supervised features: of a small net that was",
+        "trained on the same 512 pictures without labels; it is no CLIP, which would know other pictures and words.\n",
         "| combinations | method | shape | colour |",
         "| --- | --- | --- | --- |",
     ]

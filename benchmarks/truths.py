@@ -140,10 +140,15 @@ def seeds(setting: Setting, _: int) -> evaluate.Subsets:
     return replace(known, again=np.stack(again), about=about)
 
 
+GROUPED = {"digits8": ("digit",), "shapes16": ("shape", "colour")}
+"""Columns by which a setting's groups are left out; others designer and category."""
+
+
 def groups(setting: Setting, _: int) -> evaluate.Groups:
-    """Losses of models without one designer or one category."""
+    """Losses of models without one digit, designer, category."""
     kinds = {kind: len(setting.queries[kind]) for kind in KINDS_OF_LDS}
-    labels = {column: np.asarray(setting.columns[column]).astype(str) for column in ("designer", "category")}
+    columns = GROUPED.get(setting.name, ("designer", "category"))
+    labels = {column: np.asarray(setting.columns[column]).astype(str) for column in columns}
     names = {column: np.unique(values) for column, values in labels.items()}
     left = np.concatenate([labels[column][None] != names[column][:, None] for column in labels])
     members = np.concatenate([np.ones((1, left.shape[1]), bool), left])

@@ -126,31 +126,25 @@ def at_fitted(scores: Scores, truth: evaluate.Subsets) -> Scores:
     """Of `[d, q, n]` that whose damping has the largest mean LDS over every second subset, by kind of query."""
     fitted = {}
     for kind in truth.kinds.keys() & scores.keys():
-        seen = part_of(truth, [kind], FITTED)
+        seen = with_subsets(truth.some([kind]), FITTED)
         found = [np.nan_to_num(evaluate.lds(one, seen.members, seen.losses)).mean() for one in scores[kind]]
         fitted[kind] = scores[kind][int(np.argmax(found))]
     return fitted
 
 
-def part_of(truth: evaluate.Subsets, kinds: list[str], subsets: slice = slice(None)) -> evaluate.Subsets:
-    """A truth for some kinds of queries and some of its subsets."""
-    rows = np.concatenate([np.arange(truth.shape[0])[truth.rows[kind]] for kind in kinds])
-    return replace(
-        truth,
-        kinds={kind: truth.kinds[kind] for kind in kinds},
-        members=truth.members[subsets],
-        losses=truth.losses[subsets][:, rows],
-        again=truth.again[:, subsets][:, :, rows],
-    )
+def with_subsets(truth: evaluate.Subsets, chosen: slice) -> evaluate.Subsets:
+    """A truth of some of its subsets."""
+    return replace(truth, members=truth.members[chosen], losses=truth.losses[chosen], again=truth.again[:, chosen])
 
 
 def judged(row: Row, truth: evaluate.Truth) -> list[dict[str, Any]]:
-    """Each metric of a truth on each kind of query that the row has scores for; nothing where they do not suffice."""
+    """Each metric of a truth on each kind of query that the row has scores for; of half the subsets, the LDS alone."""
     kinds = [kind for kind in truth.kinds if kind in row.scores]
-    if isinstance(truth, evaluate.Subsets) and kinds:
-        truth = part_of(truth, kinds, JUDGING if row.half else slice(None))
-    elif row.half or len(kinds) < len(truth.kinds):
+    if not kinds or (row.half and not isinstance(truth, evaluate.Subsets)):
         return []
+    truth = truth.some(kinds)
+    if row.half and isinstance(truth, evaluate.Subsets):
+        truth = with_subsets(truth, JUDGING)
     return [asdict(figure) for figure in evaluate.judge(row.scores, truth, draws=DRAWS).figures]
 
 
@@ -197,13 +191,16 @@ def table(lab: Lab, truths: list[evaluate.Truth], again: list[str], kept: bool) 
             if among not in leaders:  # the recipe is the first of ours
                 leaders[among] = row.scores
             elif known is not None:
-                seen = part_of(known, list(known.kinds), JUDGING if row.half else slice(None))
+                seen = with_subsets(known, JUDGING) if row.half else known
                 line["ahead"] = ahead(leaders[among], row.scores, seen)
             yield line
 
 
 def run(setting: evaluate.Setting, names: list[str], again: list[str], kept: bool, file: Path) -> None:
-    """Write the report of a setting, judged by some truths, row by row; rows of an earlier run stay until then."""
+    """Write the report of a setting, judged by some truths, row by row; rows of an earlier run stay until then.
+
+    With `kept` those without scores stay afterwards too, unless a truth that they were judged by has changed.
+    """
     truths = [evaluate.truth(name) for name in names]
     report: dict[str, Any] = {
         "command": f"python -m benchmarks.yardstick --setting {setting.name}",
@@ -225,12 +222,26 @@ def run(setting: evaluate.Setting, names: list[str], again: list[str], kept: boo
         file.write_text(json.dumps(report, indent=1) + "\n")
         shown = [f"{f['queries']} {f['metric']} {f['value']['value']:.3f}" for x in line["figures"].values() for f in x]
         print(line["method"], line["noise"], "squared" * line["squared"], *shown, sep=" | ", flush=True)
-    file.write_text(json.dumps(report | {"rows": done}, indent=1) + "\n")
+    file.write_text(json.dumps(report if kept else report | {"rows": done}, indent=1) + "\n")
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
     """What tells a row of the table from others."""
     return tuple(row[name] for name in ("method", "noise", "squared", "half"))
+
+
+def write_pages() -> None:
+    """Those of each setting, the leaderboard and the README's comparison, from the results."""
+    results = HERE / "results"
+    reports, removals = (
+        [json.loads(file.read_text()) for file in sorted(results.glob(f"{what}-*.json"))]
+        for what in ("yardstick", "removal")
+    )
+    for report in reports:
+        (results / f"yardstick-{report['setting']}.md").write_text(pages.setting_page(report))
+    docs, readme = HERE.parent / "docs" / "leaderboard.md", HERE.parent / "README.md"
+    docs.write_text(pages.leaderboard(reports, removals))
+    readme.write_text(pages.with_comparison(readme.read_text(), reports))
 
 
 def main() -> None:
@@ -252,12 +263,7 @@ def main() -> None:
         setting = evaluate.setting(options.setting, folder=options.folder, work=options.work)
         known = [name for name in evaluate.truths() if name.split("-")[0] == setting.name]
         run(setting, options.truths or known, options.again, options.kept, results / f"yardstick-{setting.name}.json")
-    reports = [json.loads(file.read_text()) for file in sorted(results.glob("yardstick-*.json"))]
-    for report in reports:
-        (results / f"yardstick-{report['setting']}.md").write_text(pages.setting_page(report))
-    docs, readme = HERE.parent / "docs" / "leaderboard.md", HERE.parent / "README.md"
-    docs.write_text(pages.leaderboard(reports))
-    readme.write_text(pages.with_comparison(readme.read_text(), reports))
+    write_pages()
 
 
 if __name__ == "__main__":

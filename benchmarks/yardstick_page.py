@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.paper_page import table
@@ -81,12 +82,14 @@ def lds_of(report: Report, row: dict[str, Any]) -> dict[str, Any]:
     return {one["queries"]: one for one in row["figures"].get(f"{report['setting']}-lds", []) if one["metric"] == "LDS"}
 
 
-def leaderboard(reports: list[Report]) -> str:
-    """The page that compares settings."""
+def leaderboard(reports: list[Report], removals: list[Report]) -> str:
+    """The page that compares settings, and what removing top samples did."""
     text = [INTRODUCTION.format(date=max(report["date"] for report in reports), machine=reports[0]["machine"])]
     text += ["## What to use when", WHEN, table([line for report in reports for line in advice(report)])]
     text += ["## Baselines, and what must fall", *filter(None, map(baselines, reports))]
     text += [SANE, table([line for report in reports for line in falls(report)])]
+    for report in removals:
+        text += [f"## Removal: {report['setting']}", REMOVED.format(**report), table(list(removed(report)))]
     for report in reports:
         name = report["setting"]
         text += [
@@ -109,20 +112,38 @@ def leaderboard(reports: list[Report]) -> str:
                     text.append("### " + ("Squared scores" if squared else "Scores as they are") + FITTED * half)
                     text.append(table([*top(report, half), *sorted(lines, key=by_held_out)]))
         for truth, sentence in report["truths"].items():
-            lines = [line for row in report["rows"] if not row["squared"] for line in first_metrics(row, truth)]
-            if lines:
-                text += [f"### {truth}", f"{sentence.capitalize()}. Scores as they are.", table(ranked(lines))]
+            tables = list(other_tables(report, truth))
+            if tables:
+                text += [f"### {truth}", f"{sentence.capitalize()}. Scores as they are.", *tables]
     return "\n\n".join(text) + "\n"
 
 
-def first_metrics(row: dict[str, Any], truth: str) -> list[dict[str, Any]]:
-    """A line with all metrics of the only kind of query, or the first of each kind; LDS has tables of its own."""
-    figures = [one for one in row["figures"].get(truth, []) if one["metric"] != "LDS"]
-    kinds = {one["queries"] for one in figures}
-    if len(kinds) > 1:
-        figures = [one for one in figures if one["metric"] == figures[0]["metric"]]
-    found = {column(one): one["value"] for one in figures}
-    return [{**head(row), **found, "bytes": row["bytes"], "seconds": row["seconds"]}] if found else []
+def other_tables(report: Report, truth: str) -> Iterator[str]:
+    """Of a truth that is no LDS: of groups a table of each metric, else one of all, or of the first of each kind."""
+    rows = [row for row in report["rows"] if row["figures"].get(truth) and not row["squared"]]
+    figures = [one for one in (rows[0]["figures"][truth] if rows else []) if one["metric"] != "LDS"]
+    metrics = list(dict.fromkeys(one["metric"] for one in figures))
+    parts = [metrics[:1] if len({one["queries"] for one in figures}) > 1 else metrics] if metrics else []
+    for shown in [[metric] for metric in metrics] if truth.endswith("-groups") else parts:
+        lines = [
+            {**head(row), **found, "bytes": row["bytes"], "seconds": row["seconds"]}
+            for row in rows
+            if (found := {column(one): one["value"] for one in row["figures"][truth] if one["metric"] in shown})
+        ]
+        top = {column(one): ceiling(one) for one in figures if one["metric"] in shown}
+        yield table([{"method": "*ceiling*", "noise": "", **top, "bytes": "", "seconds": ""}, *ranked(lines)])
+
+
+def removed(report: Report) -> Iterator[dict[str, Any]]:
+    """What the loss and the image of a query did without a method's top samples, a line for each method."""
+    for method, line in report["lines"].items():
+        parts = ("", ", beyond random", ", beyond others")
+        yield {"method": method, "queries": line["queries"]} | {
+            f"{what}{part}": line[f"{what}{part}"] for what in ("loss", "image") for part in parts
+        }
+    most = max(report["lines"].values(), key=lambda line: line["queries"])
+    at_random = {what: most[f"{what} at random"] for what in ("loss", "image")}
+    yield {"method": "as many random samples", "queries": most["queries"], **at_random}
 
 
 def top(report: Report, half: bool) -> list[dict[str, Any]]:
@@ -189,7 +210,8 @@ def falls(report: Report) -> list[dict[str, Any]]:
     rows = [row for row in report["rows"] if not row["squared"] and not row["half"]]
     recipe = next(row for row in rows if row["method"] == report["recipe"])
     for truth in report["truths"]:
-        told = {one["metric"]: one for one in reversed(recipe["figures"].get(truth, []))}  # of the first kind of query
+        every = reversed(recipe["figures"].get(truth, []))  # of the first kind of query, the first grouping
+        told = {one["metric"].split(" of ")[0]: one for one in every}
         figure = next((told[metric] for metric in TELLING if metric in told), None)
         if figure is None:
             continue
@@ -295,6 +317,16 @@ WHEN = """- **What would retraining without these images do?** `ReTracRidge` ove
   here. Fit it on retrained models that do not judge it.
 
 What follows is computed: rows for which the interval of the difference to the recipe lies above zero, or holds it."""
+
+REMOVED = """`{command}`, {date}, {machine}; {hours} hours of training on a machine that others used too. Written by
+that command.
+
+The model is trained again, from the same seed, without the {removed} of {samples} samples that a method puts first for
+a generated image: how much does the loss of that image rise, and how far is the image that the same noise becomes (root
+mean square, pixels in -1 .. 1)? Beyond random: than without as many random samples, mean of {random} models. Beyond
+others: than the other generated images of the same model. Brackets: 95 % intervals over queries. Models of one seed
+that differ in any tenth of their samples make other images of the same noise: the difference counts, not the
+distance."""
 
 SANE = """Shuffled samples must leave nothing, shuffled queries what is the same for every query. A model before
 training, or of another seed, is not the model that was asked: what its gradients keep is owed to the

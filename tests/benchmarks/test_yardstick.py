@@ -17,7 +17,7 @@ from scipy.stats import spearmanr
 from trak.score_computers import BasicScoreComputer
 
 import retrac_scale as rs
-from benchmarks import yardstick, yardstick_page
+from benchmarks import removal, yardstick, yardstick_page
 from benchmarks.yardstick_baselines import baselines, contrastive, forward, inner, pixels, sanity, shuffled
 from benchmarks.yardstick_foreign import (
     by_place,
@@ -32,6 +32,7 @@ from benchmarks.yardstick_methods import DAMPINGS, Found, Method, estimated, fit
 from retrac_scale import evaluate
 from retrac_scale.estimators.ridge import AUTO
 from retrac_scale.evaluate.settings import Images
+from retrac_scale.evaluate.settings.removal import Removal
 from retrac_scale.projections import Identity
 from tests.conftest import tiny_unet
 
@@ -331,12 +332,50 @@ def test_the_page_names_the_rows_that_the_recipe_is_not_clear_of(report: dict[st
 
 
 def test_the_pages_show_each_row_under_its_ceiling(report: dict[str, Any]) -> None:
-    for page in (yardstick_page.setting_page(report), yardstick_page.leaderboard([report])):
+    for page in (yardstick_page.setting_page(report), yardstick_page.leaderboard([report], [])):
         lines = [line for line in page.splitlines() if line.startswith("| ")]
         names = [line.split(" | ")[0].removeprefix("| ") for line in lines]
         start = names.index("*ceiling*")
         assert names[start - 2 : start + 4] == ["method", "---", "*ceiling*", "ReTracRidge", "DAS", "TRAK"]
         assert "0.9 [0.8, 0.95]" in lines[start]
+
+
+def test_groups_stand_in_every_table_under_what_one_seed_says_of_another(report: dict[str, Any]) -> None:
+    rng = np.random.default_rng(3)
+    labels = {"digit": np.arange(N) % 4, "size": np.arange(N) % 2}
+    names = {"digit": np.arange(4), "size": np.arange(2)}
+    without = {column: rng.normal(size=(2, len(found), 8)) for column, found in names.items()}
+    kinds = {"held out": 4, "generated": 4}
+    truth = evaluate.Groups("tiny-groups", kinds, N, {}, labels, names, without, rng.normal(size=(2, 8)))
+    method = Method("some", "own", lambda _: Found({}, 0, 0, 0.0))
+    scores = {kind: rng.normal(size=(4, N)) for kind in kinds}
+    for row, known in zip(report["rows"], (scores, scores, {"generated": scores["generated"]}), strict=True):
+        row["figures"]["tiny-groups"] = yardstick.judged(yardstick.Row(method, False, known), truth)
+    assert yardstick.judged(yardstick.Row(method, False, scores, half=True), truth) == []
+    report["truths"]["tiny-groups"] = truth.sentence
+    page = yardstick_page.leaderboard([report], []).split("### tiny-groups")[1]
+    tables = [part.splitlines() for part in page.split("\n\n") if part.startswith("| method")]
+    metrics = ["first of 4, digit", "NDCG@3 of 4, digit", "first of 2, size", "NDCG@3 of 2, size"]
+    assert [one[0].split(" | ")[2] for one in tables] == [f"{metric}, held out" for metric in metrics]
+    same = float(np.mean(truth.harm("digit")[0, :4].argmax(1) == truth.harm("digit")[1, :4].argmax(1)))
+    assert [len(one) for one in tables] == [6] * 4
+    assert tables[0][2].startswith(f"| *ceiling* |  | {same:.3g} [")
+    assert sum("|  |" in line for line in tables[0][3:]) == 1  # a method that has no scores for one kind of query
+    (first, second) = yardstick_page.falls(
+        report | {"rows": [row | {"method": "ReTracRidge"} for row in report["rows"]]}
+    )
+    assert (first["truth"], second["figure"]) == ("tiny-lds", "first of 4, digit, held out")
+
+
+def test_a_removal_is_told_beyond_random_samples_and_other_queries(report: dict[str, Any]) -> None:
+    found = Removal(*(np.array(x) for x in ([0.5, 0.7], [0.1, 0.3], [0.2, 0.2], [0.9, 0.8], [0.4, 0.4], [0.5, 0.6])))
+    about = {"command": "python", "machine": "some", "date": "2026-01-01", "setting": "tiny", "removed": 4}
+    about |= {"samples": N, "random": 8, "hours": 0.5, "lines": {"one": removal.line(found)}}
+    page = yardstick_page.leaderboard([report], [about])
+    one, at_random = page.split("## Removal: tiny")[1].split("\n| ")[3:5]
+    told = [cell.split(" [")[0] for cell in one.split(" | ")]
+    assert told[:8] == ["one", "2", "0.6", "0.4", "0.4", "0.85", "0.3", "0.45"]
+    assert at_random.startswith("as many random samples | 2 | 0.2 [")
 
 
 def test_the_readme_is_changed_between_its_markers_alone(report: dict[str, Any]) -> None:
@@ -354,7 +393,8 @@ def test_pages_of_the_repository_are_those_of_its_results() -> None:
     root = Path(yardstick.__file__).parent.parent
     reports = [json.loads(file.read_text()) for file in sorted((root / "benchmarks/results").glob("yardstick-*.json"))]
     assert reports
-    assert (root / "docs/leaderboard.md").read_text() == yardstick_page.leaderboard(reports)
+    removals = [json.loads(file.read_text()) for file in sorted((root / "benchmarks/results").glob("removal-*.json"))]
+    assert (root / "docs/leaderboard.md").read_text() == yardstick_page.leaderboard(reports, removals)
     readme = (root / "README.md").read_text()
     assert yardstick_page.with_comparison(readme, reports) == readme
     for report in reports:

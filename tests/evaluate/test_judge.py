@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,16 @@ def test_the_ceiling_of_groups_is_one_seed_judged_by_the_other() -> None:
     ceiling = evaluate.judge(np.zeros((5, N)), truth, draws=5)["first of 2, size", "held out"].ceiling
     assert ceiling is not None
     assert ceiling.value == pytest.approx(same)
+    without = {column: values[:1] for column, values in truth.without.items()}
+    alone = replace(truth, without=without, whole=truth.whole[:1])
+    assert {figure.ceiling for figure in evaluate.judge(np.zeros((5, N)), alone, draws=5).figures} == {None}
+
+
+def test_where_no_removal_harms_a_query_there_is_no_ndcg() -> None:
+    truth = groups_truth()
+    harmless = replace(truth, whole=truth.whole + 10)
+    metrics = {figure.metric for figure in evaluate.judge(np.ones((5, N)), harmless, draws=5).figures}
+    assert metrics == {"first of 4, colour", "first of 2, size"}
 
 
 def test_ndcg_of_gains_in_falling_order_is_one_and_without_gains_undefined() -> None:
@@ -191,6 +202,13 @@ def test_a_truth_comes_back_from_its_file(truth: evaluate.Truth, scores: Any, tm
     for a, b in zip(first.figures, second.figures, strict=True):
         assert a.value.value == pytest.approx(b.value.value, abs=1e-6)
     assert evaluate.truths(tmp_path) == [truth.name]
+
+
+@pytest.mark.parametrize("truth", TRUTHS, ids=lambda truth: truth.what)
+def test_a_truth_of_one_kind_of_query_judges_it_as_the_whole_truth_does(truth: evaluate.Truth, scores: Any) -> None:
+    whole = evaluate.judge(scores, truth, draws=20)
+    some = evaluate.judge(scores[3:], truth.some(["generated"]), draws=20)
+    assert some.figures == tuple(figure for figure in whole.figures if figure.queries == "generated")
 
 
 def test_scores_may_come_as_a_file_or_by_kind_of_query(scores: Any, tmp_path: Path) -> None:

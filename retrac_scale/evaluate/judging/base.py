@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
@@ -93,6 +93,11 @@ class Truth:
         ends = np.cumsum([0, *self.kinds.values()]).tolist()
         return {kind: slice(a, b) for kind, a, b in zip(self.kinds, ends[:-1], ends[1:], strict=True)}
 
+    def some(self, kinds: Sequence[str]) -> Self:
+        """The same, asked about queries of some kinds alone: for a method that has no scores for the others."""
+        rows = np.concatenate([np.arange(self.shape[0])[self.rows[kind]] for kind in kinds])
+        return replace(self, kinds={kind: self.kinds[kind] for kind in kinds}, **self._of_queries(rows))
+
     def figures(self, scores: Float64, draws: Draws) -> Iterator[Figure]:
         """All metrics of scores `[q, n]`, finite and of this truth's shape."""
         raise NotImplementedError
@@ -100,6 +105,10 @@ class Truth:
     @property
     def sentence(self) -> str:
         """What the truth holds, in a few words."""
+        raise NotImplementedError
+
+    def _of_queries(self, rows: Any) -> dict[str, Any]:
+        """What its kind adds, of some queries by number."""
         raise NotImplementedError
 
     def _arrays(self) -> dict[str, Any]:

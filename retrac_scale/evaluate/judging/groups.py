@@ -47,8 +47,8 @@ class Groups(Truth):
         """For each way to group samples: is the group with the largest summed score the one whose removal hurts most.
 
         "first": whether it is; "NDCG@3": of groups by summed score, the gain being the rise of the loss, mean over
-        seeds. The ceiling is what the rise under one seed scores when it is judged by that under another: a method
-        that knows the mean over seeds can pass it.
+        seeds. The ceiling is what the rise under one seed scores when it is judged by that under another, None of one
+        seed: a method that knows the mean over seeds can pass it.
         """
         for column, labels in self.labels.items():
             inside = np.asarray(labels)[None] == np.asarray(self.names[column])[:, None]  # [g, n]
@@ -56,14 +56,20 @@ class Groups(Truth):
             for kind, rows in self.rows.items():
                 for metric, values in _metrics(sums[rows], harm[:, rows].mean(0)).items():
                     others = [_metrics(a[rows], b[rows])[metric] for a, b in permutations(harm, 2)]
-                    value, ceiling = _interval(values, draws), _interval(np.mean(others, axis=0), draws)
-                    yield Figure(kind, len(_defined(values)), f"{metric} of {len(inside)}, {column}", value, ceiling)
+                    ceiling = _interval(np.mean(others, axis=0), draws) if others else None
+                    value, name = _interval(values, draws), f"{metric} of {len(inside)}, {column}"
+                    if value is not None:
+                        yield Figure(kind, len(_defined(values)), name, value, ceiling)
 
     @property
     def sentence(self) -> str:
         """See `Truth`."""
         groups = " and ".join(f"{len(names)} by {column}" for column, names in self.names.items())
         return f"models trained without one group, {groups}, {len(self.whole)} seeds each"
+
+    def _of_queries(self, rows: Any) -> dict[str, Any]:
+        without = {column: losses[:, :, rows] for column, losses in self.without.items()}
+        return {"without": without, "whole": self.whole[:, rows]}
 
     def _arrays(self) -> dict[str, Any]:
         found: dict[str, Any] = {"columns": np.array(list(self.labels)), "whole": self.whole.astype(np.float32)}
@@ -97,10 +103,7 @@ def _defined(values: Float64) -> Float64:
     return values[np.isfinite(values)]
 
 
-def _interval(values: Float64, draws: Draws) -> Interval:
-    """Of the mean over queries for which the metric is defined."""
-    return bootstrap(_mean, _defined(values), draws=draws.count, level=draws.level, seed=draws.seed)
-
-
-def _mean(values: Float64) -> float:
-    return float(values.mean()) if len(values) else float("nan")
+def _interval(values: Float64, draws: Draws) -> Interval | None:
+    """Of the mean over queries for which the metric is defined; None without any."""
+    known = _defined(values)
+    return bootstrap(np.mean, known, draws=draws.count, level=draws.level, seed=draws.seed) if len(known) else None

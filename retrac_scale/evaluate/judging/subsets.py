@@ -84,6 +84,9 @@ class Subsets(Truth):
         more = f", {r} of them with {s} more seeds" if s else ""
         return f"{m} models trained on random subsets{more}"
 
+    def _of_queries(self, rows: Any) -> dict[str, Any]:
+        return {"losses": self.losses[:, rows], "again": self.again[:, :, rows]}
+
     def _arrays(self) -> dict[str, Any]:
         return {
             "members": np.packbits(self.members, axis=1),

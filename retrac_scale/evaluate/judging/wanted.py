@@ -64,6 +64,9 @@ class Wanted(Truth):
         each = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
         return f"{each} of {self.samples} training samples to be found for each query"
 
+    def _of_queries(self, rows: Any) -> dict[str, Any]:
+        return {"parts": self.parts[rows]}
+
     def _arrays(self) -> dict[str, Any]:
         return {"parts": self.parts, "metrics": np.array(self.metrics)}
 

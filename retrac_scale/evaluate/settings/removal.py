@@ -24,10 +24,10 @@ class Removal:
 
     Attributes:
         loss: rise of the query's own loss, `[q]`.
-        loss_of_others: mean rise of the other queries' losses under the same model, `[q]`.
+        loss_of_others: mean rise of all other generated images' losses under the same model, `[q]`.
         loss_at_random: mean rise of the query's loss without as many random samples, `[q]`.
         image: root mean square difference of the image that is generated from the same noise, pixels in -1 .. 1, `[q]`.
-        image_of_others: the same of the other queries' images, `[q]`.
+        image_of_others: the same, mean over all other generated images, `[q]`.
         image_at_random: the same without as many random samples, `[q]`.
     """
 
@@ -55,8 +55,9 @@ def removal(
 ) -> Removal:
     """Train again without each query's samples of largest score, and without random ones; resumable.
 
-    All models have the seed of the setting's own, so that they differ by their samples alone. Models without random
-    samples serve every method; a method adds one training per query.
+    All models have the seed of the setting's own, so that they differ by their samples alone, and are asked about all
+    generated images: more queries can be added later. Models without random samples serve every method; a method adds
+    one training per query.
 
     Args:
         setting: with generated queries.
@@ -80,26 +81,17 @@ def removal(
     first = [np.argsort(-row, kind="stable")[:count] for row in values[:queries]]
     chance = [rng.permutation(n)[:count] for _ in range(random)]
     kept = [setting.ids, *(np.setdiff1d(setting.ids, left_out) for left_out in [*first, *chance])]
-    measure = _Changes(setting, generated.some(slice(queries)))
+    measure = _Changes(setting, generated)
     trainer = replace(setting.trainer, progress=False)
     found = retrain(kept, trainer, measure, setting.work / "removal", seed=setting.seed, key=measure.key)
-    change = found.reshape(len(kept), 2, queries)[1:] - [[1], [0]] * found[0].reshape(2, queries)
-    (loss, image), (loss_at_random, image_at_random) = (
-        (change[rows, 0], change[rows, 1]) for rows in (slice(queries), slice(queries, None))
-    )
-    return Removal(
-        np.diag(loss),
-        _of_others(loss),
-        loss_at_random.mean(0),
-        np.diag(image),
-        _of_others(image),
-        image_at_random.mean(0),
-    )
+    every, q = found.reshape(len(kept), 2, len(generated)), len(first)
+    loss, image = every[1:, 0] - every[0, 0], every[1:, 1]  # [q + random, generated]
+    return Removal(*_parts(loss[:q], loss[q:]), *_parts(image[:q], image[q:]))
 
 
 @dataclass(frozen=True, eq=False)
 class _Changes:
-    """`changes(weights)`: losses of q queries, then how far images from the same noise are from them, `[2 q]`."""
+    """`changes(weights)`: losses of generated images, then how far those from the same noise are from them, `[2 q]`."""
 
     setting: Setting
     asked: Any
@@ -113,13 +105,12 @@ class _Changes:
         return f"removal of {self._losses.key}"
 
     def __call__(self, weights: dict[str, Any]) -> Any:
-        every = self.setting.queries["generated"]
-        images = generate_anew(self.setting.training, self.setting.build(), weights, every)[: len(self.asked)]
+        images = generate_anew(self.setting.training, self.setting.build(), weights, self.asked)
         far = (images - self.asked.images).flatten(1).double().pow(2).mean(1).sqrt().numpy()
         return np.concatenate([self._losses(weights), far])
 
 
-def _of_others(change: Any) -> Any:
-    """Mean over the other columns of each row."""
-    q = len(change)
-    return (change.sum(1) - np.diag(change)) / (q - 1)
+def _parts(change: Any, at_random: Any) -> tuple[Any, Any, Any]:
+    """Of changes `[q, generated]`: the query's own, the mean of the others, the query's own at random, `[q]` each."""
+    own = np.diagonal(change)
+    return own, (change.sum(1) - own) / (change.shape[1] - 1), at_random.mean(0)[: len(own)]
