@@ -110,7 +110,7 @@ def to_uint8(image: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
 
 def is_tiny(image: npt.NDArray[np.uint8]) -> bool:
     """Whether a picture has so few pixels that, shown as squares, they hide what it shows."""
-    return max(image.shape[:2]) <= TINY
+    return bool(max(image.shape[:2]) <= TINY)
 
 
 def data_uri(image: npt.NDArray[np.uint8]) -> str:
