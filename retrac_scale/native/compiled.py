@@ -43,14 +43,25 @@ def compiled(function: Function, *, reassociate: bool = False) -> Any:
         return numba.njit(**options)(function)
 
 
+def fetch(builder: Any, address: Any, nearest: int = 1) -> None:
+    """Among the instructions of an intrinsic: have the cache line at an address fetched, into a cache and those beyond.
+
+    Args:
+        builder: LLVM's.
+        address: 64 bits, which need not be valid.
+        nearest: the cache, by its number.
+    """
+    pointer, number = ir.PointerType(ir.IntType(8)), ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    read, locality, data = number(0), number(4 - nearest), number(1)
+    builder.call(function, [builder.inttoptr(address, pointer), read, locality, data])
+
+
 def _prefetching(nearest: int, doc: str) -> Any:
     def prefetch(typing: Any, address: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            pointer, number = ir.PointerType(ir.IntType(8)), ir.IntType(32)
-            kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
-            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-            read, locality, data = number(0), number(4 - nearest), number(1)
-            builder.call(function, [builder.inttoptr(arguments[0], pointer), read, locality, data])
+            fetch(builder, arguments[0], nearest)
             return context.get_dummy_value()
 
         return types.void(types.intp), generate

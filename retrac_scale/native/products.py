@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from retrac_scale.native.compiled import LINE, compiled, has
+from retrac_scale.native.compiled import LINE, compiled, fetch, has
 
 LANES = 16 if has("avx512bw") else 8 if has("avx2") else 4
 """Sums of 32 bits in a vector register."""
@@ -25,6 +25,9 @@ QUERIES = 4
 
 BLOCK = 64
 """Rows that stay in a core's caches for all queries."""
+
+APART = 4
+"""Rows from those that are multiplied to those that are fetched meanwhile, where two are read side by side."""
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
@@ -55,6 +58,9 @@ def _sum_tile(
         for register in (register for registers in sums for register in registers):
             builder.store(ir.Constant(vector, [0] * LANES), register)
         with cgutils.for_range(builder, lines) as loop:
+            for address in lefts if height > 1 else ():  # a row alone is read in order, which CPUs foresee
+                later = builder.add(address, builder.mul(left_step, int64(APART)))
+                fetch(builder, builder.add(later, builder.mul(loop.index, int64(LINE))))
             for start in range(0, LINE, at_once):
                 entry = builder.add(builder.mul(loop.index, int64(LINE)), int64(start))
                 factors = [builder.load(at(r, builder.mul(entry, int64(2)), halves), align=2) for r in rights]
