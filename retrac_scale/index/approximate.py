@@ -24,8 +24,10 @@ CHANCE = 1e-21
 """That the bound on a product of int8 queries fails for one row and query (Hoeffding's inequality)."""
 
 
-MEASURED_ROWS, TURNS = 512, 3
-"""Of which the faster product is told, and how often."""
+MEASURED_BYTES, TURNS = 4 * 2**20, 3
+"""Of rows by which the faster product is told, more than a core's own cache holds; and how often."""
+CLEARLY = 1.1
+"""How much faster a compiled pass has to be to be taken, since a busy machine measures badly."""
 
 
 class IntegerProduct:
@@ -117,12 +119,13 @@ def _takes_int8(queries: int, entries: int) -> bool:
 @functools.lru_cache(maxsize=256)
 def _is_faster(queries: int, entries: int, threads: int) -> bool:
     """Whether torch's int8 products are faster here than compiled passes, by some milliseconds of each."""
-    rows, scale = np.ones((MEASURED_ROWS, entries), np.int8), np.ones(MEASURED_ROWS, np.float32)
+    n = max(1, MEASURED_BYTES // entries)
+    rows, scale = np.ones((n, entries), np.int8), np.ones(n, np.float32)
     ones, zero = np.ones((queries, entries), np.int8), np.zeros(queries)
     unit = np.ones(queries, np.float32)
     ways: list[Product] = [
-        TorchProduct(torch.from_numpy(ones).T, unit, zero, MEASURED_ROWS),
-        IntegerProduct(ones.astype(np.int16), unit, zero, MEASURED_ROWS),
+        TorchProduct(torch.from_numpy(ones).T, unit, zero, n),
+        IntegerProduct(ones.astype(np.int16), unit, zero, n),
     ]
     took = [float("inf")] * len(ways)
     for _ in range(1 + TURNS):  # the first is for what is made once
@@ -130,7 +133,7 @@ def _is_faster(queries: int, entries: int, threads: int) -> bool:
             started = time.perf_counter()
             way.weighted(rows, scale)
             took[number] = min(took[number], time.perf_counter() - started)
-    return took[0] < took[1]
+    return took[0] < CLEARLY * took[1]
 
 
 def multiply(rows: npt.NDArray[Any], places: Int64, queries: Float64, asked: Int64, out: Float64) -> None:
