@@ -18,7 +18,7 @@ from retrac_scale.gradients import factored
 from retrac_scale.gradients.mixing import mix
 from retrac_scale.gradients.rules import normalization
 from retrac_scale.index import kernels, plain
-from retrac_scale.native import products
+from retrac_scale.native import products, texts
 from retrac_scale.native.threads import SharedPass, over_rows
 from retrac_scale.projections import folding
 from retrac_scale.store import rounding
@@ -264,6 +264,27 @@ def to_dot(rng: np.random.Generator) -> tuple[Any, ...]:
     return integers(rng, n, k), query, floats(rng, n), np.float32(0.3), np.empty(n, np.float32)
 
 
+def merge(text: Any, ends: Any, others: Any, other_ends: Any, out: Any) -> None:
+    """See `texts.merge`."""
+    theirs = texts_of(others, other_ends)
+    for number, one in enumerate(texts_of(text, ends)):
+        out[number] = 2 * sum(other < one for other in theirs) - (one not in theirs)
+
+
+def texts_of(content: Any, ends: Any) -> list[bytes]:
+    """One after the other."""
+    return [content[start:stop].tobytes() for start, stop in zip([0, *ends], ends, strict=False)]
+
+
+def to_merge(rng: np.random.Generator) -> tuple[Any, ...]:
+    """For `texts.merge`: short texts of few letters, so that many are on both sides or begin alike."""
+    sides: list[Any] = []
+    for _ in range(2):
+        drawn = sorted({rng.choice([0, 97, 255], rng.integers(4)).astype(np.uint8).tobytes() for _ in range(size(rng))})
+        sides += [np.frombuffer(b"".join(drawn), np.uint8), np.cumsum([len(one) for one in drawn], dtype=np.int64)]
+    return (*sides, np.empty(len(sides[1]), np.int64))
+
+
 PASSES = (
     Pass(factored._form, form, to_form, (1,)),
     Pass(folding._form_and_fold, form_and_fold, to_form_and_fold, (1, 4)),
@@ -276,6 +297,7 @@ PASSES = (
     Pass(kernels.dot, dot, to_dot, (4,), bits=True),
     Pass(kernels.multiply, plain.multiply, to_multiply, (4,), bits=True),
     Pass(products.multiply_integers, multiply_integers, to_products, (4,)),
+    Pass(texts.merge, merge, to_merge, (4,), bits=True),
 )
 """All of them: a test finds one that is missing."""
 
