@@ -18,6 +18,7 @@ from retrac_scale.api.index import build_index
 from retrac_scale.api.sketch import sketch
 from retrac_scale.columns import check_columns, check_ids, column_types
 from retrac_scale.estimators import ReTrac
+from retrac_scale.estimators.ridge import BY_QUERIES
 from retrac_scale.index.build import chunk_samples
 from retrac_scale.projections import Projection
 from retrac_scale.store import Dtype, Layout, write_store
@@ -108,7 +109,7 @@ def store_size(
     )
 
 
-def index_bytes(samples: int, checkpoints: int, dim: int, timesteps: int = 1) -> int:
+def index_bytes(samples: int, checkpoints: int, dim: int, timesteps: int = 1, *, ridge: bool = False) -> int:
     """Bytes of all chunks of an int8 index with integer ids, without columns: to the byte.
 
     Args:
@@ -116,11 +117,13 @@ def index_bytes(samples: int, checkpoints: int, dim: int, timesteps: int = 1) ->
         checkpoints: c.
         dim: k.
         timesteps: t under matched pairing, whose rows hold t x k entries; 1 under cross pairing, whose rows are means.
+        ridge: whether the estimator has one, which queries carry where there are many samples.
     """
     width = timesteps * dim
     size = chunk_samples(samples, width)  # the last chunk is as long as the others
     planes = checkpoints * (size * width + 2 * 4 * size + 3 * CRC_BYTES)  # rows, scales, norms
-    return -(-samples // size) * (planes + 8 * size + CRC_BYTES)
+    inverses = checkpoints * timesteps * (8 * dim**2 + CRC_BYTES) if ridge and samples >= BY_QUERIES * dim else 0
+    return -(-samples // size) * (planes + 8 * size + CRC_BYTES) + inverses
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def test_an_index_with_matched_pairing_holds_every_timesteps_entries(tmp_path: P
     sketches = {"c": np.random.default_rng(0).standard_normal((n, t, k))}
     store = rs.write_store(None, sketches, timesteps=list(range(t)))
     rs.build_index(store, rs.ReTracRidge(), tmp_path / "i")
-    assert planner.index_bytes(n, 1, k, t) == array_bytes(tmp_path / "i")[0]
+    assert planner.index_bytes(n, 1, k, t, ridge=True) == array_bytes(tmp_path / "i")[0]
 
 
 def test_workers_for_a_deadline_share_the_blocks() -> None:

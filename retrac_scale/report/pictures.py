@@ -16,7 +16,6 @@ from retrac_scale.columns import Column, Places, Texts
 from retrac_scale.datasets.base import opaque
 
 TINY, SMALL, LARGEST = 12, 64, 160
-ENLARGED = 8
 Images = npt.NDArray[Any] | Sequence[npt.NDArray[Any]]
 """`[n, h, w(, 3)]`, floats 0 .. 1 or integers 0 .. 255; or as many arrays, read when they are asked for."""
 
@@ -117,7 +116,8 @@ def data_uri(image: npt.NDArray[np.uint8]) -> str:
     """A data URI: PNG as it is when small, smoothly enlarged when tiny, otherwise a JPEG of at most 160 pixels."""
     picture = Image.fromarray(image)
     if is_tiny(image):
-        picture = picture.resize((ENLARGED * picture.width, ENLARGED * picture.height), Image.Resampling.BILINEAR)
+        times = SMALL // max(picture.size)
+        picture = picture.resize((times * picture.width, times * picture.height), Image.Resampling.BILINEAR)
     small = max(picture.size) <= SMALL
     picture.thumbnail((LARGEST, LARGEST))
     buffer = io.BytesIO()

@@ -323,7 +323,7 @@ def test_plan_counts_the_recipe_of_the_project(folder: Path, capsys: pytest.Capt
     assert main(["plan", "--samples", "1000", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["store_bytes"] == planner.store_size(1000, 4, 1, 512).array_bytes
-    assert found["index_bytes"] == planner.index_bytes(1000, 1, 512, 4)
+    assert found["index_bytes"] == planner.index_bytes(1000, 1, 512, 4, ridge=True)
     Path(FILE).write_text(OLD)
     assert main(["plan", "--model", "model/unet", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

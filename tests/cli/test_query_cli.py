@@ -122,11 +122,11 @@ def test_plan_tells_what_answers_that_repeat_so_far_cost(tmp_path: Path, capsys:
     assert (found["needed"], found["timesteps"]) == (needed, total)
     assert found["foretold"]["value"] == rs.repeatability(store).foretold(total).value >= share
     assert found["store_bytes"] == planner.store_size(40, total, 1, 16).array_bytes
-    assert found["index_bytes"] == planner.index_bytes(40, 1, 16, total)
+    assert found["index_bytes"] == planner.index_bytes(40, 1, 16, total, ridge=True)
     assert main([*command, "--samples", "1000000"]) == 0
     told = capsys.readouterr().out
     assert f"for {share}: {total} timesteps" in told
-    size = in_bytes(planner.index_bytes(1_000_000, 1, 16, total))
+    size = in_bytes(planner.index_bytes(1_000_000, 1, 16, total, ridge=True))
     assert f"index: {size} (int8, ReTracRidge with matched pairing)" in told
     for wrong, why in (
         (["--store", str(tmp_path / "none")], "`retrac-scale sketch` first, or sketch a sample"),

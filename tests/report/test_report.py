@@ -331,11 +331,11 @@ def test_pictures_are_bytes_or_shares(dtype: Any) -> None:
     assert (Pictures(given, np.arange(1), []).image(0) == 51).all()
 
 
-@pytest.mark.parametrize(("size", "shown"), [(8, 64), (12, 96), (16, 16)])
+@pytest.mark.parametrize(("size", "shown"), [(8, 64), (12, 60), (16, 16)])
 def test_pictures_of_a_few_pixels_are_shown_smoothly(size: int, shown: int) -> None:
     steps = np.linspace(0, 255, size).astype(np.uint8)
     uri = data_uri(np.broadcast_to(steps, (size, size)))
-    content = base64.b64decode(uri.removeprefix("data:image/png;base64,"))
+    content = base64.b64decode(uri.partition(",")[2])
     (row, *_) = np.asarray(Image.open(io.BytesIO(content)), dtype=int)
     assert len(row) == shown
     assert np.diff(row).max() * (shown // size) <= np.diff(steps.astype(int)).max() + shown // size
