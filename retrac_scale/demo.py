@@ -41,7 +41,7 @@ GENERATED = 16
 SAMPLING_STEPS = 100
 QUERY_TIMESTEPS = 20
 TIMESTEPS, ENTRIES = 16, 512
-"""Four timesteps show sixes for a six as well; with these most names in a list come again in another run."""
+"""Four timesteps show nines for a nine as well; with these most names in a list come again in another run."""
 DIM = 4096
 
 
