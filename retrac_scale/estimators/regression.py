@@ -59,10 +59,13 @@ class Ridged(Estimator, named=False):
         timesteps side by side."""
         if not ridges:
             raise ValueError(f"{type(self).__name__} needs the ridge over all training rows; use build_index.")
-        parts = self.finish(
-            store, checkpoint, samples, self._parted(self.rows(store, checkpoint, samples), ridges), ridges
-        )
-        return _side_by_side([ridge.of_samples(part) for ridge, part in zip(ridges, parts, strict=True)])
+        rows = self.rows(store, checkpoint, samples)
+        parts = self._parted(rows, ridges)
+        finished = self.finish(store, checkpoint, samples, parts, ridges)
+        made = [ridge.of_samples(part) for ridge, part in zip(ridges, finished, strict=True)]
+        if all(one is part for one, part in zip(made, parts, strict=True)):
+            return rows
+        return _side_by_side(made)
 
     def query_rows(
         self, store: SketchStore, checkpoint: str, samples: slice = ALL, ridges: Sequence[Ridge] = ()

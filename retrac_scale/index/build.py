@@ -301,6 +301,6 @@ def _build_chunk(common: _Common, checkpoint: int, samples: slice, kept: npt.NDA
     rows = np.empty((len(kept), estimator.width(store)), np.float32)
     for some, values in rows_at(store, kept, partial(_train_rows, store, estimator, name, common.ridges.get(name, ()))):
         rows[some] = values
-    if name in gains:
+    if any(gain != 1 for gain in gains.get(name, ())):
         rows.reshape(len(kept), len(gains[name]), -1)[:] *= np.array(gains[name], np.float32)[:, None]
     write_rows(root, checkpoint, samples, rows, store.weights[name], common.dtype)
