@@ -374,8 +374,8 @@ def dying(digits: int, cases: list[tuple[str, int, int]], longest_s: float, out:
             except TimeoutError:  # a nanny that does not come back, by whatever it was held up
                 cluster.close()
                 cluster = others.enter_context(workers_here())
-            alone = {"start_new_session": True}  # as somebody else's programs
-            hands = [subprocess.Popen([sys.executable, "-c", "while True: pass"], **alone) for _ in range(busy)]
+            work = [sys.executable, "-c", "while True: pass"]
+            hands = [subprocess.Popen(work, start_new_session=True) for _ in range(busy)]  # somebody else's programs
             where, took, found = killed_walk(Walk(folder, digits), cluster, instant, killed, longest_s)
             for hand in hands:
                 hand.kill()

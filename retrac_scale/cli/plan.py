@@ -165,8 +165,10 @@ def _sizes(planned: _Run, dtype: Dtype) -> tuple[list[str], dict[str, Any]]:
     named = "ids and columns as in the data" if planned.known else "integer ids, no columns"
     stored = planned.measures * size.array_bytes
     parts = [t if one.pairing == "matched" else 1 for one in planned.estimators]
-    ridges = [one.damping is not None for one in planned.estimators]
-    index = sum(planner.index_bytes(n, c, k, own, ridge=ridge) for own, ridge in zip(parts, ridges, strict=True))
+    index = sum(
+        planner.index_bytes(n, c, k, own, ridge=one.damping is not None)
+        for one, own in zip(planned.estimators, parts, strict=True)
+    )
     width = max(parts) * k
     print("measuring how fast rows are scanned here ...", file=sys.stderr)
     speed = planner.measure_scanning(width)

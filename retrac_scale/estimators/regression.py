@@ -63,7 +63,7 @@ class Ridged(Estimator, named=False):
         parts = self._parted(rows, ridges)
         finished = self.finish(store, checkpoint, samples, parts, ridges)
         made = [ridge.of_samples(part) for ridge, part in zip(ridges, finished, strict=True)]
-        if all(one is part for one, part in zip(made, parts, strict=True)):
+        if all(one is part for one, part in zip(made, parts, strict=True)):  # views of the rows, as they are
             return rows
         return _side_by_side(made)
 

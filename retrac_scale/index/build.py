@@ -132,13 +132,13 @@ def _moments_left(
     base: IndexReader | None, store: SketchStore, estimator: Estimator, client: Client | None
 ) -> dict[str, list[Moments]]:
     """The moments of an index's samples without those that were deleted since; none without an index or a ridge."""
-    if base is None:
+    if base is None or not base.ridges:
         return {}
-    gone = moments(store, estimator, base.store_places[store.deleted[base.store_places]], client) if base.ridges else {}
     found = {name: [ridge.moments() for ridge in own] for name, own in base.ridges.items()}
-    return {
-        name: [a + -b for a, b in zip(own, gone[name], strict=True)] if gone else own for name, own in found.items()
-    }
+    places = base.store_places
+    for name, gone in moments(store, estimator, places[store.deleted[places]], client).items():
+        found[name] = [own + -one for own, one in zip(found[name], gone, strict=True)]
+    return found
 
 
 def _name(held: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> str:

@@ -249,9 +249,8 @@ class IndexReader:
         """A chunk's part of an array, at a place `[checkpoint]` or `[checkpoint, 0]`, compared with its seal."""
         segment, own, _ = self._places[number]
         whole = (own,) if not place else (place[0], own, *place[1:])
-        key = f"{segment.prefix}{name}/c/{'/'.join(map(str, whole))}"
         with self._or_replaced():
-            return fetch_chunk(segment.arrays[name], whole, self._seals.get(key))
+            return self._chunk_of(segment.arrays[name], whole)
 
     def _check(self, keys: Iterable[str]) -> None:
         with self._or_replaced():
