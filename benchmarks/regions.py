@@ -25,11 +25,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import retrac_scale as rs
-from benchmarks.altering import alter
 from benchmarks.measurement_page import cpu_name
 from benchmarks.yardstick_lab import damped
 from retrac_scale import evaluate
 from retrac_scale.estimators.ridge import AUTO
+from retrac_scale.evaluate.originals import alter
 from retrac_scale.evaluate.settings import SETTINGS
 
 HERE = Path(__file__).parent
