@@ -25,7 +25,7 @@ from .store.taking import take
 from .store.verify import repair_store, verify_store
 from .task.calling import ThroughUNet
 from .task.checkpoints import find_checkpoints
-from .task.concepts import Concept, Concepts
+from .task.concepts import Concept, Concepts, Unadapted
 from .task.diffusion import DiffusionTask
 from .task.noising import timestep_numbers
 from .task.regions import AllBut, Regions
@@ -85,6 +85,7 @@ __all__ = [
     "TracIn",
     "TrainingRecord",
     "TrainingRecorder",
+    "Unadapted",
     "adam_divisors",
     "build_index",
     "check_model",

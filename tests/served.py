@@ -18,7 +18,7 @@ from diffusers import DDPMScheduler
 import retrac_scale as rs
 from retrac_scale.report import Pictures
 from retrac_scale.serve.library import Library
-from tests.conftest import tiny_unet
+from tests.conftest import Labelled, tiny_dit, tiny_unet
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 SAMPLES, QUERIES = 24, 4
@@ -62,6 +62,19 @@ def build(folder: Path) -> Library:
             indexes[name], queries[name] = rs.build_index(store, one, folder / f"{name}.zarr"), asked
     pictures = Pictures(scans.pixels, store.ids, made.pixels)
     return Library(indexes, pictures, queries=queries, measured=rs.Samples((), task, weights))
+
+
+def of_classes(folder: Path) -> Library:
+    """The same of a model that is told classes, with training samples and uploads to ask about."""
+    scans, model = Scans(SAMPLES, 0), tiny_dit()
+    told = Labelled(torch.stack([scans[row] for row in range(SAMPLES)]))
+    task, weights = rs.DiffusionTask(model, DDPMScheduler(num_train_timesteps=100)), {"final": model.state_dict()}
+    options: dict[str, Any] = {"projection": rs.CountSketch(128), "timesteps": rs.EvenlySpaced(2), "progress": False}
+    store = rs.sketch(task, told, folder / "told.zarr", checkpoints=weights, **options)
+    index = rs.build_index(store, None, folder / "ReTracRidge-told.zarr")
+    return Library(
+        {"ReTracRidge": index}, Pictures(scans.pixels, store.ids, []), measured=rs.Samples((), task, weights)
+    )
 
 
 @contextmanager

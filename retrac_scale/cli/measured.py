@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from retrac_scale.query.index import Index
     from retrac_scale.sketching.samples import Samples
     from retrac_scale.task.diffusion import DiffusionTask
+    from retrac_scale.task.encoding import Encoder
 
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -117,6 +118,28 @@ def load_denoiser(place: str) -> Any:
     return with_variant(diffusers.AutoModel.from_pretrained, place, subfolder=folder)
 
 
+def load_encoded(place: str) -> tuple[Any, Encoder | None]:
+    """The denoiser of a place, and what encodes pixels and prompts for it where the place is a pipeline with such.
+
+    Raises:
+        ValueError: there is no denoiser.
+    """
+    import diffusers
+
+    from retrac_scale.task.checkpoints import COMPONENTS
+    from retrac_scale.task.encoding import Encoder, load_pipeline
+
+    refuse_no_model(place)
+    try:
+        parts = diffusers.DiffusionPipeline.load_config(place)
+    except OSError:  # a denoiser by itself
+        parts = {}
+    if not any(name == "vae" or name.startswith("text_encoder") for name in parts):
+        return load_denoiser(place), None
+    pipeline = load_pipeline(place)
+    return next(pipeline.components[name] for name in COMPONENTS if name in pipeline.components), Encoder(pipeline)
+
+
 def load_scheduler(place: str) -> Any:
     """The noise scheduler of a pipeline, of the kind that its configuration names.
 
@@ -146,7 +169,7 @@ def _within(place: str, folders: Sequence[str], read: Callable[..., Any], what: 
 
 
 def image_files(paths: Sequence[str], task: DiffusionTask) -> ImageFiles:
-    """Image files, and those of folders, in as many channels as the model takes.
+    """Image files, and those of folders, in as many channels as the model takes, and as large as its VAE does.
 
     Raises:
         ValueError: the model takes no images, but latents.
@@ -154,12 +177,16 @@ def image_files(paths: Sequence[str], task: DiffusionTask) -> ImageFiles:
     from retrac_scale.datasets import ImageFiles
 
     channels = int(task.model.config.in_channels)  # type: ignore[union-attr, arg-type]
+    size = None
+    if task.encoder is not None and task.encoder.vae is not None and task.picture_shape is not None:
+        channels, size, _ = task.picture_shape
     if channels not in (1, 3):
         raise ValueError(
-            f"the model takes {channels} channels, latents of a VAE; the command line measures models of pixels: in "
-            "Python, give rs.sketch the task of rs.DiffusionTask.from_pretrained(folder), which encodes images."
+            f"the model takes {channels} channels, latents of a VAE; the command line sketches models of pixels, and "
+            "asks about images with the --model of a whole pipeline: in Python, give rs.sketch the task of "
+            "rs.DiffusionTask.from_pretrained(folder), which encodes images."
         )
-    files = ImageFiles(paths, channels)
+    files = ImageFiles(paths, channels, size=size)
     files.advice = "repair it, or take it away"
     return files
 
@@ -205,7 +232,7 @@ def measured_like(
 
     Args:
         index: of a store that `sketch` made.
-        model: folder or hub name of the denoiser.
+        model: folder or hub name of the denoiser, or of the pipeline that encodes pixels and prompts for it.
         checkpoints: {name: weights}.
         timesteps: None for those of the store, with its noise where that is common; else so many, evenly spaced.
         device: where to compute.
@@ -232,7 +259,8 @@ def measured_like(
     first, *others = (measure_named(one) for one in dict.fromkeys([store.fingerprint["measure"], *store.measurements]))
     every = [one["measure"] for one in (first, *others) if one["weighting"] == first["weighting"]]
     measured = {**first, "measure": every, "autocast": forward.get("autocast")}
-    task = DiffusionTask(load_denoiser(model), scheduler, device=device, **measured)
+    denoiser, encoder = load_encoded(model)
+    task = DiffusionTask(denoiser, scheduler, device=device, encoder=encoder, **measured)
     common = any(plan.get("noise") == "common" for plan in plans_of(store.fingerprint))
     plan = None if timesteps is None else EvenlySpaced(timesteps, noise="common" if common else "own")
     return Samples((), task, dict(checkpoints), plan)

@@ -34,6 +34,14 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--region", metavar="X0,Y0,X1,Y1", help="of images: ask about this box of pixels alone")
     parser.add_argument("--mask", help="of images: ask about what is white in this picture, of the images' size, alone")
     parser.add_argument("--all-but", action="store_true", help="ask about all but the --region or --mask")
+    parser.add_argument(
+        "--concept",
+        metavar="WORDS",
+        help="of images: ask what the model makes of a prompt, or of a class by its number",
+    )
+    parser.add_argument(
+        "--against", metavar="WORDS", help="what --concept is compared with (default: the empty prompt, or no class)"
+    )
     parser.add_argument("-k", type=int, default=10, help="results per query (default: 10)")
     parser.add_argument("--side", choices=("proponents", "opponents", "both"), default="proponents")
     parser.add_argument("--where", help="which samples count: an expression over the columns and id")
@@ -127,24 +135,27 @@ def _queries(index: Index, arguments: argparse.Namespace, project: Project) -> S
     if (arguments.ids is None) == (not arguments.queries):
         raise ValueError("give either queries (a store, or images) or --ids of training samples.")
     region = region_told(arguments.region, arguments.mask, arguments.all_but)
+    if arguments.against is not None and arguments.concept is None:
+        raise ValueError("--against needs the --concept that is compared with it.")
     if arguments.ids is not None:
-        _refuse_region(region, "--ids are answered from stored sketches")
+        _refuse_new(arguments, region, "--ids are answered from stored sketches")
         store = index.check_store()
         if store is None:
             raise ValueError("the store that the index was built from is needed for --ids; it was in memory.")
         return take(store, in_full(arguments.ids, store.ids.tolist()))
     first = arguments.queries[0]
     if len(arguments.queries) == 1 and (Path(first, "zarr.json").exists() or not _may_be_pictures(first)):
-        _refuse_region(region, f"{first} holds sketches of whole images")
+        _refuse_new(arguments, region, f"{first} holds sketches of whole images")
         return open_asked(first, index)
-    model = arguments.model or (project.denoiser if project.model else None)
+    model = arguments.model or (project.path(project.model) if project.model else None)
     checkpoints = parse_checkpoints(arguments.checkpoint) or (project.weights if project.model else {})
     if model is None or not checkpoints:
         raise ValueError("to query with images give --model and a --checkpoint NAME=weights for each checkpoint.")
     measured = measured_like(index, model, checkpoints, arguments.timesteps, arguments.device or project.device)
+    concept = measured.task.told.concept(arguments.concept, arguments.against)
     files = image_files(arguments.queries, measured.task)
     files.background = project.background
-    return replace(measured, dataset=files, region=region)
+    return replace(measured, dataset=files, region=region, concept=concept)
 
 
 def _may_be_pictures(place: str) -> bool:
@@ -153,9 +164,13 @@ def _may_be_pictures(place: str) -> bool:
     return "://" not in place and (Path(place).is_dir() or place.lower().endswith(SUFFIXES))
 
 
-def _refuse_region(region: Any, why: str) -> None:
+def _refuse_new(arguments: argparse.Namespace, region: Any, why: str) -> None:
+    """ValueError for a part or a concept, which has to be measured."""
+    advice = "ask about image files, with --model where no project says it."
     if region is not None:
-        raise ValueError(f"{why}, which have no parts; ask about image files, with --model where no project says it.")
+        raise ValueError(f"{why}, which have no parts; {advice}")
+    if arguments.concept is not None:
+        raise ValueError(f"{why}, which were measured without a concept; {advice}")
 
 
 VERB = Verb(
@@ -169,6 +184,8 @@ VERB = Verb(
   retrac-scale query retrac.zarr a.png folder/ --model google/ddpm-cifar10-32 \\
       --checkpoint final=google/ddpm-cifar10-32                   image files, sketched here as the store was
   retrac-scale query retrac.zarr a.png --region 0,0,16,8          a part of it: a box, or --mask white.png; --all-but
+  retrac-scale query retrac.zarr a.png --model sd/ --checkpoint final=sd/unet --concept "a red car" --against "a car"
+  retrac-scale query retrac.zarr a.png --concept 3                what class 3 adds to it; --against 5 for another
   retrac-scale query demo/retrac.zarr demo/queries.zarr --group-by artist --reduce mean
   retrac-scale query demo/retracridge.zarr demo/queries.zarr --fold-copies      near-duplicates once
   retrac-scale query demo/retracridge.zarr demo/queries.zarr --group-by shows --together    what all of them owe to whom

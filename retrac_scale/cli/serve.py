@@ -46,7 +46,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
     indexes = open_indexes(arguments.index, project)
     first = next(iter(indexes.values()))
     own = not arguments.index and bool(project.model)
-    model = arguments.model or (project.denoiser if own else None)
+    model = arguments.model or (project.path(project.model) if own else None)
     weights = parse_checkpoints(arguments.checkpoint) or (project.weights if own else {})
     measured = None
     matched = [name for name, index in indexes.items() if index.estimator.pairing == "matched"]

@@ -37,6 +37,12 @@ Json = dict[str, Any]
 Stored = Literal["queries", "training"]
 Name = Annotated[str, Field(max_length=4096)]
 Fold = Annotated[Duplicates, Field(description="whether near-duplicates are folded into the best of them")]
+Told = Annotated[
+    str, Field(max_length=2000, description="a concept, in place of the loss: a prompt, or a class's number")
+]
+Against = Annotated[
+    str, Field(max_length=2000, description="what that is compared with; default the empty prompt or no class")
+]
 Where = Annotated[str, Field(max_length=LONGEST, description="which samples count, such as `year < 2000`")]
 MOST_IDS, MOST_PICTURES = 1000, 100
 
@@ -68,13 +74,15 @@ class Explain(Body):
 
 
 class Part(Body):
-    """Which training samples influenced this part of a picture most?"""
+    """Which training samples influenced this part of a picture most, or what the model makes of a concept in it?"""
 
     source: Literal["queries", "training", "uploads"]
     id: Name = Field(description="of the query in its source", examples=["0"])
     box: list[int] | None = Field(None, min_length=4, max_length=4, description="x0, y0, x1, y1 in pixels")
     mask: str | None = Field(None, max_length=2**20, description="a PNG in base64, white where it counts")
     rest: bool = Field(False, description="all but it")
+    concept: Told | None = None
+    against: Against | None = None
     k: int = Field(10, ge=1, description="results per side")
     where: Where | None = None
     duplicates: Fold = "keep"
@@ -234,26 +242,33 @@ class Service:
         k: Annotated[int, Form(ge=1)] = 10,
         where: Annotated[Where, Form()] = "",
         duplicates: Annotated[Fold, Form()] = "keep",
+        concept: Annotated[Told | None, Form()] = None,
+        against: Annotated[Against | None, Form()] = None,
     ) -> Json:
-        """Which training samples influenced this image most?"""
+        """Which training samples influenced this image most, or what the model makes of a concept in it?"""
         if self.library.measured is None:
             raise HTTPException(404, "uploads are not served: the service was started without a model.")
         self._check(k, [], [])
+        asked_for = self.library.measured.task.told.concept(concept, against)
         content = await file.read()
         image = await asyncio.to_thread(
             read_upload, content, self.library.image_shape, self.limits, self.library.background
         )
+        image = image if asked_for is None else await asyncio.to_thread(image.part, None, asked_for)
         asked = await self._batcher.run(self.library.upload, image)
         return await self._answer([asked], k, where or None, duplicates, list(self.library.indexes))
 
     async def region(self, ask: Part) -> Json:
-        """Which training samples influenced this part of a picture most?"""
+        """Which training samples influenced this part of a picture most, or what the model makes of a concept in it?"""
         if self.library.measured is None:
             raise HTTPException(404, "parts cannot be asked about: the service was started without a model.")
         asked = Asked(ask.source, ask.id)
         self._check(ask.k, [asked], [])
-        told = await asyncio.to_thread(region_asked, ask.box, ask.mask, ask.rest, self.limits)
-        part = await self._batcher.run(self.library.part, asked, told)
+        concept = self.library.measured.task.told.concept(ask.concept, ask.against)
+        region = await asyncio.to_thread(region_asked, ask.box, ask.mask, ask.rest, self.limits)
+        if concept is None and region is None:
+            raise ValueError("give box, [x0, y0, x1, y1], or mask, a PNG in base64, or a concept.")
+        part = await self._batcher.run(self.library.part, asked, region, concept)
         return await self._answer([part], ask.k, ask.where, ask.duplicates, list(self.library.indexes))
 
     async def explain(self, ask: Explain) -> Json:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -34,12 +34,13 @@ from retrac_scale.report.pictures import PictureFiles, data_uri
 from retrac_scale.report.shown import check_shown
 from retrac_scale.report.trust import Told, joined, repeatability_for_page, shared_by_halves, told
 from retrac_scale.serve.named import Named
-from retrac_scale.serve.uploads import Upload
+from retrac_scale.serve.uploads import Upload, shape_of
 from retrac_scale.store import SketchStore
 from retrac_scale.store.taking import take, taken
 
 if TYPE_CHECKING:
     from retrac_scale.sketching.samples import Samples
+    from retrac_scale.task.concepts import Concept
 
 T = TypeVar("T")
 Source = Literal["queries", "training", "uploads"]
@@ -105,7 +106,7 @@ class Library:
                     f"uploads can only be sketched like a store that sketch(...) made and that is still there; that of "
                     f"{name} is not."
                 )
-        self.image_shape = (1, 1, 1) if measured is None else _image_shape(measured.task.model)
+        self.image_shape = (1, 1, 1) if measured is None else shape_of(measured.task)
         self._samples = Named(first.places)
         self._rows = Rows(first)
         self._places: dict[Source, dict[str, int]] = {"queries": {}}
@@ -146,6 +147,7 @@ class Library:
             "samples": first.shape[1],
             "sources": [*(["queries"] if self.queries else []), *(["training"] if self._stored else [])],
             "uploads": self.measured is not None,
+            "told": None if self.measured is None else asdict(self.measured.task.told),
             "size": None if self.measured is None else [*reversed(self.image_shape[1:])],
             "columns": {
                 name: None if values is None else [plain(value) for value in values] for name, values in columns.items()
@@ -247,8 +249,8 @@ class Library:
         self._uploads.move_to_end(upload.key)
         return Asked("uploads", upload.key, self._uploads[upload.key])
 
-    def part(self, asked: Asked, region: Any) -> Asked:
-        """Sketch a part of a query's picture, which then is an upload.
+    def part(self, asked: Asked, region: Any, concept: Concept | None = None) -> Asked:
+        """Sketch a part of a query's picture, or all of it for a concept, which then is an upload.
 
         Raises:
             ValueError: there is no such part, or the picture is not as the model takes it.
@@ -272,7 +274,7 @@ class Library:
                     "parts can be asked about of pictures as the model takes them."
                 )
             whole = Upload(f"{asked.source} {asked.id}", pixels, "")
-        return self.upload(whole.part(region))
+        return self.upload(whole.part(region, concept))
 
     def fragment(self, asked: list[Asked], answers: Mapping[str, list[Json]]) -> Json:
         """Queries and the samples in their lists, as the page holds them.
@@ -299,7 +301,7 @@ class Library:
         if asked.source != "uploads":
             return {"picture": self.query_picture(asked), "note": ""}
         upload, _ = self._upload(asked)
-        return {"picture": data_uri(upload.pixels), "note": upload.note}
+        return {"picture": data_uri(upload.pixels), "note": upload.words}
 
     def _by_store(self, function: Callable[[SketchStore], T]) -> dict[str, T]:
         """{index: what a function makes of its store}, once for indexes of the same one; none where it is gone."""
@@ -377,16 +379,3 @@ class Library:
         for own in self.queries.values():
             check_shown(own, [own.ids[place].item()], [shown], exact=isinstance(self.pictures.queries, PictureFiles))
         return data_uri(shown)
-
-
-def _image_shape(model: Any) -> tuple[int, int, int]:
-    """(channels, height, width) that a denoiser takes."""
-    config = getattr(model, "config", {})
-    channels, size = config.get("in_channels"), config.get("sample_size")
-    if channels not in (1, 3) or size is None:
-        raise ValueError(
-            f"uploads need a model that takes images of a known size in 1 or 3 channels; it takes {channels} channels, "
-            f"size {size}."
-        )
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(channels), int(height), int(width)

@@ -116,16 +116,17 @@ function drawAsk() {
   }
   const further = [h("form", { onsubmit: (event) => event.preventDefault() }, h("label", {}, "results per side", k), h("label", {}, "only samples where", where), h("label", { className: "check" }, fold, "fold copies"))];
   if (about.uploads) {
+    const idea = ideaFields("upload");
     further.push(h("form", { id: "upload", onsubmit: (event) => {
       event.preventDefault();
       answering((like) => {
         if (file.files[0].size > about.limits.upload_bytes) throw new Error(`The file is larger than ${about.limits.upload_bytes} bytes.`);
         const body = new FormData();
         body.append("file", file.files[0]);
-        for (const [name, value] of Object.entries(like)) if (value !== null) body.append(name, value);
+        for (const [name, value] of Object.entries({ ...like, ...idea.said() })) if (value !== null) body.append(name, value);
         return call("/api/upload", { method: "POST", body });
       }, event.target.querySelector("button"));
-    } }, h("label", {}, "an image of your own", file), h("button", {}, "Upload and ask")));
+    } }, h("label", {}, "an image of your own", file), idea.fields, h("button", {}, "Upload and ask")));
   }
   parts.push(h("details", { id: "further", open: !about.sources.length }, h("summary", {}, about.uploads ? "an image of your own, more options" : "more options"), further));
   at("ask").replaceChildren(...parts, status, alert);

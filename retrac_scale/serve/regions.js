@@ -1,4 +1,4 @@
-// A part of a query's picture: a box or what is painted, each with lists of its own beside the others.
+// A part of a query's picture, a box or what is painted, or an idea in it, each with lists of its own beside the others.
 
 const WAIT = 500; // milliseconds without a key before the service is asked
 const VIEW = 640; // pixels that the picture is drawn with, about
@@ -7,11 +7,11 @@ const GREY = "#808080";
 const SIDES_OF_BOX = ["left", "top", "right", "bottom"];
 
 // What is being drawn: of which query, a box [x0, y0, x1, y1] or a mask, and the answer that the next one replaces.
-const drawn = { query: null, image: null, mask: null, tool: "box", box: null, painted: false, rest: false, answer: null };
+const drawn = { query: null, image: null, mask: null, tool: "box", box: null, painted: false, rest: false, idea: null, answer: null };
 const asking = { now: false, again: false, timer: 0 };
 
 source.tools = (query) => (about?.uploads && !query.whole
-  ? [h("button", { type: "button", className: "link", onclick: () => openPart(query) }, "ask about a part")]
+  ? [h("button", { type: "button", className: "link", onclick: () => openPart(query) }, `ask about a part${drawn.idea.fields.length ? " or an idea" : ""}`)]
   : query.whole ? [h("button", { type: "button", className: "link", onclick: () => removePart(query) }, "remove")] : []);
 
 async function openPart(query) {
@@ -21,7 +21,8 @@ async function openPart(query) {
   await image.decode();
   Object.assign(drawn, { query, image, mask: new OffscreenCanvas(width, height), tool: "box", rest: false });
   at("rest").checked = false;
-  at("region-title").textContent = `A part of ${query.label}`;
+  drawn.idea.clear();
+  at("region-title").textContent = `A part${drawn.idea.fields.length ? " or an idea" : ""} of ${query.label}`;
   at("bench").className = "editing";
   at("region").hidden = false;
   fresh();
@@ -205,10 +206,37 @@ function soon() {
 
 // ---- asking ---------------------------------------------------------------------------------------------------------
 
+// Fields for what a conditional model can be told, and what they say as the service takes it; none for another model.
+function ideaFields(id, onchange = null) {
+  const { prompts, classes, count, no_class: none } = about.told || {};
+  if (!prompts && !classes) return { fields: [], said: () => ({}), clear: () => {} };
+  const chosen = (empty) => h("select", { onchange }, h("option", { value: "" }, empty), Array.from({ length: count }, (_, number) => h("option", { value: number }, `class ${number}`)));
+  const written = (placeholder) => h("input", { type: prompts ? "text" : "number", min: 0, maxLength: 2000, placeholder, onchange });
+  const field = !prompts && count ? chosen : written;
+  const concept = field(prompts ? "a red car" : "none");
+  const against = field(prompts ? "no words" : none === null ? "another class" : "no class");
+  concept.id = `${id}-concept`;
+  against.id = `${id}-against`;
+  return {
+    fields: [h("label", {}, prompts ? "about the idea" : "about the class", concept), h("label", {}, "against", against)],
+    said: () => (concept.value ? { concept: concept.value, ...(against.value ? { against: against.value } : {}) } : {}),
+    clear: () => { concept.value = against.value = ""; },
+  };
+}
+
+// What is drawn and the idea, in words.
+function inWords({ concept, against }) {
+  const place = drawn.painted ? "what is painted" : drawn.box && `box ${drawn.box.join(", ")}`;
+  const idea = concept && `about ${about.told.prompts ? "" : "class "}${concept}${against ? ` against ${against}` : ""}`;
+  return [place && `${drawn.rest ? "all but " : ""}${place}`, idea].filter(Boolean).join(", ");
+}
+
 // One question at a time; what was drawn meanwhile is asked next.
 async function askPart() {
   clearTimeout(asking.timer);
-  if (!drawn.query || !(drawn.box || drawn.painted)) return;
+  const idea = drawn.idea.said();
+  const place = drawn.box || drawn.painted;
+  if (!drawn.query || !(place || idea.concept)) return;
   asking.again = asking.now;
   if (asking.now) return;
   asking.now = true;
@@ -216,11 +244,11 @@ async function askPart() {
   const like = wanted();
   const { query, rest } = drawn;
   try {
-    const region = drawn.painted ? { mask: await png(drawn.mask) } : { box: drawn.box };
-    const what = `${rest ? "all but " : ""}${drawn.painted ? "what is painted" : `box ${drawn.box.join(", ")}`}`;
+    const what = inWords(idea);
+    const region = place ? { ...(drawn.painted ? { mask: await png(drawn.mask) } : { box: drawn.box }), rest } : {};
     const shownPart = document.createElement("canvas");
     paint(shownPart);
-    const answer = await post("/api/region", { source: query.source, id: query.id, ...region, rest, ...like });
+    const answer = await post("/api/region", { source: query.source, id: query.id, ...region, ...idea, ...like });
     if (drawn.query === query) takePart(answer, { ...like, whole: query, label: `${query.label}, ${what}`, picture: shownPart.toDataURL() });
     say("");
   } catch (error) {
@@ -263,6 +291,7 @@ function drawPart() {
   const surface = h("canvas", { id: "surface", tabIndex: 0, role: "application", ariaLabel: "The picture", onpointerdown: press, onkeydown: arrow });
   surface.setAttribute("aria-describedby", "region-how");
   const all = h("input", { type: "checkbox", id: "rest", onchange: (event) => { drawn.rest = event.target.checked; drawSurface(); askPart(); } });
+  drawn.idea = ideaFields("part", askPart);
   const section = h("section", { id: "region", className: "card", hidden: true },
     h("div", { className: "top" }, h("h3", { id: "region-title" }), h("button", { type: "button", onclick: closePart }, "Close")),
     surface,
@@ -270,6 +299,7 @@ function drawPart() {
     h("div", { className: "tools" }, use("box"), use("brush"), h("label", { className: "check" }, all, "all but this"), h("button", { type: "button", onclick: clearPart }, "Clear")),
     h("label", {}, "size of the brush", brush),
     h("div", { id: "fields" }, SIDES_OF_BOX.map((side, place) => field(side, place % 2))),
+    h("div", { className: "tools" }, drawn.idea.fields),
     h("button", { type: "button", id: "another", onclick: fresh }, "Keep it and draw another"),
     h("p", { role: "status", className: "hint", id: "region-status" }), h("p", { role: "alert", id: "region-alert" }));
   const list = at("list");

@@ -20,6 +20,9 @@ from retrac_scale.serve.limits import Limits
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from retrac_scale.task.concepts import Concept
+    from retrac_scale.task.diffusion import DiffusionTask
+
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MOST_ASPECT = 16
 """Of a longer image hardly anything would be left, and it is scaled whole before it is cut, as the datasets do it."""
@@ -34,27 +37,50 @@ class Upload:
         pixels: uint8 `[h, w]` or `[h, w, 3]`, of the model's size.
         note: what was done to the image to make it fit; empty when nothing.
         region: the part of it that is asked about, as for `Regions`; None for all of it.
+        concept: that it is asked about for; None for the loss.
     """
 
     key: str
     pixels: npt.NDArray[np.uint8]
     note: str
     region: Any = None
+    concept: Concept | None = None
 
     @property
     def dataset(self) -> Any:
         """A dataset of this one image, `[channels, h, w]` in -1 .. 1."""
-        return _One(self) if self.region is None else _regions(self, self.region)
+        dataset: Any = _One(self)
+        if self.region is not None or self.concept is not None:
+            from retrac_scale.task.concepts import Concepts
+            from retrac_scale.task.regions import Regions
 
-    def part(self, region: Any) -> Upload:
-        """The same image, of which a part is asked about.
+            dataset = dataset if self.region is None else Regions(dataset, self.region)
+            dataset = dataset if self.concept is None else Concepts(dataset, self.concept)
+        return dataset
+
+    @property
+    def words(self) -> str:
+        """The note, and what of the image is asked about."""
+        return ", ".join(filter(None, (self.note, *self._asked)))
+
+    def part(self, region: Any, concept: Concept | None = None) -> Upload:
+        """The same image, of which a part is asked about, or which is asked about for a concept.
 
         Raises:
             ValueError: it is no region, or is empty.
         """
-        words = str(_regions(self, region).region)
-        key = hashlib.blake2b(f"{self.key} {words}".encode(), digest_size=8).hexdigest()
-        return replace(self, key=key, note=", ".join(filter(None, (self.note, words))), region=region)
+        part = replace(self, region=region, concept=concept)
+        key = hashlib.blake2b(" ".join((self.key, *part._asked)).encode(), digest_size=8).hexdigest()
+        return replace(part, key=key)
+
+    @property
+    def _asked(self) -> list[str]:
+        concept, region = self.concept, self.region
+        told = None if concept is None else [repr(one) for one in (concept.told, concept.against) if one is not None]
+        return [
+            *([] if region is None else [str(self.dataset.region)]),
+            *([] if told is None else [f"about {' against '.join(told)}"]),
+        ]
 
 
 class _One:
@@ -72,10 +98,20 @@ class _One:
         return torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
-def _regions(upload: Upload, region: Any) -> Any:
-    from retrac_scale.task.regions import Regions
+def shape_of(task: DiffusionTask) -> tuple[int, int, int]:
+    """(channels, height, width) of the images that a task takes.
 
-    return Regions(_One(upload), region)
+    Raises:
+        ValueError: they are not known, or no images.
+    """
+    shape = task.picture_shape
+    if shape is None or shape[0] not in (1, 3):
+        found = "others" if shape is None else f"{shape[0]} channels"
+        raise ValueError(
+            "uploads need a model that takes images of a known size in 1 or 3 channels, or latents of a VAE that comes "
+            f"with it; it takes {found}."
+        )
+    return shape
 
 
 def read_upload(content: bytes, shape: tuple[int, int, int], limits: Limits, background: str = "") -> Upload:
@@ -144,7 +180,7 @@ def painted(content: bytes, limits: Limits) -> npt.NDArray[np.float32]:
 
 
 def region_asked(box: list[int] | None, mask: str | None, rest: bool, limits: Limits) -> Any:
-    """What a request says of a region, as `Regions` takes it.
+    """What a request says of a region, as `Regions` takes it; None for all of a picture.
 
     Args:
         box: x0, y0, x1, y1.
@@ -153,8 +189,10 @@ def region_asked(box: list[int] | None, mask: str | None, rest: bool, limits: Li
         limits: of the mask.
 
     Raises:
-        ValueError: there are both or neither, or the mask cannot be read.
+        ValueError: there are both, or the mask cannot be read, or there is none and all but it is meant.
     """
+    if box is None and mask is None and not rest:
+        return None
     if (box is None) == (mask is None):
         raise ValueError("give box, [x0, y0, x1, y1], or mask, a PNG in base64.")
     try:

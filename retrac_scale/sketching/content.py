@@ -56,7 +56,8 @@ def digest_of(item: Item) -> int:
     digest = hashlib.blake2b(f"{item.encoded} {item.prompt!r}".encode(), digest_size=8)
     beside = {" label": item.label, REGION: item.region}
     if item.against is not None:
-        digest.update(f"against {digest_of(item.against)} ".encode())
+        against = digest_of(item.against) if isinstance(item.against, Item) else item.against
+        digest.update(f"against {against} ".encode())
     given = {"": item.sample, **item.conditioning} | {name: x for name, x in beside.items() if x is not None}
     for name, value in sorted(given.items()):
         array = _array(value)

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from retrac_scale.task.adapters import switches
 from retrac_scale.task.calling import Call, call_model, layout_of
-from retrac_scale.task.concepts import sides_of
+from retrac_scale.task.concepts import Told, sides_of
 from retrac_scale.task.denoisers import (
     Takes,
+    class_count,
     class_of_diffusers,
     forward_of_diffusers,
     image_shape,
@@ -50,13 +52,21 @@ class Accepted:
         found = take_apart(number, item)
         if found.concept is None:
             return self._read(number, found)
-        prompts = self.encoder is not None and self.encoder.reads and self._takes_prompts()
-        sides = sides_of(number, found, prompts, self._takes_labels(), no_class(self.model))
-        told, against = (self._read(number, side) for side in sides)
-        return replace(told, against=against)
+        told, against = sides_of(found, self.told)
+        read = self._read(number, told)
+        return replace(read, against=self._read(number, against) if isinstance(against, Item) else against)
+
+    @property
+    def told(self) -> Told:
+        """What the model can be told of a concept."""
+        embeddings = self._takes_prompts()
+        prompts = self.encoder is not None and self.encoder.reads and embeddings
+        count = class_count(self.model) if self._labels_known() else None
+        adapters = bool(switches(self.model))
+        return Told(prompts, self._takes_labels(), count, no_class(self.model), embeddings, adapters)
 
     def _read(self, number: Any, found: Item) -> Item:
-        several = self._takes_prompts() or layout_of(self.model) is not None
+        several = self._takes_prompts() or layout_of(self.model) is not None or not forward_of_diffusers(self.model)
         expected = None if several else image_shape(self.model)
         alone = expected is not None and not self.encodes(found) and "concatenated" not in found.conditioning
         if alone and tuple(found.sample.shape) != expected:

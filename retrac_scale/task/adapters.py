@@ -7,6 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,25 @@ def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     yield from ((name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+
+
+def switches(model: nn.Module) -> list[Any]:
+    """What PEFT has put into a model and can switch off, modules trained as wholes among it; nothing that is merged."""
+    own = (module for module in model.modules() if getattr(module, "_disable_adapters", None) is False)
+    return [module for module in own if not getattr(module, "merged", False)]
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """The model with its adapters left out; whether their weights have gradients stays as it is."""
+    found = switches(model)
+    for module in found:
+        module._disable_adapters = True  # PEFT's own switch would also freeze the weights
+    try:
+        yield
+    finally:
+        for module in found:
+            module._disable_adapters = False
 
 
 def adapter_name(model: nn.Module) -> str | None:

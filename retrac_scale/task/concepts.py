@@ -19,6 +19,15 @@ AGAINST = " against "
 """Before the names of what the model is told on the other side; no argument of a forward has a space in its name."""
 
 
+UNADAPTED = " without adapters"
+"""Among the names of what the model is told: that the prediction is compared with the one without its adapters."""
+
+
+@dataclass(frozen=True)
+class Unadapted:
+    """What a concept is compared with: the model without its active adapters, told the same."""
+
+
 @dataclass(frozen=True, eq=False)
 class Concept:
     """Something that a conditional model can be told, and what it is compared with.
@@ -31,11 +40,12 @@ class Concept:
         told: a prompt, the number of a class, or {argument of the model's forward: tensor}; None for what an item
             itself brings.
         against: likewise. None is the empty prompt, the class that stands for none in a model that has one (a DiT), or
-            what an item itself brings if `told` is given by arguments.
+            what an item itself brings if `told` is given by arguments. `Unadapted()` is the same model told the same
+            without its adapters, so that the concept is what a fine-tune by adapters has learnt; that side is held.
     """
 
     told: str | int | Mapping[str, Tensor] | None
-    against: str | int | Mapping[str, Tensor] | None = None
+    against: str | int | Mapping[str, Tensor] | Unadapted | None = None
 
     def __post_init__(self) -> None:
         if self.told is None and self.against is None:
@@ -73,36 +83,80 @@ class Concepts(Asked):
         return About(item, way)
 
 
-def sides_of(number: Any, item: Item, prompts: bool, classes: bool, no_class: int | None) -> tuple[Item, Item]:
-    """An item as it is told the concept, and as it is told what that is compared with.
+@dataclass(frozen=True)
+class Told:
+    """What a task's model can be told.
 
-    Args:
-        number: names the item in errors.
-        item: whose concept it is.
-        prompts: whether the model can be told a prompt.
-        classes: whether it can be told a class.
+    Attributes:
+        prompts: whether prompts.
+        classes: whether classes, by their numbers.
+        count: how many of them, where the model's configuration says it.
         no_class: the class that stands for none, if there is one.
-
-    Raises:
-        ValueError: the model is told nothing of the kind, or there is nothing to compare it with.
+        embeddings: whether what a text encoder makes of prompts; without one, the task takes no prompts.
+        adapters: whether it has adapters that can be left out.
     """
-    concept: Concept = item.concept
-    told, against = concept.told, concept.against
-    for one in (told, against):
-        if isinstance(one, str) and not prompts:
-            other = "classes; give the number of one" if classes else "no prompts; use DiffusionTask.from_pretrained"
-            raise ValueError(f"the concept {one!r} is a prompt, but the task's model is told {other}.")
-        if isinstance(one, int) and not classes:
-            other = "prompts; give a text" if prompts else "nothing, so that it knows no concepts"
+
+    prompts: bool
+    classes: bool
+    count: int | None
+    no_class: int | None
+    embeddings: bool
+    adapters: bool
+
+    def concept(self, told: str | None, against: str | None = None) -> Concept | None:
+        """The concept that somebody has written: a prompt, or the number of a class if the model is told classes.
+
+        Raises:
+            ValueError: the model is told nothing of the kind, there is nothing to compare it with, or no concept.
+        """
+        if told is None:
+            if against is not None:
+                raise ValueError(f"{against!r} is what a concept is compared with, and there is no concept; give one.")
+            return None
+        number = self.classes and not self.prompts
+        read = [int(one) if number and one is not None and one.isdecimal() else one for one in (told, against)]
+        concept = Concept(read[0], against=read[1])
+        self.against(concept)
+        return concept
+
+    def against(self, concept: Concept) -> str | int | Mapping[str, Tensor] | Unadapted | None:
+        """What a concept is compared with: what it says, or by the rule that it leaves it to.
+
+        Raises:
+            ValueError: the model is told nothing of the kind, or there is nothing to compare it with.
+        """
+        for one in (concept.told, concept.against):
+            self._check(one)
+        if isinstance(concept.against, Unadapted) and not self.adapters:
+            raise ValueError("the concept is what adapters add, but the task's model has none that are active.")
+        if concept.against is not None or not isinstance(concept.told, (str, int)):
+            return concept.against
+        if isinstance(concept.told, str):
+            return ""
+        if self.no_class is None:
+            raise ValueError(f"the model has no class for none; say what class {concept.told} is compared with.")
+        return self.no_class
+
+    def _check(self, one: Any) -> None:
+        if isinstance(one, str) and not self.prompts:
+            why = "nothing, so that it knows no concepts"
+            if self.classes:
+                why = "classes; give the number of one"
+            elif self.embeddings:
+                why = "no prompts, without a text encoder; use DiffusionTask.from_pretrained, or the whole pipeline"
+            raise ValueError(f"the concept {one!r} is a prompt, but the task's model is told {why}.")
+        if isinstance(one, int) and not self.classes:
+            other = "prompts; give a text" if self.prompts else "nothing, so that it knows no concepts"
             raise ValueError(f"the concept {one!r} is a class, but the task's model is told {other}.")
-    if against is None and isinstance(told, str):
-        against = ""
-    if against is None and isinstance(told, int):
-        against = no_class
-        if against is None:
-            raise ValueError(f"the model has no class for none; say what class {told} is compared with: against=.")
-    plain = replace(item, concept=None)
-    return _told(plain, told), _told(plain, against)
+        if isinstance(one, int) and self.count is not None and not 0 <= one < self.count and one != self.no_class:
+            raise ValueError(f"the concept {one!r} is no class: the model knows {self.count}, from 0.")
+
+
+def sides_of(item: Item, told: Told) -> tuple[Item, Item | Unadapted]:
+    """An item as it is told its concept, and as it is told what that is compared with; raises as `Told.against`."""
+    concept: Concept = item.concept
+    plain, against = replace(item, concept=None), told.against(concept)
+    return _told(plain, concept.told), against if isinstance(against, Unadapted) else _told(plain, against)
 
 
 def _told(item: Item, what: Any) -> Item:
@@ -126,4 +180,6 @@ def _words(what: Any) -> str:
             array = np.asarray(what[name])
             digest.update(f"{name} {array.shape}".encode() + np.ascontiguousarray(array, np.float32).tobytes())
         return f"{', '.join(sorted(what))} {digest.hexdigest()}"
+    if isinstance(what, Unadapted):
+        return "without adapters"
     return "what is given" if what is None else repr(what)

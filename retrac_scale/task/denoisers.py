@@ -120,10 +120,9 @@ def settings(model: object) -> Mapping[str, Any]:
     return config if isinstance(config, Mapping) else {}
 
 
-def image_shape(model: object) -> tuple[int, ...] | None:
+def image_shape(model: object) -> tuple[int, int, int] | None:
     """The shape of samples by a model's configuration; None where that does not tell."""
-    config = settings(model) if forward_of_diffusers(model) else {}  # type: ignore[arg-type]
-    channels, size = config.get("in_channels"), config.get("sample_size")
+    channels, size = (settings(model).get(key) for key in ("in_channels", "sample_size"))
     if channels is None or size is None:
         return None
     height, width = (size, size) if isinstance(size, int) else size
@@ -133,6 +132,13 @@ def image_shape(model: object) -> tuple[int, ...] | None:
 def knows_classes(model: object) -> bool:
     """Whether a model of diffusers was made with classes."""
     return any(settings(model).get(key) is not None for key in ("num_class_embeds", "class_embed_type", CLASSES_OF_DIT))
+
+
+def class_count(model: object) -> int | None:
+    """How many classes a model of diffusers looks up, beside one that stands for none; None where it does not tell."""
+    config = settings(model)
+    count = config.get("num_class_embeds") or config.get(CLASSES_OF_DIT)
+    return int(count) if count and config.get("class_embed_type") is None else None
 
 
 def no_class(model: object) -> int | None:

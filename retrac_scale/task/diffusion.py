@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from retrac_scale.task.accepted import Accepted
+from retrac_scale.task.adapters import without_adapters
 from retrac_scale.task.calling import Call, ThroughUNet, call_model, check_callable
 from retrac_scale.task.checkpoints import COMPONENTS, Checkpoint, add_adapters, configuration, load_checkpoint
-from retrac_scale.task.concepts import AGAINST
-from retrac_scale.task.denoisers import takes, unwrapped
+from retrac_scale.task.concepts import AGAINST, UNADAPTED, Told, Unadapted
+from retrac_scale.task.denoisers import image_shape, takes, unwrapped
 from retrac_scale.task.encoding import Encoder, load_pipeline
 from retrac_scale.task.full_precision import in_float32
 from retrac_scale.task.identity import adapters_of, code_known, code_of, known_by
@@ -95,6 +96,21 @@ class DiffusionTask:
         """The first of `measures`."""
         return self.measures[0]
 
+    @property
+    def told(self) -> Told:
+        """What the model can be told of a concept."""
+        return self._items.told
+
+    @property
+    def picture_shape(self) -> tuple[int, int, int] | None:
+        """(channels, height, width) of the pictures that the model, or the VAE before it, takes; None if not known."""
+        shape = image_shape(self.model)
+        if shape is None or self.encoder is None or self.encoder.cell is None:
+            return shape
+        _, height, width = shape
+        space = self.encoder.cell[1]
+        return int(self.encoder.vae.config.in_channels), space * height, space * width
+
     def only(self, *measures: str) -> DiffusionTask:
         """The same task with some of its measures, in the order given."""
         one = copy.copy(self)
@@ -116,7 +132,8 @@ class DiffusionTask:
             timesteps: int64 `[n]`.
             noise: standard normal, shaped like `images`.
             conditioning: further arguments of the model's forward, batched alike; under `REGION` how much of each
-                entry counts, and after `AGAINST` the arguments that a concept is compared with.
+                entry counts, after `AGAINST` the arguments that a concept is compared with, and under `UNADAPTED`
+                anything if it is compared with the model without adapters.
 
         Returns:
             for each of `measures` values and losses, float32 `[n]` each; nothing is averaged over the batch. They are
@@ -128,7 +145,11 @@ class DiffusionTask:
         region = given.pop(REGION, None)
         against = {name[len(AGAINST) :]: given.pop(name) for name in list(given) if name.startswith(AGAINST)}
         noisy, target = self.noising.noisy(images, noise, timesteps), self.noising.target(images, noise, timesteps)
-        if not against:
+        if given.pop(UNADAPTED, None) is not None:
+            with torch.no_grad(), without_adapters(self.model):
+                other: Tensor | None = self._predicted(noisy, timesteps, given)
+            prediction = self._predicted(noisy, timesteps, given)
+        elif not against:
             prediction, other = self._predicted(noisy, timesteps, given), None
         else:  # both sides of a sample are rows of it, one after the other
             told = {name: torch.stack([given[name], against[name]], 1).flatten(0, 1) for name in given}
@@ -252,7 +273,9 @@ class DiffusionTask:
     def encoded(self, found: Item) -> tuple[Tensor, dict[str, Tensor]]:
         """What `check_item` gives for an item that was read."""
         sample, conditioning = found.sample, self._told(found)
-        if found.against is not None:
+        if isinstance(found.against, Unadapted):
+            conditioning[UNADAPTED] = torch.zeros(())
+        elif found.against is not None:
             other = self._told(found.against)
             if other.keys() != conditioning.keys():
                 raise ValueError(

@@ -70,7 +70,7 @@ class Item:
         encoded: whether the sample came under the key "latents".
         region: the part that is asked about, as `Within` has it or a mask of pixels; None for all of it.
         concept: that it is asked about for, None for the loss.
-        against: the same item as it is told what the concept is compared with.
+        against: the same item as it is told what the concept is compared with, or `Unadapted`.
     """
 
     sample: Tensor
@@ -80,7 +80,7 @@ class Item:
     encoded: bool
     region: Any = None
     concept: Any = None
-    against: Item | None = None
+    against: Any = None
 
 
 def take_apart(number: Any, item: Any) -> Item:

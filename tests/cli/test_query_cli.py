@@ -18,8 +18,9 @@ from retrac_scale import planner
 from retrac_scale.cli import main
 from retrac_scale.cli.sizes import in_bytes
 from retrac_scale.datasets import ImageFiles
-from tests.conftest import tiny_unet
+from tests.conftest import Labelled, random_images, tiny_dit, tiny_unet
 from tests.small_denoiser import SCHEDULER, SmallDenoiser, images
+from tests.task.test_pipelines import stable_diffusion
 
 
 @pytest.fixture
@@ -270,6 +271,7 @@ def test_a_box_or_a_mask_of_image_files_is_asked_about(tmp_path: Path, capsys: p
         ([*query, "--region", "0,2,3,9"], "the box 0,2,3,9 reaches outside of dataset item"),
         ([*query, "--region", "0,2,3,7", "--mask", "mask.png"], "give --region or --mask, not both"),
         ([*query, "--mask", str(tmp_path / "none.png")], "none.png cannot be read as a picture"),
+        ([*query, "--concept", "3"], "the concept '3' is a prompt, but the task's model is told nothing"),
         ([*query, "--all-but"], "--all-but needs a --region or a --mask"),
         ([*query[:2], "--ids", "x", "--region", "0,2,3,7"], "--ids are answered from stored sketches"),
         (
@@ -279,6 +281,70 @@ def test_a_box_or_a_mask_of_image_files_is_asked_about(tmp_path: Path, capsys: p
     ):
         assert main(wrong) == 1
         assert why in capsys.readouterr().err
+
+
+def asked_by_command(
+    folder: Path, task: rs.DiffusionTask, train: Any, size: int, channels: int
+) -> tuple[rs.Index, list[str], dict[str, str], ImageFiles]:
+    """An index of a store of a saved model, a command that asks it about an image file, its weights, and the file."""
+    values = np.random.default_rng(0).integers(0, 255, (size, size, channels), dtype=np.uint8)
+    Image.fromarray(values[..., 0] if channels == 1 else values).save(folder / "a.png")
+    checkpoints = {"final": str(folder / "model" / "unet")}
+    options: dict[str, Any] = {"projection": rs.CountSketch(64), "timesteps": rs.EvenlySpaced(2), "progress": False}
+    store = rs.sketch(task, train, folder / "s", checkpoints=checkpoints, **options)
+    index = rs.build_index(store, None, folder / "i")
+    query = ["query", str(folder / "i"), str(folder / "a.png"), "--json", "-k", "3"]
+    query += ["--model", str(folder / "model"), "--checkpoint", f"final={folder / 'model' / 'unet'}"]
+    return index, query, checkpoints, ImageFiles([folder / "a.png"], channels)
+
+
+def check_asked(index: rs.Index, query: list[str], samples: rs.Samples, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(query) == 0
+    found = json.loads(capsys.readouterr().out)["results"][0]
+    expected = json.loads(index.query(samples, k=3).to_json())["results"][0]
+    assert found["ids"] == expected["ids"]
+    np.testing.assert_allclose(found["scores"], expected["scores"], rtol=1e-4)
+
+
+def test_a_class_is_asked_about_for_image_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_dit().save_pretrained(tmp_path / "model" / "unet")  # type: ignore[operator]
+    task = rs.DiffusionTask(tiny_dit(), DDPMScheduler(num_train_timesteps=100))
+    index, query, checkpoints, file = asked_by_command(tmp_path, task, Labelled(random_images(6)), 8, 1)
+    for given, concept, region in (
+        (["--concept", "3"], rs.Concept(3), None),
+        (["--concept", "3", "--against", "7", "--region", "0,2,3,7"], rs.Concept(3, against=7), (0, 2, 3, 7)),
+    ):
+        samples = rs.Samples(file, task, checkpoints, region=region, concept=concept)
+        check_asked(index, [*query, *given], samples, capsys)
+    for wrong, why in (
+        ([*query, "--concept", "red"], "the concept 'red' is a prompt, but the task's model is told classes"),
+        ([*query, "--concept", "11"], "the concept 11 is no class: the model knows 10, from 0"),
+        ([*query, "--against", "7"], "--against needs the --concept"),
+        ([*query[:2], "--ids", "x", "--concept", "3"], "--ids are answered from stored sketches, which were measured"),
+        ([*query[:2], str(tmp_path / "s"), "--concept", "3"], "were measured without a concept"),
+    ):
+        assert main(wrong) == 1
+        assert why in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_a_prompt_is_asked_about_for_image_files_by_a_pipeline(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    stable_diffusion(tmp_path / "model")
+    task = rs.DiffusionTask.from_pretrained(tmp_path / "model")
+    train = [(image.tanh(), "a cat") for image in random_images(4).repeat(1, 3, 2, 2)]
+    index, query, checkpoints, file = asked_by_command(tmp_path, task, train, 16, 3)
+    for given, concept in (
+        (["--concept", "a dog"], rs.Concept("a dog")),
+        (["--concept", "a dog", "--against", "a cat"], rs.Concept("a dog", against="a cat")),
+    ):
+        check_asked(index, [*query, *given], rs.Samples(file, task, checkpoints, concept=concept), capsys)
+    place = query.index("--model") + 1
+    alone = [*query[:place], str(tmp_path / "model" / "unet"), *query[place + 1 :], "--concept", "a dog"]
+    assert main(alone) == 1
+    assert "no prompts, without a text encoder" in capsys.readouterr().err
 
 
 def test_copies_are_folded_and_queries_asked_together(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

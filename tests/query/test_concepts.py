@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 import retrac_scale as rs
@@ -124,6 +125,35 @@ def test_a_concept_is_asked_about_over_the_store_as_it_is_and_the_sketches_say_s
         rs.sketch(task, other, tmp_path / "q", like=store, **options)
 
 
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
+def test_what_adapters_add_in_a_part_of_the_picture(options: dict[str, Any]) -> None:
+    plain, adapted = tiny_unet(), tiny_unet()
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q", "to_out.0", "conv1"], **options), adapted)
+    torch.manual_seed(1)
+    for name, value in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value, std=0.3)
+    task = rs.DiffusionTask(adapted, DDPM)
+    before = [value.requires_grad for value in adapted.parameters()]
+    asked = rs.Concepts(random_images(2), rs.Concept(None, against=rs.Unadapted()))
+    found = gradients(task, rs.Regions(asked, (0, 2, 5, 8)))
+    inside = torch.zeros(8, 8, dtype=torch.float64)
+    inside[2:, :5] = 1
+    with_it, without, rows = copy.deepcopy(adapted).double(), plain.double(), []
+    for sample in random_images(2):
+        for step in STEPS:
+            noise = rs.draw_noise(sample.shape, None, [step], 0).double()
+            signal = DDPM.alphas_cumprod[step].double()
+            noisy = signal.sqrt() * sample[None].double() + (1 - signal).sqrt() * noise
+            added = with_it(noisy, torch.tensor([step])).sample - without(noisy, torch.tensor([step])).sample
+            rows.append(gradient(with_it, -(added.square() * inside).mean()).numpy())
+    close(found, np.stack(rows).reshape(2, len(STEPS), -1))
+    assert [value.requires_grad for value in adapted.parameters()] == before
+    asked = rs.Concepts(random_images(1), rs.Concept(None, against=rs.Unadapted()))
+    with pytest.raises(ValueError, match="the concept is what adapters add, but the task's model has none"):
+        gradients(rs.DiffusionTask(tiny_unet(), DDPM), asked)
+
+
 def conditional() -> Any:
     torch.manual_seed(0)
     return UNet2DConditionModel(**CONDITIONAL)
@@ -133,10 +163,11 @@ def conditional() -> Any:
     ("model", "concept", "why"),
     [
         (tiny_unet, rs.Concept(3, against=7), "concept 3 is a class, but the task's model is told nothing"),
-        (tiny_unet, rs.Concept("red"), "concept 'red' is a prompt, but the task's model is told no prompts"),
+        (tiny_unet, rs.Concept("red"), "concept 'red' is a prompt, but the task's model is told nothing"),
         (tiny_dit, rs.Concept("red"), "concept 'red' is a prompt, but the task's model is told classes"),
         (tiny_dit, rs.Concept({"tone": torch.ones(2)}), "brings 'tone', which is none of the model's arguments"),
-        (conditional, rs.Concept("red"), "told no prompts; use DiffusionTask.from_pretrained"),
+        (conditional, rs.Concept("red"), "no prompts, without a text encoder; use DiffusionTask.from_pretrained"),
+        (tiny_dit, rs.Concept(11), "the concept 11 is no class: the model knows 10, from 0"),
     ],
 )
 def test_what_the_model_cannot_be_told_is_said_before_any_gradient(

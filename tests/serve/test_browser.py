@@ -21,7 +21,7 @@ from retrac_scale.report import Pictures, norm_curve, write_report
 from retrac_scale.serve import Limits, create_app
 from retrac_scale.serve.library import Library
 from tests.query.test_copies import planted
-from tests.served import HOSTILE, QUERIES, build, running
+from tests.served import HOSTILE, QUERIES, build, of_classes, running
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the page is tested with playwright, not installed here")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -508,6 +508,48 @@ def test_a_part_is_chosen_by_keys_by_numbers_and_by_touch(browser: Any, service:
     assert told_by(page, part, touch) == proponents(library, (4, 4, 5, 5))
     assert page.evaluate("document.documentElement.scrollWidth") <= 420
     context.close()
+
+
+@pytest.fixture(scope="module")
+def conditional(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Library]]:
+    """A service of a model that is told classes, and what it serves."""
+    library = of_classes(tmp_path_factory.mktemp("told"))
+    with running(create_app(library, hosts=["127.0.0.1"])) as url:
+        yield url, library
+
+
+def test_a_class_is_chosen_for_a_picture_and_in_a_part_of_it(page: Any, conditional: tuple[str, Library]) -> None:
+    url, library = conditional
+    assert library.measured is not None
+    page.goto(url)
+    page.get_by_role("button", name="ask about a part or an idea").first.click()
+    page.get_by_text("more options").click()
+    page.get_by_label("results per side").fill(str(K))
+    pixels = torch.from_numpy(library.pictures.image(0).astype(np.float32))[None, None] / 127.5 - 1
+    part = page.locator("#region")
+
+    def expected(**asked: Any) -> list[str]:
+        samples = rs.Samples(pixels, library.measured.task, library.measured.checkpoints, **asked)  # type: ignore[union-attr]
+        answer = library.indexes["ReTracRidge"].query(samples, K, side="both")
+        return [str(sample) for sample in answer.ids[answer.listed]]
+
+    whole = page.get_by_role("article", name="training sample 0, about class 3", exact=True)
+    found = told_by(page, whole, lambda: part.get_by_label("about the class").select_option("3"))
+    assert found == expected(concept=rs.Concept(3))
+    against = page.get_by_role("article", name="training sample 0, about class 3 against 7", exact=True)
+    found = told_by(page, against, lambda: part.get_by_label("against").select_option("7"))
+    assert found == expected(concept=rs.Concept(3, against=7))
+    boxed = page.get_by_role("article", name="training sample 0, box 1, 2, 6, 5, about class 3 against 7")
+    surface = page.get_by_role("application", name="The picture")
+    found = told_by(page, boxed, lambda: drag(page, surface, (5, 4), (1, 2)))
+    assert found == expected(concept=rs.Concept(3, against=7), region=(1, 2, 6, 5))
+
+
+def test_a_model_that_is_told_nothing_has_no_field_for_an_idea(page: Any, service: str) -> None:
+    opened(page, service)
+    page.get_by_text("more options").click()
+    assert page.get_by_label("about the").count() == 0
+    assert page.get_by_label("against").count() == 0
 
 
 def test_the_service_asks_for_its_token(page: Any, service: str) -> None:

@@ -43,7 +43,7 @@ from retrac_scale.serve.batcher import Batcher
 from retrac_scale.serve.library import Asked, Library
 from retrac_scale.serve.server import LOCAL_NAMES, is_local
 from retrac_scale.serve.uploads import read_upload
-from tests.served import COPIED, COPIES, QUERIES, SAMPLES, build, running
+from tests.served import COPIED, COPIES, QUERIES, SAMPLES, build, of_classes, running
 
 LIMITS = Limits(upload_bytes=20_000, pixels=10_000, k=20, ids=4, kept_uploads=2)
 
@@ -215,9 +215,53 @@ def test_a_part_of_a_query_of_a_training_sample_and_of_an_upload_is_asked_about(
         ({"mask": "white"}, "the mask is not in base64"),
         ({"mask": base64.b64encode(b"x").decode()}, "the mask is no PNG that can be read"),
         ({}, "give box, [x0, y0, x1, y1], or mask"),
+        ({"concept": "3"}, "the concept '3' is a prompt, but the task's model is told nothing"),
     ):
         response = client.post("/api/region", json={"source": "queries", "id": "1", **body})
         assert (response.status_code, why in response.json()["detail"]) == (422, True), response.text
+
+
+def test_a_concept_is_asked_about_in_a_picture_in_a_part_of_it_and_in_an_upload(tmp_path: Path) -> None:
+    library = of_classes(tmp_path)
+    index, measured = library.indexes["ReTracRidge"], library.measured
+    assert measured is not None
+
+    def expected(pixels: Any, **asked: Any) -> list[int]:
+        images = torch.from_numpy(pixels.astype(np.float32))[None, None] / 127.5 - 1
+        samples = rs.Samples(images, measured.task, measured.checkpoints, **asked)
+        return ids_of(ranked(index.query(samples, 3, side="both"))[0])
+
+    with TestClient(create_app(library, limits=LIMITS), raise_server_exceptions=False) as client:
+        assert client.get("/api/about").json()["told"]["count"] == 10
+        training = {"source": "training", "id": "7", "k": 3}
+        pixels = library.pictures.image(7)
+        for body, more in (
+            ({"concept": "3"}, {"concept": rs.Concept(3)}),
+            ({"concept": "3", "against": "7"}, {"concept": rs.Concept(3, against=7)}),
+            ({"concept": "3", "box": [2, 1, 8, 5]}, {"concept": rs.Concept(3), "region": (2, 1, 8, 5)}),
+        ):
+            (found,) = client.post("/api/region", json=training | body).json()["queries"]
+            assert ids_of(found["lists"]["ReTracRidge"]) == expected(pixels, **more)
+        assert found["note"] == "box 2,1,8,5, about 3"
+        asked = {"k": "3", "concept": "3", "against": "7"}
+        (found,) = client.post("/api/upload", files={"file": png()}, data=asked).json()["queries"]
+        own = read_upload(png(), library.image_shape, LIMITS).pixels
+        assert ids_of(found["lists"]["ReTracRidge"]) == expected(own, concept=rs.Concept(3, against=7))
+        assert found["note"] == "about 3 against 7"
+        again = {"source": "uploads", "id": found["id"], "k": 3, "concept": "4"}
+        (found,) = client.post("/api/region", json=again).json()["queries"]
+        assert ids_of(found["lists"]["ReTracRidge"]) == expected(own, concept=rs.Concept(4))
+        wrong: list[tuple[dict[str, Any], str]] = [
+            ({"concept": "red"}, "the concept 'red' is a prompt, but the task's model is told classes"),
+            ({"concept": "11"}, "the concept 11 is no class: the model knows 10, from 0"),
+            ({"against": "7"}, "'7' is what a concept is compared with, and there is no concept"),
+            ({"concept": "3", "rest": True}, "give box, [x0, y0, x1, y1], or mask"),
+        ]
+        for body, why in wrong:
+            response = client.post("/api/region", json=training | body)
+            assert (response.status_code, why in response.json()["detail"]) == (422, True), response.text
+        refused = client.post("/api/upload", files={"file": png()}, data={"concept": "red"})
+        assert (refused.status_code, "is told classes" in refused.json()["detail"]) == (422, True)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (20, 30), (31, 9)])
