@@ -6,9 +6,11 @@
 Two training pictures make one: its left half is the first's and its right half the second's, or its middle is the
 first's and the rest the second's; as they are, or each shifted by a pixel, a tenth darker, or enlarged by a seventh
 before. Only parts that no other training picture has the like of are taken: who else could be named is no error.
-Precision@1 is the share of the parts whose source is named first. The model is trained first (minutes) unless it is
-there, and the store, which knows nothing of regions, is kept beside it. The table goes to
-benchmarks/results/regions-SETTING.md.
+Precision@1 is the share of the parts whose source is named first. "Moved" asks five times, about the picture as it is
+and moved by a pixel to each side, the part with it, and takes a training picture's best score: what was shifted then
+lies once where its source does. The same is done for pixels. RelatIF is that of directions, matched, at a damping of
+0.1. The model is trained first (minutes) unless it is there, and the store, which knows nothing of regions, is kept
+beside it. The table goes to benchmarks/results/regions-SETTING.md.
 """
 
 from __future__ import annotations
@@ -38,7 +40,10 @@ COMPOSITES = 50
 ALIKE = 0.1
 """Root mean square difference, of 2, below which two training pictures' parts are alike."""
 ALTERED = ("plain", "shifted", "darker", "enlarged")
-METHODS = ("region", "whole picture", "masked pixel ridge", "masked pixels, nearest")
+MOVES = ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1))
+ESTIMATORS = {"region": None, "region, RelatIF": rs.RelatIF(0.1, pairing="matched", directions=True)}
+PIXELS = ("masked pixel ridge", "masked pixels, nearest")
+METHODS = (*(f"{name}{how}" for name in (*ESTIMATORS, *PIXELS) for how in ("", ", moved")), "whole picture")
 
 
 def layouts(size: int) -> dict[str, Tensor]:
@@ -68,17 +73,21 @@ def distinct(images: Tensor, mask: Tensor) -> Any:
     return np.flatnonzero(apart.fill_diagonal_(torch.inf).min(1).values.numpy() > ALIKE)
 
 
+def moved(images: Tensor, by: tuple[int, int], mode: str) -> Tensor:
+    """Images `[n, c, h, w]` moved to the right and down by at most a pixel; what comes in is as `F.pad` makes it."""
+    height, width = images.shape[-2:]
+    wider = F.pad(images, (1, 1, 1, 1), mode)
+    return wider[..., 1 - by[1] : 1 - by[1] + height, 1 - by[0] : 1 - by[0] + width]
+
+
 def by_pixels(train: Tensor, asked: Tensor, mask: Tensor) -> dict[str, Any]:
-    """The training image that pixels within a mask name first, `[n]`, by the recipe's ridge and by distance."""
+    """What pixels within a mask score, `[n, N]`: by the recipe's ridge, and minus their mean square difference."""
     inside = mask.bool()
     mean = train[:, :, inside].flatten(1).mean(0)
     own, theirs = ((x[:, :, inside].flatten(1) - mean).double().numpy() for x in (train, asked))
     unit = [x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (own, theirs)]
-    nearest = np.square(theirs[:, None] - own[None]).sum(2).argmin(1)
-    return {
-        "masked pixel ridge": damped(*unit, [AUTO])[0].argmax(1),
-        "masked pixels, nearest": nearest,
-    }
+    apart = np.square(theirs[:, None] - own[None]).mean(2)
+    return dict(zip(PIXELS, (damped(*unit, [AUTO])[0], -apart), strict=True))
 
 
 def main() -> None:
@@ -97,10 +106,15 @@ def main() -> None:
     plan, projection = rs.EvenlySpaced(arguments.timesteps), rs.LowRank(dim=arguments.entries)
     options = {"timesteps": plan, "projection": projection, "batch_size": 32}
     store = rs.sketch(task, setting.train, place, checkpoints=checkpoints, **options)  # type: ignore[arg-type]
-    index = rs.build_index(store, None, None)
+    indexes = {name: rs.build_index(store, estimator, None) for name, estimator in ESTIMATORS.items()}
 
-    def first(dataset: Any) -> Any:
-        return index.query(rs.Samples(dataset, task, checkpoints), k=1).ids[:, 0]
+    def scored(made: Any, masks: list[Tensor]) -> dict[str, Any]:
+        """Scores of parts, `[n, parts, N]`, by each method."""
+        regions = rs.Regions(made, {str(place): mask for place, mask in enumerate(masks)})
+        asked = rs.Samples(regions, task, checkpoints).sketch(like=store)
+        found = {name: np.asarray(index.scores(asked)).reshape(len(made), 2, -1) for name, index in indexes.items()}
+        by_part = [by_pixels(setting.images, made.images, mask) for mask in masks]
+        return found | {name: np.stack([part[name] for part in by_part], 1) for name in PIXELS}
 
     rng = np.random.default_rng(0)
     lines, queries = [], 0
@@ -114,15 +128,18 @@ def main() -> None:
             given = setting.train.some(sources[:, 0])  # what the model is told beside, where it is told something
             made = parts[sources[:, 0]] * mask + parts[sources[:, 1]] * (1 - mask)
             asked = type(given)(made, "made", given.given)
-            found = dict.fromkeys(METHODS, np.zeros((COMPOSITES, 2)))
-            regions = first(rs.Regions(asked, {"first": mask, "second": rs.AllBut(mask)})).reshape(-1, 2)
-            found["region"] = regions == sources
-            found["whole picture"] = first(asked)[:, None] == sources
-            for side, inside in enumerate((mask, 1 - mask)):
-                for name, named in by_pixels(setting.images, made, inside).items():
-                    found[name] = found[name].copy()
-                    found[name][:, side] = named == sources[:, side]
-            queries += 3 * COMPOSITES
+            views: dict[str, list[Any]] = {}
+            for by in MOVES:
+                view = type(given)(moved(made, by, "replicate"), "made", given.given)
+                masks = [moved(inside[None, None], by, "constant")[0, 0] for inside in (mask, 1 - mask)]
+                for name, scores in scored(view, masks).items():
+                    views.setdefault(name, []).append(scores)
+            named = {name: scores[0].argmax(2) for name, scores in views.items()}
+            named |= {f"{name}, moved": np.max(scores, axis=0).argmax(2) for name, scores in views.items()}
+            whole = rs.Samples(asked, task, checkpoints)
+            named["whole picture"] = indexes["region"].query(whole, k=1).ids
+            found = {name: first == sources for name, first in named.items()}
+            queries += (2 * len(MOVES) + 1) * COMPOSITES
             cells = [f"{evaluate.bootstrap(np.mean, found[name]):.3g}" for name in METHODS]
             lines.append(f"| {layout} | {how} | {' | '.join(cells)} |")
             print(lines[-1], flush=True)

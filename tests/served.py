@@ -19,6 +19,7 @@ import retrac_scale as rs
 from retrac_scale.report import Pictures
 from retrac_scale.serve.library import Library
 from tests.conftest import Labelled, tiny_dit, tiny_unet
+from tests.task.test_pipelines import stable_diffusion
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 SAMPLES, QUERIES = 24, 4
@@ -75,6 +76,19 @@ def of_classes(folder: Path) -> Library:
     return Library(
         {"ReTracRidge": index}, Pictures(scans.pixels, store.ids, []), measured=rs.Samples((), task, weights)
     )
+
+
+def of_prompts(folder: Path) -> Library:
+    """The same of a pipeline with a VAE and a text encoder: pictures of 16 x 16 in colour."""
+    torch.manual_seed(0)
+    stable_diffusion(folder / "model")
+    pixels = np.random.default_rng(0).integers(0, 255, (6, 16, 16, 3), dtype=np.uint8)
+    told = [(torch.from_numpy(one.astype(np.float32)).permute(2, 0, 1) / 127.5 - 1, "a cat") for one in pixels]
+    task, weights = rs.DiffusionTask.from_pretrained(folder / "model"), {"final": str(folder / "model" / "unet")}
+    options: dict[str, Any] = {"projection": rs.CountSketch(128), "timesteps": rs.EvenlySpaced(2), "progress": False}
+    store = rs.sketch(task, told, folder / "told.zarr", checkpoints=weights, **options)
+    index = rs.build_index(store, None, folder / "ReTracRidge-told.zarr")
+    return Library({"ReTracRidge": index}, Pictures(pixels, store.ids, []), measured=rs.Samples((), task, weights))
 
 
 @contextmanager

@@ -22,7 +22,7 @@ async function openPart(query) {
   Object.assign(drawn, { query, image, mask: new OffscreenCanvas(width, height), tool: "box", rest: false });
   at("rest").checked = false;
   drawn.idea.clear();
-  at("region-title").textContent = `A part${drawn.idea.fields.length ? " or an idea" : ""} of ${query.label}`;
+  at("region-title").textContent = `A part of ${query.label}${drawn.idea.fields.length ? ", or an idea in it" : ""}`;
   at("bench").className = "editing";
   at("region").hidden = false;
   fresh();

@@ -43,7 +43,7 @@ from retrac_scale.serve.batcher import Batcher
 from retrac_scale.serve.library import Asked, Library
 from retrac_scale.serve.server import LOCAL_NAMES, is_local
 from retrac_scale.serve.uploads import read_upload
-from tests.served import COPIED, COPIES, QUERIES, SAMPLES, build, of_classes, running
+from tests.served import COPIED, COPIES, QUERIES, SAMPLES, build, of_classes, of_prompts, running
 
 LIMITS = Limits(upload_bytes=20_000, pixels=10_000, k=20, ids=4, kept_uploads=2)
 
@@ -262,6 +262,22 @@ def test_a_concept_is_asked_about_in_a_picture_in_a_part_of_it_and_in_an_upload(
             assert (response.status_code, why in response.json()["detail"]) == (422, True), response.text
         refused = client.post("/api/upload", files={"file": png()}, data={"concept": "red"})
         assert (refused.status_code, "is told classes" in refused.json()["detail"]) == (422, True)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_a_prompt_is_asked_about_in_pixels_that_a_vae_encodes(tmp_path: Path) -> None:
+    library = of_prompts(tmp_path)
+    index, measured = library.indexes["ReTracRidge"], library.measured
+    assert measured is not None
+    own = read_upload(png((20, 16)), (3, 16, 16), LIMITS)
+    samples = replace(measured, dataset=rs.Concepts(own.dataset, rs.Concept("a dog", against="a cat")))
+    with TestClient(create_app(library, limits=LIMITS), raise_server_exceptions=False) as client:
+        told = {"k": "3", "concept": "a dog", "against": "a cat"}
+        (found,) = client.post("/api/upload", files={"file": png((20, 16))}, data=told).json()["queries"]
+        assert ids_of(found["lists"]["ReTracRidge"]) == ids_of(ranked(index.query(samples, 3, side="both"))[0])
+        assert found["note"] == "cropped from 20 x 16 to 16 x 16, about 'a dog' against 'a cat'"
+        whole = client.post("/api/upload", files={"file": png((16, 16))})
+        assert (whole.status_code, "brings no 'encoder_hidden_states'" in whole.json()["detail"]) == (422, True)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (20, 30), (31, 9)])
