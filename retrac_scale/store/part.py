@@ -18,15 +18,15 @@ from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
-from retrac_scale.store import commits, objects
+from retrac_scale.store import commits, objects, tombstones
 from retrac_scale.store.encoding import array_dtype
 from retrac_scale.store.errors import DamagedStoreError
 from retrac_scale.store.mapping import CRC_BYTES, Bytes, crc32c, is_plain, map_chunk
 from retrac_scale.store.schema import ATTRIBUTE, CONTENT, CONTENT_WORDS, LIST_CHUNK, blocks, new_array
+from retrac_scale.store.tombstones import DELETED, KEPT, UNKNOWN
 
 ROOT = "zarr.json"
 NO_DIGEST = "0" * 32
-KEPT, DELETED, UNKNOWN = 0, 1, 255
 
 
 def digest_of(content: bytes) -> str:
@@ -166,20 +166,35 @@ class Part:
     @property
     def deleted(self) -> npt.NDArray[np.bool_]:
         """Tombstones, bool `[n]`, as they are now."""
-        values = self._zarr_read("deleted", slice(None))
-        if ((values != KEPT) & (values != DELETED)).any():
-            raise DamagedStoreError(f"{self.place}/deleted is missing or damaged; restore it from a backup.")
-        deleted: npt.NDArray[np.bool_] = values == DELETED
-        return deleted
+        before: tombstones.Allowed | None = None
+        while True:  # a deletion may come between the two readings
+            now = tombstones.allowed(self.root, self.place)
+            marks = self._zarr_read("deleted", slice(None))
+            if ((marks != KEPT) & (marks != DELETED)).any():
+                raise DamagedStoreError(f"{self.place}/deleted is missing or damaged; restore it from a backup.")
+            stale = tombstones.stale(marks, now)
+            if not stale:
+                return np.asarray(marks == DELETED)
+            if now == before:
+                raise DamagedStoreError(
+                    f"{self.place}/deleted/c/{stale[0]} is not what the last deletion wrote: restore it and "
+                    f"{tombstones.KEY} from the same backup, or remove the latter to take the marks as they are."
+                )
+            before = now
 
     def delete(self, samples: npt.NDArray[np.bool_]) -> None:
         """Set the tombstones of some samples, bool `[n]`."""
         array = self.array("deleted")
-        now = np.where(self.deleted | samples, DELETED, KEPT).astype(np.uint8)
+        was = np.where(self.deleted, DELETED, KEPT).astype(np.uint8)
+        now = np.where(samples, DELETED, was).astype(np.uint8)
         size = array.chunks[0]
         touched = np.unique(np.flatnonzero(samples) // size).tolist()
         chunks = {f"deleted/c/{i}": NewChunk(array, i, [now[i * size : (i + 1) * size]]) for i in touched}
+        old, new = tombstones.by_chunk(was), tombstones.by_chunk(now)
+        told = tombstones.allowed(self.root, self.place)
+        tombstones.allow(self.root, told | {str(i): [new[str(i)], old[str(i)]] for i in touched})
         objects.write_all(self.root, chunks)
+        tombstones.allow(self.root, told | {str(i): [new[str(i)]] for i in touched})
 
     def committed(self, checkpoint: str) -> npt.NDArray[np.bool_]:
         """Which blocks of a checkpoint have a commit record now, bool `[blocks]`."""
