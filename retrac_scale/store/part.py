@@ -159,9 +159,9 @@ class Part:
         """User columns `{name: [n]}`."""
         return {name: self.column(name) for name in self.meta["columns"] if name != "id"}
 
-    def column(self, name: str) -> npt.NDArray[Any]:
-        """One of them `[n]`, read anew."""
-        return self._fixed_list(name)
+    def column(self, name: str, samples: npt.NDArray[np.int64] | None = None) -> npt.NDArray[Any]:
+        """One of them `[n]`, read anew; or of some samples `[m]`, without decoding the others' chunks."""
+        return self._fixed_list(name, samples)
 
     @property
     def deleted(self) -> npt.NDArray[np.bool_]:
@@ -288,12 +288,14 @@ class Part:
             )
         return content
 
-    def _fixed_list(self, name: str) -> npt.NDArray[Any]:
+    def _fixed_list(self, name: str, samples: npt.NDArray[np.int64] | None = None) -> npt.NDArray[Any]:
         wrap = default_buffer_prototype().buffer.from_bytes
         keys = [key for key in self.meta["digests"] if key.startswith(f"{name}/")]
-        copy = MemoryStore({key: wrap(self._fixed(key)) for key in keys})
-        values = np.asarray(zarr.open_array(copy, path=name, mode="r")[:])
-        return values if values.dtype.kind in "biuf" else np.array(values.tolist())
+        if samples is not None:
+            keys = [f"{name}/{ROOT}", *(f"{name}/c/{i}" for i in np.unique(samples // LIST_CHUNK))]
+        array = zarr.open_array(MemoryStore({key: wrap(self._fixed(key)) for key in keys}), path=name, mode="r")
+        values = np.asarray(array[:] if samples is None else array.oindex[samples])
+        return values if values.dtype.kind in "biuf" else np.array(values.tolist(), dtype=str)
 
     def _zarr_read(self, path: str, selection: slice) -> npt.NDArray[Any]:
         array = self.array(path)
