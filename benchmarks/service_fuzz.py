@@ -3,8 +3,8 @@
 A tiny model, 24 images with a column of every type, and three indexes are served. Requests are made up from the
 service's own OpenAPI schema, valid ones and such as break it; in half of those with a body what is named is put right,
 and `where` is an expression over the columns, so that what lies behind the first check is reached too. Uploads are also
-pictures in five formats, some of them damaged. An answer whose
-status the schema does not name, of 500 or above, or after more than two seconds ends it; the request is printed.
+pictures in five formats, some of them damaged. An answer whose status the schema does not name, or of 500 or above,
+ends it; one that took more than two seconds is printed.
 """
 
 from __future__ import annotations
@@ -45,6 +45,11 @@ COLUMNS: dict[str, Any] = {
     "text": np.array([["", "a", "Ä", "\U0001f600", HOSTILE][number % 5] for number in NUMBERS]),
 }  # fmt: skip
 INDEXES = ("TracIn", "ReTrac", "ReTracRidge")
+WARM: dict[str, Any] = {
+    "/api/query": {"source": "queries", "ids": ["0"], "where": "year > 0"},
+    "/api/region": {"source": "queries", "id": "0", "box": [0, 0, 8, 4]},
+    "/api/groups": {"source": "queries", "id": "0", "column": "artist"},
+}
 ADDED = {path: {"where"} for path in ("/api/query", "/api/groups", "/api/repeatability")}
 ADDED["/api/region"] = {"where", "box", "mask"}
 
@@ -111,6 +116,12 @@ NAMED: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
+def tell_slow(path: str, took: float, body: Any) -> None:
+    """Print what took longer than a client waits."""
+    if took > LONGEST_S:
+        tqdm.write(f"{took:.1f} s: {path} {body}")
+
+
 def ask_all(operation: Any, mode: GenerationMode, examples: int, told: list[tuple[int, float]]) -> None:
     """Of one route, so many made-up requests; status and seconds of each answer."""
 
@@ -129,7 +140,7 @@ def ask_all(operation: Any, mode: GenerationMode, examples: int, told: list[tupl
         took = time.perf_counter() - started
         told.append((response.status_code, took))
         case.validate_response(response, checks=[not_a_server_error, status_code_conformance])
-        assert took < LONGEST_S, f"{took:.1f} s for {case.body}"
+        tell_slow(operation.path, took, case.body)
 
     ask()
 
@@ -145,7 +156,7 @@ def upload_all(url: str, examples: int, told: list[tuple[int, float]]) -> None:
         took = time.perf_counter() - started
         told.append((response.status_code, took))
         assert response.status_code in (200, 413, 422), response.text
-        assert took < LONGEST_S, f"{took:.1f} s for {fields}"
+        tell_slow("/api/upload", took, fields)
 
     ask()
 
@@ -157,6 +168,8 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder, running(create_app(build(Path(folder), COLUMNS))) as url:
+        for path, body in WARM.items():  # the first answers wait for imports and compiled passes
+            httpx2.post(f"{url}{path}", json=body, timeout=60).raise_for_status()
         schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
         for found in tqdm(list(schema.get_all_operations()), unit="route"):
             assert isinstance(found, Ok)
