@@ -79,6 +79,10 @@ class Segment:
         kept = unpacked(get_array(self.group, KEPT), self.stop - self.start)
         return self.start + np.flatnonzero(kept)
 
+    def place(self, row: int) -> int:
+        """That of one row."""
+        return self.start + row if self.shape[1] == self.stop - self.start else int(self.places[row])
+
     def described(self) -> dict[str, Any]:
         """What the index's description says of it."""
         return {"name": self.name, "start": self.start, "stop": self.stop}
@@ -87,6 +91,15 @@ class Segment:
 def segments_of(root: zarr.Group, meta: Mapping[str, Any]) -> list[Segment]:
     """The segments of an index, those of earlier releases in one."""
     return [Segment(root, **one) for one in meta.get("segments", [{"name": ""}])]
+
+
+def place_of(segments: Sequence[Segment], row: int) -> int:
+    """Where the sample of a row of several segments, one after the other, stands in the store."""
+    for segment in segments:
+        if row < segment.shape[1]:
+            return segment.place(row)
+        row -= segment.shape[1]
+    raise IndexError(row)
 
 
 def prefix_of(name: str) -> str:

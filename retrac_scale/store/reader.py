@@ -109,6 +109,23 @@ class SketchStore:
             below += part.shape[0]
         return _joined(found)
 
+    def columns_of(self, samples: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
+        """The user's columns of the samples at some places `[m]`; of the others' texts none is decoded."""
+        starts = np.cumsum([0, *(part.shape[0] for part in self._grid.segments)])
+        segment = np.searchsorted(starts, samples, side="right") - 1
+        order = np.argsort(segment, kind="stable")
+        back = np.argsort(order, kind="stable")
+        return {
+            name: _joined(
+                [
+                    part.column(name, samples[segment == number] - starts[number])
+                    for number, part in enumerate(self._grid.segments)
+                ]
+            )[back]
+            for name in self._grid.segments[0].meta["columns"]
+            if name != "id"
+        }
+
     @property
     def deleted(self) -> npt.NDArray[np.bool_]:
         """Which samples are deleted, bool `[n]`, as it is now; an index leaves them out."""
