@@ -12,7 +12,7 @@ import zarr
 from zarr.storage import StorePath
 
 from retrac_scale.arrays import Bools, Int64
-from retrac_scale.columns import Column, Texts
+from retrac_scale.columns import Column, joined
 from retrac_scale.index.columns import Fetch, column_names, read_column
 from retrac_scale.store import objects
 from retrac_scale.store.part import ROOT
@@ -109,15 +109,7 @@ def prefix_of(name: str) -> str:
 
 def column_of(segments: Sequence[Segment], name: str, fetch: Fetch) -> Column:
     """A column of all segments."""
-    read = [read_column(segment.group, name, fetch) for segment in segments]
-    if len(read) == 1:
-        return read[0]
-    texts = [values for values in read if isinstance(values, Texts)]
-    if not texts:
-        return np.concatenate([np.asarray(values) for values in read])
-    values = np.unique(np.concatenate([one.values for one in texts]))
-    codes = [np.searchsorted(values, one.values)[one.codes] for one in texts]
-    return Texts.coded(values.tolist(), np.concatenate(codes))
+    return joined([read_column(segment.group, name, fetch) for segment in segments])
 
 
 def names_of_columns(segments: Sequence[Segment]) -> list[str]:

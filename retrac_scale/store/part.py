@@ -18,6 +18,7 @@ from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
+from retrac_scale.columns import plain
 from retrac_scale.store import commits, objects, tombstones
 from retrac_scale.store.encoding import array_dtype
 from retrac_scale.store.errors import DamagedStoreError
@@ -152,15 +153,15 @@ class Part:
     @cached_property
     def ids(self) -> npt.NDArray[Any]:
         """Sample ids `[n]`, int64 or str."""
-        return self._fixed_list("id")
+        return plain(self._fixed_list("id"))
 
     @cached_property
     def columns(self) -> dict[str, npt.NDArray[Any]]:
         """User columns `{name: [n]}`."""
-        return {name: self.column(name) for name in self.meta["columns"] if name != "id"}
+        return {name: plain(self._fixed_list(name)) for name in self.meta["columns"] if name != "id"}
 
-    def column(self, name: str, samples: npt.NDArray[np.int64] | None = None) -> npt.NDArray[Any]:
-        """One of them `[n]`, read anew; or of some samples `[m]`, without decoding the others' chunks."""
+    def column(self, name: str, samples: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """One of them, or the ids, of some samples `[m]`, as zarr reads it, from their chunks alone."""
         return self._fixed_list(name, samples)
 
     @property
@@ -294,8 +295,7 @@ class Part:
         if samples is not None:
             keys = [f"{name}/{ROOT}", *(f"{name}/c/{i}" for i in np.unique(samples // LIST_CHUNK))]
         array = zarr.open_array(MemoryStore({key: wrap(self._fixed(key)) for key in keys}), path=name, mode="r")
-        values = np.asarray(array[:] if samples is None else array.oindex[samples])
-        return values if values.dtype.kind in "biuf" else np.array(values.tolist(), dtype=str)
+        return np.asarray(array[:] if samples is None else array.oindex[samples])
 
     def _zarr_read(self, path: str, selection: slice) -> npt.NDArray[Any]:
         array = self.array(path)
