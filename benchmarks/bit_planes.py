@@ -228,15 +228,16 @@ def ways(held: Held, k: int, read: list[int]) -> dict[str, tuple[Way, Way]]:
     kinds = {"planes, int16": (by_int16, ones)}
     if has("avx512vnni"):
         kinds["planes, VNNI"] = by_vnni, ones.astype(np.int8)
-    for name, (multiply, few) in kinds.items():
 
-        def whole_scan(query: Any, multiply: Any = multiply) -> Any:
+    def of(multiply: Any, few: Any) -> tuple[Way, Way]:
+        def whole_scan(query: Any) -> Any:
             best, count = held.in_planes(query, k, multiply)
             read.append(count)
             return best
 
-        found[name] = (lambda _, m=multiply, few=few: m(held.packed, few, scale, one, zero, out)), whole_scan
-    return found
+        return lambda _: multiply(held.packed, few, scale, one, zero, out), whole_scan
+
+    return found | {name: of(*kind) for name, kind in kinds.items()}
 
 
 def times(held: Held, queries: Any, k: int) -> None:
