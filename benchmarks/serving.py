@@ -15,8 +15,6 @@ import multiprocessing
 import os
 import random
 import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -100,14 +98,6 @@ def running(serving: Callable[..., None], *arguments: Any) -> Iterator[tuple[str
         process.join()
 
 
-def fuzz(folder: Path, examples: int) -> int:
-    """schemathesis against the server's own OpenAPI schema; its exit status."""
-    with running(serve, folder, 64) as (url, _):
-        checks = ["--checks", "not_a_server_error,status_code_conformance", "--max-examples", str(examples)]
-        program = str(Path(sys.executable).with_name("schemathesis"))
-        return subprocess.run([program, "run", *checks, f"{url}/openapi.json"], check=False, cwd=folder).returncode
-
-
 def load(folder: Path, clients: int, seconds: float, batch: int) -> dict[str, Any]:
     """One run."""
     with running(serve, folder, batch) as (url, pid):
@@ -156,17 +146,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60, help="of the batched run (default: 60)")
     parser.add_argument("--unbatched-seconds", type=float, default=20, help="of the run without batching (default: 20)")
     parser.add_argument("--folder", help="where the index is kept; default: a temporary folder")
-    parser.add_argument(
-        "--fuzz", type=int, metavar="N", help="instead: N requests for each route, made up by schemathesis"
-    )
     parser.add_argument("--out", help="JSON file for the results")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(arguments.folder or temporary)
         folder.mkdir(parents=True, exist_ok=True)
         prepare(folder, arguments.rows)
-        if arguments.fuzz:
-            sys.exit(fuzz(folder, arguments.fuzz))
         alone = load(folder, arguments.clients, arguments.unbatched_seconds, 1)
         batched = load(folder, arguments.clients, arguments.seconds, 64)
     speed = batched["per_second"] / alone["per_second"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import keyword
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -40,14 +40,13 @@ class Texts:
         import pandas as pd
 
         codes, values = pd.factorize(texts.astype(object), sort=True)
-        return Texts.coded(values.tolist(), codes)
+        return Texts.coded([value.encode() for value in values], codes)
 
     @staticmethod
-    def coded(values: Sequence[str], codes: npt.NDArray[Any]) -> Texts:
-        """Those of sorted distinct texts and codes."""
-        encoded = [value.encode() for value in values]
-        ends = np.cumsum([len(value) for value in encoded], dtype=np.int64)
-        return Texts(np.frombuffer(b"".join(encoded), np.uint8), ends, codes.astype(np.int32))
+    def coded(values: Sequence[bytes], codes: npt.NDArray[Any]) -> Texts:
+        """Those of sorted distinct texts in UTF-8 and codes."""
+        ends = np.cumsum([len(value) for value in values], dtype=np.int64)
+        return Texts(np.frombuffer(b"".join(values), np.uint8), ends, codes.astype(np.int32))
 
     @property
     def count(self) -> int:
@@ -58,9 +57,13 @@ class Texts:
     def values(self) -> npt.NDArray[np.str_]:
         """The distinct texts, sorted, `[v]`."""
         if not self.read:
-            every, edges = self.text.tobytes(), itertools.pairwise([0, *self.ends.tolist()])
-            self.read.append(np.array([every[start:stop].decode() for start, stop in edges], dtype=str))
+            self.read.append(np.array([text.decode() for text in self.encoded()], dtype=str))
         return self.read[0]
+
+    def encoded(self) -> Iterator[bytes]:
+        """The distinct texts in UTF-8, in their order."""
+        every = self.text.tobytes()
+        return (every[start:stop] for start, stop in itertools.pairwise([0, *self.ends.tolist()]))
 
     def value(self, sample: int) -> str:
         """The text of one sample."""
@@ -116,6 +119,28 @@ class Places:
 
 
 Column = npt.NDArray[Any] | Texts
+
+
+def joined(several: Sequence[Column]) -> Column:
+    """Columns of one type, one after the other; no text takes up more room than it needs."""
+    if len(several) == 1:
+        return several[0]
+    texts = [column for column in several if isinstance(column, Texts)]
+    if not texts:
+        return np.concatenate([np.asarray(column) for column in several])
+    every = [text for column in texts for text in column.encoded()]
+    order = sorted(range(len(every)), key=every.__getitem__)  # of runs that are sorted already
+    is_new = [True, *(every[a] != every[b] for a, b in itertools.pairwise(order))]
+    rank = np.empty(len(every), np.int32)
+    rank[order] = np.cumsum(is_new)[: len(every)] - 1
+    parts = np.split(rank, np.cumsum([column.count for column in texts])[:-1])
+    codes = np.concatenate([part[column.codes] for part, column in zip(parts, texts, strict=True)])
+    return Texts.coded([every[i] for i, new in zip(order, is_new, strict=False) if new], codes)
+
+
+def plain(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Numbers as they are; texts as zarr reads them as an array of strings, which has room for the longest in each."""
+    return values if values.dtype.kind in "biufU" else np.array(values.tolist(), dtype=str)
 
 
 def distinct(column: Column, most: int) -> npt.NDArray[Any] | None:

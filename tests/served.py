@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,16 @@ COPIED, COPIES = 3, (12, 17)
 
 
 class Scans:
-    """Random grey 8 x 8 images with columns."""
+    """Random grey 8 x 8 images with columns, and more of them where they are given."""
 
-    def __init__(self, n: int, seed: int) -> None:
+    def __init__(self, n: int, seed: int, more: Mapping[str, Any] | None = None) -> None:
         self.pixels = np.random.default_rng(seed).integers(0, 255, (n, 8, 8), dtype=np.uint8)
+        self.more = dict(more or {})
 
     @property
     def columns(self) -> dict[str, Any]:
         artists = np.array([HOSTILE, "Anna", "Bela", "Anna"] * (len(self) // 4))
-        return {"artist": artists, "year": 1990 + np.arange(len(self))}
+        return {"artist": artists, "year": 1990 + np.arange(len(self)), **self.more}
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -43,9 +44,9 @@ class Scans:
         return torch.from_numpy(self.pixels[row].astype(np.float32))[None] / 127.5 - 1
 
 
-def build(folder: Path) -> Library:
-    """Sketch, index, and open what `retrac-scale serve` would."""
-    model, scans, made = tiny_unet(), Scans(SAMPLES, 0), Scans(QUERIES, 1)
+def build(folder: Path, more: Mapping[str, Any] | None = None) -> Library:
+    """Sketch, index, and open what `retrac-scale serve` would; with more columns of the samples."""
+    model, scans, made = tiny_unet(), Scans(SAMPLES, 0, more), Scans(QUERIES, 1)
     for copy in COPIES:
         scans.pixels[copy] = scans.pixels[COPIED]
     task = rs.DiffusionTask(model, DDPMScheduler(num_train_timesteps=100))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,6 +13,7 @@ import numpy.typing as npt
 import zarr
 
 from retrac_scale.arrays import Float32
+from retrac_scale.columns import plain
 from retrac_scale.estimators import Estimator, common_timesteps, recommended
 from retrac_scale.estimators.fitting import fit, moments, rows_at
 from retrac_scale.estimators.ridge import Moments, Ridge
@@ -31,6 +32,7 @@ from retrac_scale.store.encoding import encode
 from retrac_scale.store.part import ROOT, digest_of, group_json, plans_of
 from retrac_scale.store.schema import (
     FORMAT_VERSION,
+    LIST_CHUNK,
     Url,
     blocks,
     get_array,
@@ -160,12 +162,15 @@ def _write_segment(
     """Write the rows of the samples at places `kept` of the store."""
     root = segment.root.require_group(segment.prefix.rstrip("/")) if segment.name else segment.root
     size = None if base is None else base.segments[0].arrays["row"].chunks[1]
-    own = kept - segment.start
-    ids = store.column("id", segment.start)[own]
+
+    def parts(name: str) -> Iterator[npt.NDArray[Any]]:
+        return (store.column(name, kept[some]) for some in blocks(len(kept), LIST_CHUNK))
+
+    ids = plain(np.concatenate([*parts("id")]))
     chunks = create_arrays(root, len(store.checkpoints), ids, common.estimator.width(store), common.dtype, size)
     root.create_group("column", overwrite=True)
     for name in store.meta["columns"].keys() - {"id"}:
-        write_column(root, name, store.column(name, segment.start)[own])
+        write_column(root, name, parts(name))
     if len(kept) < segment.stop - segment.start:
         write_packed(root, KEPT, np.isin(np.arange(segment.start, segment.stop), kept, assume_unique=True))
     tasks = [

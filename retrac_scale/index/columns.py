@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import zarr
 
-from retrac_scale.columns import Column, Texts
+from retrac_scale.columns import Column, Texts, joined
 from retrac_scale.store.schema import get_array, get_group, new_array
 
 PARTS = ("text", "end", "code")
@@ -17,14 +17,15 @@ PARTS = ("text", "end", "code")
 Fetch = Callable[[zarr.Array[Any]], npt.NDArray[Any]]
 
 
-def write_column(root: zarr.Group, name: str, values: npt.NDArray[Any]) -> None:
-    """Write a column `[n]` of an index, in one chunk."""
+def write_column(root: zarr.Group, name: str, parts: Iterable[npt.NDArray[Any]]) -> None:
+    """Write a column `[n]` of an index, given in parts, in one chunk."""
     group = root.require_group("column")
-    if values.dtype.kind in "biuf":
-        write_list(group, name, values)
+    read: list[Column] = [values if values.dtype.kind in "biuf" else Texts.of(values) for values in parts]
+    column = joined(read)
+    if not isinstance(column, Texts):
+        write_list(group, name, column)
         return
-    texts = Texts.of(values)
-    arrays: list[npt.NDArray[Any]] = [texts.text, texts.ends, texts.codes]
+    arrays: list[npt.NDArray[Any]] = [column.text, column.ends, column.codes]
     for part, array in zip(PARTS, arrays, strict=True):
         write_list(group, f"{name}/{part}", array)
 
@@ -43,7 +44,8 @@ def read_column(root: zarr.Group, name: str, fetch: Fetch) -> Column:
         return fetch(array) if array.dtype.kind in "biuf" else Texts.of(np.asarray(array[:]))
     inner = get_group(group, name)
     if "value" in inner.array_keys():
-        return Texts.coded(np.asarray(get_array(inner, "value")[:]).tolist(), fetch(get_array(inner, "code")))
+        values = np.asarray(get_array(inner, "value")[:]).tolist()
+        return Texts.coded([value.encode() for value in values], fetch(get_array(inner, "code")))
     text, ends, codes = (fetch(get_array(inner, part)) for part in PARTS)
     return Texts(text, ends, codes)
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import zarr
 from zarr.storage import LocalStore, MemoryStore
 
-from retrac_scale.arrays import Bools, Float32
+from retrac_scale.arrays import Bools, Float32, Int64
 from retrac_scale.columns import Column, Places, Texts
 from retrac_scale.estimators import Estimator, common_timesteps, estimator_from_spec
 from retrac_scale.estimators.ridge import Ridge
@@ -27,6 +27,7 @@ from retrac_scale.index.segments import (
     Segment,
     column_of,
     names_of_columns,
+    place_of,
     segments_of,
     unpacked,
 )
@@ -166,6 +167,12 @@ class IndexReader:
         """Where each sample stands in the store, `[n]`."""
         places = np.concatenate([one.places for one in self.segments])
         return places if self._alive is None else places[self._alive]
+
+    def find(self, ids: npt.ArrayLike) -> tuple[Int64, Int64]:
+        """The places of some samples, -1 for those that are not here, and where the others stand in the store."""
+        places = self.places.find(ids)
+        rows = places if self._alive is None else np.flatnonzero(self._alive)[places]
+        return places, np.array([place_of(self.segments, row) for row in rows.tolist()], np.int64)
 
     @functools.cached_property
     def ridges(self) -> dict[str, list[Ridge]]:

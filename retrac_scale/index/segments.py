@@ -12,7 +12,7 @@ import zarr
 from zarr.storage import StorePath
 
 from retrac_scale.arrays import Bools, Int64
-from retrac_scale.columns import Column, Texts
+from retrac_scale.columns import Column, joined
 from retrac_scale.index.columns import Fetch, column_names, read_column
 from retrac_scale.store import objects
 from retrac_scale.store.part import ROOT
@@ -79,6 +79,10 @@ class Segment:
         kept = unpacked(get_array(self.group, KEPT), self.stop - self.start)
         return self.start + np.flatnonzero(kept)
 
+    def place(self, row: int) -> int:
+        """That of one row."""
+        return self.start + row if self.shape[1] == self.stop - self.start else int(self.places[row])
+
     def described(self) -> dict[str, Any]:
         """What the index's description says of it."""
         return {"name": self.name, "start": self.start, "stop": self.stop}
@@ -89,6 +93,15 @@ def segments_of(root: zarr.Group, meta: Mapping[str, Any]) -> list[Segment]:
     return [Segment(root, **one) for one in meta.get("segments", [{"name": ""}])]
 
 
+def place_of(segments: Sequence[Segment], row: int) -> int:
+    """Where the sample of a row of several segments, one after the other, stands in the store."""
+    for segment in segments:
+        if row < segment.shape[1]:
+            return segment.place(row)
+        row -= segment.shape[1]
+    raise IndexError(row)
+
+
 def prefix_of(name: str) -> str:
     """What the keys of a segment's objects begin with."""
     return f"{FOLDER}/{name}/" if name else ""
@@ -96,15 +109,7 @@ def prefix_of(name: str) -> str:
 
 def column_of(segments: Sequence[Segment], name: str, fetch: Fetch) -> Column:
     """A column of all segments."""
-    read = [read_column(segment.group, name, fetch) for segment in segments]
-    if len(read) == 1:
-        return read[0]
-    texts = [values for values in read if isinstance(values, Texts)]
-    if not texts:
-        return np.concatenate([np.asarray(values) for values in read])
-    values = np.unique(np.concatenate([one.values for one in texts]))
-    codes = [np.searchsorted(values, one.values)[one.codes] for one in texts]
-    return Texts.coded(values.tolist(), np.concatenate(codes))
+    return joined([read_column(segment.group, name, fetch) for segment in segments])
 
 
 def names_of_columns(segments: Sequence[Segment]) -> list[str]:

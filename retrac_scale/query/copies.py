@@ -42,7 +42,7 @@ def likeness(index: IndexReader, ids: npt.NDArray[Any]) -> Float32:
     store = index.check_store()
     if store is None:
         raise ValueError("to tell copies, the store that the index was built from is needed; it was in memory.")
-    places = store.places.find(ids).tolist()
+    places = index.find(ids)[1].tolist()
     asked = np.empty((len(ids), index.shape[0] * index.shape[2]), np.float32)
     for row, place in enumerate(places):
         asked[row] = index.rows_of(store, slice(place, place + 1)).ravel()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +91,7 @@ def explain_lists(index: IndexReader, queries: SketchStore, lists: Sequence[Sequ
     for query, ids in enumerate(lists):
         for id in ids:
             wanted.setdefault(id, []).append(query)
-    places, positions = (_places(side, list(wanted)) for side in (index, store))
+    places, positions = _places(index, list(wanted))
     parts: dict[tuple[int, Any], list[npt.NDArray[np.float64]]] = {}
     for name, weight in () if matched else index.meta["checkpoints"].items():
         asked = _vectors(index, queries, name, slice(None))
@@ -126,12 +126,12 @@ def explain_lists(index: IndexReader, queries: SketchStore, lists: Sequence[Sequ
     return [[one(query, id) for id in ids] for query, ids in enumerate(lists)]
 
 
-def _places(side: IndexReader | SketchStore, ids: list[Any]) -> dict[Any, int]:
-    """Where some samples stand in an index or its store."""
-    found = side.places.find(ids).tolist()
-    if -1 in found:
-        raise ValueError(f"there is no sample {ids[found.index(-1)]!r} in the index.")
-    return dict(zip(ids, found, strict=True))
+def _places(index: IndexReader, ids: list[Any]) -> Iterator[dict[Any, int]]:
+    """Where some samples stand in an index, and in its store."""
+    found = index.find(ids)
+    if -1 in found[0]:
+        raise ValueError(f"there is no sample {ids[found[0].tolist().index(-1)]!r} in the index.")
+    return (dict(zip(ids, places.tolist(), strict=True)) for places in found)
 
 
 def _vectors(index: IndexReader, side: SketchStore, checkpoint: str, samples: slice) -> Float32:

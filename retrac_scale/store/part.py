@@ -18,15 +18,16 @@ from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
-from retrac_scale.store import commits, objects
+from retrac_scale.columns import plain
+from retrac_scale.store import commits, objects, tombstones
 from retrac_scale.store.encoding import array_dtype
 from retrac_scale.store.errors import DamagedStoreError
 from retrac_scale.store.mapping import CRC_BYTES, Bytes, crc32c, is_plain, map_chunk
 from retrac_scale.store.schema import ATTRIBUTE, CONTENT, CONTENT_WORDS, LIST_CHUNK, blocks, new_array
+from retrac_scale.store.tombstones import DELETED, KEPT, UNKNOWN
 
 ROOT = "zarr.json"
 NO_DIGEST = "0" * 32
-KEPT, DELETED, UNKNOWN = 0, 1, 255
 
 
 def digest_of(content: bytes) -> str:
@@ -152,34 +153,49 @@ class Part:
     @cached_property
     def ids(self) -> npt.NDArray[Any]:
         """Sample ids `[n]`, int64 or str."""
-        return self._fixed_list("id")
+        return plain(self._fixed_list("id"))
 
     @cached_property
     def columns(self) -> dict[str, npt.NDArray[Any]]:
         """User columns `{name: [n]}`."""
-        return {name: self.column(name) for name in self.meta["columns"] if name != "id"}
+        return {name: plain(self._fixed_list(name)) for name in self.meta["columns"] if name != "id"}
 
-    def column(self, name: str) -> npt.NDArray[Any]:
-        """One of them `[n]`, read anew."""
-        return self._fixed_list(name)
+    def column(self, name: str, samples: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """One of them, or the ids, of some samples `[m]`, as zarr reads it, from their chunks alone."""
+        return self._fixed_list(name, samples)
 
     @property
     def deleted(self) -> npt.NDArray[np.bool_]:
         """Tombstones, bool `[n]`, as they are now."""
-        values = self._zarr_read("deleted", slice(None))
-        if ((values != KEPT) & (values != DELETED)).any():
-            raise DamagedStoreError(f"{self.place}/deleted is missing or damaged; restore it from a backup.")
-        deleted: npt.NDArray[np.bool_] = values == DELETED
-        return deleted
+        before: tombstones.Allowed | None = None
+        while True:  # a deletion may come between the two readings
+            now = tombstones.allowed(self.root, self.place)
+            marks = self._zarr_read("deleted", slice(None))
+            if ((marks != KEPT) & (marks != DELETED)).any():
+                raise DamagedStoreError(f"{self.place}/deleted is missing or damaged; restore it from a backup.")
+            stale = tombstones.stale(marks, now)
+            if not stale:
+                return np.asarray(marks == DELETED)
+            if now == before:
+                raise DamagedStoreError(
+                    f"{self.place}/deleted/c/{stale[0]} is not what the last deletion wrote: restore it and "
+                    f"{tombstones.KEY} from the same backup, or remove the latter to take the marks as they are."
+                )
+            before = now
 
     def delete(self, samples: npt.NDArray[np.bool_]) -> None:
         """Set the tombstones of some samples, bool `[n]`."""
         array = self.array("deleted")
-        now = np.where(self.deleted | samples, DELETED, KEPT).astype(np.uint8)
+        was = np.where(self.deleted, DELETED, KEPT).astype(np.uint8)
+        now = np.where(samples, DELETED, was).astype(np.uint8)
         size = array.chunks[0]
         touched = np.unique(np.flatnonzero(samples) // size).tolist()
         chunks = {f"deleted/c/{i}": NewChunk(array, i, [now[i * size : (i + 1) * size]]) for i in touched}
+        old, new = tombstones.by_chunk(was), tombstones.by_chunk(now)
+        told = tombstones.allowed(self.root, self.place)
+        tombstones.allow(self.root, told | {str(i): [new[str(i)], old[str(i)]] for i in touched})
         objects.write_all(self.root, chunks)
+        tombstones.allow(self.root, told | {str(i): [new[str(i)]] for i in touched})
 
     def committed(self, checkpoint: str) -> npt.NDArray[np.bool_]:
         """Which blocks of a checkpoint have a commit record now, bool `[blocks]`."""
@@ -273,12 +289,13 @@ class Part:
             )
         return content
 
-    def _fixed_list(self, name: str) -> npt.NDArray[Any]:
+    def _fixed_list(self, name: str, samples: npt.NDArray[np.int64] | None = None) -> npt.NDArray[Any]:
         wrap = default_buffer_prototype().buffer.from_bytes
         keys = [key for key in self.meta["digests"] if key.startswith(f"{name}/")]
-        copy = MemoryStore({key: wrap(self._fixed(key)) for key in keys})
-        values = np.asarray(zarr.open_array(copy, path=name, mode="r")[:])
-        return values if values.dtype.kind in "biuf" else np.array(values.tolist())
+        if samples is not None:
+            keys = [f"{name}/{ROOT}", *(f"{name}/c/{i}" for i in np.unique(samples // LIST_CHUNK))]
+        array = zarr.open_array(MemoryStore({key: wrap(self._fixed(key)) for key in keys}), path=name, mode="r")
+        return np.asarray(array[:] if samples is None else array.oindex[samples])
 
     def _zarr_read(self, path: str, selection: slice) -> npt.NDArray[Any]:
         array = self.array(path)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import zarr
 
 from retrac_scale.arrays import Float32
-from retrac_scale.columns import Places
+from retrac_scale.columns import Places, plain
 from retrac_scale.store import commits, objects
 from retrac_scale.store.grid import Grid
 from retrac_scale.store.opening import WHAT, measure_of, open_parts, open_root
@@ -100,14 +100,21 @@ class SketchStore:
         names = self._grid.segments[0].columns
         return {name: _joined([part.columns[name] for part in self._grid.segments]) for name in names}
 
-    def column(self, name: str, start: int = 0) -> npt.NDArray[Any]:
-        """One of the user's columns, or the ids under "id", from a sample on, `[n - start]`; read anew and not kept."""
-        found, below = [], 0
-        for part in self._grid.segments:
-            if below + part.shape[0] > start:
-                found.append(part.column(name)[max(0, start - below) :])
-            below += part.shape[0]
-        return _joined(found)
+    def column(self, name: str, samples: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """One of the user's columns, or the ids under "id", of the samples at some places `[m]`, as zarr reads it.
+
+        Of the others' texts only those in the same chunks are decoded, and nothing is kept.
+        """
+        parts = self._grid.segments
+        starts = np.cumsum([0, *(part.shape[0] for part in parts)])
+        segment = np.searchsorted(starts, samples, side="right") - 1
+        found = [part.column(name, samples[segment == i] - starts[i]) for i, part in enumerate(parts)]
+        back = np.argsort(np.argsort(segment, kind="stable"), kind="stable")
+        return found[0] if len(parts) == 1 else np.concatenate(found)[back]
+
+    def columns_of(self, samples: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
+        """The user's columns of the samples at some places `[m]`, `{name: [m]}`."""
+        return {name: plain(self.column(name, samples)) for name in self.meta["columns"] if name != "id"}
 
     @property
     def deleted(self) -> npt.NDArray[np.bool_]:

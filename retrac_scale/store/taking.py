@@ -24,11 +24,11 @@ def take(store: SketchStore, ids: Sequence[Any] | npt.NDArray[Any]) -> SketchSto
     chosen = store.places.find(asked)
     if (chosen < 0).any():
         raise ValueError(f"{store.url or 'the store'} has no sample {asked[chosen < 0].tolist()[0]!r}.")
-    return taken(store, chosen, store.columns)
+    return taken(store, chosen, store.columns_of(chosen))
 
 
 def taken(store: SketchStore, chosen: npt.NDArray[np.int64], columns: Mapping[str, npt.NDArray[Any]]) -> SketchStore:
-    """As `take`, of the samples at some places of a store, with some of its columns."""
+    """As `take`, of the samples at some places of a store, with their values `[m]` of some columns."""
     _, t, k = store.shape
     quantities = [name for name in SKETCHED if store.has(name)]
     fingerprint = store.fingerprint
@@ -42,7 +42,7 @@ def taken(store: SketchStore, chosen: npt.NDArray[np.int64], columns: Mapping[st
         fingerprint=fingerprint,
         dtype="float32",
         quantities=quantities,
-        columns={name: values[chosen] for name, values in columns.items()},
+        columns=columns,
         plan=store.plan,
     )
 

@@ -11,7 +11,7 @@ import numpy as np
 import zarr
 from zarr.storage import StorePath
 
-from retrac_scale.store import commits, objects
+from retrac_scale.store import commits, objects, tombstones
 from retrac_scale.store.errors import DamagedStoreError
 from retrac_scale.store.opening import PARTS, WHAT, check_description
 from retrac_scale.store.part import ROOT, Part, check_root, digest_of, lay_out
@@ -162,7 +162,7 @@ def _open(place: StorePath, name: str) -> Part | Finding:
 
 def _keys(part: Part) -> set[str]:
     """The keys of all objects that a part may have."""
-    keys = {ROOT, *part.meta["digests"]}
+    keys = {ROOT, tombstones.KEY, *part.meta["digests"]}
     keys |= {f"deleted/c/{i}" for i in range(-(-part.shape[0] // LIST_CHUNK))}
     for checkpoint in part.meta["checkpoints"]:
         for block in range(len(part.blocks)):

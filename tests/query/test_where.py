@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import retrac_scale as rs
-from retrac_scale.columns import Places, Texts
+from retrac_scale.columns import Places, Texts, joined
 from retrac_scale.query.where import which
 
 N = 60
@@ -145,6 +145,15 @@ def test_texts_come_back_from_their_codes() -> None:
     assert Texts.of(odd).some(slice(2, 5)).whole().tolist() == odd[2:5].tolist()
     np.testing.assert_array_equal(column.values, np.unique(COLUMNS["artist"]))
     np.testing.assert_array_equal(index().columns["artist"], COLUMNS["artist"])
+
+
+@given(st.lists(st.lists(st.text(max_size=3), max_size=9), min_size=1, max_size=4))
+def test_columns_one_after_the_other_are_the_column_of_all(several: list[list[str]]) -> None:
+    found = joined([Texts.of(np.array(texts, object)) for texts in several])
+    assert isinstance(found, Texts)
+    whole = Texts.of(np.array([text for texts in several for text in texts], object))
+    for part in ("text", "ends", "codes"):
+        np.testing.assert_array_equal(getattr(found, part), getattr(whole, part))
 
 
 def test_places_are_found_of_numbers_and_texts_in_any_order_and_of_nothing_else() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import retrac_scale as rs
-from retrac_scale.store import DamagedStoreError, Layout, repair_store, verify_store
+from retrac_scale.store import DamagedStoreError, Layout, objects, repair_store, tombstones, verify_store
 
 N, T, K = 10, 2, 16
 LAYOUTS = {"chunks": Layout(4), "shards": Layout(4, 2)}
@@ -189,3 +189,44 @@ def test_a_zarr_reader_sees_the_commit_records_and_tombstones(tmp_path: Path) ->
         file = chunk(tmp_path / "s", "a", "sketch", block).read_bytes()
         assert records[block, 1].tobytes() == file[-4:]
     assert group["deleted"][:].tolist() == [0, 0, 0, 1, 0, 0, 0, 0, 0, 0]
+
+
+def test_marks_of_deleted_samples_that_are_put_back_are_named(tmp_path: Path) -> None:
+    store = build(tmp_path / "s")
+    marks = tmp_path / "s" / "deleted" / "c" / "0"
+    before = marks.read_bytes()
+    store.delete([3])
+    after, told = marks.read_bytes(), (tmp_path / "s" / tombstones.KEY).read_bytes()
+    marks.write_bytes(before)
+    with pytest.raises(DamagedStoreError, match=r"deleted/c/0 is not what the last deletion wrote: restore it and"):
+        _ = store.deleted
+    assert "deleted/c/0" in str(verify_store(tmp_path / "s").of("metadata"))
+    marks.write_bytes(after)
+    (tmp_path / "s" / tombstones.KEY).write_bytes(b"{")
+    with pytest.raises(DamagedStoreError, match="deleted/digests is damaged"):
+        _ = store.deleted
+    (tmp_path / "s" / tombstones.KEY).write_bytes(told)
+    assert store.delete([4]) == 2
+    assert verify_store(tmp_path / "s").is_whole
+
+
+@pytest.mark.parametrize("written", [0, 1, 2])
+def test_a_deletion_that_was_cut_short_happened_or_did_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int
+) -> None:
+    store = build(tmp_path / "s")
+    store.delete([2])
+    with monkeypatch.context() as patched:
+        whole, calls = objects.write_all, []
+
+        def cut(*arguments: Any) -> None:
+            if len(calls) == written:
+                raise KeyboardInterrupt
+            calls.append(whole(*arguments))
+
+        patched.setattr(objects, "write_all", cut)
+        with pytest.raises(KeyboardInterrupt):
+            store.delete([3])
+    assert store.ids[store.deleted].tolist() == ([2] if written < 2 else [2, 3])
+    assert store.delete([3]) == 2
+    assert verify_store(tmp_path / "s").is_whole

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import retrac_scale as rs
-from retrac_scale.store import Layout, verify_store
+from retrac_scale.store import DamagedStoreError, Layout, verify_store
 from tests.conftest import Labelled, random_images, tiny_unet
 from tests.sketching.test_sketching import run
 
@@ -151,3 +151,29 @@ def test_deleted_samples_stay_deleted_when_the_store_grows(tmp_path: Path) -> No
     grown.delete(["image-7"])
     assert rs.open_store(tmp_path / "s").deleted.sum() == 2
     assert rs.open_store(tmp_path / "s", measure="l1").deleted.sum() == 3
+
+
+@pytest.mark.parametrize("places", [[], [3], [7, 0, 9, 4, 4, 11]])
+def test_columns_of_some_samples_are_decoded_from_their_chunks_alone(
+    places: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retrac_scale.store.part.LIST_CHUNK", 4)
+    years = 1990 + np.arange(12) % 5
+    artists = np.array([f"artist {'x' * i}" for i in range(12)])
+    for rows in (slice(0, 7), slice(7, 8), slice(8, 12)):
+        with rs.StoreWriter(tmp_path / "s") as writer:
+            columns = {"year": years[rows], "artist": artists[rows]}
+            writer.append(np.arange(12)[rows], {"a": np.ones((len(years[rows]), 1, 8))}, columns=columns)
+    store = rs.open_store(tmp_path / "s")
+    assert len(store.parts) == 3
+    found = store.columns_of(np.array(places, np.int64))
+    assert {name: values.tolist() for name, values in found.items()} == {
+        "year": years[places].tolist(), "artist": artists[places].tolist()
+    }  # fmt: skip
+    chunk = tmp_path / "s" / "artist" / "c" / "1"
+    chunk.write_bytes(chunk.read_bytes()[::-1])
+    if any(4 <= place < 7 for place in places):
+        with pytest.raises(DamagedStoreError, match="artist/c/1 is damaged"):
+            store.columns_of(np.array(places))
+    else:
+        store.columns_of(np.array(places, np.int64))
