@@ -23,6 +23,7 @@ from retrac_scale.evaluate import Altered, find_originals, largest_share, unique
 from retrac_scale.measurement.repeatability import repeatability
 from retrac_scale.projections import CountSketch, LowRank
 from retrac_scale.report import Pictures, attribution_figure, norm_curve, write_report
+from retrac_scale.sketching.calibration import torch_threads
 from retrac_scale.store import SketchStore
 from retrac_scale.task.diffusion import DiffusionTask
 from retrac_scale.task.timesteps import EvenlySpaced, draw_noise
@@ -102,6 +103,7 @@ def build_model() -> UNet2DModel:
     )
 
 
+@torch_threads(1)  # several, on a busy machine, wait for each other nearly all of the time
 def train(model: UNet2DModel, scheduler: Any, scans: Scans, folder: Path) -> dict[str, Path]:
     """Train, keep the weights at `KEPT_EPOCHS`, and record every pair; continues from the newest kept epoch."""
     files = {f"epoch-{epoch:02d}": folder / "checkpoints" / f"epoch-{epoch:02d}.pt" for epoch in KEPT_EPOCHS}
@@ -143,6 +145,7 @@ def train(model: UNet2DModel, scheduler: Any, scans: Scans, folder: Path) -> dic
     return files
 
 
+@torch_threads(1)
 def generate(model: UNet2DModel, scheduler: Any, file: Path) -> Tensor:
     """16 images from the trained model, `[16, 1, 8, 8]`, kept in `file`."""
     if not file.exists():

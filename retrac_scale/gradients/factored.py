@@ -72,7 +72,7 @@ class FactoredGradients:
     def suit(layer: Any, grad_output: Tensor) -> bool:
         """Whether the gradients of a layer's weight, for such output gradients, can be given so."""
         here = grad_output.device.type == "cpu" and grad_output.dtype == torch.float32
-        return here and getattr(layer, "groups", 1) == 1
+        return here and grad_output.numel() > 0 and getattr(layer, "groups", 1) == 1  # no entry has no address
 
     def formed(self) -> Tensor:
         """The gradients, their input features last in memory, in `scratch` memory."""

@@ -54,6 +54,21 @@ def test_linear_equals_autograd_for_any_number_of_positions(shape: tuple[int, ..
     check(nn.Sequential(nn.Linear(5, 6, bias=bias), nn.SiLU(), nn.Linear(6, 3)), torch.randn(shape))
 
 
+class WithContext(nn.Module):
+    """The first row is of pixels, the others are tokens of a context, which may have none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pixels, self.tokens = nn.Linear(5, 6), nn.Linear(5, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pixels(x[:, 0]) + self.tokens(x[:, 1:]).sum(1)  # type: ignore[no-any-return]
+
+
+def test_gradient_of_a_linear_layer_over_no_positions_is_zero_as_by_autograd() -> None:
+    check(WithContext(), torch.randn(3, 1, 5))
+
+
 @given(
     dims=st.integers(1, 3),
     groups=st.sampled_from([1, 2]),

@@ -217,12 +217,14 @@ def test_a_deletion_that_was_cut_short_happened_or_did_not(
     store = build(tmp_path / "s")
     store.delete([2])
     with monkeypatch.context() as patched:
-        whole, calls = objects.write_all, []
+        whole = objects.write_all
+        calls: list[None] = []
 
         def cut(*arguments: Any) -> None:
             if len(calls) == written:
                 raise KeyboardInterrupt
-            calls.append(whole(*arguments))
+            whole(*arguments)
+            calls.append(None)
 
         patched.setattr(objects, "write_all", cut)
         with pytest.raises(KeyboardInterrupt):
