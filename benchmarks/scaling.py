@@ -29,6 +29,8 @@ from retrac_scale.store.schema import ATTRIBUTE, get_array
 
 QUERIES = (1, 64)
 TOP = 10
+SEALED = ("digest", "seals", "segments")
+"""Of a description; an index without them is one of an earlier release, whose arrays may be anything."""
 
 
 def make_index(folder: Path, n: int) -> None:
@@ -45,7 +47,8 @@ def make_index(folder: Path, n: int) -> None:
         for name, values in (("scale", scale), ("norm", norm)):
             get_array(root, name)[0, part] = np.tile(values, copies)[:size]
         get_array(root, "row")[0, part] = np.concatenate([row[:, rng.permutation(DIM)] for _ in range(copies)])[:size]
-    root.attrs[ATTRIBUTE] = {**small.meta, "complete": True}
+    unsealed = {name: value for name, value in small.meta.items() if name not in SEALED}
+    root.attrs[ATTRIBUTE] = unsealed | {"complete": True}
 
 
 def main() -> None:
