@@ -37,16 +37,17 @@ class Texts:
     @staticmethod
     def of(texts: npt.NDArray[Any]) -> Texts:
         """Those of an array of strings `[n]`."""
-        import pandas as pd
-
-        codes, values = pd.factorize(texts.astype(object), sort=True)
+        every = texts.tolist()
+        values = sorted(set(every))
+        code_of = {value: code for code, value in enumerate(values)}
+        codes = np.fromiter(map(code_of.__getitem__, every), np.int32, len(every))
         return Texts.coded([value.encode() for value in values], codes)
 
     @staticmethod
     def coded(values: Sequence[bytes], codes: npt.NDArray[Any]) -> Texts:
         """Those of sorted distinct texts in UTF-8 and codes."""
         ends = np.cumsum([len(value) for value in values], dtype=np.int64)
-        return Texts(np.frombuffer(b"".join(values), np.uint8), ends, codes.astype(np.int32))
+        return Texts(np.frombuffer(b"".join(values), np.uint8), ends, codes.astype(np.int32, copy=False))
 
     @property
     def count(self) -> int:

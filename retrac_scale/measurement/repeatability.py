@@ -23,6 +23,7 @@ from retrac_scale.measurement.halves import (
     some_ids,
 )
 from retrac_scale.query.index import Index
+from retrac_scale.query.source import all_scores_of
 from retrac_scale.store import SketchStore
 from retrac_scale.store.part import plans_of
 from retrac_scale.store.taking import take
@@ -95,7 +96,7 @@ def _of_views(
             asking = StoreView(queries, chosen, asked)
             index = Index(reader.root, None, view)
             lists = index.query(asking, k, exclude_self=exclude_self).ids
-            answers[part, side] = lists, np.asarray(index.scores(asking))
+            answers[part, side] = lists, all_scores_of(index, index.query_rows(asking), index.shape[1])
         return answers[part, side]
 
     compared = {m: [(answered(one, 0), answered(other, 1)) for one, other in some] for m, some in pairs.items()}
