@@ -298,8 +298,9 @@ batch, so that a query shares its noise with the samples at its own place in the
 WHEN = """- **What would retraining without these images do?** `ReTracRidge` over four timesteps under common noise, the
   default. It is at the head of the tables for pictures that were trained on and such as were held out, and does
   not stand there alone: the table below names the rows that are clearly better, and those that are not clearly
-  worse, most of them other functions under the same noise with such a ridge. Its sign is that of the influence. If only the size matters, ask for squares: they predict
-  losses better, but a strong opponent then looks like a strong proponent.
+  worse, most of them other functions under the same noise with such a ridge. Its sign is that of the influence.
+  If only the size matters, ask for squares: they predict losses better, but a strong opponent then looks like a
+  strong proponent.
 - **Pictures that the model made?** On emoji D-TRAK's function under the same noise, `DTRAK(pairing="matched")`, is
   clearly better than the loss, and on digits not clearly worse.
 - **Common noise and a ridge decide more than what is differentiated.** The loss, D-TRAK's and DAS's functions,
