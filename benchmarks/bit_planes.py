@@ -12,7 +12,6 @@ Both scans give the same best, in turns for each query, one thread: least CPU ti
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from numba.extending import intrinsic
 
 import retrac_scale as rs
 from benchmarks.measurement_page import cpu_name
-from benchmarks.pair_rows import pair_rows
+from benchmarks.pair_rows import options_of, pair_rows
 from retrac_scale.index import approximate, kernels, scan
 from retrac_scale.index.chunk import Chunk
 from retrac_scale.native.compiled import AHEAD, LINE, compiled, has, prefetch
@@ -265,10 +264,7 @@ def times(held: Held, queries: Any, k: int) -> None:
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("store", help="a sketch store in int8")
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    options = parser.parse_args()
+    options = options_of(__doc__)
     torch.set_num_threads(1)
     rows, queries = pair_rows(rs.open_store(options.store))
     print(f"{cpu_name()}, load {os.getloadavg()[0]:.1f}; {len(rows)} rows of {rows.shape[1]} entries")

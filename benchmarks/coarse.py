@@ -10,7 +10,6 @@ some turns. What the installed FAISS does not have is said.
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 import time
@@ -24,7 +23,7 @@ import torch
 
 import retrac_scale as rs
 from benchmarks.measurement_page import cpu_name
-from benchmarks.pair_rows import pair_rows
+from benchmarks.pair_rows import options_of, pair_rows
 
 TOP = 10
 QUERIES = (1, 16, 64)
@@ -126,10 +125,7 @@ def lines(rows: Any, queries: Any, times: int, folder: Path) -> Iterator[tuple[s
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("store", help="a sketch store in int8")
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    options = parser.parse_args()
+    options = options_of(__doc__)
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
     rows, queries = pair_rows(rs.open_store(options.store))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,14 @@ import retrac_scale as rs
 from retrac_scale.store.encoding import encode
 
 ASKED = 64
+
+
+def options_of(text: str | None) -> argparse.Namespace:
+    """What the command line of a benchmark of such rows says: `store`, and how many `rows` times are of."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("store", help="a sketch store in int8")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="to be timed, those of the store over and over")
+    return parser.parse_args()
 
 
 def pair_rows(store: rs.SketchStore) -> tuple[Any, Any]:

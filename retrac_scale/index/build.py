@@ -29,12 +29,13 @@ from retrac_scale.store import IncompleteStoreError, SketchStore, StoreHandle, o
 from retrac_scale.store.alone import alone
 from retrac_scale.store.compatibility import agreed
 from retrac_scale.store.encoding import encode
-from retrac_scale.store.part import ROOT, digest_of, group_json, plans_of
+from retrac_scale.store.part import ROOT, group_json, plans_of
 from retrac_scale.store.schema import (
     FORMAT_VERSION,
     LIST_CHUNK,
     Url,
     blocks,
+    digest_of,
     get_array,
     get_group,
     new_array,

@@ -19,8 +19,8 @@ from retrac_scale.index.reader import IndexReader, only_grown
 from retrac_scale.index.segments import ARRAYS, DELETED, MOST, RIDGE, Segment, write_packed
 from retrac_scale.store import DamagedStoreError, SketchStore, objects
 from retrac_scale.store.opening import open_root
-from retrac_scale.store.part import ROOT, digest_of
-from retrac_scale.store.schema import ATTRIBUTE, Url, differences
+from retrac_scale.store.part import ROOT
+from retrac_scale.store.schema import ATTRIBUTE, Url, differences, digest_of
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,7 @@ import zarr
 from retrac_scale.estimators.ridge import Ridge
 from retrac_scale.index.segments import RIDGE
 from retrac_scale.store.mapping import crc32c
-from retrac_scale.store.part import digest_of
-from retrac_scale.store.schema import get_array, new_array
+from retrac_scale.store.schema import digest_of, get_array, new_array
 
 
 def write_ridges(root: zarr.Group, ridges: Mapping[str, Sequence[Ridge]]) -> str | None:

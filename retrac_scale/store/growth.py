@@ -14,9 +14,9 @@ from retrac_scale.store import objects
 from retrac_scale.store.compatibility import compared, kept_alike
 from retrac_scale.store.encoding import Dtype
 from retrac_scale.store.opening import PARTS, WHAT, open_parts, open_root
-from retrac_scale.store.part import ROOT, digest_of, group_json, lay_out, plans_of
+from retrac_scale.store.part import ROOT, group_json, lay_out, plans_of
 from retrac_scale.store.reader import SketchStore
-from retrac_scale.store.schema import Layout, Url, differences
+from retrac_scale.store.schema import Layout, Url, differences, digest_of
 from retrac_scale.store.writer import begin, describe, mismatch, unfinished
 
 Describe = Callable[[npt.NDArray[Any], Sequence[str]], Mapping[str, Any]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -23,16 +22,11 @@ from retrac_scale.store import commits, objects, tombstones
 from retrac_scale.store.encoding import array_dtype
 from retrac_scale.store.errors import DamagedStoreError
 from retrac_scale.store.mapping import CRC_BYTES, Bytes, crc32c, is_plain, map_chunk
-from retrac_scale.store.schema import ATTRIBUTE, CONTENT, CONTENT_WORDS, LIST_CHUNK, blocks, new_array
+from retrac_scale.store.schema import ATTRIBUTE, CONTENT, CONTENT_WORDS, LIST_CHUNK, blocks, digest_of, new_array
 from retrac_scale.store.tombstones import DELETED, KEPT, UNKNOWN
 
 ROOT = "zarr.json"
 NO_DIGEST = "0" * 32
-
-
-def digest_of(content: bytes) -> str:
-    """BLAKE2b, 128 bits, in hex."""
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def lay_out(

@@ -15,8 +15,8 @@ from retrac_scale.columns import Places, plain
 from retrac_scale.store import commits, objects
 from retrac_scale.store.grid import Grid
 from retrac_scale.store.opening import WHAT, measure_of, open_parts, open_root
-from retrac_scale.store.part import Part, digest_of, plans_of
-from retrac_scale.store.schema import CONTENT, Url
+from retrac_scale.store.part import Part, plans_of
+from retrac_scale.store.schema import CONTENT, Url, digest_of
 
 ALL = slice(None)
 

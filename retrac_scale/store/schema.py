@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,11 @@ SKETCHED = ("loss", "timestep", CONTENT)
 
 Url = str | os.PathLike[str] | None
 CHECKSUM = (Crc32cCodec(),)
+
+
+def digest_of(content: bytes) -> str:
+    """BLAKE2b, 128 bits, in hex."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def zarr_location(url: Url) -> Any:

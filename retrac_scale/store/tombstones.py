@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 
@@ -12,7 +11,7 @@ import zarr
 
 from retrac_scale.store import objects
 from retrac_scale.store.errors import DamagedStoreError
-from retrac_scale.store.schema import LIST_CHUNK
+from retrac_scale.store.schema import LIST_CHUNK, digest_of
 
 KEPT, DELETED, UNKNOWN = 0, 1, 255
 KEY = "deleted/digests"
@@ -41,7 +40,7 @@ def allow(root: zarr.Group, digests: Mapping[str, list[str]]) -> None:
 def by_chunk(marks: npt.NDArray[np.uint8]) -> dict[str, str]:
     """BLAKE2b, 128 bits, of each chunk of the marks `[n]`."""
     chunks = (marks[start : start + LIST_CHUNK].tobytes() for start in range(0, len(marks), LIST_CHUNK))
-    return {str(i): hashlib.blake2b(chunk, digest_size=16).hexdigest() for i, chunk in enumerate(chunks)}
+    return {str(i): digest_of(chunk) for i, chunk in enumerate(chunks)}
 
 
 def stale(marks: npt.NDArray[np.uint8], digests: Allowed) -> list[str]:

@@ -14,8 +14,8 @@ from zarr.storage import StorePath
 from retrac_scale.store import commits, objects, tombstones
 from retrac_scale.store.errors import DamagedStoreError
 from retrac_scale.store.opening import PARTS, WHAT, check_description
-from retrac_scale.store.part import ROOT, Part, check_root, digest_of, lay_out
-from retrac_scale.store.schema import ATTRIBUTE, LIST_CHUNK, Url, zarr_location
+from retrac_scale.store.part import ROOT, Part, check_root, lay_out
+from retrac_scale.store.schema import ATTRIBUTE, LIST_CHUNK, Url, digest_of, zarr_location
 
 Kind = Literal["metadata", "damaged", "unwritten", "stray", "foreign"]
 
