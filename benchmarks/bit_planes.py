@@ -31,6 +31,7 @@ from benchmarks.pair_rows import options_of, pair_rows
 from retrac_scale.index import approximate, kernels, scan
 from retrac_scale.index.chunk import Chunk
 from retrac_scale.native.compiled import AHEAD, LINE, compiled, has, prefetch
+from retrac_scale.native.int8 import add_products_of_bytes
 
 FOURFOLD = 4
 """Places that are read at once, as `kernels.dot` does."""
@@ -81,8 +82,6 @@ def _sum_nibbles(typing: Any, row: Any, count: Any, query: Any) -> Any:
         row, count, query = arguments
         int64, number = ir.IntType(64), ir.IntType(32)
         bytes_, halves, sums = (ir.VectorType(ir.IntType(b), n) for b, n in ((8, 64), (16, 32), (32, 16)))
-        kind, name = ir.FunctionType(sums, [sums] * 3), "llvm.x86.avx512.vpdpbusd.512"
-        multiply = cgutils.get_or_insert_function(builder.module, kind, name)
         registers = [cgutils.alloca_once_value(builder, ir.Constant(sums, [0] * 16)) for _ in range(2)]
         mask, shift = ir.Constant(bytes_, [15] * 64), ir.Constant(halves, [4] * 32)
 
@@ -96,7 +95,7 @@ def _sum_nibbles(typing: Any, row: Any, count: Any, query: Any) -> Any:
             for part, start, register in zip((packed, upper), (int64(0), count), registers, strict=True):
                 factors = at(builder.add(builder.add(query, start), place))
                 both = [builder.bitcast(one, sums) for one in (builder.and_(part, mask), factors)]
-                builder.store(builder.call(multiply, [builder.load(register), *both]), register)
+                builder.store(add_products_of_bytes(builder, builder.load(register), *both), register)
         kind = ir.FunctionType(number, [sums])
         reduce = cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.add.v16i32")
         return builder.call(reduce, [builder.add(*[builder.load(register) for register in registers])])

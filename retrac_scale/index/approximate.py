@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from retrac_scale.arrays import Float32, Float64, Int64
+from retrac_scale.arrays import Bools, Float32, Float64, Int64
 from retrac_scale.index import kernels
 from retrac_scale.index.plain import Product, rounding, summation
+from retrac_scale.native import int8
 from retrac_scale.native.products import multiply_integers
 from retrac_scale.native.threads import over_rows
 
@@ -27,7 +29,27 @@ CHANCE = 1e-21
 MEASURED_BYTES, TURNS = 4 * 2**20, 3
 """Of rows by which the faster product is told, more than a core's own cache holds; and how often."""
 CLEARLY = 1.1
-"""How much faster a compiled pass has to be to be taken, since a busy machine measures badly."""
+"""How much faster a product has to be than those before it to be taken, since a busy machine measures badly."""
+
+
+class ByteProduct:
+    """One checkpoint's queries as int8, for compiled passes by instructions made for it; see `plain.Product`."""
+
+    def __init__(self, queries: npt.NDArray[np.int8], unit: Float32, error: Float64, tile: int) -> None:
+        self.error, self.tile = error, tile
+        self._queries, self._rest, self._unit = *int8.packed(queries), unit
+        self._out = np.empty((tile + tile // 4, len(queries)), np.float32)
+
+    def weighted(self, rows: npt.NDArray[np.int8], scale: Float32) -> Float32:
+        """scale[n] <rows[n], queries[q]>, roughly, `[n, q]`, in a buffer that the next call overwrites."""
+        out = self._out[: len(rows)]
+
+        def work(part: slice) -> None:
+            given = np.ascontiguousarray(rows[part])
+            int8.multiply_bytes(given, self._queries, self._rest, scale[part], self._unit, out[part])
+
+        over_rows(work, len(rows), rows.nbytes * out.shape[1])
+        return out
 
 
 class IntegerProduct:
@@ -85,21 +107,22 @@ class TorchProduct:
         return weighted
 
 
+def _torch_int8(queries: npt.NDArray[np.int8], unit: Float32, error: Float64, tile: int) -> TorchProduct:
+    return TorchProduct(torch.from_numpy(queries).T, unit, error, tile)
+
+
 def product_of(queries: Float64, norm: Float64, dtype: np.dtype[Any], checkpoints: int) -> Product:
     """The fastest product that this machine has for queries `[q, k]` and rows of a dtype, with its error."""
     q, k = queries.shape
     arithmetic = rounding(norm, checkpoints)
-    tile = 16384 if q < 8 else 4096 if q <= 64 else 2048 if q <= 256 else 512
+    tile = 16384 if q < 8 else 4096 if q <= 64 else 2048 if q <= 128 else 512
     if torch.cuda.is_available():
         rounded = torch.from_numpy(queries).bfloat16().T.contiguous().cuda()
         return TorchProduct(rounded, np.ones(q, np.float32), arithmetic + 2.0**-6 * norm, 16384)
     if dtype == np.int8 and k <= WIDEST:
-        by_torch = _takes_int8(q, k) and _is_faster(min(64, 2 ** (q - 1).bit_length()), k, torch.get_num_threads())
-        integers, unit, error = _integers(queries, np.int8 if by_torch else np.int16)
-        error = error + 1.1 * arithmetic
-        if by_torch:
-            return TorchProduct(torch.from_numpy(integers).T, unit, error, tile)
-        return IntegerProduct(integers, unit, error, tile)
+        way = _fastest(min(64, 2 ** (q - 1).bit_length()), k, torch.get_num_threads())
+        integers, unit, error = _integers(queries, np.int16 if way is IntegerProduct else np.int8)
+        return way(integers, unit, error + 1.1 * arithmetic, tile)
     summed = summation(norm, k)
     if torch.cpu._is_avx512_bf16_supported() and q >= 16:  # queries, rows and result round to 8 bits
         rounded = torch.from_numpy(queries).bfloat16().T.contiguous()
@@ -111,29 +134,33 @@ def product_of(queries: Float64, norm: Float64, dtype: np.dtype[Any], checkpoint
     return TorchProduct(matrix, np.ones(q, np.float32), arithmetic + summed, min(tile, 512))
 
 
-def _takes_int8(queries: int, entries: int) -> bool:
-    """Whether torch's int8 products are right: without VNNI sums saturate, and those of single entries are wrong."""
-    return queries > 1 and entries > 1 and torch.cpu._is_vnni_supported()
+def _ways(queries: int, entries: int) -> list[Callable[..., Product]]:
+    """Products of int8 rows that are right here: torch's saturate without VNNI, and are wrong for single entries."""
+    ways: list[Callable[..., Product]] = [ByteProduct] if int8.AVAILABLE and queries > 1 else []
+    if queries > 1 and entries > 1 and torch.cpu._is_vnni_supported():
+        ways.append(_torch_int8)
+    return [*ways, IntegerProduct]
 
 
 @functools.lru_cache(maxsize=256)
-def _is_faster(queries: int, entries: int, threads: int) -> bool:
-    """Whether torch's int8 products are faster here than compiled passes, by some milliseconds of each."""
+def _fastest(queries: int, entries: int, threads: int) -> Callable[..., Product]:
+    """The fastest of `_ways` here, by some milliseconds of each; a later one has to be clearly faster."""
+    ways = _ways(queries, entries)
     n = max(1, MEASURED_BYTES // entries)
     rows, scale = np.ones((n, entries), np.int8), np.ones(n, np.float32)
-    ones, zero = np.ones((queries, entries), np.int8), np.zeros(queries)
-    unit = np.ones(queries, np.float32)
-    ways: list[Product] = [
-        TorchProduct(torch.from_numpy(ones).T, unit, zero, n),
-        IntegerProduct(ones.astype(np.int16), unit, zero, n),
-    ]
+    ones, unit, zero = np.ones((queries, entries), np.int8), np.ones(queries, np.float32), np.zeros(queries)
+    products = [way(ones.astype(np.int16 if way is IntegerProduct else np.int8), unit, zero, n) for way in ways]
     took = [float("inf")] * len(ways)
-    for _ in range(1 + TURNS):  # the first is for what is made once
-        for number, way in enumerate(ways):
+    for _ in range(1 + TURNS if len(ways) > 1 else 0):  # the first is for what is made once
+        for number, product in enumerate(products):
             started = time.perf_counter()
-            way.weighted(rows, scale)
+            product.weighted(rows, scale)
             took[number] = min(took[number], time.perf_counter() - started)
-    return took[0] < CLEARLY * took[1]
+    best = 0
+    for number in range(1, len(ways)):
+        if CLEARLY * took[number] < took[best]:
+            best = number
+    return ways[best]
 
 
 def multiply(rows: npt.NDArray[Any], places: Int64, queries: Float64, asked: Int64, out: Float64) -> None:
@@ -141,6 +168,13 @@ def multiply(rows: npt.NDArray[Any], places: Int64, queries: Float64, asked: Int
     if rows.dtype == np.float16:  # which compiled passes do not know
         rows, places = rows[places].astype(np.float32), np.arange(len(places))
     kernels.multiply(rows, places, queries, asked, out)
+
+
+def passing(values: Float32, lowest: Float32, sign: int, counting: Bools | None) -> Int64:
+    """As `plain.passing`."""
+    places = np.empty(values.size, np.int64)  # of which the system gives what is written
+    every = np.broadcast_to(True if counting is None else counting, values.shape)
+    return places[: kernels.passing(values, lowest, np.float32(sign), every, places)].copy()
 
 
 def _integers(queries: Float64, dtype: type[np.signedinteger[Any]]) -> tuple[npt.NDArray[Any], Float32, Float64]:

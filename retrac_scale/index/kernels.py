@@ -44,6 +44,25 @@ def dot(rows: Any, query: Any, scale: Any, unit: Any, out: Any) -> None:
 
 
 @compiled
+def passing(values: Any, lowest: Any, sign: Any, counting: Any, places: Any) -> int:
+    """As `plain.passing`, with `counting` of every value; into `places`, of which so many are written."""
+    n, q = values.shape
+    found = 0
+    for row in range(n):
+        for start in range(0, q, SUMS):
+            stop = min(start + SUMS, q)
+            some, least, reached = values[row, start:stop], lowest[start:stop], np.int32(0)
+            for lane in range(len(some)):
+                reached |= np.int32(sign * some[lane] >= least[lane])
+            if reached:  # which is rare
+                for lane in range(len(some)):
+                    if sign * some[lane] >= least[lane] and counting[row, start + lane]:
+                        places[found] = row * q + start + lane
+                        found += 1
+    return found
+
+
+@compiled
 def multiply(rows: Any, places: Any, queries: Any, asked: Any, out: Any) -> None:
     """As `plain.multiply`, bit by bit; of float16 rows nothing is known here."""
     sums = np.empty(SUMS)

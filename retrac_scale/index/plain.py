@@ -10,10 +10,12 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from retrac_scale.arrays import Float32, Float64, Int64
+from retrac_scale.arrays import Bools, Float32, Float64, Int64
 
 Multiply = Callable[[npt.NDArray[Any], Int64, Float64, Int64, Float64], None]
 """See `multiply`."""
+Passing = Callable[[Float32, Float32, int, Bools | None], Int64]
+"""See `passing`."""
 
 ROUNDING = 2.0**-24
 SUMS = 64
@@ -69,6 +71,10 @@ class Arithmetic(Protocol):
     def multiply(self) -> Multiply:
         """The function."""
 
+    @property
+    def passing(self) -> Passing:
+        """The function."""
+
 
 class PlainProduct:
     """As `Product`, in float32 by NumPy."""
@@ -111,3 +117,15 @@ def multiply(rows: npt.NDArray[Any], places: Int64, queries: Float64, asked: Int
         half = sums.shape[1] // 2
         sums = sums[:, :half] + sums[:, half:]
     out[:] = sums[:, 0]
+
+
+def passing(values: Float32, lowest: Float32, sign: int, counting: Bools | None) -> Int64:
+    """Where values `[n, q]` of a sign reach the lowest `[q]` that counts, as places in the flattened values.
+
+    Args:
+        counting: which of them count at all, `[n, q]` or `[n, 1]`; None for all.
+    """
+    reached = np.greater_equal(values, lowest) if sign > 0 else np.less_equal(values, -lowest)
+    if counting is not None:
+        reached &= counting
+    return np.flatnonzero(reached)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from retrac_scale.arrays import Bools, Float32, Float64, Int64
 from retrac_scale.index import plain
 from retrac_scale.index.chunk import Chunk
-from retrac_scale.index.plain import Arithmetic, Multiply, Product
+from retrac_scale.index.plain import Arithmetic, Product
 from retrac_scale.native.memory import keep_freed_pages
 
 FIRST_ROWS = 4096
@@ -78,7 +78,7 @@ def top(
     """
     keep_freed_pages()
     arithmetic = plain if light else _fast()
-    pool = _Pool(queries, k, signs, floor, parts, arithmetic.multiply)
+    pool = _Pool(queries, k, signs, floor, parts, arithmetic)
     products: Sequence[Product] = ()
     for chunk in chunks:
         if not products:
@@ -164,10 +164,7 @@ def _scan_tile(
             pool.floor[lanes] = np.maximum(pool.floor[lanes], kth * unit[new] - slack[new])
         lowest = ((pool.floor[part] - slack) / unit).astype(np.float32)
         lowest = np.nextafter(lowest, np.float32(-np.inf))
-        passed = np.greater_equal(total, lowest) if sign > 0 else np.less_equal(total, -lowest)
-        if counting is not None:
-            passed &= counting
-        places = np.flatnonzero(passed)
+        places = pool.arithmetic.passing(total, lowest, sign, counting)
         if not len(places):
             continue
         if query_ids is not None:
@@ -216,9 +213,9 @@ class _Pool:
     """
 
     def __init__(
-        self, queries: Float32, k: int, signs: Sequence[int], floor: Float64 | None, parts: int, multiply: Multiply
+        self, queries: Float32, k: int, signs: Sequence[int], floor: Float64 | None, parts: int, arithmetic: Arithmetic
     ) -> None:
-        self.k, self._multiply = k, multiply
+        self.k, self.arithmetic = k, arithmetic
         self.first = max(8 * k, FIRST_ROWS)
         self.lanes = len(signs) * queries.shape[1]
         self._least = max(4 * k, 32) * self.lanes
@@ -322,7 +319,7 @@ class _Pool:
             chunk, of_row = self._chunk(number), asked[places]
             for rows, scale, queries in zip(chunk.rows, chunk.scale, self._queries, strict=True):
                 product = np.empty(len(row))
-                self._multiply(rows, row, queries, of_row, product)
+                self.arithmetic.multiply(rows, row, queries, of_row, product)
                 total[places] += product * scale[row]
         held["value"][part] = self._sign[held["lane"][part]] * total
         held["bound"][part] = 0

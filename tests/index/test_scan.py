@@ -13,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import retrac_scale as rs
+from retrac_scale.index import approximate
 from retrac_scale.index.approximate import product_of
 from retrac_scale.index.chunk import Chunk
 from retrac_scale.index.plain import FREE_QUERIES, Light
 from retrac_scale.index.scan import merge, scores, top
+from retrac_scale.native import int8
 
 DTYPES = ("int8", "float16", "float32")
 
@@ -128,11 +130,16 @@ def test_cpus_without_int8_and_bfloat16_products_give_the_same_answer(
     rows, scale = random_rows(rng, 2, 700, 300, dtype, 700)
     queries, ids = rng.standard_normal((2, q, 300)).astype(np.float32), np.arange(700)
     here = top(as_chunks(rows, scale, ids, [], kept=True), queries, 20)
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    with_bfloat16 = top(as_chunks(rows, scale, ids, [], kept=True), queries, 20)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    without = top(as_chunks(rows, scale, ids, [], kept=True), queries, 20)
-    for other in (with_bfloat16, without):
+    monkeypatch.setattr(approximate, "_fastest", approximate._fastest.__wrapped__)  # without what it remembers
+    others = []
+    for module, name, value in (
+        (int8, "AVAILABLE", False),
+        (torch.cpu, "_is_vnni_supported", lambda: False),
+        (torch.cpu, "_is_avx512_bf16_supported", lambda: False),
+    ):
+        monkeypatch.setattr(module, name, value)
+        others.append(top(as_chunks(rows, scale, ids, [], kept=True), queries, 20))
+    for other in others:
         np.testing.assert_array_equal(other.ids, here.ids)
         np.testing.assert_array_equal(other.scores, here.scores)
 
@@ -220,14 +227,18 @@ def test_a_process_scans_so_much_without_torch_and_no_more(monkeypatch: pytest.M
 @pytest.mark.parametrize("q", [1, 3, 9])
 @pytest.mark.parametrize("k", [1, 255, 256, 257, 2048, 2**17])
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_fast_products_of_int8_rows_keep_to_their_bound(q: int, k: int, order: Any) -> None:
+def test_every_product_of_int8_rows_keeps_to_its_bound(
+    monkeypatch: pytest.MonkeyPatch, q: int, k: int, order: Any
+) -> None:
     rng = np.random.default_rng(k)
     rows, scale = rng.integers(-127, 128, (40, k)).astype(np.int8), rng.uniform(-1, 1, 40).astype(np.float32)
     queries = np.asarray(rng.standard_normal((q, k)) * np.array([1e-6, 1, 1e6] * 3)[:q, None], order=order)
-    product = product_of(queries, np.linalg.norm(queries, axis=1), rows.dtype, 1)
     exact = scale[:, None] * (rows.astype(np.float64) @ queries.T)
     lengths = np.abs(scale) * np.linalg.norm(rows.astype(np.float64), axis=1)
-    assert (np.abs(product.weighted(rows, scale) - exact) <= lengths[:, None] * product.error).all()
+    for way in approximate._ways(q, k):
+        monkeypatch.setattr(approximate, "_fastest", lambda *_, way=way: way)
+        product = product_of(queries, np.linalg.norm(queries, axis=1), rows.dtype, 1)
+        assert (np.abs(product.weighted(rows, scale) - exact) <= lengths[:, None] * product.error).all()
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float32"])

@@ -18,7 +18,7 @@ from retrac_scale.gradients import factored
 from retrac_scale.gradients.mixing import mix
 from retrac_scale.gradients.rules import normalization
 from retrac_scale.index import kernels, plain
-from retrac_scale.native import products, texts
+from retrac_scale.native import int8, products, texts
 from retrac_scale.native.threads import SharedPass, over_rows
 from retrac_scale.projections import folding
 from retrac_scale.store import rounding
@@ -123,6 +123,20 @@ def multiply_integers(rows: Any, queries: Any, scale: Any, unit: Any, out: Any) 
     out[:] = whole.astype(np.float32) * unit * scale[:, None]
 
 
+def multiply_bytes(rows: Any, queries: Any, rest: Any, scale: Any, unit: Any, out: Any) -> None:
+    """See `int8.multiply_bytes`."""
+    registers, fours, lanes, four = queries.shape
+    packed = queries.transpose(0, 2, 1, 3).reshape(registers * lanes, fours * four)[: len(rest)].astype(np.int64)
+    multiply_integers(rows, np.concatenate([packed - int8.SHIFT, rest], 1), scale, unit, out)
+
+
+def passing(values: Any, lowest: Any, sign: Any, counting: Any, places: Any) -> int:
+    """See `kernels.passing`."""
+    found = np.flatnonzero((sign * values >= lowest) & counting)
+    places[: len(found)] = found
+    return len(found)
+
+
 @dataclass(frozen=True)
 class Pass:
     """A compiled pass that Python calls.
@@ -133,13 +147,15 @@ class Pass:
         drawn: arguments of sizes that come with a generator of random numbers.
         written: the numbers of the arguments that are written to.
         bits: whether both give the same bits.
+        here: whether this CPU has the instructions.
     """
 
     compiled: Any
-    plain: Callable[..., None]
+    plain: Callable[..., Any]
     drawn: Callable[[np.random.Generator], tuple[Any, ...]]
     written: tuple[int, ...]
     bits: bool = False
+    here: bool = True
 
 
 def size(rng: np.random.Generator, least: int = 0) -> int:
@@ -257,6 +273,21 @@ def to_products(rng: np.random.Generator) -> tuple[Any, ...]:
     return integers(rng, n, k), queries, floats(rng, n), floats(rng, q), np.empty((n, q), np.float32)
 
 
+def to_bytes(rng: np.random.Generator) -> tuple[Any, ...]:
+    """For `int8.multiply_bytes`."""
+    n, q, k = size(rng), size(rng), size(rng)
+    queries = int8.packed(rng.integers(-128, 128, (q, k), np.int8))
+    return integers(rng, n, k), *queries, floats(rng, n), floats(rng, q), np.empty((n, q), np.float32)
+
+
+def to_passing(rng: np.random.Generator) -> tuple[Any, ...]:
+    """For `kernels.passing`."""
+    n, q = size(rng), size(rng)
+    counting = np.broadcast_to(rng.random((n, q if rng.random() < 0.5 else 1)) < 0.8, (n, q))
+    values, lowest = floats(rng, n, q), 0.5 * floats(rng, q) + np.float32(1.5)
+    return values, lowest, np.float32(rng.choice([-1, 1])), counting, np.zeros(n * q, np.int64)
+
+
 def to_dot(rng: np.random.Generator) -> tuple[Any, ...]:
     """For `kernels.dot`."""
     n, k = size(rng), size(rng)
@@ -296,7 +327,9 @@ PASSES = (
     Pass(normalization._back_channels_last, channels_last(back, (0, 1, 6)), to_back(last=True), (2, 3, 6)),
     Pass(kernels.dot, dot, to_dot, (4,), bits=True),
     Pass(kernels.multiply, plain.multiply, to_multiply, (4,), bits=True),
+    Pass(kernels.passing, passing, to_passing, (4,), bits=True),
     Pass(products.multiply_integers, multiply_integers, to_products, (4,)),
+    Pass(int8.multiply_bytes, multiply_bytes, to_bytes, (5,), here=int8.AVAILABLE),
     Pass(texts.merge, merge, to_merge, (4,), bits=True),
 )
 """All of them: a test finds one that is missing."""

@@ -19,11 +19,13 @@ DRAWS = 25
 
 @pytest.mark.parametrize("of", PASSES, ids=lambda of: of.compiled.py_func.__qualname__)
 def test_a_compiled_pass_computes_what_its_reference_does(of: Pass) -> None:
+    if not of.here:
+        pytest.skip("this CPU has no such instructions")
     for seed in range(DRAWS):
         arguments = of.drawn(np.random.default_rng(seed))
         given = [copy.deepcopy(arguments) for _ in range(2)]
-        for work, own in zip((of.compiled, of.plain), given, strict=True):
-            work(*own)
+        returned = [work(*own) for work, own in zip((of.compiled, of.plain), given, strict=True)]
+        assert returned[0] == returned[1]
         for place in of.written:
             found, expected = (own[place] for own in given)
             if of.bits:
