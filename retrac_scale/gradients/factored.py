@@ -151,13 +151,14 @@ def memory_for(sides: Any) -> Any:
 
     Returns:
         the mixer `[r, wide]`, the left side's columns `[p, wide]` and what is made of them by sets `[f, p, r, TWICE]`;
-        the right side's columns `[f, s, wide]`; some rows of the gradient `[rows, k, wide]`; pairs of all p, and sums
-        `[o]` over them.
+        the right side's columns `[f, s, wide]`; some rows of the gradient `[rows, k, wide]`; sums `[o]` over positions.
     """
     (_, _, (frames, o, positions)), (_, _, (_, i, inputs)), pairs, mixer = sides
     kernel, wide, r = len(pairs[0]), _rounded_up(i, LANES), len(mixer)
     padded = np.zeros((r, _rounded_up(mixer.shape[1], SETS)), np.float32)
-    padded[:, : mixer.shape[1]] = mixer
+    for row in range(r):
+        for output in range(mixer.shape[1]):
+            padded[row, output] = mixer[row, output]
     mixing = (
         padded,
         np.zeros((positions, padded.shape[1]), np.float32),
@@ -167,14 +168,7 @@ def memory_for(sides: Any) -> Any:
     height = ROWS if r == 0 else ROWS_BY_SETS
     rows = min(r or o, max(1, BLOCK_BYTES // (4 * kernel * wide * height)) * height)
     rows = np.empty((rows, kernel, wide), np.float32)
-    return mixing, columns, rows, _all(positions), np.empty(o, np.float32)
-
-
-@compiled
-def _all(count: Any) -> Any:
-    """Pairs of the positions of one and the same axis."""
-    every = np.arange(count).reshape(1, -1)
-    return every, every, np.full(1, count)
+    return mixing, columns, rows, np.empty(o, np.float32)
 
 
 @compiled
@@ -246,27 +240,29 @@ def form_rows(left: Any, row: Any, columns: Any, frames: Any, pairs: Any, rows: 
 
 
 @partial(compiled, reassociate=True)
-def sum_positions(left: Any, frames: Any, every: Any, sums: Any) -> None:
-    """Into `[rows]`, what `left_of` gives, summed over frames and positions; `every` is the pairs of all positions."""
+def sum_positions(left: Any, frames: Any, positions: Any, sums: Any) -> None:
+    """Into `[rows]`, what `left_of` gives, summed over frames and positions."""
     (entries, (frame_step, row_step, step)), _ = left
-    if row_step == 1 and len(sums) % LANES == 0:
-        one, out = np.ones(1, np.float32), sums.reshape(1, 1, -1)
-        for frame in range(frames):
-            fresh = 1 if frame == 0 else 0
-            add_products(one, 0, 0, entries[frame * frame_step :], step, every, out, fresh, 0, 0)
-        return
     for row in range(len(sums)):
-        total = np.float32(0)
-        for frame in range(frames):
-            start = frame * frame_step + row * row_step
+        sums[row] = 0
+    for frame in range(frames):
+        first = frame * frame_step
+        if row_step == 1:
+            for place in range(positions):
+                some = entries[first + place * step :]
+                for row in range(len(sums)):
+                    sums[row] += some[row]
+            continue
+        for row in range(len(sums)):
+            total, start = np.float32(0), first + row * row_step
             if step == 1:
-                some = entries[start : start + every[2][0]]
-                for place in range(len(some)):
+                some = entries[start : start + positions]
+                for place in range(positions):
                     total += some[place]
             else:
-                for place in range(every[2][0]):
+                for place in range(positions):
                     total += entries[start + place * step]
-        sums[row] = total
+            sums[row] += total
 
 
 @compiled
@@ -282,11 +278,17 @@ def lines_ahead(sides: Any, o: Any, rows: Any) -> Any:
 def _form(sides: Any, out: Any, first: Any, last: Any) -> None:
     """Into `[n, o, k, i]`, for the samples from `first` to `last`."""
     left, right, pairs, _ = sides
-    mixing, memory, rows, _, _ = memory_for(sides)
-    _, o, _, i = out.shape
+    mixing, memory, rows, _ = memory_for(sides)
+    _, o, kernel, i = out.shape
+    entries, steps, (frames, _, _) = right
+    lines = lines_ahead(sides, o, rows)
     for sample in range(first, last):
         columns, mixed = columns_of(right, sample, memory), left_of(left, sample, mixing)
+        ahead = entries.ctypes.data + 4 * (sample + 1) * steps[0]
         for row in range(0, o, len(rows)):
             some = rows[: o - row]
-            form_rows(mixed, row, columns, len(memory), pairs, some, 0, 0)
-            out[sample, row : row + len(some)] = some[:, :, :i]
+            ahead = form_rows(mixed, row, columns, frames, pairs, some, ahead, lines)
+            for number in range(len(some)):
+                for place in range(kernel):
+                    for column in range(i):
+                        out[sample, row + number, place, column] = some[number, place, column]

@@ -83,7 +83,7 @@ def fold_by_block(
 @compiled
 def _fold(accumulator: Any, entries: Any, signs: Any, scale: Any, squares: Any) -> None:
     for sample in range(len(entries)):
-        squares[sample] += _fold_from(0, accumulator[sample], entries[sample], signs, scale)
+        squares[sample] += _fold_from(np.int64(0), accumulator[sample], entries[sample], signs, scale)
 
 
 @compiled
@@ -92,7 +92,7 @@ def _form_and_fold(sides: Any, accumulator: Any, signs: Any, scale: Any, squares
     left, right, pairs, mixer = sides
     signs, of_bias = signs
     entries, steps, (frames, i, _) = right
-    mixing, memory, rows, every, sums = memory_for(sides)
+    mixing, memory, rows, sums = memory_for(sides)
     o, kernel = len(mixer) or len(sums), len(pairs[0])
     lines = lines_ahead(sides, o, rows)
     for sample in range(first, last):
@@ -104,8 +104,8 @@ def _form_and_fold(sides: Any, accumulator: Any, signs: Any, scale: Any, squares
             formed = some.reshape(-1) if some.shape[2] == i else some[:, :, :i].copy().reshape(-1)
             squares[sample] += _fold_from(row * kernel * i, accumulator[sample], formed, signs, scale)
         if len(of_bias[0]) > 0:
-            sum_positions(mixed, frames, every, sums)
-            squares[sample] += _fold_from(0, accumulator[sample], sums, of_bias, np.float32(1))
+            sum_positions(mixed, frames, left[2][2], sums)
+            squares[sample] += _fold_from(np.int64(0), accumulator[sample], sums, of_bias, np.float32(1))
 
 
 _numbers, _table = np.zeros(1, np.float32), np.zeros((1, 1), np.int64)
