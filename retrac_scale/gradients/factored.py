@@ -91,7 +91,8 @@ class FactoredGradients:
         """What takes about as long to pass over as these to form, for `over_rows`."""
         n, o, i = self.shape[:3]
         kernel, most = self.pairs[0].shape
-        return n * o * i * int(kernel) * max(4, int(most) // MULTIPLICATIONS_PER_BYTE)
+        formed = n * o * i * int(kernel) * max(4, int(most) // MULTIPLICATIONS_PER_BYTE)
+        return formed + self.left.nbytes + self.right.nbytes  # which are read, however little is formed
 
     def sides(self) -> tuple[Any, ...]:
         """For compiled passes: of either side the entries, the steps between them and its size; pairs; the mixer."""

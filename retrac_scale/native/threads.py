@@ -19,8 +19,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-THREAD_BYTES = 1 << 20
-"""What a thread must have to do to be worth waking."""
+THREAD_BYTES, SHARED_BYTES = 1 << 20, 1 << 18
+"""What a thread must have to do to be worth waking, where it waits for the interpreter's lock and where it does not."""
 
 
 def over_rows(work: Callable[[slice], None], rows: int, nbytes: int) -> None:
@@ -31,7 +31,7 @@ def over_rows(work: Callable[[slice], None], rows: int, nbytes: int) -> None:
         rows: how many there are.
         nbytes: of all of them.
     """
-    threads = _threads(rows, nbytes)
+    threads = _threads(rows, nbytes // THREAD_BYTES)
     if threads == 1:
         work(slice(0, rows))
         return
@@ -138,8 +138,11 @@ class SharedPass:
 
     def __call__(self, arguments: tuple[Any, ...], rows: int, nbytes: int) -> None:
         """Do all rows; `nbytes` as of `over_rows`."""
-        threads, team = _threads(rows, nbytes), _torch_team()
-        if threads == 1 or team is None:
+        threads, team = _threads(rows, nbytes // SHARED_BYTES), _torch_team()
+        if threads == 1:
+            self._work(*arguments, 0, rows)
+            return
+        if team is None:
             over_rows(lambda part: self._work(*arguments, part.start, part.stop), rows, nbytes)
             return
         if self._compiled is None:
@@ -153,10 +156,10 @@ class SharedPass:
             )
 
 
-def _threads(rows: int, nbytes: int) -> int:
+def _threads(rows: int, most: int) -> int:
     import torch  # takes seconds, which reading has no use for
 
-    return max(1, min(torch.get_num_threads(), rows, nbytes // THREAD_BYTES))
+    return max(1, min(torch.get_num_threads(), rows, most))
 
 
 _Member = ctypes.CFUNCTYPE(None, ctypes.c_void_p)

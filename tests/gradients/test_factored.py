@@ -76,7 +76,8 @@ def test_long_sums_are_whole(positions: int, o: int) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_channel_given_many_times_is_taken_each_time(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("retrac_scale.native.threads.THREAD_BYTES", 1)
+    for least in ("THREAD_BYTES", "SHARED_BYTES"):
+        monkeypatch.setattr(f"retrac_scale.native.threads.{least}", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     left, right = drawn(0, 3, 1, 8, 40), drawn(1, 3, 1, 1, 40).expand(3, 1, 2 * WIDTH, 40)
     found, expected = torch.zeros(3, 64), torch.zeros(3, 64)
@@ -92,7 +93,8 @@ def test_a_channel_given_many_times_is_taken_each_time(threads: int, monkeypatch
 def test_folding_while_forming_is_folding_what_is_formed(
     i: int, dim: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("retrac_scale.native.threads.THREAD_BYTES", 1)
+    for least in ("THREAD_BYTES", "SHARED_BYTES"):
+        monkeypatch.setattr(f"retrac_scale.native.threads.{least}", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     o = BLOCK_BYTES // (4 * WIDTH) + 5  # more than are formed at a time
     products = of_linear(drawn(0, 3, 2, o, 6), drawn(1, 3, 2, i, 6))

@@ -487,7 +487,8 @@ def test_channels_last_activations_make_no_difference(rows: int) -> None:
 def test_sums_of_a_group_norm_are_alike_in_either_memory_order(
     monkeypatch: pytest.MonkeyPatch, positions: int, orders: tuple[bool, bool], threads: int
 ) -> None:
-    monkeypatch.setattr("retrac_scale.native.threads.THREAD_BYTES", 1)
+    for least in ("THREAD_BYTES", "SHARED_BYTES"):
+        monkeypatch.setattr(f"retrac_scale.native.threads.{least}", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     x, grad = (torch.randn(3, 10, positions, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     given = [one.mT.contiguous().mT if last else one for one, last in zip((x, grad), orders, strict=True)]
@@ -502,7 +503,8 @@ def test_sums_of_a_group_norm_are_alike_in_either_memory_order(
 def test_the_backward_pass_through_a_group_norm_is_autograds_and_tells_its_sums(
     monkeypatch: pytest.MonkeyPatch, positions: int, orders: tuple[bool, bool], threads: int
 ) -> None:
-    monkeypatch.setattr("retrac_scale.native.threads.THREAD_BYTES", 1)
+    for least in ("THREAD_BYTES", "SHARED_BYTES"):
+        monkeypatch.setattr(f"retrac_scale.native.threads.{least}", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     layer = nn.GroupNorm(2, 6).requires_grad_(False)
     nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(2))

@@ -91,8 +91,23 @@ def sums(x: Any, grad: Any, product: Any, total: Any) -> None:
     product[:], total[:] = np.einsum("nop,nop->no", x, grad, dtype=np.float64), grad.sum(2, dtype=np.float64)
 
 
-def back(x: Any, grad: Any, product: Any, total: Any, mean: Any, rstd: Any, out: Any, weight: Any) -> None:
+def back(
+    x: Any,
+    grad: Any,
+    product: Any,
+    total: Any,
+    mean: Any,
+    rstd: Any,
+    out: Any,
+    weight: Any,
+    last: Any,
+    first: Any,
+    stop: Any,
+) -> None:
     """See `normalization._back`."""
+    x, grad, product, total, mean, rstd, out = (each[first:stop] for each in (x, grad, product, total, mean, rstd, out))
+    if last:
+        x, grad, out = (each.swapaxes(1, 2) for each in (x, grad, out))
     sums(x, grad, product, total)
     n, groups = mean.shape
     mean, rstd = (each.astype(np.float64)[:, :, None, None] for each in (mean, rstd))
@@ -233,25 +248,20 @@ def to_sum(last: bool) -> Callable[[np.random.Generator], tuple[Any, ...]]:
     return drawn
 
 
-def to_back(last: bool) -> Callable[[np.random.Generator], tuple[Any, ...]]:
-    """For `normalization._back`, or for channels last."""
-
-    def drawn(rng: np.random.Generator) -> tuple[Any, ...]:
-        n, groups, each, p = int(rng.integers(0, 4)), int(rng.integers(1, 5)), size(rng, 1), size(rng, 3)
-        x, grad = floats(rng, 2, n, *((p, groups * each) if last else (groups * each, p)))
-        parts = (x.swapaxes(1, 2) if last else x).reshape(n, groups, each * p)
-        written = np.zeros((2, n, groups * each), np.float32)
-        return (
-            x,
-            grad,
-            *written,
-            parts.mean(2),
-            1 / np.sqrt(parts.var(2) + 1e-3),
-            np.empty_like(x),
-            floats(rng, groups * each),
-        )
-
-    return drawn
+def to_back(rng: np.random.Generator) -> tuple[Any, ...]:
+    """For `normalization._back`."""
+    n, groups, each, p, last = (
+        int(rng.integers(0, 4)),
+        int(rng.integers(1, 5)),
+        size(rng, 1),
+        size(rng, 3),
+        bool(rng.integers(2)),
+    )
+    x, grad = floats(rng, 2, n, *((p, groups * each) if last else (groups * each, p)))
+    parts = (x.swapaxes(1, 2) if last else x).reshape(n, groups, each * p)
+    statistics = parts.mean(2), 1 / np.sqrt(parts.var(2) + 1e-3)
+    written = *np.zeros((2, n, groups * each), np.float32), *statistics, np.zeros_like(x)
+    return x, grad, *written, floats(rng, groups * each), last, int(rng.integers(0, n + 1)), n
 
 
 def to_multiply(rng: np.random.Generator) -> tuple[Any, ...]:
@@ -323,8 +333,7 @@ PASSES = (
     Pass(rounding._to_int8, to_int8, to_round, (1, 2), bits=True),
     Pass(normalization._sum, sums, to_sum(last=False), (2, 3)),
     Pass(normalization._sum_channels_last, channels_last(sums, (0, 1)), to_sum(last=True), (2, 3)),
-    Pass(normalization._back, back, to_back(last=False), (2, 3, 6)),
-    Pass(normalization._back_channels_last, channels_last(back, (0, 1, 6)), to_back(last=True), (2, 3, 6)),
+    Pass(normalization._back, back, to_back, (2, 3, 6)),
     Pass(kernels.dot, dot, to_dot, (4,), bits=True),
     Pass(kernels.multiply, plain.multiply, to_multiply, (4,), bits=True),
     Pass(kernels.passing, passing, to_passing, (4,), bits=True),

@@ -351,6 +351,7 @@ def test_threads_share_a_fold_without_changing_a_bit(monkeypatch: pytest.MonkeyP
     found = []
     for threads in (1, 2, 3):
         monkeypatch.setattr(passes, "THREAD_BYTES", 1)
+        monkeypatch.setattr(passes, "SHARED_BYTES", 1)
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         accumulator = torch.zeros(7, 128)
         found.append((accumulator, fold(accumulator, entries, (signs.numpy(), shifts.numpy()), 1)))

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from retrac_scale.gradients.registry import Seen, by_sample, register
 from retrac_scale.native.compiled import AHEAD, LINE, STRETCH, compiled, prefetch
-from retrac_scale.native.threads import over_rows
+from retrac_scale.native.threads import Shared, SharedPass, over_rows
 
 
 def group_norm(
@@ -50,10 +50,10 @@ def _sums(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     return sums[0], sums[1]
 
 
-def _over(work: Any, tensors: list[Tensor], *arguments: Any) -> None:
+def _over(work: Any, tensors: list[Tensor]) -> None:
     """A compiled pass over the rows of some tensors."""
     arrays = [tensor.numpy() for tensor in tensors]
-    over_rows(lambda part: work(*(array[part] for array in arrays), *arguments), len(arrays[0]), 2 * arrays[0].nbytes)
+    over_rows(lambda part: work(*(array[part] for array in arrays)), len(arrays[0]), 2 * arrays[0].nbytes)
 
 
 def _watched(layer: nn.GroupNorm, activation: Tensor, output: Tensor, seen: Seen) -> Tensor:
@@ -86,20 +86,67 @@ class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         activation, layer, mean, rstd, seen = ctx.given
-        x, grad, work = activation.flatten(2), grad_output.flatten(2), _back
+        x, grad = activation.flatten(2), grad_output.flatten(2)
         if last := not x.is_contiguous() and x.mT.is_contiguous():
-            x, grad, work = x.mT, grad.mT, _back_channels_last
+            x, grad = x.mT, grad.mT
         x, grad = x.contiguous(), grad.contiguous()
         sums, out = x.new_zeros(2, len(x), layer.num_channels), torch.empty_like(x)
         statistics = (each.view(len(x), layer.num_groups) for each in (mean, rstd))
-        _over(work, [x, grad, *sums, *statistics, out], layer.weight.numpy())
+        arrays = [each.numpy() for each in (x, grad, *sums, *statistics, out, layer.weight)]
+        _gone_back((*arrays, last), len(x), 3 * arrays[0].nbytes)
         seen(grad_output, mean, rstd, *sums)
         return (out.mT if last else out).reshape(activation.shape), None, None, None, None, None
 
 
 @compiled
-def _back(x: Any, grad: Any, product: Any, total: Any, mean: Any, rstd: Any, out: Any, weight: Any) -> None:
-    """The sums, and the gradient `[n, o, p]` of the input."""
+def _back(
+    x: Any,
+    grad: Any,
+    product: Any,
+    total: Any,
+    mean: Any,
+    rstd: Any,
+    out: Any,
+    weight: Any,
+    last: Any,
+    first: Any,
+    stop: Any,
+) -> None:
+    """The sums, and the gradient of the input, of some rows `[n, o, p]`, or if channels are last `[n, p, o]`."""
+    some = slice(first, stop)
+    x, grad, product, total, out = x[some], grad[some], product[some], total[some], out[some]
+    if last:
+        _back_channels_last(x, grad, product, total, mean[some], rstd[some], out, weight)
+    else:
+        _back_channels_first(x, grad, product, total, mean[some], rstd[some], out, weight)
+
+
+_none = [np.zeros((1,) * dimensions, np.float32) for dimensions in (3, 3, 2, 2, 2, 2, 3, 1)]
+_shared = Shared((*_none, True))
+_run, _taken, _after = _shared.run, _shared.taken, _shared.after
+
+
+def _member(address: Any) -> None:
+    count, parts, rows, arguments = _taken(address)
+    part = _after(count)
+    while part < parts:
+        _back(*arguments, rows * part // parts, rows * (part + 1) // parts)
+        _after(count + 8)
+        part = _after(count)
+
+
+@compiled
+def _share(team: Any, member: Any, count: Any, parts: Any, rows: Any, arguments: Any) -> None:
+    _run(team, member, (count, parts, rows, arguments))
+
+
+_gone_back = SharedPass(_back, _share, _member)
+
+
+@compiled
+def _back_channels_first(
+    x: Any, grad: Any, product: Any, total: Any, mean: Any, rstd: Any, out: Any, weight: Any
+) -> None:
     scales = np.empty((3, len(weight)), np.float32)
     for row in range(len(x)):
         some = slice(row, row + 1)
@@ -116,7 +163,6 @@ def _back(x: Any, grad: Any, product: Any, total: Any, mean: Any, rstd: Any, out
 def _back_channels_last(
     x: Any, grad: Any, product: Any, total: Any, mean: Any, rstd: Any, out: Any, weight: Any
 ) -> None:
-    """The same for `[n, p, o]`."""
     scales = np.empty((3, len(weight)), np.float32)
     of_grad, of_x, constant = scales[0], scales[1], scales[2]
     for row in range(len(x)):
