@@ -36,8 +36,9 @@ class ByteProduct:
     """One checkpoint's queries as int8, for compiled passes by instructions made for it; see `plain.Product`."""
 
     def __init__(self, queries: npt.NDArray[np.int8], unit: Float32, error: Float64, tile: int) -> None:
-        self.error, self.tile = error, tile
-        self._queries, self._rest, self._unit = *int8.packed(queries), unit
+        self.error, self.tile, self._unit = error, tile, unit
+        self._alone = np.ascontiguousarray(queries[0]) if len(queries) == 1 else None
+        self._queries = int8.packed(queries) if self._alone is None else ()
         self._out = np.empty((tile + tile // 4, len(queries)), np.float32)
 
     def weighted(self, rows: npt.NDArray[np.int8], scale: Float32) -> Float32:
@@ -46,7 +47,10 @@ class ByteProduct:
 
         def work(part: slice) -> None:
             given = np.ascontiguousarray(rows[part])
-            int8.multiply_bytes(given, self._queries, self._rest, scale[part], self._unit, out[part])
+            if self._alone is not None:
+                int8.multiply_one(given, self._alone, scale[part], self._unit[0], out[part].ravel())
+            else:
+                int8.multiply_several(given, *self._queries, scale[part], self._unit, out[part])
 
         over_rows(work, len(rows), rows.nbytes * out.shape[1])
         return out
@@ -136,7 +140,7 @@ def product_of(queries: Float64, norm: Float64, dtype: np.dtype[Any], checkpoint
 
 def _ways(queries: int, entries: int) -> list[Callable[..., Product]]:
     """Products of int8 rows that are right here: torch's saturate without VNNI, and are wrong for single entries."""
-    ways: list[Callable[..., Product]] = [ByteProduct] if int8.AVAILABLE and queries > 1 else []
+    ways: list[Callable[..., Product]] = [ByteProduct] if int8.AVAILABLE else []
     if queries > 1 and entries > 1 and torch.cpu._is_vnni_supported():
         ways.append(_torch_int8)
     return [*ways, IntegerProduct]

@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from retrac_scale.native.compiled import LINE, compiled, fetch, has
+from retrac_scale.native.compiled import AHEAD, LINE, compiled, fetch, has
 
 AVAILABLE = has("avx512vnni") and has("avx512bw")
 """Whether compiled code may use these instructions here."""
@@ -28,6 +28,9 @@ BLOCK = 24
 
 SUMMED = 8
 """Rows that are summed side by side."""
+
+TOGETHER = 4
+"""Rows multiplied with a single query side by side: from one alone, too few cache lines are on the way."""
 
 SHIFT = 128
 """What makes an int8 query one without a sign."""
@@ -174,8 +177,67 @@ def _add_rest(rows: Any, rest: Any, scale: Any, unit: Any, out: Any) -> None:
             out[row, query] += np.float32(total) * unit[query] * scale[row]
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def _sum_products(typing: Any, rows: Any, apart: Any, query: Any, lines: Any, out: Any) -> Any:
+    """Products of TOGETHER rows, so many bytes apart, with one query, over LINE entries for each line, into `out`.
+
+    Here rows lose their sign, so that what is to be taken back is the same for all: SHIFT times the query's sum.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        rows, apart, query, lines, out = arguments
+        int64, number = ir.IntType(64), ir.IntType(32)
+        vector = ir.VectorType(number, LANES)
+        kind = ir.FunctionType(number, [vector])
+        reduce = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.add.v{LANES}i32")
+        without_sign = ir.Constant(vector, [0x80808080] * LANES)
+        starts = [builder.add(rows, builder.mul(apart, int64(row))) for row in range(TOGETHER)]
+        sums = [cgutils.alloca_once_value(builder, ir.Constant(vector, [0] * LANES)) for _ in starts]
+
+        def read(base: Any, offset: Any) -> Any:
+            return builder.load(builder.inttoptr(builder.add(base, offset), vector.as_pointer()), align=1)
+
+        with cgutils.for_range(builder, lines) as loop:
+            place = builder.mul(loop.index, int64(LINE))
+            factors = read(query, place)
+            for start, register in zip(starts, sums, strict=True):
+                fetch(builder, builder.add(builder.add(start, place), int64(AHEAD)))
+                entries = builder.xor(read(start, place), without_sign)
+                builder.store(add_products_of_bytes(builder, builder.load(register), entries, factors), register)
+        for row, register in enumerate(sums):
+            place = builder.inttoptr(builder.add(out, int64(4 * row)), number.as_pointer())
+            builder.store(builder.call(reduce, [builder.load(register)]), place)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 5), generate
+
+
 @compiled
-def multiply_bytes(rows: Any, queries: Any, rest: Any, scale: Any, unit: Any, out: Any) -> None:
+def multiply_one(rows: Any, query: Any, scale: Any, unit: Any, out: Any) -> None:
+    """scale[n] unit <rows[n], query> of int8 rows `[n, k]` and one int8 query `[k]`, into float32 `[n]`.
+
+    As fast as memory gives the rows: TOGETHER places are read at once, and fetched ahead; arguments are contiguous.
+    """
+    n, k = rows.shape
+    lines, apart = k // LINE, n // TOGETHER
+    sums, shift = np.empty(TOGETHER, np.int32), np.int32(0)
+    for place in range(lines * LINE):
+        shift += np.int32(query[place])
+    shift *= np.int32(SHIFT)
+    for row in range(apart + n % TOGETHER):
+        alone = row >= apart  # the last few
+        first = row + (TOGETHER - 1) * apart if alone else row
+        step = 0 if alone else apart
+        _sum_products(rows.ctypes.data + first * k, step * k, query.ctypes.data, lines, sums.ctypes.data)
+        for number in range(1 if alone else TOGETHER):
+            one, total = first + number * step, sums[number] - shift
+            for place in range(lines * LINE, k):
+                total += np.int32(rows[one, place]) * np.int32(query[place])
+            out[one] = np.float32(np.int32(total)) * unit * scale[one]
+
+
+@compiled
+def multiply_several(rows: Any, queries: Any, rest: Any, scale: Any, unit: Any, out: Any) -> None:
     """scale[n] unit[q] <rows[n], queries[q]> of int8 rows `[n, k]` and queries `[q, k]`, into float32 `[n, q]`.
 
     All arrays are contiguous, and no sum of products may exceed an int32.

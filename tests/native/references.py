@@ -138,8 +138,8 @@ def multiply_integers(rows: Any, queries: Any, scale: Any, unit: Any, out: Any) 
     out[:] = whole.astype(np.float32) * unit * scale[:, None]
 
 
-def multiply_bytes(rows: Any, queries: Any, rest: Any, scale: Any, unit: Any, out: Any) -> None:
-    """See `int8.multiply_bytes`."""
+def multiply_several(rows: Any, queries: Any, rest: Any, scale: Any, unit: Any, out: Any) -> None:
+    """See `int8.multiply_several`."""
     registers, fours, lanes, four = queries.shape
     packed = queries.transpose(0, 2, 1, 3).reshape(registers * lanes, fours * four)[: len(rest)].astype(np.int64)
     multiply_integers(rows, np.concatenate([packed - int8.SHIFT, rest], 1), scale, unit, out)
@@ -284,10 +284,16 @@ def to_products(rng: np.random.Generator) -> tuple[Any, ...]:
 
 
 def to_bytes(rng: np.random.Generator) -> tuple[Any, ...]:
-    """For `int8.multiply_bytes`."""
+    """For `int8.multiply_several`."""
     n, q, k = size(rng), size(rng), size(rng)
     queries = int8.packed(rng.integers(-128, 128, (q, k), np.int8))
     return integers(rng, n, k), *queries, floats(rng, n), floats(rng, q), np.empty((n, q), np.float32)
+
+
+def to_byte(rng: np.random.Generator) -> tuple[Any, ...]:
+    """For `int8.multiply_one`."""
+    rows, _, scale, unit, out = to_dot(rng)
+    return rows, rng.integers(-128, 128, rows.shape[1], np.int8), scale, unit, out
 
 
 def to_passing(rng: np.random.Generator) -> tuple[Any, ...]:
@@ -338,7 +344,8 @@ PASSES = (
     Pass(kernels.multiply, plain.multiply, to_multiply, (4,), bits=True),
     Pass(kernels.passing, passing, to_passing, (4,), bits=True),
     Pass(products.multiply_integers, multiply_integers, to_products, (4,)),
-    Pass(int8.multiply_bytes, multiply_bytes, to_bytes, (5,), here=int8.AVAILABLE),
+    Pass(int8.multiply_one, dot, to_byte, (4,), here=int8.AVAILABLE),
+    Pass(int8.multiply_several, multiply_several, to_bytes, (5,), here=int8.AVAILABLE),
     Pass(texts.merge, merge, to_merge, (4,), bits=True),
 )
 """All of them: a test finds one that is missing."""
