@@ -6,11 +6,12 @@
 Two training pictures make one: its left half is the first's and its right half the second's, or its middle is the
 first's and the rest the second's; as they are, or each shifted by a pixel, a tenth darker, or enlarged by a seventh
 before. Only parts that no other training picture has the like of are taken: who else could be named is no error.
-Precision@1 is the share of the parts whose source is named first. "Moved" asks five times, about the picture as it is
-and moved by a pixel to each side, the part with it, and takes a training picture's best score: what was shifted then
-lies once where its source does. The same is done for pixels. RelatIF is that of directions, matched, at a damping of
-0.1. The model is trained first (minutes) unless it is there, and the store, which knows nothing of regions, is kept
-beside it. The table goes to benchmarks/results/regions-SETTING.md.
+Precision@1 is the share of the parts whose source is named first. "Views" asks nine times, about the picture as it is,
+moved to each side, smaller, larger, lighter and darker, the part with it, and takes a training picture's best score, as
+`Samples(views=True)` does; the same is done for pixels. RelatIF is that of directions, matched, at a damping of 0.1.
+The model is trained first (minutes) unless it is there, and the store, which knows nothing of regions, is kept beside
+it. "Of parts" asks a second store, of what lies in the training pictures where the part lies. The table goes to
+benchmarks/results/regions-SETTING.md.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from retrac_scale import evaluate
 from retrac_scale.estimators.ridge import AUTO
 from retrac_scale.evaluate.originals import alter
 from retrac_scale.evaluate.settings import SETTINGS
+from retrac_scale.task.views import VIEWS
 
 HERE = Path(__file__).parent
 COMPOSITES = 50
@@ -40,10 +42,11 @@ COMPOSITES = 50
 ALIKE = 0.1
 """Root mean square difference, of 2, below which two training pictures' parts are alike."""
 ALTERED = ("plain", "shifted", "darker", "enlarged")
-MOVES = ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1))
-ESTIMATORS = {"region": None, "region, RelatIF": rs.RelatIF(0.1, pairing="matched", directions=True)}
+RELATIF = rs.RelatIF(0.1, pairing="matched", directions=True)
+ESTIMATORS = {"region": None, "region, RelatIF": RELATIF}
+OF_PARTS = "RelatIF of parts"
 PIXELS = ("masked pixel ridge", "masked pixels, nearest")
-METHODS = (*(f"{name}{how}" for name in (*ESTIMATORS, *PIXELS) for how in ("", ", moved")), "whole picture")
+METHODS = (*(f"{name}{how}" for name in (*ESTIMATORS, OF_PARTS, *PIXELS) for how in ("", ", views")), "whole picture")
 
 
 def layouts(size: int) -> dict[str, Tensor]:
@@ -73,16 +76,9 @@ def distinct(images: Tensor, mask: Tensor) -> Any:
     return np.flatnonzero(apart.fill_diagonal_(torch.inf).min(1).values.numpy() > ALIKE)
 
 
-def moved(images: Tensor, by: tuple[int, int], mode: str) -> Tensor:
-    """Images `[n, c, h, w]` moved to the right and down by at most a pixel; what comes in is as `F.pad` makes it."""
-    height, width = images.shape[-2:]
-    wider = F.pad(images, (1, 1, 1, 1), mode)
-    return wider[..., 1 - by[1] : 1 - by[1] + height, 1 - by[0] : 1 - by[0] + width]
-
-
 def by_pixels(train: Tensor, asked: Tensor, mask: Tensor) -> dict[str, Any]:
     """What pixels within a mask score, `[n, N]`: by the recipe's ridge, and minus their mean square difference."""
-    inside = mask.bool()
+    inside = mask > 0.5
     mean = train[:, :, inside].flatten(1).mean(0)
     own, theirs = ((x[:, :, inside].flatten(1) - mean).double().numpy() for x in (train, asked))
     unit = [x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (own, theirs)]
@@ -97,7 +93,7 @@ def main() -> None:
     parser.add_argument("--folder", help="of the emoji tarballs")
     parser.add_argument("--work", help="where models are kept (default: retrac_scale in the user's cache folder)")
     parser.add_argument("--timesteps", type=int, default=12, help="how many (default: 12)")
-    parser.add_argument("--entries", type=int, default=1024, help="of each (default: 1024)")
+    parser.add_argument("--entries", type=int, default=2048, help="of each (default: 2048)")
     arguments = parser.parse_args()
     setting = evaluate.setting(arguments.setting, folder=arguments.folder, work=arguments.work)
     task = rs.DiffusionTask(setting.build(), setting.scheduler)
@@ -108,19 +104,35 @@ def main() -> None:
     store = rs.sketch(task, setting.train, place, checkpoints=checkpoints, **options)  # type: ignore[arg-type]
     indexes = {name: rs.build_index(store, estimator, None) for name, estimator in ESTIMATORS.items()}
 
-    def scored(made: Any, masks: list[Tensor]) -> dict[str, Any]:
-        """Scores of parts, `[n, parts, N]`, by each method."""
-        regions = rs.Regions(made, {str(place): mask for place, mask in enumerate(masks)})
-        asked = rs.Samples(regions, task, checkpoints).sketch(like=store)
-        found = {name: np.asarray(index.scores(asked)).reshape(len(made), 2, -1) for name, index in indexes.items()}
-        by_part = [by_pixels(setting.images, made.images, mask) for mask in masks]
-        return found | {name: np.stack([part[name] for part in by_part], 1) for name in PIXELS}
+    def of_part(mask: Tensor) -> rs.Index:
+        """Of what lies in a part of the training pictures."""
+        part = rs.sketch(task, rs.Regions(setting.train, mask), None, checkpoints=checkpoints, like=store)
+        return rs.build_index(part, RELATIF, None)
+
+    def scored(asked: Any, masks: list[Tensor], parts: list[rs.Index]) -> dict[str, Any]:
+        """Scores of parts in all views, `[n, parts, views, N]`, by each method."""
+        regions = rs.Regions(asked, {str(place): mask for place, mask in enumerate(masks)})
+        sketches = rs.Samples(regions, task, checkpoints, views=True).sketch(like=store)
+
+        def of(index: rs.Index) -> Any:
+            return np.asarray(index.scores(sketches)).reshape(len(asked), len(masks), len(VIEWS), -1)
+
+        found = {name: of(index) for name, index in indexes.items()}
+        found[OF_PARTS] = np.stack([of(index)[:, part] for part, index in enumerate(parts)], 1)
+        for part, mask in enumerate(masks):
+            for place, view in enumerate(VIEWS.values()):
+                seen = view.placed(mask[None, None], "zeros")[0, 0]
+                for name, scores in by_pixels(setting.images, view.of(asked.images), seen).items():
+                    found.setdefault(name, np.empty(found["region"].shape))[:, part, place] = scores
+        return found
 
     rng = np.random.default_rng(0)
     lines, queries = [], 0
     started = time.perf_counter()
     for layout, mask in layouts(setting.images.shape[-1]).items():
-        own = [distinct(setting.images, inside) for inside in (mask, 1 - mask)]
+        masks = [mask, 1 - mask]
+        of_parts = [of_part(inside) for inside in masks]
+        own = [distinct(setting.images, inside) for inside in masks]
         drawn = np.stack([rng.choice(some, 2 * COMPOSITES) for some in own], 1)
         sources = drawn[drawn[:, 0] != drawn[:, 1]][:COMPOSITES]
         for how in ALTERED:
@@ -128,23 +140,18 @@ def main() -> None:
             given = setting.train.some(sources[:, 0])  # what the model is told beside, where it is told something
             made = parts[sources[:, 0]] * mask + parts[sources[:, 1]] * (1 - mask)
             asked = type(given)(made, "made", given.given)
-            views: dict[str, list[Any]] = {}
-            for by in MOVES:
-                view = type(given)(moved(made, by, "replicate"), "made", given.given)
-                masks = [moved(inside[None, None], by, "constant")[0, 0] for inside in (mask, 1 - mask)]
-                for name, scores in scored(view, masks).items():
-                    views.setdefault(name, []).append(scores)
-            named = {name: scores[0].argmax(2) for name, scores in views.items()}
-            named |= {f"{name}, moved": np.max(scores, axis=0).argmax(2) for name, scores in views.items()}
+            scores = scored(asked, masks, of_parts)
+            named = {name: by_view[:, :, 0].argmax(2) for name, by_view in scores.items()}
+            named |= {f"{name}, views": by_view.max(2).argmax(2) for name, by_view in scores.items()}
             whole = rs.Samples(asked, task, checkpoints)
             named["whole picture"] = indexes["region"].query(whole, k=1).ids
             found = {name: first == sources for name, first in named.items()}
-            queries += (2 * len(MOVES) + 1) * COMPOSITES
+            queries += (2 * len(VIEWS) + 1) * COMPOSITES
             cells = [f"{evaluate.bootstrap(np.mean, found[name]):.3g}" for name in METHODS]
             lines.append(f"| {layout} | {how} | {' | '.join(cells)} |")
             print(lines[-1], flush=True)
     _, t, k = store.shape
-    told = f" --timesteps {t} --entries {k}" if (t, k) != (12, 1024) else ""
+    told = f" --timesteps {t} --entries {k}" if (t, k) != (12, 2048) else ""
     about = [
         f"`python -m benchmarks.regions --setting {setting.name}{told}`, {datetime.date.today()}, {cpu_name()}; torch",
         f"{torch.__version__}. Written by that command.\n",

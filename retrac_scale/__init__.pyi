@@ -30,6 +30,7 @@ from .task.diffusion import DiffusionTask
 from .task.noising import timestep_numbers
 from .task.regions import AllBut, Regions
 from .task.timesteps import EvenlySpaced, Explicit, draw_noise
+from .task.views import Views
 from .task.weighting import Huber, MinSNR, PseudoHuber, SD3Weighting
 from .training.callbacks import lightning_callback, transformers_callback
 from .training.record import TrainingRecord, read_record
@@ -86,6 +87,7 @@ __all__ = [
     "TrainingRecord",
     "TrainingRecorder",
     "Unadapted",
+    "Views",
     "adam_divisors",
     "build_index",
     "check_model",

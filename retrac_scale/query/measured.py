@@ -9,17 +9,19 @@ import numpy as np
 
 from retrac_scale.index.reader import IndexReader
 from retrac_scale.index.scan import Found
-from retrac_scale.query.answer import filled, topk
+from retrac_scale.query.answer import answer_rows, filled, topk
 from retrac_scale.query.copies import folded, threshold
 from retrac_scale.query.question import NO_SAMPLES, Question
 from retrac_scale.query.rerank import as_measured, exact_scores
 from retrac_scale.query.scanning import Scan
 from retrac_scale.query.together import answer_sketched
 from retrac_scale.query.topk import TopK
+from retrac_scale.query.views import best_of_views, check_views
 from retrac_scale.query.where import which
 from retrac_scale.sketching.plans import plans_for_queries
 from retrac_scale.sketching.samples import Samples
 from retrac_scale.store import SketchStore
+from retrac_scale.task.views import VIEWS, Views
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -35,9 +37,14 @@ def answer_samples(
         raise ValueError(
             f"queries must be a SketchStore or rs.Samples(dataset, task, checkpoints, timesteps), got {type(queries)}."
         )
+    if isinstance(queries.dataset, Views):
+        check_views(question)
     if question.rerank is not None:
         return _reranked(index, store, queries, question, client)
     sketched = _like(queries, store).sketch(like=_known(store))
+    if isinstance(queries.dataset, Views):
+        rows, whose = index.query_rows(sketched), queries.dataset.whose
+        return best_of_views(answer_rows(index, rows, whose, question, client), len(VIEWS))
     return answer_sketched(index, sketched, question, client)
 
 

@@ -38,9 +38,9 @@ class TopK:
         estimator: JSON description of the estimator.
         errors: standard error of each score, float64 `[q, k]`, from how far its timesteps agree: that of the luck of
             noise and timesteps and, but for what sketches of several timesteps have in common, of the projection. None
-            under cross pairing, whose rows are means that do not tell, where there is one timestep, and after
-            `rerank`; `repeatability` says more. Of a group's sum or mean it is that of drawing its members anew, as a
-            bootstrap over them would find it; None of the largest.
+            under cross pairing, whose rows are means that do not tell, where there is one timestep, after `rerank`, and
+            of the best of several views; `repeatability` says more. Of a group's sum or mean it is that of drawing its
+            members anew, as a bootstrap over them would find it; None of the largest.
         resolved: whether a result stands more than two standard errors of the difference before the next one, bool
             `[q, k]`. None where there are no errors.
         sketch_rank: after `rerank`, the rank (from 1) that the sketch gave to the result, `[q, k]`; where it is not

@@ -18,6 +18,7 @@ from retrac_scale.task.diffusion import DiffusionTask
 from retrac_scale.task.items import dataset_ids
 from retrac_scale.task.regions import Regions
 from retrac_scale.task.timesteps import TimestepPlan
+from retrac_scale.task.views import Views
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +34,8 @@ class Samples:
         region: the part of each picture that is asked about, as for `Regions`, which the dataset then is one of; None
             for all of it.
         concept: that the pictures are asked about for, as for `Concepts`; None for the loss.
+        views: whether each is asked about as it is, moved, of another size and light, see `Views`: a training sample's
+            score then is the best that any of the nine views gives it.
     """
 
     dataset: Any
@@ -41,12 +44,15 @@ class Samples:
     timesteps: TimestepPlan | Sequence[TimestepPlan] | None = None
     region: InitVar[Any] = None
     concept: InitVar[Concept | Mapping[str, Concept] | None] = None
+    views: InitVar[bool] = False
 
-    def __post_init__(self, region: Any, concept: Concept | Mapping[str, Concept] | None) -> None:
+    def __post_init__(self, region: Any, concept: Concept | Mapping[str, Concept] | None, views: bool) -> None:
         if region is not None:
             object.__setattr__(self, "dataset", Regions(self.dataset, region))
         if concept is not None:
             object.__setattr__(self, "dataset", Concepts(self.dataset, concept))
+        if views:
+            object.__setattr__(self, "dataset", Views(self.dataset))
 
     @property
     def ids(self) -> npt.NDArray[Any]:

@@ -89,7 +89,7 @@ def pixel_mask(number: Any, item: Item, cell: tuple[int, int] | None, frames_fir
     time, space = cell or (1, _scale(item.region, size) if item.encoded else 1)
     if item.encoded:
         size = [1 + time * (frames - 1) for frames in size[:-2]] + [space * side for side in size[-2:]]
-    mask = _mask(number, item.region, tuple(size))
+    mask = mask_of(number, item.region, tuple(size))
     covered = float(mask.sum()) / (space * space * (time if mask.ndim == 3 else 1))
     if covered < 1 - 1e-4:
         what = "a pixel" if space == 1 else f"one of the model's cells of {space} x {space} pixels"
@@ -144,9 +144,10 @@ def _means(edges: Tensor, pixels: int) -> Tensor:
     return (overlap / overlap.sum(1, keepdim=True)).float()
 
 
-def _mask(number: Any, region: Any, size: tuple[int, ...]) -> Tensor:
+def mask_of(number: Any, region: Any, size: tuple[int, ...]) -> Tensor:
+    """A region of a dataset item as a mask, float32, of pixels `[h, w]` or `[f, h, w]`; ValueError if it is none."""
     if isinstance(region, AllBut):
-        return 1 - _mask(number, region.region, size)
+        return 1 - mask_of(number, region.region, size)
     told = " x ".join(map(str, (*size[-2:][::-1], *size[:-2])))
     if isinstance(region, np.ndarray):
         if region.shape not in (size, size[-2:]):
