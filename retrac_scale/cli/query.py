@@ -35,6 +35,12 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mask", help="of images: ask about what is white in this picture, of the images' size, alone")
     parser.add_argument("--all-but", action="store_true", help="ask about all but the --region or --mask")
     parser.add_argument(
+        "--views",
+        action="store_true",
+        help="of images: ask about each as it is, moved, smaller, larger, lighter and darker, and take the best scores: "
+        "for what may lie elsewhere in a training image, or look otherwise",
+    )
+    parser.add_argument(
         "--concept",
         metavar="WORDS",
         help="of images: ask what the model makes of a prompt, or of a class by its number",
@@ -155,7 +161,7 @@ def _queries(index: Index, arguments: argparse.Namespace, project: Project) -> S
     concept = measured.task.told.concept(arguments.concept, arguments.against)
     files = image_files(arguments.queries, measured.task)
     files.background = project.background
-    return replace(measured, dataset=files, region=region, concept=concept)
+    return replace(measured, dataset=files, region=region, concept=concept, views=arguments.views)
 
 
 def _may_be_pictures(place: str) -> bool:
@@ -165,10 +171,12 @@ def _may_be_pictures(place: str) -> bool:
 
 
 def _refuse_new(arguments: argparse.Namespace, region: Any, why: str) -> None:
-    """ValueError for a part or a concept, which has to be measured."""
+    """ValueError for a part, views or a concept, which have to be measured."""
     advice = "ask about image files, with --model where no project says it."
     if region is not None:
         raise ValueError(f"{why}, which have no parts; {advice}")
+    if arguments.views:
+        raise ValueError(f"{why}, which are seen in one way; {advice}")
     if arguments.concept is not None:
         raise ValueError(f"{why}, which were measured without a concept; {advice}")
 
@@ -184,6 +192,7 @@ VERB = Verb(
   retrac-scale query retrac.zarr a.png folder/ --model google/ddpm-cifar10-32 \\
       --checkpoint final=google/ddpm-cifar10-32                   image files, sketched here as the store was
   retrac-scale query retrac.zarr a.png --region 0,0,16,8          a part of it: a box, or --mask white.png; --all-but
+  retrac-scale query retrac.zarr a.png --region 0,0,16,8 --views  the same where it may have been moved or enlarged
   retrac-scale query retrac.zarr a.png --model sd/ --checkpoint final=sd/unet --concept "a red car" --against "a car"
   retrac-scale query retrac.zarr a.png --concept 3                what class 3 adds to it; --against 5 for another
   retrac-scale query demo/retrac.zarr demo/queries.zarr --group-by artist --reduce mean

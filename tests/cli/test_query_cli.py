@@ -256,14 +256,15 @@ def test_a_box_or_a_mask_of_image_files_is_asked_about(tmp_path: Path, capsys: p
     query = ["query", str(tmp_path / "i"), str(tmp_path / "1.png"), "--json", "-k", "3"]
     query += ["--model", str(tmp_path / "unet"), "--checkpoint", f"final={tmp_path / 'unet'}"]
     one = ImageFiles([tmp_path / "1.png"], channels=1)
-    for given, region in (
-        (["--region", "0,2,3,7"], (0, 2, 3, 7)),
-        (["--mask", str(tmp_path / "mask.png")], painted / 255),
-        (["--region", "0,2,3,7", "--all-but"], rs.AllBut(painted / 255)),
+    for given, region, views in (
+        (["--region", "0,2,3,7"], (0, 2, 3, 7), False),
+        (["--region", "0,2,3,7", "--views"], (0, 2, 3, 7), True),
+        (["--mask", str(tmp_path / "mask.png")], painted / 255, False),
+        (["--region", "0,2,3,7", "--all-but"], rs.AllBut(painted / 255), False),
     ):
         assert main([*query, *given]) == 0
         found = json.loads(capsys.readouterr().out)["results"][0]
-        expected = index.query(rs.Samples(one, task, checkpoints, region=region), k=3)
+        expected = index.query(rs.Samples(one, task, checkpoints, region=region, views=views), k=3)
         assert found["ids"] == expected.ids[0].tolist()
         np.testing.assert_allclose(found["scores"], expected.scores[0], rtol=1e-5)
     for wrong, why in (
@@ -274,6 +275,8 @@ def test_a_box_or_a_mask_of_image_files_is_asked_about(tmp_path: Path, capsys: p
         ([*query, "--concept", "3"], "the concept '3' is a prompt, but the task's model is told nothing"),
         ([*query, "--all-but"], "--all-but needs a --region or a --mask"),
         ([*query[:2], "--ids", "x", "--region", "0,2,3,7"], "--ids are answered from stored sketches"),
+        ([*query[:2], "--ids", "x", "--views"], "which are seen in one way"),
+        ([*query, "--views", "--together"], "a query in views is answered with the best of its lists"),
         (
             [*query[:2], str(tmp_path / "s"), "--region", "0,2,3,7"],
             "holds sketches of whole images, which have no parts",
