@@ -37,7 +37,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--views",
         action="store_true",
-        help="of images: ask about each as it is, moved, smaller, larger, lighter and darker, and take the best scores: "
+        help="of images: ask about each as it is, moved, smaller, larger, lighter and darker, for the best scores: "
         "for what may lie elsewhere in a training image, or look otherwise",
     )
     parser.add_argument(
