@@ -32,10 +32,10 @@ from retrac_scale.training.recorder import TrainingRecorder
 
 # The paper's cosine schedule and evenly spaced checkpoints: a checkpoint's weight counts all steps since the one before
 # it, so that with late checkpoints alone the first of them would decide everything.
-EPOCHS = 40
-KEPT_EPOCHS = (10, 20, 30, 40)
-BATCH = 32
-LEARNING_RATE = 2e-3
+EPOCHS = 28
+KEPT_EPOCHS = (7, 14, 21, 28)
+BATCH = 64
+LEARNING_RATE = 4e-3
 WARMUP_STEPS = 100
 OUTLIERS = 36
 GENERATED = 16
@@ -94,7 +94,7 @@ def build_model() -> UNet2DModel:
         sample_size=8,
         in_channels=1,
         out_channels=1,
-        block_out_channels=(24, 48),
+        block_out_channels=(16, 32),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
@@ -258,7 +258,7 @@ def run(out: str | os.PathLike[str]) -> None:
     print(
         f"live     retrac-scale serve {folder / 'retracridge.zarr'} --queries {folder / 'queries.zarr'} "
         f"--images {folder / 'images.npy'} --query-images {folder / 'generated.npy'} --model {folder / 'model'} "
-        f"--checkpoint epoch-40={folder / 'model' / 'unet'}"
+        f"--checkpoint epoch-{EPOCHS}={folder / 'model' / 'unet'}"
     )
 
 
@@ -277,8 +277,8 @@ def _print_findings(scans: Scans, recorded: SketchStore, answers: Any, again: An
     print(
         "TracIn and ReTrac follow the training as it was, where each scan met another noise at another timestep: most\n"
         "of a score is the luck of these draws, and under TracIn scans that met a timestep with long gradients come\n"
-        "up for every query. ReTracRidge shows scans and query the same noise at the same timesteps, so that only the\n"
-        "pictures differ."
+        "up in query after query. ReTracRidge shows scans and query the same noise at the same timesteps, so that\n"
+        "only the pictures differ."
     )
     top = np.argsort(-self_influence(recorded, TracIn()))[:OUTLIERS]
     print(f"planted outliers among the {OUTLIERS} largest TracIn self-influences: {scans.is_outlier[top].sum()}")
