@@ -12,8 +12,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from retrac_scale.demo import EPOCHS
-
 INTRODUCTION = """`{command}`, seed {seed}, {machine}. Written by that command.
 
 Data: {data}. The model of the LDS and removals is {model}, trained on {size} images for
@@ -29,8 +27,8 @@ apart, of the rest by one over queries. Hubs: samples that stand in at least {sh
 {subsets} subsets of half the samples, one model each, all of one seed; a query's loss is averaged over 50 timesteps
 and 2 noises; larger is better. Removal: of {removed} samples; a positive change means that the query's loss rose."""
 
-DEMO = """ "16 x 16" is the demo's model and data, digits and 36 photograph patches, {epochs} epochs; its averages are
-over {timesteps} timesteps."""
+DEMO = """ "16 x 16" is the model, data and training of the demo on these dates, digits and 36 photograph patches; its
+averages are over {timesteps} timesteps."""
 
 
 def page(report: dict[str, Any], titles: dict[str, str]) -> str:
@@ -38,7 +36,7 @@ def page(report: dict[str, Any], titles: dict[str, str]) -> str:
     how = report["setting"]
     training = {key: ", ".join(map(str, x)) if isinstance(x, list) else x for key, x in how["training"].items()}
     size = "all" if how["samples"] is None else how["samples"]
-    demo = DEMO.format(epochs=EPOCHS, timesteps=how["demo_timesteps"]) if how["demo_timesteps"] else ""
+    demo = DEMO.format(timesteps=how["demo_timesteps"]) if how["demo_timesteps"] else ""
     model = (
         "a Stable Diffusion with LoRA adapters of rank {rank}"
         if "rank" in training
