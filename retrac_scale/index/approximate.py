@@ -150,12 +150,14 @@ def _ways(queries: int, entries: int) -> list[Callable[..., Product]]:
 def _fastest(queries: int, entries: int, threads: int) -> Callable[..., Product]:
     """The fastest of `_ways` here, by some milliseconds of each; a later one has to be clearly faster."""
     ways = _ways(queries, entries)
+    if len(ways) == 1:
+        return ways[0]
     n = max(1, MEASURED_BYTES // entries)
     rows, scale = np.ones((n, entries), np.int8), np.ones(n, np.float32)
     ones, unit, zero = np.ones((queries, entries), np.int8), np.ones(queries, np.float32), np.zeros(queries)
     products = [way(ones.astype(np.int16 if way is IntegerProduct else np.int8), unit, zero, n) for way in ways]
     took = [float("inf")] * len(ways)
-    for _ in range(1 + TURNS if len(ways) > 1 else 0):  # the first is for what is made once
+    for _ in range(1 + TURNS):  # the first is for what is made once
         for number, product in enumerate(products):
             started = time.perf_counter()
             product.weighted(rows, scale)

@@ -78,17 +78,24 @@ def _starts(builder: Any, count: int, rows: Any, step: Any, last: Any) -> list[A
     return [builder.add(rows, start) for start in starts]
 
 
+def _store_totals(builder: Any, sums: list[Any], out: Any) -> None:
+    """The total of each register of sums, int32, at an address."""
+    number = ir.IntType(32)
+    kind = ir.FunctionType(number, [ir.VectorType(number, LANES)])
+    reduce = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.add.v{LANES}i32")
+    for place, register in enumerate(sums):
+        address = builder.inttoptr(builder.add(out, ir.IntType(64)(4 * place)), number.as_pointer())
+        builder.store(builder.call(reduce, [builder.load(register)]), address)
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def _sum_lines(typing: Any, rows: Any, step: Any, last: Any, lines: Any, out: Any) -> Any:
     """Sums of SUMMED rows over LINE entries for each line, int32, into `out`; addresses and steps in bytes."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         rows, step, last, lines, out = arguments
-        int64, number = ir.IntType(64), ir.IntType(32)
-        vector = ir.VectorType(number, LANES)
+        int64, vector = ir.IntType(64), ir.VectorType(ir.IntType(32), LANES)
         ones = ir.Constant(vector, [0x01010101] * LANES)
-        kind = ir.FunctionType(number, [vector])
-        reduce = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.add.v{LANES}i32")
         starts = _starts(builder, SUMMED, rows, step, last)
         sums = [cgutils.alloca_once_value(builder, ir.Constant(vector, [0] * LANES)) for _ in starts]
         with cgutils.for_range(builder, lines) as loop:
@@ -96,9 +103,7 @@ def _sum_lines(typing: Any, rows: Any, step: Any, last: Any, lines: Any, out: An
             for start, register in zip(starts, sums, strict=True):
                 entries = builder.load(builder.inttoptr(builder.add(start, offset), vector.as_pointer()), align=1)
                 builder.store(add_products_of_bytes(builder, builder.load(register), ones, entries), register)
-        for row, register in enumerate(sums):
-            place = builder.inttoptr(builder.add(out, int64(4 * row)), number.as_pointer())
-            builder.store(builder.call(reduce, [builder.load(register)]), place)
+        _store_totals(builder, sums, out)
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 5), generate
@@ -186,10 +191,7 @@ def _sum_products(typing: Any, rows: Any, apart: Any, query: Any, lines: Any, ou
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         rows, apart, query, lines, out = arguments
-        int64, number = ir.IntType(64), ir.IntType(32)
-        vector = ir.VectorType(number, LANES)
-        kind = ir.FunctionType(number, [vector])
-        reduce = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.add.v{LANES}i32")
+        int64, vector = ir.IntType(64), ir.VectorType(ir.IntType(32), LANES)
         without_sign = ir.Constant(vector, [0x80808080] * LANES)
         starts = [builder.add(rows, builder.mul(apart, int64(row))) for row in range(TOGETHER)]
         sums = [cgutils.alloca_once_value(builder, ir.Constant(vector, [0] * LANES)) for _ in starts]
@@ -204,9 +206,7 @@ def _sum_products(typing: Any, rows: Any, apart: Any, query: Any, lines: Any, ou
                 fetch(builder, builder.add(builder.add(start, place), int64(AHEAD)))
                 entries = builder.xor(read(start, place), without_sign)
                 builder.store(add_products_of_bytes(builder, builder.load(register), entries, factors), register)
-        for row, register in enumerate(sums):
-            place = builder.inttoptr(builder.add(out, int64(4 * row)), number.as_pointer())
-            builder.store(builder.call(reduce, [builder.load(register)]), place)
+        _store_totals(builder, sums, out)
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 5), generate
