@@ -15,7 +15,7 @@ from torch.utils.dlpack import from_dlpack
 
 from retrac_scale.arrays import Bools, Float32, Float64, Int64
 from retrac_scale.index import kernels
-from retrac_scale.index.plain import Product, rounding, summation
+from retrac_scale.index.plain import SUMS, Product, rounding, summation
 from retrac_scale.native import int8
 from retrac_scale.native.products import multiply_integers
 from retrac_scale.native.threads import over_rows
@@ -126,6 +126,8 @@ def product_of(queries: Float64, norm: Float64, dtype: np.dtype[Any], checkpoint
     if dtype == np.int8 and k <= WIDEST:
         way = _fastest(min(64, 2 ** (q - 1).bit_length()), k, torch.get_num_threads())
         integers, unit, error = _integers(queries, np.int16 if way is IntegerProduct else np.int8)
+        if way is ByteProduct:  # which needs no room but for its scores
+            tile = min(16384, 2 * max(tile, 2048))
         return way(integers, unit, error + 1.1 * arithmetic, tile)
     summed = summation(norm, k)
     if torch.cpu._is_avx512_bf16_supported() and q >= 16:  # queries, rows and result round to 8 bits
@@ -173,14 +175,26 @@ def multiply(rows: npt.NDArray[Any], places: Int64, queries: Float64, asked: Int
     """As `plain.multiply`, bit by bit."""
     if rows.dtype == np.float16:  # which compiled passes do not know
         rows, places = rows[places].astype(np.float32), np.arange(len(places))
-    kernels.multiply(rows, places, queries, asked, out)
+    kernels.multiply(np.ascontiguousarray(rows), places, queries, asked, out)
 
 
 def passing(values: Float32, lowest: Float32, sign: int, counting: Bools | None) -> Int64:
     """As `plain.passing`."""
     places = np.empty(values.size, np.int64)  # of which the system gives what is written
     every = np.broadcast_to(True if counting is None else counting, values.shape)
-    return places[: kernels.passing(values, lowest, np.float32(sign), every, places)].copy()
+    around = np.resize(lowest, len(lowest) + SUMS)
+    return places[: kernels.passing(values.ravel(), around, np.float32(sign), every, places)].copy()
+
+
+class Largest:
+    """As `plain.Largest`."""
+
+    def __init__(self, lanes: int, k: int) -> None:
+        self._largest, self._counts, self._k = np.empty((lanes, k + k // 4 + 8)), np.zeros(lanes, np.int64), k
+
+    def take(self, lanes: Int64, values: Float64, floor: Float64) -> None:
+        """See `plain.Largest`."""
+        kernels.keep_largest(self._largest, self._counts, self._k, lanes, values, floor)
 
 
 def _integers(queries: Float64, dtype: type[np.signedinteger[Any]]) -> tuple[npt.NDArray[Any], Float32, Float64]:

@@ -61,8 +61,40 @@ class Product(Protocol):
         """scale[n] <rows[n], queries[q]>, roughly, `[n, q]`, in a buffer that the next call may overwrite."""
 
 
+class Reached(Protocol):
+    """See `Largest`."""
+
+    def take(self, lanes: Int64, values: Float64, floor: Float64) -> None:
+        """See `Largest`."""
+
+
+class Largest:
+    """What a scan's lanes have reached, for floors that k values of a lane reach.
+
+    Args:
+        lanes: how many.
+        k: of each.
+    """
+
+    def __init__(self, lanes: int, k: int) -> None:
+        self._count, self._k = lanes, k
+        self._lanes, self._values = np.empty(0, np.int64), np.empty(0)
+
+    def take(self, lanes: Int64, values: Float64, floor: Float64) -> None:
+        """Take in values `[s]` of some lanes `[s]`, each of another sample; the floor `[lane]` may rise."""
+        self._lanes, self._values = np.append(self._lanes, lanes), np.append(self._values, values)
+        if len(self._values) >= 2 * self._k * self._count:
+            np.maximum(floor, kth_largest(self._lanes, self._values, self._count, self._k), out=floor)
+            kept = self._values >= floor[self._lanes]
+            self._lanes, self._values = self._lanes[kept], self._values[kept]
+
+
 class Arithmetic(Protocol):
     """What a scan computes by: this module, or `approximate`."""
+
+    @property
+    def Largest(self) -> Callable[[int, int], Reached]:
+        """The class."""
 
     def product_of(self, queries: Float64, norm: Float64, dtype: np.dtype[Any], checkpoints: int) -> Product:
         """The fastest there is for queries `[q, k]` and rows of a dtype."""
@@ -129,3 +161,19 @@ def passing(values: Float32, lowest: Float32, sign: int, counting: Bools | None)
     if counting is not None:
         reached &= counting
     return np.flatnonzero(reached)
+
+
+def kth_largest(lanes: Int64, values: Float64, count: int, k: int) -> Float64:
+    """The k-th largest of the values `[s]` of each of so many lanes `[s]`, -inf where there are fewer."""
+    order = np.argsort(values)
+    order = order[stable_order(lanes[order], count)]
+    counts = np.bincount(lanes, minlength=count)
+    full = counts >= k
+    kth = np.full(count, -np.inf)
+    kth[full] = values[order[np.cumsum(counts)[full] - k]]
+    return kth
+
+
+def stable_order(numbers: Int64, count: int) -> Int64:
+    """The stable order of integers below a count; a few bits of each are sorted in linear time."""
+    return np.argsort(numbers.astype(np.min_scalar_type(count)), kind="stable")

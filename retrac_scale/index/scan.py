@@ -13,7 +13,7 @@ import numpy.typing as npt
 from retrac_scale.arrays import Bools, Float32, Float64, Int64
 from retrac_scale.index import plain
 from retrac_scale.index.chunk import Chunk
-from retrac_scale.index.plain import Arithmetic, Product
+from retrac_scale.index.plain import Arithmetic, Product, kth_largest, stable_order
 from retrac_scale.native.memory import keep_freed_pages
 
 FIRST_ROWS = 4096
@@ -221,9 +221,10 @@ class _Pool:
         self._least = max(4 * k, 32) * self.lanes
         self.floor = np.full(self.lanes, -np.inf) if floor is None else floor
         self._sign = np.repeat(np.array(signs, dtype=np.float64), queries.shape[1])
-        self._queries = queries.astype(np.float64)
+        self._queries = np.ascontiguousarray(queries, np.float64)
         self._lengths = np.stack([_lengths(query) for query in self._queries])
         self.unit = _power_of_two(self._lengths.max(0))
+        self._largest = arithmetic.Largest(self.lanes, k)
         self._parts = parts if parts > 1 else 0
         self._chunks: list[Chunk | None] = []
         self._ids: list[npt.NDArray[Any]] = []
@@ -249,6 +250,7 @@ class _Pool:
 
     def add(self, chunk: int, rows: Int64, lanes: Int64, values: Float64, bounds: Float64) -> None:
         """Take in candidates; when they have doubled, drop those that can no longer be among the best."""
+        self._largest.take(lanes, values - bounds, self.floor)
         stop = self._size + len(rows)
         if stop > len(self._buffer):
             self._buffer = np.concatenate([self._held, np.empty(stop, self._dtype)])
@@ -258,7 +260,6 @@ class _Pool:
         self._size = stop
         if stop >= self._full:
             value, bound, lane = (self._held[name] for name in ("value", "bound", "lane"))
-            self._raise_floor(lane, value - bound)
             self._keep(np.flatnonzero(value + bound >= self.floor[lane]))
             if self._size > POOL * self._least:
                 self.settle()
@@ -269,7 +270,7 @@ class _Pool:
         value, bound, lane = (self._held[name] for name in ("value", "bound", "lane"))
         self._make_exact(value >= self._kth(lane, value)[lane])
         exact = np.flatnonzero(bound == 0)
-        self._raise_floor(lane[exact], value[exact])
+        np.maximum(self.floor, self._kth(lane[exact], value[exact]), out=self.floor)
         self._make_exact(value + bound >= self.floor[lane])
         self._keep(np.flatnonzero((bound == 0) & (value >= self.floor[lane])))
         held, names = self._held, self._names()
@@ -296,23 +297,15 @@ class _Pool:
         self._buffer[: len(chosen)] = self._held.take(chosen)  # a mask takes ten times as long
         self._size = len(chosen)
 
-    def _raise_floor(self, lanes: Int64, values: Float64) -> None:
-        np.maximum(self.floor, self._kth(lanes, values), out=self.floor)
-
     def _kth(self, lanes: Int64, values: Float64) -> Float64:
         """The k-th largest of some candidates' values in each lane, -inf where there are fewer."""
-        order = np.argsort(values)
-        order = order[_stable_order(lanes[order], self.lanes)]
-        counts = np.bincount(lanes, minlength=self.lanes)
-        full = counts >= self.k
-        kth = np.full(self.lanes, -np.inf)
-        kth[full] = values[order[np.cumsum(counts)[full] - self.k]]
-        return kth
+        return kth_largest(lanes, values, self.lanes, self.k)
 
     def _make_exact(self, chosen: Bools) -> None:
         """Replace approximate values by float64 sums; each depends on its row and query alone."""
         held = self._held
         part = np.flatnonzero(chosen & (held["bound"] > 0))
+        part = part[stable_order(held["lane"][part], self.lanes)]  # a query stays in a core's cache
         asked = held["lane"][part] % self._queries.shape[1]
         total = np.zeros(len(part))
         for number, places, row in self._by_chunk(part):
@@ -359,15 +352,10 @@ class _Pool:
     def _by_chunk(self, part: Int64) -> Iterator[tuple[int, Int64, Int64]]:
         """For each chunk that some candidates come from: its number, their places in `part`, their rows in it."""
         numbers, rows = self._held["chunk"][part], self._held["row"][part]
-        order = _stable_order(numbers, len(self._chunks))
+        order = stable_order(numbers, len(self._chunks))
         numbers, rows = numbers[order], rows[order]
         for run in _runs(numbers):
             yield int(numbers[run.start]), order[run], rows[run]
-
-
-def _stable_order(numbers: Int64, count: int) -> Int64:
-    """The stable order of integers below a count; a few bits of each are sorted in linear time."""
-    return np.argsort(numbers.astype(np.min_scalar_type(count)), kind="stable")
 
 
 def _runs(values: npt.NDArray[Any]) -> list[slice]:

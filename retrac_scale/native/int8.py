@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from retrac_scale.native.compiled import AHEAD, LINE, compiled, fetch, has
+from retrac_scale.native.compiled import LINE, compiled, fetch, has
 
 AVAILABLE = has("avx512vnni") and has("avx512bw")
 """Whether compiled code may use these instructions here."""
@@ -29,8 +29,9 @@ BLOCK = 24
 SUMMED = 8
 """Rows that are summed side by side."""
 
-TOGETHER = 4
-"""Rows multiplied with a single query side by side: from one alone, too few cache lines are on the way."""
+TOGETHER, AHEAD = 4, 1536
+"""Rows multiplied with a single query side by side, for from one alone too few cache lines are on the way; and bytes
+from what is multiplied to what is fetched."""
 
 SHIFT = 128
 """What makes an int8 query one without a sign."""
@@ -224,16 +225,19 @@ def multiply_one(rows: Any, query: Any, scale: Any, unit: Any, out: Any) -> None
     for place in range(lines * LINE):
         shift += np.int32(query[place])
     shift *= np.int32(SHIFT)
-    for row in range(apart + n % TOGETHER):
-        alone = row >= apart  # the last few
-        first = row + (TOGETHER - 1) * apart if alone else row
-        step = 0 if alone else apart
-        _sum_products(rows.ctypes.data + first * k, step * k, query.ctypes.data, lines, sums.ctypes.data)
-        for number in range(1 if alone else TOGETHER):
-            one, total = first + number * step, sums[number] - shift
+    for row in range(apart):
+        _sum_products(rows.ctypes.data + row * k, apart * k, query.ctypes.data, lines, sums.ctypes.data)
+        for number in range(TOGETHER):
+            one = row + number * apart
+            total = np.int32(sums[number] - shift)
             for place in range(lines * LINE, k):
-                total += np.int32(rows[one, place]) * np.int32(query[place])
-            out[one] = np.float32(np.int32(total)) * unit * scale[one]
+                total = np.int32(total + np.int32(rows[one, place]) * np.int32(query[place]))
+            out[one] = np.float32(total) * unit * scale[one]
+    for one in range(TOGETHER * apart, n):
+        total = np.int32(0)
+        for place in range(k):
+            total = np.int32(total + np.int32(rows[one, place]) * np.int32(query[place]))
+        out[one] = np.float32(total) * unit * scale[one]
 
 
 @compiled

@@ -147,7 +147,8 @@ def multiply_several(rows: Any, queries: Any, rest: Any, scale: Any, unit: Any, 
 
 def passing(values: Any, lowest: Any, sign: Any, counting: Any, places: Any) -> int:
     """See `kernels.passing`."""
-    found = np.flatnonzero((sign * values >= lowest) & counting)
+    values = values.reshape(counting.shape)
+    found = np.flatnonzero((sign * values >= lowest[: values.shape[1]]) & counting)
     places[: len(found)] = found
     return len(found)
 
@@ -300,8 +301,29 @@ def to_passing(rng: np.random.Generator) -> tuple[Any, ...]:
     """For `kernels.passing`."""
     n, q = size(rng), size(rng)
     counting = np.broadcast_to(rng.random((n, q if rng.random() < 0.5 else 1)) < 0.8, (n, q))
-    values, lowest = floats(rng, n, q), 0.5 * floats(rng, q) + np.float32(1.5)
+    values, lowest = floats(rng, n * q), np.resize(0.5 * floats(rng, q) + np.float32(1.5), q + plain.SUMS)
     return values, lowest, np.float32(rng.choice([-1, 1])), counting, np.zeros(n * q, np.int64)
+
+
+def keep_largest(largest: Any, counts: Any, k: Any, lanes: Any, values: Any, floor: Any) -> None:
+    """See `kernels.keep_largest`."""
+    for lane, value in zip(lanes, values, strict=True):
+        if value > floor[lane]:
+            held = [*largest[lane, : counts[lane]], value]
+            if len(held) == largest.shape[1]:
+                held = sorted(held)[-k:]
+                floor[lane] = max(floor[lane], held[0])
+            counts[lane] = len(held)
+            largest[lane] = 0
+            largest[lane, : len(held)] = held
+
+
+def to_keep(rng: np.random.Generator) -> tuple[Any, ...]:
+    """For `kernels.keep_largest`."""
+    count, k, s = size(rng, 1), size(rng, 1), 8 * size(rng)
+    largest, counts = np.zeros((count, k + 1 + size(rng))), np.zeros(count, np.int64)
+    floor = np.where(rng.random(count) < 0.5, -np.inf, 0.0)
+    return largest, counts, k, rng.integers(count, size=s), rng.standard_normal(s), floor
 
 
 def to_dot(rng: np.random.Generator) -> tuple[Any, ...]:
@@ -343,6 +365,7 @@ PASSES = (
     Pass(kernels.dot, dot, to_dot, (4,), bits=True),
     Pass(kernels.multiply, plain.multiply, to_multiply, (4,), bits=True),
     Pass(kernels.passing, passing, to_passing, (4,), bits=True),
+    Pass(kernels.keep_largest, keep_largest, to_keep, (1, 5), bits=True),
     Pass(products.multiply_integers, multiply_integers, to_products, (4,)),
     Pass(int8.multiply_one, dot, to_byte, (4,), here=int8.AVAILABLE),
     Pass(int8.multiply_several, multiply_several, to_bytes, (5,), here=int8.AVAILABLE),
