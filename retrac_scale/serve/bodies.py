@@ -18,6 +18,13 @@ Told = Annotated[
 Against = Annotated[
     str, Field(max_length=2000, description="what that is compared with; default the empty prompt or no class")
 ]
+InViews = Annotated[
+    bool,
+    Field(
+        description="ask about it as it is, moved, smaller, larger, lighter and darker, for the best scores: for what "
+        "may lie elsewhere in a training image, or look otherwise; takes up to nine times as long"
+    ),
+]
 Where = Annotated[str, Field(max_length=LONGEST, description="which samples count, such as `year < 2000`")]
 
 
@@ -45,10 +52,16 @@ class Explain(Body):
     id: Name = Field(description="of the query in its source", examples=["0"])
     sample: Name = Field(description="id of the training sample", examples=["0"])
     index: Name
+    side: Literal["proponents", "opponents"] = Field(
+        "proponents", description="of a query in views: the best score of all is explained, or the smallest"
+    )
 
 
 class Part(Body):
-    """Which training samples influenced this part of a picture most, or what the model makes of a concept in it?"""
+    """Which training samples influenced this part of a picture most, or what the model makes of a concept in it?
+
+    Or all of it, in views.
+    """
 
     source: Literal["queries", "training", "uploads"]
     id: Name = Field(description="of the query in its source", examples=["0"])
@@ -57,6 +70,7 @@ class Part(Body):
     rest: bool = Field(False, description="all but it")
     concept: Told | None = None
     against: Against | None = None
+    views: InViews = False
     k: int = Field(10, ge=1, description="results per side")
     where: Where | None = None
     duplicates: Fold = "keep"
