@@ -385,11 +385,13 @@ def test_what_views_cannot_be_had_with_is_told_before_anything_is_measured(
 def test_views_are_sketched_a_few_at_a_time_and_no_longer_than_somebody_waits(stepping: Stepping) -> None:
     async def ask() -> None:
         service = Service(stepping, "", LIMITS)
+        part = Part.model_validate({"source": "queries", "id": "1", "views": True})
+        other = Ask.model_validate({"source": "queries", "ids": ["0"]})
         async with service.lifespan(None):  # type: ignore[arg-type]
-            asking = asyncio.create_task(service.region(Part(source="queries", id="1", views=True)))
+            asking = asyncio.create_task(service.region(part))
             while not stepping.pieces:
                 await asyncio.sleep(0.001)
-            await service.query(Ask(source="queries", ids=["0"]))
+            await service.query(other)
             assert stepping.pieces < 3
             asking.cancel()
         # which ends after all that was begun
