@@ -47,7 +47,7 @@ function wanted(views = false) {
   return { k: Number(at("k").value), where: at("where").value || null, duplicates: at("fold").checked ? "fold" : "keep", ...(views ? { views } : {}) };
 }
 const groupColumns = ({ views }) => (views ? [] : about.group_columns);
-const working = (views) => (views ? `Asking in ${about.views.length} views, which takes up to ${about.views.length} times as long …` : "Asking …");
+const working = (views) => (views ? `Asking in ${about.views.length} views, up to ${about.views.length} times as long …` : "Asking …");
 const viewsField = (properties) => h("label", { className: "check" }, h("input", { type: "checkbox", ...properties }), "also moved, smaller, larger, lighter or darker");
 
 function take({ queries: answered, samples: shownSamples }, like) {

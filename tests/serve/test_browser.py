@@ -503,7 +503,7 @@ def test_what_is_asked_in_views_is_given_up_for_what_is_drawn_next(page: Any, se
     assert given_up.value.post_data_json["views"] is True
     region.get_by_text("Asking").wait_for(state="hidden")
     assert shown(first.locator("section").last) == proponents(library, (0, 5, 8, 8))
-    assert region.get_by_role("alert").inner_text() == ""
+    assert page.locator("#region-alert").text_content() == ""
 
 
 def test_an_upload_is_asked_about_in_views_where_the_service_measures(
