@@ -242,6 +242,7 @@ def test_a_concept_is_asked_about_in_a_picture_in_a_part_of_it_and_in_an_upload(
         for body, more in (
             ({"concept": "3"}, {"concept": rs.Concept(3)}),
             ({"concept": "3", "against": "7"}, {"concept": rs.Concept(3, against=7)}),
+            ({"concept": "3", "views": True}, {"concept": rs.Concept(3), "views": True}),
             ({"concept": "3", "box": [2, 1, 8, 5]}, {"concept": rs.Concept(3), "region": (2, 1, 8, 5)}),
         ):
             (found,) = client.post("/api/region", json=training | body).json()["queries"]
