@@ -17,7 +17,9 @@ from diffusers import DDPMScheduler
 
 import retrac_scale as rs
 from retrac_scale.report import Pictures
+from retrac_scale.serve.asked import Asked, Sketches
 from retrac_scale.serve.library import Library
+from retrac_scale.serve.uploads import Upload
 from tests.conftest import Labelled, tiny_dit, tiny_unet
 from tests.task.test_pipelines import stable_diffusion
 
@@ -90,6 +92,14 @@ def of_prompts(folder: Path) -> Library:
     store = rs.sketch(task, told, folder / "told.zarr", checkpoints=weights, **options)
     index = rs.build_index(store, None, folder / "ReTracRidge-told.zarr")
     return Library({"ReTracRidge": index}, Pictures(pixels, store.ids, []), measured=rs.Samples((), task, weights))
+
+
+def uploaded(library: Library, upload: Upload) -> Asked:
+    """How an upload is asked about, all of it sketched."""
+    pieces, asked = list[Sketches](), None
+    while asked is None:
+        asked = library.upload(upload, pieces)
+    return asked
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from retrac_scale.query.groups import Groups
 from retrac_scale.query.question import Question
 from retrac_scale.query.scanning import Scan
 from retrac_scale.query.topk import Side, TopK
+from retrac_scale.query.views import best_of_views
 from retrac_scale.query.where import which
 
 if TYPE_CHECKING:
@@ -36,13 +37,13 @@ def answer_rows(
 
 
 def answers_by_one_scan(
-    index: IndexReader, rows: Float32, query_ids: npt.NDArray[Any], questions: Sequence[Question]
+    index: IndexReader, rows: Sequence[Float32], query_ids: npt.NDArray[Any], questions: Sequence[Question]
 ) -> list[TopK | ValueError]:
     """The answer to each of some queries, or why there is none, as if each had been asked alone.
 
     Args:
         index: what is asked.
-        rows: of the queries, `[c, q, k]`.
+        rows: of each query, `[c, v, k]`: one, or those of all its views, whose best is the answer.
         query_ids: `[q]`.
         questions: `[q]`, which differ in nothing but `k`, or `where`, a mask or None; groups not in `where` either.
     """
@@ -51,19 +52,22 @@ def answers_by_one_scan(
     if given.keys() != {id(None)}:
         masks = [np.ones(index.shape[1], bool) if one is None else np.asarray(one) for one in given.values()]
         mask = masks[0] if len(masks) == 1 else np.stack(masks)
-    of = None if len(given) == 1 else np.array([[*given].index(id(one.where)) for one in questions])
+    whose = np.repeat(np.arange(len(questions)), [own.shape[1] for own in rows])
+    of = None if len(given) == 1 else np.array([[*given].index(id(one.where)) for one in questions])[whose]
     every = replace(questions[0], k=max(one.k for one in questions))
-    scan = Scan(index, rows, query_ids, every, mask, None, of)
+    scan = Scan(index, np.concatenate(rows, axis=1), query_ids[whose], every, mask, None, of)
     found, groups, copies = _found(scan)
 
     def own(query: int) -> TopK | ValueError:
-        lanes, alone = slice(query, None, len(questions)), slice(query, query + 1)
-        asked = replace(scan, query_ids=query_ids[alone], question=questions[query])
+        alone = whose == query
+        lanes, views = np.tile(alone, len(every.signs)), int(alone.sum())
+        asked = replace(scan, query_ids=scan.query_ids[alone], question=questions[query])
         of_groups, of_copies = groups and groups.some(lanes), None if copies is None else copies[lanes]
         try:
-            return topk(asked, found.some(lanes), groups=of_groups, copies=of_copies)
+            answer = topk(asked, found.some(lanes), groups=of_groups, copies=of_copies)
         except ValueError as error:
             return error
+        return answer if views == 1 else best_of_views(answer, views)
 
     return [own(query) for query in range(len(questions))]
 

@@ -15,7 +15,7 @@ const shown = { search: "", columns: new Map(), sides: new Set(SIDES), hidden: n
 // The live page replaces these: how an explanation, a query's group totals, and what its halves share are had, and what
 // can be done with a query.
 const source = {
-  explain: (query, estimator, result) => result.explanation,
+  explain: (query, estimator, side, result) => result.explanation,
   groups: (query, column) => query.groups[column],
   shared: (query) => query.shared || {},
   tools: () => [],
@@ -312,19 +312,20 @@ async function openExplanation(query, estimator, side, result, rank) {
     body);
   if (!dialog.open) dialog.showModal();
   try {
-    const parts = await source.explain(query, estimator, result);
-    body.replaceChildren(...(parts ? explanation(parts) : [h("p", { className: "hint" }, "This page carries no explanations: it was written without the indexes.")]));
+    const parts = await source.explain(query, estimator, side, result);
+    body.replaceChildren(...(parts ? explanation(parts).filter(Boolean) : [h("p", { className: "hint" }, "This page carries no explanations: it was written without the indexes.")]));
   } catch (error) {
     body.replaceChildren(h("p", { role: "alert" }, error.message));
   }
 }
 
-function explanation({ checkpoints, contributions, timesteps, query_timesteps: steps }) {
+function explanation({ checkpoints, contributions, timesteps, query_timesteps: steps, view }) {
   const sum = (values) => values.reduce((a, b) => a + b, 0);
   const totals = contributions.map(sum);
   const bySteps = contributions[0].map((_, s) => sum(contributions.map((row) => row[s])));
   const label = (s) => (steps ? String(steps[s]) : `no. ${s + 1}`);
   return [
+    view ? h("p", {}, `Of the query's views, the one with this score: ${view}.`) : null,
     h("h3", {}, "By checkpoint"),
     h("div", { className: "scroll" }, h("table", {},
       h("thead", {}, h("tr", {}, ["checkpoint", "sample's timesteps", "contribution"].map((head, i) => h("th", { scope: "col", className: i === 2 ? "number" : "" }, head)))),

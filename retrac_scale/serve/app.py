@@ -8,105 +8,34 @@ import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib import resources
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import fastapi
 from fastapi import FastAPI, File, Form, HTTPException, Query, Request, Response, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from retrac_scale.index.reader import StaleIndexError
 from retrac_scale.query.index import Index
 from retrac_scale.query.question import Question
-from retrac_scale.query.topk import Duplicates, Reduce
-from retrac_scale.query.where import LONGEST
-from retrac_scale.report.content import sides
+from retrac_scale.query.topk import Duplicates
+from retrac_scale.query.views import check_views
+from retrac_scale.report.content import Json, sides
 from retrac_scale.report.page import page
+from retrac_scale.serve.asked import Asked, Sketches
 from retrac_scale.serve.batcher import Batcher
+from retrac_scale.serve.bodies import Against, Ask, Explain, Fold, Groups, Halves, InViews, Part, Stored, Told, Where
 from retrac_scale.serve.counters import Counters, Counting
 from retrac_scale.serve.following import Follower
 from retrac_scale.serve.guard import Guard
-from retrac_scale.serve.library import Asked, Library
+from retrac_scale.serve.library import Library
 from retrac_scale.serve.limits import Limits
-from retrac_scale.serve.uploads import read_upload, region_asked
+from retrac_scale.serve.uploads import Upload, read_upload, region_asked
 from retrac_scale.store import DamagedStoreError
 
-Json = dict[str, Any]
-Stored = Literal["queries", "training"]
-Name = Annotated[str, Field(max_length=4096)]
-Fold = Annotated[Duplicates, Field(description="whether near-duplicates are folded into the best of them")]
-Told = Annotated[
-    str, Field(max_length=2000, description="a concept, in place of the loss: a prompt, or a class's number")
-]
-Against = Annotated[
-    str, Field(max_length=2000, description="what that is compared with; default the empty prompt or no class")
-]
-Where = Annotated[str, Field(max_length=LONGEST, description="which samples count, such as `year < 2000`")]
 MOST_IDS, MOST_PICTURES = 1000, 100
-
-
-class Body(BaseModel):
-    """A request's JSON; fields that nobody knows are refused."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class Ask(Body):
-    """Which training samples influenced these queries most?"""
-
-    source: Stored = Field(description="the store of queries, or training samples, themselves left out")
-    ids: list[Name] = Field(min_length=1, description="of queries in that source", examples=[["0"]])
-    k: int = Field(10, ge=1, description="results per side")
-    where: Where | None = None
-    duplicates: Fold = "keep"
-    indexes: list[Name] | None = Field(None, min_length=1, max_length=64, description="which; null for all")
-
-
-class Explain(Body):
-    """What does each checkpoint and timestep add to this score?"""
-
-    source: Literal["queries", "training", "uploads"]
-    id: Name = Field(description="of the query in its source", examples=["0"])
-    sample: Name = Field(description="id of the training sample", examples=["0"])
-    index: Name
-
-
-class Part(Body):
-    """Which training samples influenced this part of a picture most, or what the model makes of a concept in it?"""
-
-    source: Literal["queries", "training", "uploads"]
-    id: Name = Field(description="of the query in its source", examples=["0"])
-    box: list[int] | None = Field(None, min_length=4, max_length=4, description="x0, y0, x1, y1 in pixels")
-    mask: str | None = Field(None, max_length=2**20, description="a PNG in base64, white where it counts")
-    rest: bool = Field(False, description="all but it")
-    concept: Told | None = None
-    against: Against | None = None
-    k: int = Field(10, ge=1, description="results per side")
-    where: Where | None = None
-    duplicates: Fold = "keep"
-
-
-class Groups(Body):
-    """Which artists, licences, classes, ... influenced this query most?"""
-
-    source: Literal["queries", "training", "uploads"]
-    id: Name = Field(description="of the query in its source", examples=["0"])
-    column: Name
-    reduce: Reduce = "sum"
-    k: int = Field(10, ge=1, description="groups per side")
-    where: Where | None = None
-    duplicates: Fold = "keep"
-
-
-class Halves(Body):
-    """How many names of this query's list do two halves of the measurements share?"""
-
-    source: Literal["queries", "training", "uploads"]
-    id: Name = Field(description="of the query in its source", examples=["0"])
-    k: int = Field(10, ge=1, description="length of the list of proponents")
-    where: Where | None = None
 
 
 class Problem(BaseModel):
@@ -233,8 +162,7 @@ class Service:
     async def query(self, ask: Ask) -> Json:
         """Which training samples influenced these queries most?"""
         asked = [Asked(ask.source, name) for name in ask.ids]
-        indexes = ask.indexes or list(self.library.indexes)
-        return await self._answer(asked, ask.k, ask.where, ask.duplicates, indexes)
+        return await self._answer(asked, ask.k, ask.where, ask.duplicates, ask.indexes)
 
     async def upload(
         self,
@@ -244,38 +172,40 @@ class Service:
         duplicates: Annotated[Fold, Form()] = "keep",
         concept: Annotated[Told | None, Form()] = None,
         against: Annotated[Against | None, Form()] = None,
+        views: Annotated[InViews, Form()] = False,
     ) -> Json:
         """Which training samples influenced this image most, or what the model makes of a concept in it?"""
         if self.library.measured is None:
             raise HTTPException(404, "uploads are not served: the service was started without a model.")
-        self._check(k, [], [])
+        await self._check_measured(k, [], where or None, duplicates, views)
         asked_for = self.library.measured.task.told.concept(concept, against)
         content = await file.read()
         image = await asyncio.to_thread(
             read_upload, content, self.library.image_shape, self.limits, self.library.background
         )
-        image = image if asked_for is None else await asyncio.to_thread(image.part, None, asked_for)
-        asked = await self._batcher.run(self.library.upload, image)
-        return await self._answer([asked], k, where or None, duplicates, list(self.library.indexes))
+        if asked_for is not None or views:
+            image = await asyncio.to_thread(image.part, None, asked_for, self.library.views if views else ())
+        return await self._answer([await self._measured(image)], k, where or None, duplicates)
 
     async def region(self, ask: Part) -> Json:
         """Which training samples influenced this part of a picture most, or what the model makes of a concept in it?"""
         if self.library.measured is None:
             raise HTTPException(404, "parts cannot be asked about: the service was started without a model.")
         asked = Asked(ask.source, ask.id)
-        self._check(ask.k, [asked], [])
+        await self._check_measured(ask.k, [asked], ask.where, ask.duplicates, ask.views)
         concept = self.library.measured.task.told.concept(ask.concept, ask.against)
         region = await asyncio.to_thread(region_asked, ask.box, ask.mask, ask.rest, self.limits)
-        if concept is None and region is None:
-            raise ValueError("give box, [x0, y0, x1, y1], or mask, a PNG in base64, or a concept.")
-        part = await self._batcher.run(self.library.part, asked, region, concept)
-        return await self._answer([part], ask.k, ask.where, ask.duplicates, list(self.library.indexes))
+        if concept is None and region is None and not ask.views:
+            raise ValueError("give box, [x0, y0, x1, y1], or mask, a PNG in base64, or a concept, or views.")
+        views = self.library.views if ask.views else ()
+        part = await self._batcher.run(self.library.part, asked, region, concept, views)
+        return await self._answer([await self._measured(part)], ask.k, ask.where, ask.duplicates)
 
     async def explain(self, ask: Explain) -> Json:
         """What each checkpoint and timestep adds to a score."""
         asked = Asked(ask.source, ask.id)
         self._check(1, [asked], [ask.index])
-        return await self._batcher.run(self.library.explain, ask.index, asked, ask.sample)
+        return await self._batcher.run(self.library.explain, ask.index, asked, ask.sample, ask.side)
 
     async def groups(self, ask: Groups) -> Json:
         """Which groups influenced a query most?"""
@@ -290,6 +220,8 @@ class Service:
             return Question(ask.k, sides(index), ask.where, ask.column, ask.reduce, own, duplicates=ask.duplicates)
 
         every = self.library.indexes.items()
+        if self.library.uploads.views(asked):
+            check_views(question(next(iter(self.library.indexes.values()))))
         found = await asyncio.gather(*(self._batcher.ask(name, asked, question(index)) for name, index in every))
         return dict(zip(self.library.indexes, found, strict=True))
 
@@ -323,9 +255,33 @@ class Service:
             self.library.check(one)
         self.library.check_indexes(indexes)
 
+    async def _check_measured(
+        self, k: int, asked: list[Asked], where: str | None, duplicates: Duplicates, views: bool
+    ) -> None:
+        """What cannot be answered is told before it is measured."""
+        self._check(k, asked, [])
+        if views:
+            check_views(Question(k, "both", where, None, "sum", False, duplicates=duplicates))
+        if where is not None:
+            for name in self.library.indexes:
+                await self._batcher.mask(name, where)
+
+    async def _measured(self, upload: Upload) -> Asked:
+        """Sketched a piece at a time: others are answered between, and for who has left nothing more is measured."""
+        library, pieces, asked = self.library, list[Sketches](), None
+        while asked is None:
+            asked = await self._batcher.run(library.upload, upload, pieces)
+        return asked
+
     async def _answer(
-        self, asked: list[Asked], k: int, where: str | None, duplicates: Duplicates, indexes: list[str]
+        self,
+        asked: list[Asked],
+        k: int,
+        where: str | None,
+        duplicates: Duplicates,
+        indexes: list[str] | None = None,
     ) -> Json:
+        indexes = indexes or list(self.library.indexes)
         self._check(k, asked, indexes)
         found = {}
         for name in indexes:

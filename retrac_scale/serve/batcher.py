@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 from retrac_scale.query.question import Question
 from retrac_scale.report.content import Json, ranked
-from retrac_scale.serve.library import Asked, Library
+from retrac_scale.serve.asked import Asked
+from retrac_scale.serve.library import Library
 
 T = TypeVar("T")
 FILTERS = 16
@@ -45,7 +46,7 @@ class Batcher:
 
     Args:
         library: what is asked.
-        size: most queries of one scan.
+        size: most queries of one scan, of which one in views is nine.
         observe: told the number of queries of each scan.
     """
 
@@ -106,7 +107,7 @@ class Batcher:
                 continue
             batch = self._next()
             self._waiting = [one for one in self._waiting if one not in batch]
-            self.observe(len(batch))
+            self.observe(sum(len(one.asked) for one in batch))
             for one, answer in zip(batch, await self._compute(self._answers, batch), strict=True):
                 if one.answer.done():
                     continue
@@ -117,13 +118,15 @@ class Batcher:
 
     def _next(self) -> list[_Waiting]:
         """Whoever has waited longest, and those who can share the scan."""
-        batch: list[_Waiting] = []
-        filters: set[Any] = set()
-        for one in self._waiting:
-            if one.kind == self._waiting[0].kind and len(filters | {one.question.where}) <= FILTERS:
+        first = self._waiting[0]
+        batch, filters, queries = [first], {first.question.where}, len(first.asked)
+        for one in self._waiting[1:]:
+            fits = len(filters | {one.question.where}) <= FILTERS and queries + len(one.asked) <= self.size
+            if one.kind == first.kind and fits:
                 batch.append(one)
                 filters.add(one.question.where)
-        return batch[: self.size]
+                queries += len(one.asked)
+        return batch
 
     def _answers(self, batch: list[_Waiting]) -> list[Json | Exception]:
         """One answer or error each; a batch that fails is asked one by one, so that each has its own error."""

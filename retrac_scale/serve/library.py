@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Container, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import lru_cache
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -15,9 +15,10 @@ from retrac_scale.arrays import Bools, Float32
 from retrac_scale.columns import distinct
 from retrac_scale.measurement.halves import MeasuredOnceError, repeatability_of_rows
 from retrac_scale.query.answer import answers_by_one_scan
+from retrac_scale.query.explain import explain_lists
 from retrac_scale.query.index import Index
 from retrac_scale.query.question import Question
-from retrac_scale.query.topk import TopK
+from retrac_scale.query.topk import Side, TopK
 from retrac_scale.query.where import which
 from retrac_scale.report import Pictures, norm_curve
 from retrac_scale.report.content import (
@@ -33,6 +34,7 @@ from retrac_scale.report.content import (
 from retrac_scale.report.pictures import PictureFiles, data_uri
 from retrac_scale.report.shown import check_shown
 from retrac_scale.report.trust import Told, joined, repeatability_for_page, shared_by_halves, told
+from retrac_scale.serve.asked import Asked, Measured, Sketches, Source, Uploads
 from retrac_scale.serve.named import Named
 from retrac_scale.serve.uploads import Upload, shape_of
 from retrac_scale.store import SketchStore
@@ -43,7 +45,6 @@ if TYPE_CHECKING:
     from retrac_scale.task.concepts import Concept
 
 T = TypeVar("T")
-Source = Literal["queries", "training", "uploads"]
 MOST_CHOICES = 60
 """A column with more distinct values is searched, not chosen from."""
 CACHED_PICTURES, CACHED_ROWS, CACHED_MASKS = 16_384, 1024, 32
@@ -55,15 +56,6 @@ SMALL = 2**24
 """As for a report, but others wait: seconds."""
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A query by its place: where it comes from, and its id there; an upload that is being answered, itself."""
-
-    source: Source
-    id: str
-    upload: tuple[Upload, Mapping[str, SketchStore]] | None = field(default=None, compare=False, repr=False)
-
-
 class Library:
     """Indexes with their queries, pictures and columns, kept open; one thread at a time may ask it.
 
@@ -73,7 +65,7 @@ class Library:
         queries: a store of query sketches for all indexes, or {name: store} of the same queries in the same order.
         measured: how uploads are sketched: task, checkpoints and, unless as each index's store was, timesteps; its
             dataset is not used.
-        kept_uploads: how many uploads are remembered.
+        kept_uploads: how many uploads are remembered, of which one in views is nine.
         background: that transparent uploads are put onto, as the training images were.
 
     Raises:
@@ -120,8 +112,7 @@ class Library:
         self._asked = {name: self.indexes[name].query_rows(own) for name, own in self.queries.items()}
         stored = self._by_store(lambda store: Named(store.places, store.alive))
         self._stored = stored if len(stored) == len(self.indexes) else {}  # a store that is gone has no samples to ask
-        self._uploads: OrderedDict[str, tuple[Upload, Mapping[str, SketchStore]]] = OrderedDict()
-        self._kept_uploads = kept_uploads
+        self.uploads = Uploads(kept_uploads)
         self._training_rows = lru_cache(CACHED_ROWS)(self._read_training_rows)
         self._masks: OrderedDict[tuple[str, str], Bools | None] = OrderedDict()
         self._kept_masks = max(1, min(CACHED_MASKS, MASK_BYTES // first.shape[1]))
@@ -136,7 +127,7 @@ class Library:
     def keep_uploads(self, before: Library) -> None:
         """Remember the uploads of another library of the same indexes, whose stores have not been measured anew."""
         if list(self.indexes) == list(before.indexes):
-            self._uploads = before._uploads
+            self.uploads = before.uploads
 
     def about(self) -> Json:
         """What there is to ask, for the page."""
@@ -147,6 +138,7 @@ class Library:
             "samples": first.shape[1],
             "sources": [*(["queries"] if self.queries else []), *(["training"] if self._stored else [])],
             "uploads": self.measured is not None,
+            "views": self.views,
             "told": None if self.measured is None else asdict(self.measured.task.told),
             "size": None if self.measured is None else [*reversed(self.image_shape[1:])],
             "columns": {
@@ -160,13 +152,13 @@ class Library:
         """The first ids of a source that contain a text."""
         if source == "training":
             return self._training_names.containing(contains, count) if self._stored else []
-        names = self._places.get(source, self._uploads)
+        names = self._places.get(source, self.uploads)
         return list(islice((name for name in names if contains in name), count))
 
     def check(self, asked: Asked) -> None:
         """ValueError unless there is such a query."""
         training = asked.source == "training"
-        names: Container[str] = self._places.get(asked.source, self._uploads)
+        names: Container[str] = self._places.get(asked.source, self.uploads)
         if training:
             names = self._training_names if self._stored else ()
         if asked.upload is None and asked.id not in names:
@@ -188,7 +180,7 @@ class Library:
         """
         index = self.indexes[name]
         index.check_store()
-        rows = np.stack([self._query_rows(name, one) for one in asked], axis=1)
+        rows = [self._query_rows(name, one) for one in asked]
         masked = [replace(x, where=self.mask(name, x.where)) if isinstance(x.where, str) else x for x in questions]
         return answers_by_one_scan(index, rows, self._query_ids(asked), masked)
 
@@ -205,9 +197,14 @@ class Library:
                 self._masks.popitem(last=False)
         return self._masks.get(key)
 
-    def explain(self, name: str, asked: Asked, sample: str) -> Json:
-        """A score of one index, taken apart."""
-        return explained(self.indexes[name].explain(self._sketches(name, asked), self._sample_id(sample)))
+    def explain(self, name: str, asked: Asked, sample: str, side: Side) -> Json:
+        """A score of one index, taken apart, and of a query in views, in which of them it has that side's best."""
+        index, one = self.indexes[name], [self._sample_id(sample)]
+        every = [x for own in self._sketches(name, asked) for (x,) in explain_lists(index, own, [one] * own.shape[0])]
+        scores = [x.score for x in every]
+        best = scores.index(min(scores) if side == "opponents" else max(scores))
+        views = self.uploads.views(asked)
+        return {**explained(every[best]), "view": views[best] if views else None}
 
     def compared(self, name: str) -> list[Any]:
         """Some of the stored queries' ids, in the groups in which `repeatability` is to be asked about them."""
@@ -227,38 +224,57 @@ class Library:
     def shared(self, name: str, asked: Asked, k: int, where: str | None) -> Json | None:
         """How many names of one query's list two halves of the measurements share; None where they cannot tell."""
         index = self.indexes[name]
-        if index.estimator.pairing != "matched":
+        if index.estimator.pairing != "matched" or self.uploads.views(asked):
             return None
         index.check_store()
         mask = None if where is None else self.mask(name, where)
-        rows, own = self._query_rows(name, asked)[:, None], asked.source == "training"
+        rows, own = self._query_rows(name, asked), asked.source == "training"
         try:
             found = repeatability_of_rows(index, rows, self._query_ids([asked]), k, exclude_self=own, where=mask)
         except MeasuredOnceError:
             return None
         return shared_by_halves(found)[0]
 
-    def upload(self, upload: Upload) -> Asked:
-        """Sketch an upload, unless it was seen before; while it is remembered it can also be asked by its key."""
-        if upload.key not in self._uploads:
-            assert self.measured is not None
-            samples = replace(self.measured, dataset=upload.dataset)
-            self._uploads[upload.key] = upload, self._by_store(samples.sketch)
-            if len(self._uploads) > self._kept_uploads:
-                self._uploads.popitem(last=False)
-        self._uploads.move_to_end(upload.key)
-        return Asked("uploads", upload.key, self._uploads[upload.key])
+    @property
+    def views(self) -> tuple[str, ...]:
+        """Of what is measured here: as it is, moved, ...; none where nothing is."""
+        if self.measured is None:
+            return ()
+        from retrac_scale.task.views import VIEWS  # needs torch
 
-    def part(self, asked: Asked, region: Any, concept: Concept | None = None) -> Asked:
-        """Sketch a part of a query's picture, or all of it for a concept, which then is an upload.
+        return tuple(VIEWS)
+
+    def upload(self, upload: Upload, pieces: list[Sketches]) -> Asked | None:
+        """Sketch an upload's next piece, unless it was seen before.
+
+        Args:
+            upload: what is asked about.
+            pieces: what was sketched of it by the calls before; is added to.
+
+        Returns:
+            None while pieces are missing; then how it is asked about, while it is remembered also by its key.
+        """
+        if upload.key not in self.uploads:
+            assert self.measured is not None
+            every = upload.pieces
+            samples = replace(self.measured, dataset=every[len(pieces)])
+            pieces.append(self._by_store(samples.sketch))
+            if len(pieces) < len(every):
+                return None
+            self.uploads.keep(Measured(upload, pieces))
+        self.uploads.move_to_end(upload.key)
+        return Asked("uploads", upload.key, self.uploads[upload.key])
+
+    def part(self, asked: Asked, region: Any, concept: Concept | None, views: tuple[str, ...]) -> Upload:
+        """A part of a query's picture, or all of it for a concept or in views, as an upload.
 
         Raises:
             ValueError: there is no such part, or the picture is not as the model takes it.
         """
         if asked.source == "uploads":
-            whole, _ = self._upload(asked)
-            if asked.id in self._uploads:  # its parts do not push it out
-                self._uploads.move_to_end(asked.id)
+            whole = self.uploads.of(asked).upload
+            if asked.id in self.uploads:  # its parts do not push it out
+                self.uploads.move_to_end(asked.id)
         else:
             pictures = self.pictures
             training = asked.source == "training"
@@ -274,7 +290,7 @@ class Library:
                     "parts can be asked about of pictures as the model takes them."
                 )
             whole = Upload(f"{asked.source} {asked.id}", pixels, "")
-        return self.upload(whole.part(region, concept))
+        return whole.part(region, concept, views)
 
     def fragment(self, asked: list[Asked], answers: Mapping[str, list[Json]]) -> Json:
         """Queries and the samples in their lists, as the page holds them.
@@ -300,7 +316,7 @@ class Library:
         """Picture and note of a query."""
         if asked.source != "uploads":
             return {"picture": self.query_picture(asked), "note": ""}
-        upload, _ = self._upload(asked)
+        upload = self.uploads.of(asked).upload
         return {"picture": data_uri(upload.pixels), "note": upload.words}
 
     def _by_store(self, function: Callable[[SketchStore], T]) -> dict[str, T]:
@@ -325,23 +341,19 @@ class Library:
         training = asked[0].source == "training"
         return np.array([self._samples.id(one.id) if training else one.id for one in asked])
 
-    def _upload(self, asked: Asked) -> tuple[Upload, Mapping[str, SketchStore]]:
-        kept = asked.upload or self._uploads.get(asked.id)
-        if kept is None:
-            raise ValueError(f"the upload {asked.id!r} is no longer remembered; send it again.")
-        return kept
-
     def _query_rows(self, name: str, asked: Asked) -> Float32:
+        """`[c, v, k]`, of a query in v views."""
         if asked.source == "queries":
-            rows: Float32 = self._asked[name][:, self._places["queries"][asked.id]]
+            place = self._places["queries"][asked.id]
+            rows: Float32 = self._asked[name][:, place : place + 1]
             return rows
         if asked.source == "training":
             return self._training_rows(name, asked.id)
-        return self.indexes[name].query_rows(self._upload(asked)[1][name])[:, 0]
+        return np.concatenate([self.indexes[name].query_rows(own) for own in self._sketches(name, asked)], axis=1)
 
     def _read_training_rows(self, name: str, sample: str) -> Float32:
         store, place = self._training(name, sample)
-        return self.indexes[name].rows_of(store, slice(place, place + 1))[:, 0]
+        return self.indexes[name].rows_of(store, slice(place, place + 1))
 
     def _training(self, name: str, sample: str) -> tuple[SketchStore, int]:
         """An index's store, and where a sample stands in it."""
@@ -349,14 +361,15 @@ class Library:
         assert store is not None
         return store, self._stored[name].place(sample)
 
-    def _sketches(self, name: str, asked: Asked) -> SketchStore:
+    def _sketches(self, name: str, asked: Asked) -> list[SketchStore]:
+        """Of a query all, one after the other."""
         if asked.source == "uploads":
-            return self._upload(asked)[1][name]
+            return self.uploads.of(asked).of(name)
         if asked.source == "training":
             store, place = self._training(name, asked.id)
         else:
             store, place = self.queries[name], self._places["queries"][asked.id]
-        return taken(store, np.array([place]), {})
+        return [taken(store, np.array([place]), {})]
 
     def _sample_id(self, sample: str) -> Any:
         if sample not in self._samples:

@@ -16,8 +16,8 @@ class Limits:
         k: results per side.
         ids: queries in one request.
         concurrent: requests at a time; further ones are told to come again.
-        batch: queries in one scan.
-        kept_uploads: uploads that can still be explained; the oldest are forgotten.
+        batch: queries in one scan, of which one in views is nine.
+        kept_uploads: uploads that can still be explained, likewise; the oldest are forgotten.
         body_seconds: time a client may take to send its request.
     """
 

@@ -17,12 +17,13 @@ async function call(path, options = {}) {
 }
 call.token = token;
 
-const post = (path, body) => call(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
+const post = (path, body, signal = null) => call(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal });
 
-source.explain = (query, estimator, { id }) => post("/api/explain", { source: query.source, id: query.id, sample: id, index: estimator });
+source.explain = (query, estimator, side, { id }) => post("/api/explain", { source: query.source, id: query.id, sample: id, index: estimator, side });
 source.groups = (query, column) => post("/api/groups", { source: query.source, id: query.id, column, where: query.where, duplicates: query.duplicates });
-// Asked once for each answer; the lists are on the page by then.
+// Asked once for each answer; the lists are on the page by then. The best of several views has no halves.
 source.shared = (query) => {
+  if (query.views) return {};
   const k = Math.max(1, ...Object.values(query.lists).map((sides) => sides.proponents.length));
   query.shared ??= post("/api/repeatability", { source: query.source, id: query.id, k, where: query.where });
   return query.shared;
@@ -41,14 +42,20 @@ async function tellTrust() {
 }
 
 // What lists are to be like, as the service takes it.
-const wanted = () => ({ k: Number(at("k").value), where: at("where").value || null, duplicates: at("fold").checked ? "fold" : "keep" });
+function wanted(views = false) {
+  if (views && at("fold").checked) throw new Error("Copies are not folded where a picture is also asked about moved, smaller, …; untick one of the two.");
+  return { k: Number(at("k").value), where: at("where").value || null, duplicates: at("fold").checked ? "fold" : "keep", ...(views ? { views } : {}) };
+}
+const groupColumns = ({ views }) => (views ? [] : about.group_columns);
+const working = (views) => (views ? `Asking in ${about.views.length} views, up to ${about.views.length} times as long …` : "Asking …");
+const viewsField = (properties) => h("label", { className: "check" }, h("input", { type: "checkbox", ...properties }), "also moved, smaller, larger, lighter or darker");
 
-function take({ queries: answered, samples: shownSamples }, { where, duplicates }) {
+function take({ queries: answered, samples: shownSamples }, like) {
   for (const [id, sample] of Object.entries(shownSamples)) samples.set(id, sample);
   for (const query of answered) {
     const place = queries.findIndex((one) => one.source === query.source && one.id === query.id);
     if (place >= 0) queries.splice(place, 1);
-    queries.unshift({ ...query, where, duplicates, groupColumns: about.group_columns });
+    queries.unshift({ ...query, ...like, groupColumns: groupColumns(like) });
   }
   for (const query of queries.filter((one) => !one.whole)) {
     const label = { queries: `query ${shortName(query.id)}`, training: `training sample ${shortName(query.id)}`, uploads: "upload" }[query.source];
@@ -73,12 +80,12 @@ function drawAsk() {
   const file = h("input", { type: "file", id: "file", accept: "image/png,image/jpeg,image/webp,image/bmp", required: true });
 
   // The lists of a question, wherever it comes from; false when it was refused.
-  async function answering(ask, button) {
+  async function answering(ask, button, views = false) {
     alert.textContent = "";
-    status.textContent = "Asking …";
+    status.textContent = working(views);
     button.disabled = true;
     try {
-      const like = wanted();
+      const like = wanted(views);
       take(await ask(like), like);
       return true;
     } catch (error) {
@@ -125,8 +132,8 @@ function drawAsk() {
         body.append("file", file.files[0]);
         for (const [name, value] of Object.entries({ ...like, ...idea.said() })) if (value !== null) body.append(name, value);
         return call("/api/upload", { method: "POST", body });
-      }, event.target.querySelector("button"));
-    } }, h("label", {}, "an image of your own", file), idea.fields, h("button", {}, "Upload and ask")));
+      }, event.target.querySelector("button"), at("upload-views").checked);
+    } }, h("label", {}, "an image of your own", file), idea.fields, viewsField({ id: "upload-views" }), h("button", {}, "Upload and ask")));
   }
   parts.push(h("details", { id: "further", open: !about.sources.length }, h("summary", {}, about.uploads ? "an image of your own, more options" : "more options"), further));
   at("ask").replaceChildren(...parts, status, alert);

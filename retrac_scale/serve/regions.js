@@ -7,8 +7,8 @@ const GREY = "#808080";
 const SIDES_OF_BOX = ["left", "top", "right", "bottom"];
 
 // What is being drawn: of which query, a box [x0, y0, x1, y1] or a mask, and the answer that the next one replaces.
-const drawn = { query: null, image: null, mask: null, tool: "box", box: null, painted: false, rest: false, idea: null, answer: null };
-const asking = { now: false, again: false, timer: 0 };
+const drawn = { query: null, image: null, mask: null, tool: "box", box: null, painted: false, rest: false, views: false, idea: null, answer: null };
+const asking = { now: false, again: false, timer: 0, stop: null };
 
 source.tools = (query) => (about?.uploads && !query.whole
   ? [h("button", { type: "button", className: "link", onclick: () => openPart(query) }, `ask about a part${drawn.idea.fields.length ? " or an idea" : ""}`)]
@@ -19,8 +19,8 @@ async function openPart(query) {
   const image = new Image();
   image.src = query.picture;
   await image.decode();
-  Object.assign(drawn, { query, image, mask: new OffscreenCanvas(width, height), tool: "box", rest: false });
-  at("rest").checked = false;
+  Object.assign(drawn, { query, image, mask: new OffscreenCanvas(width, height), tool: "box", rest: false, views: false });
+  at("rest").checked = at("views").checked = false;
   drawn.idea.clear();
   at("region-title").textContent = `A part of ${query.label}${drawn.idea.fields.length ? ", or an idea in it" : ""}`;
   at("bench").className = "editing";
@@ -32,7 +32,7 @@ async function openPart(query) {
 
 function closePart() {
   if (!drawn.query) return;
-  clearTimeout(asking.timer);
+  halt();
   drawn.query = null;
   at("region").hidden = true;
   at("bench").className = "";
@@ -51,7 +51,7 @@ function fresh() {
 }
 
 function clearPart() {
-  clearTimeout(asking.timer);
+  halt();
   setBox(null);
   say("");
   drawSurface();
@@ -165,7 +165,7 @@ function press(event) {
     surface.onpointermove = surface.onpointerup = surface.onpointercancel = null;
     askPart();
   };
-  clearTimeout(asking.timer);
+  halt();
   move(event);
 }
 
@@ -199,8 +199,14 @@ function place(box) {
   soon();
 }
 
-function soon() {
+// Nothing waits to be asked any more, and what is asked in views, which takes long, is given up.
+function halt() {
   clearTimeout(asking.timer);
+  asking.stop?.abort();
+}
+
+function soon() {
+  halt();
   asking.timer = setTimeout(askPart, WAIT);
 }
 
@@ -224,37 +230,39 @@ function ideaFields(id, onchange = null) {
   };
 }
 
-// What is drawn and the idea, in words.
+// What is drawn, the idea, and whether in views, in words.
 function inWords({ concept, against }) {
   const place = drawn.painted ? "what is painted" : drawn.box && `box ${drawn.box.join(", ")}`;
   const idea = concept && `about ${about.told.prompts ? "" : "class "}${concept}${against ? ` against ${against}` : ""}`;
-  return [place && `${drawn.rest ? "all but " : ""}${place}`, idea].filter(Boolean).join(", ");
+  return [place && `${drawn.rest ? "all but " : ""}${place}`, idea, drawn.views && "in views"].filter(Boolean).join(", ");
 }
 
 // One question at a time; what was drawn meanwhile is asked next.
 async function askPart() {
-  clearTimeout(asking.timer);
+  halt();
   const idea = drawn.idea.said();
   const place = drawn.box || drawn.painted;
-  if (!drawn.query || !(place || idea.concept)) return;
+  if (!drawn.query || !(place || idea.concept || drawn.views)) return;
   asking.again = asking.now;
   if (asking.now) return;
   asking.now = true;
-  say("", "Asking …");
-  const like = wanted();
-  const { query, rest } = drawn;
+  const { query, rest, views } = drawn;
+  say("", working(views));
+  const stop = new AbortController();
+  asking.stop = views ? stop : null;
   try {
+    const like = wanted(views);
     const what = inWords(idea);
     const region = place ? { ...(drawn.painted ? { mask: await png(drawn.mask) } : { box: drawn.box }), rest } : {};
     const shownPart = document.createElement("canvas");
     paint(shownPart);
-    const answer = await post("/api/region", { source: query.source, id: query.id, ...region, ...idea, ...like });
-    if (drawn.query === query) takePart(answer, { ...like, whole: query, label: `${query.label}, ${what}`, picture: shownPart.toDataURL() });
+    const answer = await post("/api/region", { source: query.source, id: query.id, ...region, ...idea, ...like }, stop.signal);
+    if (drawn.query === query && !stop.signal.aborted) takePart(answer, { ...like, whole: query, label: `${query.label}, ${what}`, picture: shownPart.toDataURL() });
     say("");
   } catch (error) {
-    say(error.message);
+    say(stop.signal.aborted ? "" : error.message);
   } finally {
-    asking.now = false;
+    Object.assign(asking, { now: false, stop: null });
     if (drawn.query) drawSurface();
     if (asking.again) askPart();
   }
@@ -268,7 +276,7 @@ async function png(canvas) {
 // In the place of the answer to what was drawn before, or behind the other parts, before the whole picture.
 function takePart({ queries: [answered], samples: shownSamples }, more) {
   for (const [id, sample] of Object.entries(shownSamples)) samples.set(id, sample);
-  const one = { ...answered, ...more, groupColumns: about.group_columns };
+  const one = { ...answered, ...more, groupColumns: groupColumns(more) };
   const same = queries.find((other) => other.id === one.id && other !== drawn.answer);
   if (same) queries.splice(queries.indexOf(same), 1);
   const replaced = queries.includes(drawn.answer);
@@ -291,6 +299,7 @@ function drawPart() {
   const surface = h("canvas", { id: "surface", tabIndex: 0, role: "application", ariaLabel: "The picture", onpointerdown: press, onkeydown: arrow });
   surface.setAttribute("aria-describedby", "region-how");
   const all = h("input", { type: "checkbox", id: "rest", onchange: (event) => { drawn.rest = event.target.checked; drawSurface(); askPart(); } });
+  const views = viewsField({ id: "views", onchange: (event) => { drawn.views = event.target.checked; askPart(); } });
   drawn.idea = ideaFields("part", askPart);
   const section = h("section", { id: "region", className: "card", hidden: true },
     h("div", { className: "top" }, h("h3", { id: "region-title" }), h("button", { type: "button", onclick: closePart }, "Close")),
@@ -300,6 +309,7 @@ function drawPart() {
     h("label", {}, "size of the brush", brush),
     h("div", { id: "fields" }, SIDES_OF_BOX.map((side, place) => field(side, place % 2))),
     h("div", { className: "tools" }, drawn.idea.fields),
+    views,
     h("button", { type: "button", id: "another", onclick: fresh }, "Keep it and draw another"),
     h("p", { role: "status", className: "hint", id: "region-status" }), h("p", { role: "alert", id: "region-alert" }));
   const list = at("list");

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MOST_ASPECT = 16
 """Of a longer image hardly anything would be left, and it is scaled whole before it is cut, as the datasets do it."""
+VIEWS_AT_ONCE = 3
+"""Sketched while other questions wait: for each alone the weights would be loaded anew, all would keep others long."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +40,7 @@ class Upload:
         note: what was done to the image to make it fit; empty when nothing.
         region: the part of it that is asked about, as for `Regions`; None for all of it.
         concept: that it is asked about for; None for the loss.
+        views: in which it is asked about, as `Views` names them; none for as it is.
     """
 
     key: str
@@ -45,10 +48,11 @@ class Upload:
     note: str
     region: Any = None
     concept: Concept | None = None
+    views: tuple[str, ...] = ()
 
     @property
     def dataset(self) -> Any:
-        """A dataset of this one image, `[channels, h, w]` in -1 .. 1."""
+        """A dataset of this one image, `[channels, h, w]` in -1 .. 1, or of its views."""
         dataset: Any = _One(self)
         if self.region is not None or self.concept is not None:
             from retrac_scale.task.concepts import Concepts
@@ -56,20 +60,34 @@ class Upload:
 
             dataset = dataset if self.region is None else Regions(dataset, self.region)
             dataset = dataset if self.concept is None else Concepts(dataset, self.concept)
+        if self.views:
+            from retrac_scale.task.views import Views
+
+            dataset = Views(dataset)
         return dataset
+
+    @property
+    def pieces(self) -> list[Any]:
+        """Its dataset in parts, each of which is sketched at once."""
+        if not self.views:
+            return [self.dataset]
+        from torch.utils.data import Subset
+
+        dataset, places = self.dataset, range(len(self.views))
+        return [Subset(dataset, places[first : first + VIEWS_AT_ONCE]) for first in places[::VIEWS_AT_ONCE]]
 
     @property
     def words(self) -> str:
         """The note, and what of the image is asked about."""
         return ", ".join(filter(None, (self.note, *self._asked)))
 
-    def part(self, region: Any, concept: Concept | None = None) -> Upload:
-        """The same image, of which a part is asked about, or which is asked about for a concept.
+    def part(self, region: Any, concept: Concept | None = None, views: tuple[str, ...] = ()) -> Upload:
+        """The same image, of which a part is asked about, or which is asked about for a concept, or in views.
 
         Raises:
             ValueError: it is no region, or is empty.
         """
-        part = replace(self, region=region, concept=concept)
+        part = replace(self, region=region, concept=concept, views=views)
         key = hashlib.blake2b(" ".join((self.key, *part._asked)).encode(), digest_size=8).hexdigest()
         return replace(part, key=key)
 
@@ -80,6 +98,7 @@ class Upload:
         return [
             *([] if region is None else [str(self.dataset.region)]),
             *([] if told is None else [f"about {' against '.join(told)}"]),
+            *(["in views"] if self.views else []),
         ]
 
 

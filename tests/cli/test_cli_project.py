@@ -30,6 +30,7 @@ from retrac_scale.serve.limits import Limits
 from retrac_scale.serve.uploads import read_upload
 from retrac_scale.store.part import plans_of
 from tests.conftest import tiny_unet
+from tests.served import uploaded
 
 
 @pytest.fixture(scope="module")
@@ -311,7 +312,7 @@ def test_what_d_trak_and_das_differentiate_is_measured_when_the_file_names_them(
     pictures = Pictures(PictureFiles(sides[0].ids.tolist()), sides[0].ids, [])
     library = Library(indexes, pictures, measured=measured)
     upload = read_upload(Path("generated-images/0.png").read_bytes(), library.image_shape, Limits())
-    (served,) = library.ask("DTRAK", [library.upload(upload)], [Question(2, "proponents", None, None, "sum", False)])
+    (served,) = library.ask("DTRAK", [uploaded(library, upload)], [Question(2, "proponents", None, None, "sum", False)])
     assert served.ids.tolist() == expected.ids[:1].tolist()  # type: ignore[union-attr]
     alone = planner.store_size(9, 2, 1, 64, ids=sides[0].ids, columns=sides[0].columns)
     capsys.readouterr()

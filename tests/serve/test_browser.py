@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -430,11 +429,11 @@ def drag(page: Any, surface: Any, first: tuple[int, int], last: tuple[int, int])
     page.mouse.up()
 
 
-def proponents(library: Library, region: Any) -> list[str]:
+def proponents(library: Library, region: Any, views: bool = False) -> list[str]:
     """What the index under common noise names for a part of the first stored query, five each side, sketched here."""
     assert library.measured is not None
     pixels = torch.from_numpy(library.pictures.query(0).astype(np.float32))[None, None] / 127.5 - 1
-    asked = replace(library.measured, dataset=rs.Regions(pixels, region))
+    asked = rs.Samples(pixels, library.measured.task, library.measured.checkpoints, region=region, views=views)
     answer = library.indexes["ReTracRidge"].query(asked, K, side="both")
     return [str(sample) for sample in answer.ids[answer.listed]]
 
@@ -456,6 +455,77 @@ def test_a_box_that_is_dragged_has_its_own_lists(page: Any, service: str, librar
     assert told_by(page, part, lambda: drag(page, surface, (5, 4), (1, 2))) == proponents(library, (1, 2, 6, 5))
     part.get_by_role("button", name="remove").click()
     assert page.get_by_role("article").count() == 1
+
+
+def test_a_picture_and_its_parts_are_asked_about_in_views_by_a_tick(page: Any, service: str, library: Library) -> None:
+    surface = opened(page, service)
+    page.get_by_text("more options").click()
+    page.get_by_label("results per side").fill(str(K))
+    region = page.locator("#region")
+    tick = region.get_by_label("also moved, smaller, larger, lighter or darker")
+    page.get_by_label("fold copies").check()
+    tick.check()
+    region.get_by_role("alert").get_by_text("Copies are not folded").wait_for()
+    page.get_by_label("fold copies").uncheck()
+    tick.uncheck()
+
+    def by_keys() -> None:
+        tick.focus()
+        page.keyboard.press("Space")
+        region.get_by_text("Asking in 9 views").wait_for()
+
+    whole = page.get_by_role("article", name="query 0, in views", exact=True)
+    assert told_by(page, whole, by_keys) == proponents(library, None, views=True)
+    assert region.get_by_text("Asking in 9 views").count() == 0
+    assert whole.locator(".groups").count() == 0  # totals of what is in no one list
+    whole.locator("section").last.locator(".result").first.click()
+    page.get_by_text("Of the query's views, the one with this score: ").wait_for()
+    page.keyboard.press("Escape")
+    boxed = page.get_by_role("article", name="query 0, box 1, 2, 6, 5, in views")
+    found = told_by(page, boxed, lambda: drag(page, surface, (5, 4), (1, 2)))
+    assert found == proponents(library, (1, 2, 6, 5), views=True)
+    plain = page.get_by_role("article", name="query 0, box 1, 2, 6, 5", exact=True)
+    assert told_by(page, plain, tick.uncheck) == proponents(library, (1, 2, 6, 5))
+
+
+def test_what_is_asked_in_views_is_given_up_for_what_is_drawn_next(page: Any, service: str, library: Library) -> None:
+    page.allowed = ["ERR_ABORTED"]
+    surface = opened(page, service)
+    page.get_by_text("more options").click()
+    page.get_by_label("results per side").fill(str(K))
+    region = page.locator("#region")
+    first = page.get_by_role("article", name="query 0, box 0, 5, 8, 8", exact=True)
+    told_by(page, first, lambda: drag(page, surface, (0, 5), (7, 7)))
+    region.get_by_label("also moved").check()
+    region.get_by_text("Asking in 9 views").wait_for()
+    with page.expect_event("requestfailed") as given_up:
+        region.get_by_label("also moved").uncheck()
+    assert given_up.value.post_data_json["views"] is True
+    region.get_by_text("Asking").wait_for(state="hidden")
+    assert shown(first.locator("section").last) == proponents(library, (0, 5, 8, 8))
+    assert page.locator("#region-alert").text_content() == ""
+
+
+def test_an_upload_is_asked_about_in_views_where_the_service_measures(
+    page: Any, service: str, library: Library, tmp_path: Path
+) -> None:
+    with running(create_app(Library(library.indexes, library.pictures, queries=library.queries))) as plain:
+        page.goto(plain)
+        page.get_by_role("article", name="Query 0").wait_for()
+        page.get_by_text("more options").click()
+        assert page.get_by_label("also moved").count() == 0
+        page.goto(service)
+    page.get_by_role("article", name="Query 0").wait_for()
+    page.get_by_text("more options").click()
+    Image.fromarray(np.asarray(library.pictures.query(0))).save(tmp_path / "own.png")
+    page.locator("#file").set_input_files(str(tmp_path / "own.png"))
+    page.get_by_label("results per side").fill(str(K))
+    page.locator("#upload").get_by_label("also moved").check()
+    page.get_by_role("button", name="Upload and ask").click()
+    page.locator("#ask").get_by_text("Asking in 9 views").wait_for()
+    page.get_by_text("upload, in views").wait_for()
+    first = page.get_by_role("article").first
+    assert shown(first.locator("section").last) == proponents(library, None, views=True)
 
 
 @pytest.mark.slow

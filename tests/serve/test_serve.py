@@ -39,11 +39,15 @@ from retrac_scale.query.question import Question
 from retrac_scale.report.content import ranked
 from retrac_scale.report.pictures import PictureFiles, Pictures
 from retrac_scale.serve import Limits, create_app
+from retrac_scale.serve.app import Service
+from retrac_scale.serve.asked import Asked, Sketches
 from retrac_scale.serve.batcher import Batcher
-from retrac_scale.serve.library import Asked, Library
+from retrac_scale.serve.bodies import Ask, Part
+from retrac_scale.serve.library import Library
 from retrac_scale.serve.server import LOCAL_NAMES, is_local
-from retrac_scale.serve.uploads import read_upload
-from tests.served import COPIED, COPIES, QUERIES, SAMPLES, build, of_classes, of_prompts, running
+from retrac_scale.serve.uploads import Upload, read_upload
+from retrac_scale.task.views import VIEWS
+from tests.served import COPIED, COPIES, QUERIES, SAMPLES, build, of_classes, of_prompts, running, uploaded
 
 LIMITS = Limits(upload_bytes=20_000, pixels=10_000, k=20, ids=4, kept_uploads=2)
 
@@ -238,6 +242,7 @@ def test_a_concept_is_asked_about_in_a_picture_in_a_part_of_it_and_in_an_upload(
         for body, more in (
             ({"concept": "3"}, {"concept": rs.Concept(3)}),
             ({"concept": "3", "against": "7"}, {"concept": rs.Concept(3, against=7)}),
+            ({"concept": "3", "views": True}, {"concept": rs.Concept(3), "views": True}),
             ({"concept": "3", "box": [2, 1, 8, 5]}, {"concept": rs.Concept(3), "region": (2, 1, 8, 5)}),
         ):
             (found,) = client.post("/api/region", json=training | body).json()["queries"]
@@ -280,6 +285,146 @@ def test_a_prompt_is_asked_about_in_pixels_that_a_vae_encodes(tmp_path: Path) ->
         assert (whole.status_code, "brings no 'encoder_hidden_states'" in whole.json()["detail"]) == (422, True)
 
 
+class Stepping(Library):
+    """Counts the pieces that are sketched."""
+
+    pieces = 0
+
+    def upload(self, upload: Upload, pieces: list[Sketches]) -> Asked | None:
+        """See `Library`."""
+        self.pieces += upload.key not in self.uploads
+        return super().upload(upload, pieces)
+
+
+@pytest.fixture
+def stepping(library: Library) -> Stepping:
+    """One index, and ten sketches that are remembered."""
+    indexes, queries = ({"ReTracRidge": own["ReTracRidge"]} for own in (library.indexes, library.queries))
+    return Stepping(indexes, library.pictures, queries=queries, measured=library.measured, kept_uploads=10)  # type: ignore[arg-type]
+
+
+def test_a_picture_in_views_is_answered_as_the_index_answers_samples_in_views(stepping: Stepping) -> None:
+    assert stepping.measured is not None
+    index, task, weights = stepping.indexes["ReTracRidge"], stepping.measured.task, stepping.measured.checkpoints
+    asked = {"k": 3, "where": "year > 1995", "views": True}
+    with TestClient(create_app(stepping), raise_server_exceptions=False) as client:
+        assert client.get("/api/about").json()["views"] == list(VIEWS)
+        part = {"source": "queries", "id": "1", "box": [2, 1, 8, 5], "rest": True, **asked}
+        for response, picture, region, note in (
+            (
+                client.post("/api/region", json=part),
+                stepping.pictures.query(1),
+                rs.AllBut((2, 1, 8, 5)),
+                "all but box 2,1,8,5, in views",
+            ),
+            (
+                client.post("/api/upload", files={"file": png()}, data=asked),
+                read_upload(png(), stepping.image_shape, LIMITS).pixels,
+                None,
+                "in views",
+            ),
+        ):
+            (found,) = response.json()["queries"]
+            assert found["note"] == note
+            image = torch.from_numpy(picture.astype(np.float32))[None, None] / 127.5 - 1
+            samples = rs.Samples(image, task, weights, region=region, views=True)
+            expected = ranked(index.query(samples, 3, side="both", where="year > 1995"))[0]
+            for side, results in found["lists"]["ReTracRidge"].items():
+                assert [one["id"] for one in results] == [one["id"] for one in expected[side]]
+                scores = [one["score"] for one in expected[side]]
+                np.testing.assert_allclose([one["score"] for one in results], scores, rtol=1e-4)
+
+
+def test_a_score_in_views_is_explained_by_the_view_that_has_it(stepping: Stepping) -> None:
+    index, store = stepping.indexes["ReTracRidge"], stepping.indexes["ReTracRidge"].check_store()
+    assert store is not None
+    assert stepping.measured is not None
+    image = torch.from_numpy(stepping.pictures.query(1).astype(np.float32))[None, None] / 127.5 - 1
+    every = index.scores(replace(stepping.measured, dataset=rs.Views(image)).sketch(like=store)).compute()
+    with TestClient(create_app(stepping), raise_server_exceptions=False) as client:
+        asked = {"source": "queries", "id": "1", "views": True, "k": SAMPLES}
+        (found,) = client.post("/api/region", json=asked).json()["queries"]
+        own = {"source": "uploads", "id": found["id"]}
+        for side, best in (("proponents", every.argmax(0)), ("opponents", every.argmin(0))):
+            for result in found["lists"]["ReTracRidge"][side][:3]:
+                ask = {**own, "index": "ReTracRidge", "sample": result["id"], "side": side}
+                parts = client.post("/api/explain", json=ask).json()
+                assert parts["view"] == list(VIEWS)[best[int(result["id"])]]
+                assert parts["score"] == pytest.approx(result["score"], rel=1e-3)
+        plain = {"source": "queries", "id": "1", "index": "ReTracRidge", "sample": "3"}
+        assert client.post("/api/explain", json=plain).json()["view"] is None
+        assert client.post("/api/repeatability", json=own).json() == {}  # the best of several lists has no halves
+        groups = client.post("/api/groups", json={**own, "column": "artist"})
+        assert (groups.status_code, "without group_by=" in groups.json()["detail"]) == (422, True)
+
+
+FOLDED = "a query in views is answered with the best of its lists, without duplicates=; leave it out."
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"duplicates": "fold"}, FOLDED),
+        ({"where": "artist =="}, "is no expression"),
+        ({"views": "perhaps"}, "valid boolean"),
+        ({"views": False}, "a PNG in base64, or a concept, or views"),
+        ({"rest": True}, "give box"),
+    ],
+)
+def test_what_views_cannot_be_had_with_is_told_before_anything_is_measured(
+    stepping: Stepping, more: dict[str, Any], why: str
+) -> None:
+    with TestClient(create_app(stepping), raise_server_exceptions=False) as client:
+        response = client.post("/api/region", json={"source": "queries", "id": "1", "views": True, **more})
+        assert (response.status_code, why in response.json()["detail"]) == (422, True), response.text
+        if more.keys() & {"duplicates", "where"}:
+            response = client.post("/api/upload", files={"file": png()}, data={"views": True, **more})
+            assert (response.status_code, why in response.json()["detail"]) == (422, True), response.text
+    assert stepping.pieces == 0
+
+
+def test_views_are_sketched_a_few_at_a_time_and_no_longer_than_somebody_waits(stepping: Stepping) -> None:
+    async def ask() -> None:
+        service = Service(stepping, "", LIMITS)
+        part = Part.model_validate({"source": "queries", "id": "1", "views": True})
+        other = Ask.model_validate({"source": "queries", "ids": ["0"]})
+        async with service.lifespan(None):  # type: ignore[arg-type]
+            asking = asyncio.create_task(service.region(part))
+            while not stepping.pieces:
+                await asyncio.sleep(0.001)
+            await service.query(other)
+            assert stepping.pieces < 3
+            asking.cancel()
+        # which ends after all that was begun
+        assert stepping.pieces < 3
+        assert not stepping.uploads
+
+    asyncio.run(ask())
+
+
+def test_views_count_as_nine_in_a_scan_and_among_what_is_remembered(stepping: Stepping) -> None:
+    sizes: list[int] = []
+    plain = read_upload(png(), stepping.image_shape, LIMITS)
+    views = [plain.part(box, None, stepping.views) for box in (None, (0, 0, 4, 8))]
+    first, second, third = (uploaded(stepping, one) for one in (plain, *views))
+    assert list(stepping.uploads) == [third.id]  # of 19 sketches; ten are kept
+    uploaded(stepping, plain)
+    uploaded(stepping, views[1])
+    assert list(stepping.uploads) == [first.id, third.id]
+    assert stepping.pieces == 1 + 3 + 3 + 1
+
+    async def ask_all(size: int) -> list[Any]:
+        batcher, question = Batcher(stepping, size, sizes.append), Question(5, "both", None, None, "sum", False)
+        asked = [first, second, third, Asked("uploads", first.id)]
+        found = await asyncio.gather(*(batcher.ask("ReTracRidge", one, question) for one in asked))
+        await batcher.close()
+        return found
+
+    together, apart = asyncio.run(ask_all(64)), asyncio.run(ask_all(8))
+    assert sizes == [20, 2, 9, 9]
+    assert together == apart
+
+
 @pytest.mark.parametrize("size", [(8, 8), (20, 30), (31, 9)])
 def test_an_upload_is_cut_and_scaled_as_a_dataset_would(size: tuple[int, int]) -> None:
     for channels in (1, 3):
@@ -289,7 +434,7 @@ def test_an_upload_is_cut_and_scaled_as_a_dataset_would(size: tuple[int, int]) -
 
 def test_an_upload_is_answered_however_many_came_after_it(library: Library) -> None:
     few = Library(library.indexes, library.pictures, measured=library.measured, kept_uploads=1)
-    first, second = (few.upload(read_upload(png(size), few.image_shape, LIMITS)) for size in ((8, 8), (9, 9)))
+    first, second = (uploaded(few, read_upload(png(size), few.image_shape, LIMITS)) for size in ((8, 8), (9, 9)))
     question = Question(2, "both", None, None, "sum", False)
     for asked in (first, second):
         few.check(asked)
@@ -364,6 +509,7 @@ def test_bad_uploads_are_refused(client: TestClient, content: bytes, status: int
         ("query", {"source": "queries", "ids": ["0"], "where": "\ud800 == id"}, "valid string"),
         ("query", {"source": "queries", "ids": ["0"], "where": "year > 3000"}, "leaves no sample"),
         ("query", {"source": "queries", "ids": ["0"], "more": 1}, "not permitted"),
+        ("query", {"source": "queries", "ids": ["0"], "views": True}, "not permitted"),
         ("query", {"source": "/etc/passwd", "ids": ["0"]}, "should be 'queries' or 'training'"),
         ("explain", {"source": "queries", "id": "0", "sample": "x", "index": "TracIn"}, "no training sample 'x'"),
         ("explain", {"source": "uploads", "id": "0", "sample": "0", "index": "TracIn"}, "no '0' among the uploads"),
@@ -624,13 +770,13 @@ def test_images_are_measured_as_the_store_was_unless_timesteps_are_given(library
     for steps, refused in ((None, False), (4, False), (2, True)):
         measured = measured_like(index, str(tmp_path / "model"), weights, steps, "cpu")
         served = Library({"ReTracRidge": index}, library.pictures, measured=measured)
-        asked = served.upload(ours)
+        asked = uploaded(served, ours)
         question = Question(5, "both", None, None, "sum", False)
         if refused:
             with pytest.raises(ValueError, match="matched pairing needs the index's timesteps in the queries"):
                 served.ask("ReTracRidge", [asked], [question])
             continue
-        (expected,) = library.ask("ReTracRidge", [library.upload(ours)], [question])
+        (expected,) = library.ask("ReTracRidge", [uploaded(library, ours)], [question])
         (found,) = served.ask("ReTracRidge", [asked], [question])
         assert found.ids.tolist() == expected.ids.tolist()  # type: ignore[union-attr]
 

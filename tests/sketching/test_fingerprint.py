@@ -491,7 +491,7 @@ def test_a_service_refuses_uploads_that_are_measured_otherwise(index: rs.Index) 
         model.config = {**model.config, "in_channels": 1, "sample_size": 8}
         library = Library({"TracIn": index}, PICTURES, measured=replace(run.samples(), timesteps=None))
         with error:
-            library.upload(Upload("u", np.arange(64, dtype=np.uint8).reshape(8, 8), ""))
+            library.upload(Upload("u", np.arange(64, dtype=np.uint8).reshape(8, 8), ""), [])
 
 
 def test_numbers_that_forward_sets_are_not_told() -> None:
