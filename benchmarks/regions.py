@@ -6,11 +6,12 @@
 Two training pictures make one: its left half is the first's and its right half the second's, or its middle is the
 first's and the rest the second's; as they are, or each shifted by a pixel, a tenth darker, or enlarged by a seventh
 before. Only parts that no other training picture has the like of are taken: who else could be named is no error.
-Precision@1 is the share of the parts whose source is named first. "Views" asks nine times, about the picture as it is,
-moved to each side, smaller, larger, lighter and darker, the part with it, and takes a training picture's best score, as
-`Samples(views=True)` does; the same is done for pixels. RelatIF is that of directions, matched, at a damping of 0.1.
-The model is trained first (minutes) unless it is there, and the store, which knows nothing of regions, is kept beside
-it. "Of parts" asks a second store, of what lies in the training pictures where the part lies. The table goes to
+Precision@1 is the share of the parts whose source is named first. "Of parts" asks a second store, of what lies in the
+training pictures where the part lies. "Views" are of nine kinds: as it is, moved to each side, smaller, larger, lighter
+and darker. Asked in views, a picture is seen so with its part (`Samples(views=True)`); trained on in views, every
+training picture is (`Views(train)`); a training picture's best score counts. The same is done for pixels. RelatIF is
+that of directions, matched, at a damping of 0.1.
+The model is trained first (minutes) unless it is there, and stores are kept beside it. The table goes to
 benchmarks/results/regions-SETTING.md.
 """
 
@@ -43,10 +44,10 @@ ALIKE = 0.1
 """Root mean square difference, of 2, below which two training pictures' parts are alike."""
 ALTERED = ("plain", "shifted", "darker", "enlarged")
 RELATIF = rs.RelatIF(0.1, pairing="matched", directions=True)
-ESTIMATORS = {"region": None, "region, RelatIF": RELATIF}
-OF_PARTS = "RelatIF of parts"
-PIXELS = ("masked pixel ridge", "masked pixels, nearest")
-METHODS = (*(f"{name}{how}" for name in (*ESTIMATORS, OF_PARTS, *PIXELS) for how in ("", ", views")), "whole picture")
+RECIPE, OWN, OF_PARTS = "ReTracRidge", "RelatIF", "RelatIF of parts"
+WAYS = ("as it is", "asked in views", "trained on in views")
+WHOLE = "ReTracRidge, whole picture"
+LEFT_OUT = (f"{RECIPE}, {WAYS[2]}", f"masked pixel ridge, {WAYS[2]}")
 
 
 def layouts(size: int) -> dict[str, Tensor]:
@@ -66,7 +67,7 @@ def altered(images: Tensor, how: str) -> Tensor:
         larger = F.interpolate(images, size=round(size * 8 / 7), mode="bilinear", antialias=True)
         start = (larger.shape[-1] - size) // 2
         return larger[..., start : start + size, start : start + size]
-    return alter(images, how)  # type: ignore[no-any-return]
+    return alter(images, how)
 
 
 def distinct(images: Tensor, mask: Tensor) -> Any:
@@ -76,14 +77,41 @@ def distinct(images: Tensor, mask: Tensor) -> Any:
     return np.flatnonzero(apart.fill_diagonal_(torch.inf).min(1).values.numpy() > ALIKE)
 
 
-def by_pixels(train: Tensor, asked: Tensor, mask: Tensor) -> dict[str, Any]:
-    """What pixels within a mask score, `[n, N]`: by the recipe's ridge, and minus their mean square difference."""
-    inside = mask > 0.5
-    mean = train[:, :, inside].flatten(1).mean(0)
-    own, theirs = ((x[:, :, inside].flatten(1) - mean).double().numpy() for x in (train, asked))
-    unit = [x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (own, theirs)]
-    apart = np.square(theirs[:, None] - own[None]).mean(2)
-    return dict(zip(PIXELS, (damped(*unit, [AUTO])[0], -apart), strict=True))
+def pixels_within(train: Tensor, asked: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Of training pictures and those that are asked about, `[n, entries]`, less the training pictures' mean."""
+    own, theirs = (images[:, :, mask > 0.5].flatten(1).double() for images in (train, asked))
+    return own - own.mean(0), theirs - own.mean(0)
+
+
+def ridge(own: Tensor, theirs: Tensor) -> Any:
+    """The recipe's, of pixels."""
+    train, asked = (F.normalize(pixels, eps=1e-12).numpy() for pixels in (own, theirs))
+    return damped(train, asked, [AUTO])[0]
+
+
+def nearest(own: Tensor, theirs: Tensor) -> Any:
+    """Minus the distances."""
+    return -torch.cdist(theirs, own).numpy()
+
+
+PIXELS = {"masked pixel ridge": ridge, "masked pixels, nearest": nearest}
+
+
+def write_page(setting: Any, shape: Any, seconds: float, table: dict[str, list[str]]) -> None:
+    """A row for each method, a column for each kind of composites."""
+    _, t, k = shape
+    told = f" --timesteps {t} --entries {k}" if (t, k) != (12, 2048) else ""
+    about = [
+        f"`python -m benchmarks.regions --setting {setting.name}{told}`, {datetime.date.today()}, {cpu_name()}; torch",
+        f"{torch.__version__}. Written by that command.\n",
+        f"{len(setting.train)} training images at {t} timesteps of {k} entries; {seconds:.0f} s, stores of before",
+        f"not counted. Precision@1 of {2 * COMPOSITES} parts each; brackets: 95 % intervals over the composites.\n",
+    ]
+    columns = [f"{layout}, {how}" for layout in layouts(setting.images.shape[-1]) for how in ALTERED]
+    head = [f"| method | {' | '.join(columns)} |", f"| --- |{' --- |' * len(columns)}"]
+    lines = [f"| {name} | {' | '.join(cells)} |" for name, cells in table.items()]
+    text = "\n".join([f"# Parts of pictures: {setting.name}\n", *about, *head, *lines, ""])
+    (HERE / "results" / f"regions-{setting.name}.md").write_text(text, encoding="utf-8")
 
 
 def main() -> None:
@@ -98,70 +126,70 @@ def main() -> None:
     setting = evaluate.setting(arguments.setting, folder=arguments.folder, work=arguments.work)
     task = rs.DiffusionTask(setting.build(), setting.scheduler)
     checkpoints = dict([list(setting.checkpoints.items())[-1]])
-    place = setting.work / f"regions-{arguments.timesteps}-{arguments.entries}.zarr"
+    folder = setting.work / f"regions-{arguments.timesteps}-{arguments.entries}"
     plan, projection = rs.EvenlySpaced(arguments.timesteps), rs.LowRank(dim=arguments.entries)
-    options = {"timesteps": plan, "projection": projection, "batch_size": 32}
-    store = rs.sketch(task, setting.train, place, checkpoints=checkpoints, **options)  # type: ignore[arg-type]
-    indexes = {name: rs.build_index(store, estimator, None) for name, estimator in ESTIMATORS.items()}
+    options = {"checkpoints": checkpoints, "timesteps": plan, "projection": projection, "batch_size": 32}
+    train, n = setting.train, len(setting.train)
+    in_views = rs.Views(train)
+    seen = torch.stack([view.of(setting.images) for view in VIEWS.values()], 1).flatten(0, 1)
 
-    def of_part(mask: Tensor) -> rs.Index:
-        """Of what lies in a part of the training pictures."""
-        part = rs.sketch(task, rs.Regions(setting.train, mask), None, checkpoints=checkpoints, like=store)
-        return rs.build_index(part, RELATIF, None)
+    def index(name: str, dataset: Any, estimator: rs.Estimator | None) -> rs.Index:
+        store = rs.sketch(task, dataset, folder / f"{name}.zarr", **options)  # type: ignore[arg-type]
+        return rs.build_index(store, estimator, None)
 
-    def scored(asked: Any, masks: list[Tensor], parts: list[rs.Index]) -> dict[str, Any]:
-        """Scores of parts in all views, `[n, parts, views, N]`, by each method."""
-        regions = rs.Regions(asked, {str(place): mask for place, mask in enumerate(masks)})
-        sketches = rs.Samples(regions, task, checkpoints, views=True).sketch(like=store)
+    def best(scores: Any, *, of_training: bool = False) -> Any:
+        """Which training picture is named first, of scores `[n, views, N]`, or `[n, N views]`."""
+        return (scores.reshape(len(scores), n, -1).max(2) if of_training else scores.max(1)).argmax(1)
 
-        def of(index: rs.Index) -> Any:
-            return np.asarray(index.scores(sketches)).reshape(len(asked), len(masks), len(VIEWS), -1)
+    whole = {RECIPE: index("whole", train, None), OWN: index("whole", train, RELATIF)}
+    whole_in_views = index("views", in_views, RELATIF)
+    store = rs.open_store(folder / "whole.zarr")
+    methods = [f"{name}, {way}" for name in (RECIPE, OWN, OF_PARTS, *PIXELS) for way in WAYS]
+    methods = [name for name in methods if name not in LEFT_OUT] + [WHOLE]
 
-        found = {name: of(index) for name, index in indexes.items()}
-        found[OF_PARTS] = np.stack([of(index)[:, part] for part, index in enumerate(parts)], 1)
-        for part, mask in enumerate(masks):
-            for place, view in enumerate(VIEWS.values()):
-                seen = view.placed(mask[None, None], "zeros")[0, 0]
-                for name, scores in by_pixels(setting.images, view.of(asked.images), seen).items():
-                    found.setdefault(name, np.empty(found["region"].shape))[:, part, place] = scores
+    def first(asked: Any, mask: Tensor, parts: rs.Index, parts_in_views: rs.Index) -> dict[str, Any]:
+        """Which training picture each method names first for a part of each picture, `[n]`."""
+        samples = rs.Samples(rs.Regions(asked, mask), task, checkpoints, views=True)
+        sketches = samples.sketch(like=store)
+        plain = rs.Samples(rs.Regions(asked, mask), task, checkpoints).sketch(like=store)
+        found: dict[str, Any] = {}
+        for name, one in {**whole, OF_PARTS: parts}.items():
+            scores = np.asarray(one.scores(sketches)).reshape(len(asked), len(VIEWS), n)
+            found |= {f"{name}, {WAYS[0]}": best(scores[:, :1]), f"{name}, {WAYS[1]}": best(scores)}
+        for name, one in {OWN: whole_in_views, OF_PARTS: parts_in_views}.items():
+            found[f"{name}, {WAYS[2]}"] = best(np.asarray(one.scores(plain)), of_training=True)
+        within = [(view.of(asked.images), view.placed(mask[None, None], "zeros")[0, 0]) for view in VIEWS.values()]
+        pixels = [pixels_within(setting.images, images, place) for images, place in within]
+        for name, score in PIXELS.items():
+            scores = np.stack([score(*one) for one in pixels], 1)
+            found |= {f"{name}, {WAYS[0]}": best(scores[:, :1]), f"{name}, {WAYS[1]}": best(scores)}
+        found[f"{name}, {WAYS[2]}"] = best(nearest(*pixels_within(seen, asked.images, mask)), of_training=True)
         return found
 
     rng = np.random.default_rng(0)
-    lines, queries = [], 0
+    table: dict[str, list[str]] = {name: [] for name in methods}
     started = time.perf_counter()
     for layout, mask in layouts(setting.images.shape[-1]).items():
         masks = [mask, 1 - mask]
-        of_parts = [of_part(inside) for inside in masks]
         own = [distinct(setting.images, inside) for inside in masks]
         drawn = np.stack([rng.choice(some, 2 * COMPOSITES) for some in own], 1)
         sources = drawn[drawn[:, 0] != drawn[:, 1]][:COMPOSITES]
+        stores = [
+            [index(f"{layout}-{part}{name}", rs.Regions(dataset, inside), RELATIF) for part, inside in enumerate(masks)]
+            for name, dataset in (("", train), ("-views", in_views))
+        ]
         for how in ALTERED:
             parts = altered(setting.images, how)
-            given = setting.train.some(sources[:, 0])  # what the model is told beside, where it is told something
+            given = train.some(sources[:, 0])  # what the model is told beside, where it is told something
             made = parts[sources[:, 0]] * mask + parts[sources[:, 1]] * (1 - mask)
             asked = type(given)(made, "made", given.given)
-            scores = scored(asked, masks, of_parts)
-            named = {name: by_view[:, :, 0].argmax(2) for name, by_view in scores.items()}
-            named |= {f"{name}, views": by_view.max(2).argmax(2) for name, by_view in scores.items()}
-            whole = rs.Samples(asked, task, checkpoints)
-            named["whole picture"] = indexes["region"].query(whole, k=1).ids
-            found = {name: first == sources for name, first in named.items()}
-            queries += (2 * len(VIEWS) + 1) * COMPOSITES
-            cells = [f"{evaluate.bootstrap(np.mean, found[name]):.3g}" for name in METHODS]
-            lines.append(f"| {layout} | {how} | {' | '.join(cells)} |")
-            print(lines[-1], flush=True)
-    _, t, k = store.shape
-    told = f" --timesteps {t} --entries {k}" if (t, k) != (12, 2048) else ""
-    about = [
-        f"`python -m benchmarks.regions --setting {setting.name}{told}`, {datetime.date.today()}, {cpu_name()}; torch",
-        f"{torch.__version__}. Written by that command.\n",
-        f"{len(setting.train)} training images at {t} timesteps of {k} entries;",
-        f"{queries} queries in {time.perf_counter() - started:.0f} s. Precision@1 of {2 * COMPOSITES} parts each;",
-        f"brackets: 95 % intervals over {COMPOSITES} composites.\n",
-    ]
-    head = [f"| composites | parts | {' | '.join(METHODS)} |", f"| --- | --- |{' --- |' * len(METHODS)}"]
-    text = "\n".join([f"# Parts of pictures: {setting.name}\n", *about, *head, *lines, ""])
-    (HERE / "results" / f"regions-{setting.name}.md").write_text(text, encoding="utf-8")
+            found = [first(asked, inside, stores[0][part], stores[1][part]) for part, inside in enumerate(masks)]
+            named = {name: np.stack([one[name] for one in found], 1) for name in found[0]}
+            named[WHOLE] = whole[RECIPE].query(rs.Samples(asked, task, checkpoints), k=1).ids
+            for name in methods:
+                table[name].append(f"{evaluate.bootstrap(np.mean, named[name] == sources):.3g}")
+                print(layout, how, name, table[name][-1], flush=True)
+    write_page(setting, store.shape, time.perf_counter() - started, table)
 
 
 if __name__ == "__main__":

@@ -64,21 +64,30 @@ VIEWS = {
 
 
 class Views(Asked):
-    """A dataset whose pictures are asked about in each of `VIEWS`, regions moving along: `Samples(views=True)`.
+    """A dataset whose pictures are seen in each of `VIEWS`, regions moving along.
 
-    A view that would take more than half of a region out of the picture is the picture as it is.
+    Asked about, as `Samples(views=True)` does, they find what may have been changed on its way into a query. Sketched
+    as training samples, of which `query(..., group_by="sample", reduce="max")` counts the best view, they find it more
+    often, in nine times the store. A view that would take more than half of a region out of the picture is the picture
+    as it is.
 
     Args:
         dataset: map-style, of pictures `[c, h, w]` in -1 .. 1; may be `Regions` or `Concepts`.
 
     Attributes:
         ids: "id: view", all views of a sample one after the other.
-        whose: ids of the samples that they are views of, `[n views]`.
+        whose: ids of the samples that they are views of, `[n views]`; also a column, "sample".
+
+    Raises:
+        ValueError: the dataset has a column of that name.
     """
 
     def __init__(self, dataset: Any) -> None:
         super().__init__(dataset, VIEWS)
         self.whose = np.repeat(check_ids(dataset_ids(dataset), len(dataset)), len(VIEWS))
+        if "sample" in (given := self.columns or {}):
+            raise ValueError("a column 'sample' is to tell whose view each picture is; rename the dataset's own.")
+        self.columns = {**given, "sample": self.whose}
 
     def asked(self, item: Any, way: Any, row: int) -> Any:
         """See `Asked`."""

@@ -129,3 +129,32 @@ def test_latents_and_videos_have_no_views() -> None:
     for item in ({"latents": torch.zeros(4, 8, 8)}, torch.zeros(3, 2, 8, 8)):
         with pytest.raises(ValueError, match=r"item 0 is no picture \[c, h, w\] of pixels"):
             rs.Views([item])[1]
+
+
+def test_training_pictures_in_views_have_the_best_score_of_any() -> None:
+    plain = pixel_samples(dataset=Labelled(random_images(5), ids=[f"p{row}" for row in range(5)]))
+    views = rs.Views(plain.dataset)
+    store = rs.sketch(
+        plain.task,
+        views,
+        None,
+        checkpoints=plain.checkpoints,
+        timesteps=rs.Explicit(STEPS),
+        projection=rs.CountSketch(256),
+        dtype="float32",
+        progress=False,
+    )
+    index = rs.build_index(store, rs.ReTrac(pairing="matched"), None, dtype="float32")
+    queries = pixel_samples(LEFT, dataset=random_images(2, seed=9)).sketch(like=store)
+    answer = index.query(queries, k=5, group_by="sample", reduce="max")
+    scores = np.asarray(index.scores(queries)).reshape(2, 5, len(VIEWS)).max(2)
+    ranked = np.argsort(-scores, axis=1)
+    assert answer.ids.tolist() == [[f"p{row}" for row in rows] for rows in ranked]
+    np.testing.assert_allclose(answer.scores, np.take_along_axis(scores, ranked, 1), rtol=1e-5)
+
+
+def test_a_column_that_views_would_hide_is_refused() -> None:
+    dataset = Labelled(pictures(2), ids=["a", "b"])
+    dataset.columns = {"sample": [1, 2]}  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="rename"):
+        rs.Views(dataset)
