@@ -19,6 +19,8 @@ FILE = "retrac-scale.toml"
 DENOISERS = ("unet", "transformer")
 RECORDED = "recorded"
 """In place of a number of timesteps."""
+NO_CAPTIONS = "none"
+"""In place of where captions are."""
 
 
 def _entry(default: Any, told: str, **option: Any) -> Any:
@@ -43,6 +45,18 @@ class Project:
     model: str = _entry("", "diffusers folder or hub name: a pipeline, or the denoiser itself")
     images: str = _entry("", "folder of training images")
     query_images: str = _entry("", "folder of images to ask about")
+    captions: str = _entry(
+        "",
+        "where a model that is told prompts has those of the images: a column of their metadata.jsonl, .csv or .parquet, "
+        f"a suffix of files beside them such as .txt, or {NO_CAPTIONS} for the empty prompt of all; left out, a column "
+        "text, caption or prompt, else .txt files",
+    )
+    size: int = _entry(
+        0,
+        "pixels of the square that images are resized and cut to, as --resolution of diffusers' training examples; left "
+        "out, what a model of latents takes, and images for a model of pixels stay as they are",
+        type=int,
+    )
     out: str = _entry("attribution", "folder for stores, indexes and the report")
     checkpoints: Mapping[str, str] = field(default_factory=dict)  # {name: weights}; with none, the model's own
     timesteps: int | str = _entry(
@@ -95,6 +109,11 @@ class Project:
     def store(self) -> str:
         """The store of training sketches."""
         return self.place("sketches.zarr")
+
+    @property
+    def encoded(self) -> str:
+        """The training images' latents and embeddings."""
+        return self.place("encoded.zarr")
 
     @property
     def queries(self) -> str:

@@ -106,7 +106,8 @@ class Library:
                     f"uploads can only be sketched like a store that sketch(...) made and that is still there; that of "
                     f"{name} is not."
                 )
-        self.image_shape = (1, 1, 1) if measured is None else shape_of(measured.task)
+        sample = () if self.store is None else self.store.plan.get("sample", ())
+        self.image_shape = (1, 1, 1) if measured is None else shape_of(measured.task, sample)
         self._samples = Named(first.places)
         self._rows = Rows(first)
         self._places: dict[Source, dict[str, int]] = {"queries": {}}
@@ -242,6 +243,7 @@ class Library:
         """Sketch an upload, unless it was seen before; while it is remembered it can also be asked by its key."""
         if upload.key not in self._uploads:
             assert self.measured is not None
+            upload = replace(upload, prompt="" if self.measured.task.told.prompts else None)
             samples = replace(self.measured, dataset=upload.dataset)
             self._uploads[upload.key] = upload, self._by_store(samples.sketch)
             if len(self._uploads) > self._kept_uploads:

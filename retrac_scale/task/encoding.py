@@ -110,9 +110,9 @@ class Encoder:
         """How many frames, and how many pixels in each direction, become one latent; None without a VAE."""
         if self.vae is None:
             return None
-        kinds = ([getattr(self.pipeline, name, None) for name in names] for names in (_IN_TIME, _IN_SPACE))
-        time, space = (next((int(x) for x in found if x), 1) for found in kinds)
-        return time, space
+        time, space = ([getattr(self.pipeline, name, None) for name in names] for names in (_IN_TIME, _IN_SPACE))
+        space.append(2 ** (len(self.vae.config.get("block_out_channels", [0])) - 1))  # of a pipeline that does not say it
+        return next((int(x) for x in time if x), 1), next(int(x) for x in space if x)
 
     @cached_property
     def digests(self) -> dict[str, str]:
@@ -188,8 +188,7 @@ class Encoder:
 
 def _per_channel(vae: Any, name: str, latents: Tensor, otherwise: float) -> Tensor | float:
     """A statistic that the VAE keeps for each latent channel, in its configuration or as a buffer."""
-    values = vae.config.get(name)
-    values = getattr(vae, name, None) if values is None else values
+    values = vae.config[name] if name in vae.config else getattr(vae, name, None)
     if values is None:
         return otherwise
     return torch.as_tensor(values).to(latents).reshape(1, -1, *(1,) * (latents.ndim - 2))
