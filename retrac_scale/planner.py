@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+
 from retrac_scale.api.index import build_index
 from retrac_scale.api.sketch import sketch
 from retrac_scale.columns import check_columns, check_ids, column_types

@@ -56,7 +56,9 @@ def look_at_model(project: Project) -> Model:
     vae, prompted = "vae" in parts, any(part.startswith("text_encoder") for part in parts)
     if vae:  # whose factor its pipeline tells, which takes long to load
         takes = "latents" if shape is None else f"latents of {shape[0]} x {shape[1]}"
-        name = f"{found.get('_class_name')}, takes {takes} in {found.get('in_channels')} channels, of the pipeline's VAE"
+        name = (
+            f"{found.get('_class_name')}, takes {takes} in {found.get('in_channels')} channels, of the pipeline's VAE"
+        )
         name += " and is told prompts" if prompted else ""
     return Model(f"model: {project.denoiser}, {name}", None if vae else shape, vae, prompted)
 
@@ -109,7 +111,9 @@ def look_at_images(project: Project, folder: str, model: Model) -> list[str]:
             transparent += is_transparent(upright)
         if upright.size != wanted and not resized:
             size = f"{upright.size[0]} x {upright.size[1]}, {'the model takes' if model.shape else 'the first'} "
-            raise ValueError(f"{file} is {size}{wanted[0]} x {wanted[1]}; resize the images, or have it done by --size.")
+            raise ValueError(
+                f"{file} is {size}{wanted[0]} x {wanted[1]}; resize the images, or have it done by --size."
+            )
     width, height = min(sizes)
     lines = [f"{folder}: {len(files):,} images of {width} x {height}{' and other sizes' if len(sizes) > 1 else ''}"]
     if resized:

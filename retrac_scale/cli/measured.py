@@ -206,13 +206,17 @@ def image_files(
     from retrac_scale.datasets import ImageFiles
 
     channels = int(task.model.config.in_channels)  # type: ignore[union-attr, arg-type]
+    if size < 0:
+        raise ValueError(f"--size {size}: give the pixels of a square.")
     encoder = None if task.encoder is None or task.encoder.vae is None else task.encoder
     if encoder is not None:
         channels = _channels_of(encoder, task, channels)
         _, height, width = shape or task.picture_shape or (channels, size, size)
         size = size or (height if height == width else 0)
         if not size:
-            raise ValueError(f"the model does not tell of which size its images are ({width} x {height}): say it by --size.")
+            raise ValueError("the model does not tell of which square its images are: say it by --size.")
+        if size % (cell := encoder.cell[1] if encoder.cell else 1):
+            raise ValueError(f"--size {size}: give a multiple of {cell}, the width of what becomes one latent.")
     if channels not in (1, 3):
         raise ValueError(
             f"the model takes {channels} channels, latents of a VAE that is not with it: give the --model of a whole "

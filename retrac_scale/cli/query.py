@@ -142,9 +142,7 @@ def _check_pictures(store: SketchStore, project: Project) -> None:
     check_shown(store, store.ids.tolist(), images, exact=True)
 
 
-def _queries(
-    index: Index, arguments: argparse.Namespace, project: Project, notes: list[str]
-) -> SketchStore | Samples:
+def _queries(index: Index, arguments: argparse.Namespace, project: Project, notes: list[str]) -> SketchStore | Samples:
     """What is asked: stored ids, a store of sketches, or images, measured as the index's store was; notes are added."""
     from retrac_scale.query.table import in_full
     from retrac_scale.store.taking import take

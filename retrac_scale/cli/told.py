@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from retrac_scale.datasets import ImageFiles
     from retrac_scale.task.concepts import Told
     from retrac_scale.task.diffusion import DiffusionTask
+    from retrac_scale.task.encoding import Encoder
 
 BESIDE = ".txt"
 """Texts beside images, as kohya's trainers and many others have them."""
 ADVICE = (
     "give each a text in a column text, caption or prompt of metadata.jsonl, .csv or .parquet in the folder, or in a "
-    f"{BESIDE} file beside it; --captions says another column or suffix, and --captions {NO_CAPTIONS} that the model is "
+    f"{BESIDE} file beside it; --captions says another column or suffix, --captions {NO_CAPTIONS} that the model is "
     "told the empty prompt"
 )
 
@@ -49,19 +50,20 @@ def tell(images: ImageFiles, task: DiffusionTask, captions: str = "", *, needed:
             f"column {LABEL_KEYS[0]} of metadata.jsonl, .csv or .parquet in the folder."
         )
     if told.prompts:
-        return prompts(images, captions, needed=needed)
+        assert task.encoder is not None
+        return prompts(images, captions, needed=needed, encoder=task.encoder)
     if captions not in ("", NO_CAPTIONS):
         raise ValueError(f"the model is told no prompts, so that captions ({captions}) are of no use; leave them out.")
     if told.embeddings and needed:
         raise ValueError(
             "the model is told what a text encoder makes of prompts, and there is none that is known to fit: give the "
-            "--model of a whole pipeline with tokenizer and text_encoder; pipelines that encode prompts in a way of their "
+            "--model of a whole pipeline with tokenizer and text_encoder; those that encode prompts in a way of their "
             "own are sketched in Python, with embeddings in the items."
         )
     return ""
 
 
-def prompts(images: ImageFiles, captions: str = "", *, needed: bool = True) -> str:
+def prompts(images: ImageFiles, captions: str = "", *, needed: bool = True, encoder: Encoder | None = None) -> str:
     """Hand on with images their captions, and a line on them; see `tell`."""
     origin = captions or found(images)
     if not origin and needed:
@@ -74,6 +76,12 @@ def prompts(images: ImageFiles, captions: str = "", *, needed: bool = True) -> s
     what = f"{origin} files" if origin.startswith(".") else f"column {origin}"
     empty = [place for place, text in enumerate(texts) if not text.strip()]
     some = f"; {len(empty)} of {len(texts)} are empty, such as that of {images.ids[empty[0]]}" if empty else ""
+    if encoder is not None:
+        from diffusers.utils import logging
+
+        logging.set_verbosity_error()  # it would say so of each
+        longer, most = encoder.cut(texts)
+        some += f"; {longer} of {len(texts)} are cut to {most} tokens, as the text encoder takes them" if longer else ""
     return f"{images.source}: captions are in {what}{some}"
 
 
@@ -99,7 +107,7 @@ def _classes(images: ImageFiles, column: str, told: Told) -> Sequence[int]:
     """Numbers of classes of all images; ValueError where one is none."""
     values: list[Any] = images.told(column)
     for sample, value in zip(images.ids.tolist(), values, strict=True):
-        inside = type(value) is int and 0 <= value and (told.count is None or value < told.count)
+        inside = type(value) is int and value >= 0 and (told.count is None or value < told.count)
         if not inside and (told.no_class is None or value != told.no_class):
             known = "" if told.count is None else f", 0 to {told.count - 1}"
             raise ValueError(f"{sample} has {column} {value!r}; the model is told the number of a class{known}.")

@@ -149,7 +149,7 @@ class ImageDataset(ABC):
 
     @property
     def stamps(self) -> npt.NDArray[np.uint64] | None:
-        """A digest of size and time of each sample's file, of how it is read and what it is given; None without files."""
+        """A digest of size and time of each sample's file, how it is read and what it is given; None without files."""
         files = self.files()
         if files is None:
             return None

@@ -91,7 +91,9 @@ class ImageFiles(ImageDataset):
         beside = origin.startswith(".")
         if not beside and origin not in self.described:
             known = ", ".join(self.described) or "none"
-            raise ValueError(f"{self.source} has no column {origin!r} in its metadata.jsonl, .csv or .parquet: {known}.")
+            raise ValueError(
+                f"{self.source} has no column {origin!r} in its metadata.jsonl, .csv or .parquet: {known}."
+            )
         values = texts_beside(origin, list(map(Path, self._files))) if beside else self.described[origin]
         if None in values:
             file = Path(self._files[values.index(None)])

@@ -112,7 +112,7 @@ class DiffusionTask:
         return int(self.encoder.vae.config.in_channels), space * height, space * width
 
     def picture_of(self, sample: Sequence[int]) -> tuple[int, int, int] | None:
-        """`picture_shape`, of the pictures that samples `[c, h, w]` of a store were made of: pixels, or their latents."""
+        """`picture_shape` of the pictures that a store's samples `[c, h, w]`, pixels or latents, were made of."""
         shape = image_shape(self.model)
         if self.encoder is None or self.encoder.cell is None or len(sample) != 3:
             return self.picture_shape

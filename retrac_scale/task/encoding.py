@@ -50,6 +50,9 @@ _IN_SPACE = (
     "vae_spatial_scale_factor",
 )
 
+LONGEST = 2**20
+"""Tokens; what transformers keeps as a limit where there is none is far beyond."""
+
 SCALES = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 """What of a VAE's configuration scales its latents."""
 
@@ -110,9 +113,22 @@ class Encoder:
         """How many frames, and how many pixels in each direction, become one latent; None without a VAE."""
         if self.vae is None:
             return None
-        time, space = ([getattr(self.pipeline, name, None) for name in names] for names in (_IN_TIME, _IN_SPACE))
-        space.append(2 ** (len(self.vae.config.get("block_out_channels", [0])) - 1))  # of a pipeline that does not say it
-        return next((int(x) for x in time if x), 1), next(int(x) for x in space if x)
+        halved = len(self.vae.config.get("block_out_channels", [0])) - 1  # where the pipeline does not say it, as DiT's
+        kinds = ([getattr(self.pipeline, name, None) for name in names] for names in (_IN_TIME, _IN_SPACE))
+        time, space = (next((int(x) for x in found if x), None) for found in kinds)
+        return time or 1, space or 2**halved
+
+    def cut(self, prompts: Sequence[str]) -> tuple[int, int]:
+        """How many prompts are longer than the tokenizer takes, so that their ends are lost, and its limit in tokens.
+
+        Of tokenizers without a limit of their own, none.
+        """
+        tokenizer = self.pipeline.tokenizer
+        most = int(tokenizer.model_max_length)
+        if most > LONGEST:
+            return 0, most
+        different = {one: len(tokenizer(one, verbose=False).input_ids) for one in dict.fromkeys(prompts)}
+        return sum(different[one] > most for one in prompts), most
 
     @cached_property
     def digests(self) -> dict[str, str]:

@@ -337,6 +337,8 @@ def test_init_writes_what_find_reads(tmp_path: Path) -> None:
         hostile,
         "b",
         "c",
+        "caption",
+        256,
         "d",
         {"early one": hostile},
         "recorded",
