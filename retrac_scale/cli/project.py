@@ -45,19 +45,6 @@ class Project:
     model: str = _entry("", "diffusers folder or hub name: a pipeline, or the denoiser itself")
     images: str = _entry("", "folder of training images")
     query_images: str = _entry("", "folder of images to ask about")
-    captions: str = _entry(
-        "",
-        "where a model that is told prompts has those of images: a column of their metadata.jsonl, .csv or .parquet, "
-        f"a suffix of files beside them such as .txt, or {NO_CAPTIONS} for the empty prompt of all; left out, a column "
-        "text, caption or prompt, else .txt files",
-    )
-    size: int = _entry(
-        0,
-        "of the square that images are resized and cut to, as --resolution of diffusers' training examples; left "
-        "out, what a model of latents takes, and images for a model of pixels stay as they are",
-        type=int,
-        metavar="PIXELS",
-    )
     out: str = _entry("attribution", "folder for stores, indexes and the report")
     checkpoints: Mapping[str, str] = field(default_factory=dict)  # {name: weights}; with none, the model's own
     timesteps: int | str = _entry(
@@ -81,6 +68,19 @@ class Project:
         "",
         "what transparent pictures are put onto, such as white or #808080; with none their transparency is dropped, as "
         "diffusers' training examples do",
+    )
+    captions: str = _entry(
+        "",
+        "where a model that is told prompts has those of images: a column of their metadata.jsonl, .csv or .parquet, "
+        f"a suffix of files beside them such as .txt, or {NO_CAPTIONS} for the empty prompt of all; left out, a column "
+        "text, caption or prompt, else .txt files",
+    )
+    size: int = _entry(
+        0,
+        "of the square that images are resized and cut to, as --resolution of diffusers' training examples; left "
+        "out, what a model of latents takes, and images for a model of pixels stay as they are",
+        type=int,
+        metavar="PIXELS",
     )
     device: str = _entry("cpu", "where to compute")
     estimators: tuple[str, ...] = _entry(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -99,7 +100,8 @@ def _encoded(project: Project, task: DiffusionTask, images: ImageFiles, **again:
         return images
     sample, told = task.check_item(images.ids[0], images[0])
     size = len(images) * sum(one.nbytes for one in (sample, *told.values()))
-    print(f"encoding {len(images):,} images into {project.encoded}, up to {in_bytes(size)}", file=sys.stderr)
+    if not os.path.isdir(project.encoded):
+        print(f"encoding {len(images):,} images into {project.encoded}, up to {in_bytes(size)}", file=sys.stderr)
     return encode(task, images, project.encoded, **again)
 
 

@@ -108,7 +108,7 @@ def encode(
         seen[:count], _ = look_through(task, dataset, ids[:count], there, every=check_all or replace)
         changed = changed_items(task, dataset, ids[:count], seen[:count], there)
         if changed and not replace:
-            refuse(out, "encode them anew with replace=True", changed, seen)
+            refuse(out, "encode them anew with replace=True (--replace)", changed, seen)
         outdated = np.isin(ids[:count], np.asarray(changed)) | (there[:, ITEM] == 0)
         again = (np.unique(np.flatnonzero(outdated) // BLOCK) * BLOCK).tolist()
     starts = [*again, *range(count, len(ids), BLOCK)]
