@@ -65,10 +65,14 @@ def look_at_model(project: Project) -> Model:
 
 def _parts(project: Project) -> list[str]:
     """The parts of a pipeline, none of a denoiser by itself."""
+    place = project.path(project.model)
+    if os.path.isdir(place):
+        index = Path(place, "model_index.json")
+        return list(json.loads(index.read_text(encoding="utf-8"))) if index.exists() else []
     import diffusers
 
     try:
-        return list(diffusers.DiffusionPipeline.load_config(project.path(project.model)))
+        return list(diffusers.DiffusionPipeline.load_config(place))
     except OSError:
         return []
 

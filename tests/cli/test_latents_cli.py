@@ -87,14 +87,14 @@ def test_a_latent_model_or_its_lora_is_sketched_and_asked_as_in_python(
     name, weights = ("lora", lora) if lora else ("final", "sd/unet")
     if lora:
         captions_in_text_files(folder)
-    given = ["--checkpoint", f"lora={lora}"] if lora else []
+    given, size = (["--checkpoint", f"lora={lora}", "--size", "24"], 24) if lora else ([], 16)
     assert main([*SD, *given]) == 0
     told = capsys.readouterr()
     assert f"images: captions are in {'.txt files' if lora else 'column text'}; 2 of 5 are cut to 8 tokens" in told.out
     assert "truncated" not in told.err
     assert "encoding 5 images into attribution/encoded.zarr, up to " in told.err
     task = rs.DiffusionTask.from_pretrained("sd", lora=lora or None)
-    dataset = ImageFiles("images", given={"prompt": ".txt" if lora else "text"}, size=16)
+    dataset = ImageFiles("images", given={"prompt": ".txt" if lora else "text"}, size=size)
     store, expected = rs.open_store("attribution/sketches.zarr"), in_python(task, dataset, {name: weights})
     assert store.ids.tolist() == [f"images/{number}.png" for number in range(5)]
     np.testing.assert_array_equal(store.sketches(name), expected.sketches(name))
@@ -108,7 +108,7 @@ def test_a_latent_model_or_its_lora_is_sketched_and_asked_as_in_python(
     assert main([*query, "--checkpoint", f"{name}={weights}", "--prompt", PROMPTS[1]]) == 0
     (answer,) = json.loads(capsys.readouterr().out)["results"]
     assert answer["ids"][0] == "images/1.png"
-    one = rs.Samples(Prompted(ImageFiles("images/1.png", size=16), PROMPTS[1]), task, {name: weights})
+    one = rs.Samples(Prompted(ImageFiles("images/1.png", size=size), PROMPTS[1]), task, {name: weights})
     asked = rs.open_index("attribution/retracridge.zarr").query(one, 3)
     np.testing.assert_allclose(answer["scores"], asked.scores[0][: len(answer["scores"])], rtol=1e-4)
 
