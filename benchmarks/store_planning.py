@@ -7,7 +7,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from retrac_scale import EvenlySpaced, demo, open_store, planner, sketch
+from diffusers import DDPMScheduler
+
+from retrac_scale import DiffusionTask, EvenlySpaced, demo, open_store, planner, sketch
 from retrac_scale.projections import CountSketch
 
 if __name__ == "__main__":
@@ -15,7 +17,8 @@ if __name__ == "__main__":
     parser.add_argument("--checkpoints", type=int, default=len(demo.KEPT_EPOCHS))
     checkpoints = parser.parse_args().checkpoints
     scans, projection = demo.load_scans(), CountSketch(demo.DIM)
-    task, item = planner.example_task("demo", "cpu")
+    task = DiffusionTask(demo.build_model(), DDPMScheduler(num_train_timesteps=1000))
+    item = planner.example_item(task)
     rate = planner.measure_sketching(task, item, projection)
     pairs = len(scans) * checkpoints
     predicted = rate.seconds(pairs)

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from diffusers import AutoModel, DDPMScheduler
 
 from retrac_scale.api.index import build_index
 from retrac_scale.api.sketch import sketch
@@ -28,6 +27,7 @@ from retrac_scale.store.part import lay_out
 from retrac_scale.store.schema import CONTENT_WORDS, LIST_CHUNK, SKETCHED, Url, choose_layout
 from retrac_scale.store.writer import describe
 from retrac_scale.task.diffusion import DiffusionTask
+from retrac_scale.task.items import LATENTS
 from retrac_scale.task.timesteps import EvenlySpaced
 
 CALIBRATION_BATCHES = (1, 5)
@@ -190,24 +190,20 @@ def workers_needed(seconds: float, deadline_s: float) -> int:
     return max(1, math.ceil(seconds / deadline_s))
 
 
-def example_task(model: str, device: str) -> tuple[DiffusionTask, Any]:
-    """A task for a diffusers model (a folder, a hub name, or "demo"), and an item of the shape that it takes.
+def example_item(task: DiffusionTask) -> dict[str, Any]:
+    """An item of the shape that a task takes, as `encode` keeps it: with noise for a picture, and the empty prompt.
 
     Raises:
-        ValueError: its configuration does not tell the shape.
+        ValueError: its model's configuration does not tell the shape.
     """
-    if model == "demo":
-        from retrac_scale.demo import build_model
-
-        network: Any = build_model()
-    else:
-        network = AutoModel.from_pretrained(model)
-    config = network.config
-    channels, size = config.get("in_channels"), config.get("sample_size")
-    if channels is None or size is None:
-        raise ValueError(f"the configuration of {model} lacks in_channels or sample_size; time sketch(...) yourself.")
-    height, width = (size, size) if isinstance(size, int) else size
-    image = torch.randn(channels, height, width, generator=torch.Generator().manual_seed(0))
-    classes = any(config.get(key) is not None for key in ("num_class_embeds", "num_embeds_ada_norm"))
-    task = DiffusionTask(network, DDPMScheduler(num_train_timesteps=1000), device=device)
-    return task, (image, torch.tensor(0)) if classes else image
+    shape = task.picture_shape
+    if shape is None:
+        raise ValueError(
+            f"the configuration of the {type(task.model).__name__} lacks in_channels or sample_size; time sketch(...) "
+            "yourself."
+        )
+    item: dict[str, Any] = {"image": torch.randn(shape, generator=torch.Generator().manual_seed(0)).tanh()}
+    item |= {"label": torch.tensor(0)} if task.told.classes else {}
+    item |= {"prompt": ""} if task.told.prompts else {}
+    sample, told = task.check_item("of the plan", item)
+    return {LATENTS: sample, **told}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,9 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
 from peft import LoraConfig, get_peft_model
+from peft.utils import get_peft_model_state_dict
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 import retrac_scale as rs
@@ -121,6 +124,21 @@ def adapters(names: Names) -> None:
     names["dataset"] = captioned(pixels(3, 16, 16))
 
 
+def captions(names: Names) -> None:
+    """A latent pipeline, a file of adapters, and a folder of images with captions."""
+    folders_of_images(names)
+    torch.manual_seed(0)
+    stable_diffusion(Path("sd"))
+    config = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    adapted = get_peft_model(UNet2DConditionModel.from_pretrained("sd/unet"), config)
+    save_file(get_peft_model_state_dict(adapted), "lora.safetensors")
+    files = sorted(Path("training-images").iterdir())
+    for file in files[SAMPLES:]:
+        file.unlink()
+    rows = [json.dumps({"file_name": file.name, "text": "a cat"}) for file in files[:SAMPLES]]
+    Path("training-images/metadata.jsonl").write_text("\n".join(rows))
+
+
 def retraining(names: Names) -> None:
     """What "trains" on a subset, and the losses of the queries under the outcome: here made up."""
     an_index(names)
@@ -164,6 +182,7 @@ BEFORE: Mapping[str, Mapping[int, Before]] = {
     "docs/cluster.md": {0: a_store},
     "docs/evaluation.md": {0: retraining},
     "docs/index.md": {0: a_model},
+    "docs/latents.md": {0: captions},
     "docs/methods.md": {0: a_model, 1: a_journey},
     "docs/querying.md": {0: a_store_of_artists},
     "docs/training.md": {0: a_training_loop, 1: a_training_loop},
@@ -179,6 +198,8 @@ INSTEAD: Mapping[str, Mapping[str, str]] = {
         "n_workers=8, threads_per_worker=1": "n_workers=1, processes=False, dashboard_address=None",
         "s3://bucket/": "bucket/",
     },
+    # the tiny model's images
+    "docs/latents.md": {"size=512": "size=16"},
     # fifty steps take ten seconds; fewer take the same way
     "docs/methods.md": {"steps=50": "steps=4"},
     # which is trained in minutes when it is first asked for

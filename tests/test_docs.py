@@ -72,6 +72,7 @@ def test_examples_in_docstrings_run(module: str) -> None:
     assert found.failed == 0
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("page", sorted(set(pages.with_python()) - {"README.md"}))  # which tests/test_readme.py runs
 def test_the_python_of_a_page_runs(page: str, tmp_path: Path) -> None:
     pages.run(page, readers.BEFORE.get(page, {}), readers.INSTEAD.get(page, {}), tmp_path)

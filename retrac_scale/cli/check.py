@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from retrac_scale.cli.indexes import build_indexes, measures_of, open_asked, open_sketches
 from retrac_scale.cli.measured import project_images, project_task
 from retrac_scale.cli.project import RECORDED, Project, find
+from retrac_scale.cli.told import tell
 from retrac_scale.cli.verb import Answer, Verb
 
 if TYPE_CHECKING:
@@ -33,7 +34,9 @@ def _run(arguments: argparse.Namespace) -> Answer:
         store = open_sketches(project)
         if not _is_asked(project, store):
             task = project_task(project)
-            ask(project, task, project_images(project, project.images, task), store)
+            images = project_images(project, project.images, task)
+            tell(images, task, project.captions)
+            ask(project, task, images, store)
         found = find_each(project)
     text = "\n".join(line for name, one in found.items() for line in lines_of(name, one))
     return Answer(text, {"check": {name: as_json(one) for name, one in found.items()}}, int(not _first(found).is_well))

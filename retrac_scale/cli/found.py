@@ -5,17 +5,36 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from retrac_scale.cli.measured import recorded_ids, refuse_no_model
 from retrac_scale.cli.project import RECORDED, Project
+from retrac_scale.cli.told import prompts
 
 LOOKED_AT = 200
 """Pictures that are decoded to see whether some are transparent."""
 
 
-def look_at_model(project: Project) -> tuple[str, tuple[int, int] | None]:
-    """A line on the model, and the width and height of images that it takes, where they are known.
+@dataclass(frozen=True)
+class Model:
+    """What a model's configuration tells.
+
+    Attributes:
+        line: on it.
+        shape: width and height of the images that it takes, None where they are not known.
+        latent: whether a VAE encodes them.
+        prompted: whether a text encoder tells it what they show.
+    """
+
+    line: str
+    shape: tuple[int, int] | None
+    latent: bool
+    prompted: bool
+
+
+def look_at_model(project: Project) -> Model:
+    """What lies where a project's model should.
 
     Raises:
         ValueError: there is none.
@@ -33,7 +52,29 @@ def look_at_model(project: Project) -> tuple[str, tuple[int, int] | None]:
     shape = None if size is None else (size, size) if isinstance(size, int) else (size[1], size[0])
     takes = "images" if shape is None else f"images of {shape[0]} x {shape[1]}"
     name = f"{found.get('_class_name')}, takes {takes} in {found.get('in_channels')} channels"
-    return f"model: {project.denoiser}, {name}", shape
+    parts = _parts(project)
+    vae, prompted = "vae" in parts, any(part.startswith("text_encoder") for part in parts)
+    if vae:  # whose factor its pipeline tells, which takes long to load
+        takes = "latents" if shape is None else f"latents of {shape[0]} x {shape[1]}"
+        name = (
+            f"{found.get('_class_name')}, takes {takes} in {found.get('in_channels')} channels, of the pipeline's VAE"
+        )
+        name += " and is told prompts" if prompted else ""
+    return Model(f"model: {project.denoiser}, {name}", None if vae else shape, vae, prompted)
+
+
+def _parts(project: Project) -> list[str]:
+    """The parts of a pipeline, none of a denoiser by itself."""
+    place = project.path(project.model)
+    if os.path.isdir(place):
+        index = Path(place, "model_index.json")
+        return list(json.loads(index.read_text(encoding="utf-8"))) if index.exists() else []
+    import diffusers
+
+    try:
+        return list(diffusers.DiffusionPipeline.load_config(place))
+    except OSError:
+        return []
 
 
 def _on_the_hub(name: str) -> dict[str, object]:
@@ -49,7 +90,7 @@ def _on_the_hub(name: str) -> dict[str, object]:
     raise ValueError(f"there is no folder {name}, and on the hub no model was found under that name: {said}")
 
 
-def look_at_images(project: Project, folder: str, shape: tuple[int, int] | None) -> list[str]:
+def look_at_images(project: Project, folder: str, model: Model) -> list[str]:
     """Lines on a folder of images.
 
     Raises:
@@ -63,18 +104,28 @@ def look_at_images(project: Project, folder: str, shape: tuple[int, int] | None)
     dataset = ImageFiles([project.path(folder)], 3)
     files = dataset.ids.tolist()
     some = files[:: max(1, len(files) // LOOKED_AT)]
-    transparent, wanted = 0, shape
+    transparent, wanted, resized = 0, model.shape, model.latent or bool(project.size)
+    sizes = set()
     for file in some:
         with Image.open(file) as opened:
             upright = ImageOps.exif_transpose(opened)
+            sizes.add(upright.size)
             wanted = wanted or upright.size
             opaque(upright, project.background)  # tells a colour that is none
             transparent += is_transparent(upright)
-        if upright.size != wanted:
-            sizes = f"{upright.size[0]} x {upright.size[1]}, {'the model takes' if shape else 'the first'} "
-            raise ValueError(f"{file} is {sizes}{wanted[0]} x {wanted[1]}; resize the images.")
-    lines = [f"{folder}: {len(files):,} images of {upright.size[0]} x {upright.size[1]}"]
+        if upright.size != wanted and not resized:
+            size = f"{upright.size[0]} x {upright.size[1]}, {'the model takes' if model.shape else 'the first'} "
+            raise ValueError(
+                f"{file} is {size}{wanted[0]} x {wanted[1]}; resize the images, or have it done by --size."
+            )
+    width, height = min(sizes)
+    lines = [f"{folder}: {len(files):,} images of {width} x {height}{' and other sizes' if len(sizes) > 1 else ''}"]
+    if resized:
+        lines[0] += f", cut to {f'{project.size} x {project.size}' if project.size else 'what the VAE takes'}"
     lines[0] += f"; columns {', '.join(dataset.columns)}" if folder == project.images else ""
+    if model.prompted:
+        own = folder == project.images
+        lines.append(f"  {prompts(dataset, project.captions if own else '', needed=own)}")
     if transparent:
         how = f"they are put onto {project.background}"
         if not project.background:

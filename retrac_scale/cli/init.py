@@ -53,10 +53,10 @@ def _look(project: Project) -> tuple[Project, dict[str, str], list[str]]:
     Raises:
         ValueError: a place lacks what it should hold, or images do not fit the model; says which.
     """
-    line, shape = found.look_at_model(project)
-    told = [line]
+    model = found.look_at_model(project)
+    told = [model.line]
     for folder in filter(None, (project.images, project.query_images)):
-        told += found.look_at_images(project, folder, shape)
+        told += found.look_at_images(project, folder, model)
     if not project.record:
         project = replace(project, record=found.find_record(project))
     recorded = project.timesteps == RECORDED
@@ -82,6 +82,8 @@ VERB = Verb(
     """  retrac-scale init                             asks for what it is not told
   retrac-scale init --model model --images training-images --query-images generated-images
   retrac-scale init --model model --images training-images --background white        pictures with transparency
+  retrac-scale init --model sd --images folder --checkpoint lora=lora.safetensors     a latent model and its LoRA;
+                                                captions are a column text of folder/metadata.jsonl, or .txt files
   retrac-scale init --model run --images training-images --timesteps recorded        by the training's own record""",
     _options,
     _run,

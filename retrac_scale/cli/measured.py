@@ -39,10 +39,10 @@ def project_task(project: Project) -> DiffusionTask:
 
     refuse_no_model(project.denoiser)
     measures: Any = measures_of(project)
-    model, scheduler = load_denoiser(project.denoiser), load_scheduler(project.scheduler)
-    return DiffusionTask(
-        model, scheduler, measure=measures if len(measures) > 1 else measures[0], device=project.device
-    )
+    scheduler = load_scheduler(project.scheduler)
+    denoiser, encoder = load_adapted(project.path(project.model), project.weights)
+    measured = {"measure": measures if len(measures) > 1 else measures[0], "device": project.device}
+    return DiffusionTask(denoiser, scheduler, encoder=encoder, **measured)
 
 
 def project_images(project: Project, folder: str, task: DiffusionTask) -> ImageFiles:
@@ -52,7 +52,7 @@ def project_images(project: Project, folder: str, task: DiffusionTask) -> ImageF
     """
     import numpy as np
 
-    files = image_files([project.path(folder)], task)
+    files = image_files([project.path(folder)], task, project.size)
     files.background = project.background
     names = files.ids.tolist() if os.path.isabs(folder) else [project.own_name(file) for file in files.ids.tolist()]
     if project.timesteps == RECORDED and folder == project.images:
@@ -140,6 +140,27 @@ def load_encoded(place: str) -> tuple[Any, Encoder | None]:
     return next(pipeline.components[name] for name in COMPONENTS if name in pipeline.components), Encoder(pipeline)
 
 
+def load_adapted(place: str, checkpoints: Mapping[str, str]) -> tuple[Any, Encoder | None]:
+    """`load_encoded`; a denoiser whose checkpoints are adapters has them, and they alone are differentiated.
+
+    Raises:
+        ValueError: there is no denoiser, it is one that a command cannot feed, or some checkpoints are adapters alone.
+    """
+    from retrac_scale.task.checkpoints import add_adapters, hold_adapters
+
+    denoiser, encoder = load_encoded(place)
+    if encoder is not None and getattr(encoder.pipeline, "controlnet", None) is not None:
+        raise ValueError(
+            f"{place} has a ControlNet, whose images come with others that control them; sketch it in Python: "
+            "rs.DiffusionTask.from_pretrained(folder, component='controlnet')."
+        )
+    own = place.rstrip("/")  # its weights need not be looked into
+    others = {name: path for name, path in checkpoints.items() if own not in (path, os.path.dirname(path))}
+    if hold_adapters(denoiser, others):
+        add_adapters(denoiser, next(iter(others.values())), None if encoder is None else type(encoder.pipeline))
+    return denoiser, encoder
+
+
 def load_scheduler(place: str) -> Any:
     """The noise scheduler of a pipeline, of the kind that its configuration names.
 
@@ -168,27 +189,60 @@ def _within(place: str, folders: Sequence[str], read: Callable[..., Any], what: 
     raise ValueError(f"there is no {what} at {place}, neither here nor on the hub: {said}")
 
 
-def image_files(paths: Sequence[str], task: DiffusionTask) -> ImageFiles:
-    """Image files, and those of folders, in as many channels as the model takes, and as large as its VAE does.
+def image_files(
+    paths: Sequence[str], task: DiffusionTask, size: int = 0, shape: tuple[int, int, int] | None = None
+) -> ImageFiles:
+    """Image files, and those of folders, in as many channels as the model or its VAE takes.
+
+    Args:
+        paths: of files and folders.
+        task: that they are for.
+        size: of the square that they are cut to; 0: what latents are made of, and pixels stay as they are.
+        shape: of the pictures that latents are made of, if not as the model's configuration has it.
 
     Raises:
-        ValueError: the model takes no images, but latents.
+        ValueError: the model takes no images, or it is not known of which size; says what to do.
     """
     from retrac_scale.datasets import ImageFiles
 
     channels = int(task.model.config.in_channels)  # type: ignore[union-attr, arg-type]
-    size = None
-    if task.encoder is not None and task.encoder.vae is not None and task.picture_shape is not None:
-        channels, size, _ = task.picture_shape
+    if size < 0:
+        raise ValueError(f"--size {size}: give the pixels of a square.")
+    encoder = None if task.encoder is None or task.encoder.vae is None else task.encoder
+    if encoder is not None:
+        channels = _channels_of(encoder, task, channels)
+        _, height, width = shape or task.picture_shape or (channels, size, size)
+        size = size or (height if height == width else 0)
+        if not size:
+            raise ValueError("the model does not tell of which square its images are: say it by --size.")
+        if size % (cell := encoder.cell[1] if encoder.cell else 1):
+            raise ValueError(f"--size {size}: give a multiple of {cell}, the width of what becomes one latent.")
     if channels not in (1, 3):
         raise ValueError(
-            f"the model takes {channels} channels, latents of a VAE; the command line sketches models of pixels, and "
-            "asks about images with the --model of a whole pipeline: in Python, give rs.sketch the task of "
-            "rs.DiffusionTask.from_pretrained(folder), which encodes images."
+            f"the model takes {channels} channels, latents of a VAE that is not with it: give the --model of a whole "
+            "pipeline, the folder with model_index.json."
         )
-    files = ImageFiles(paths, channels, size=size)
+    files = ImageFiles(paths, channels, size=size or None)
     files.advice = "repair it, or take it away"
     return files
+
+
+def _channels_of(encoder: Encoder, task: DiffusionTask, taken: int) -> int:
+    """Of the images that a VAE encodes; ValueError where a model takes more than what the VAE makes of an image."""
+    from retrac_scale.task.calling import layout_of
+
+    assert encoder.cell is not None
+    config, what = encoder.vae.config, ""
+    if encoder.cell[0] > 1:
+        what = "videos"
+    elif layout_of(task.model) is None and taken != int(config.get("latent_channels") or taken):
+        what = f"{taken} channels, the VAE's {config['latent_channels']} and others beside them"
+    if what:
+        raise ValueError(
+            f"the model takes {what}, which no folder of images gives; sketch it in Python with a dataset of your own: "
+            "rs.sketch(rs.DiffusionTask.from_pretrained(folder), dataset, ...)."
+        )
+    return int(config.get("in_channels") or 3)
 
 
 def region_told(box: str | None, mask: str | None, all_but: bool) -> Any:
@@ -259,7 +313,7 @@ def measured_like(
     first, *others = (measure_named(one) for one in dict.fromkeys([store.fingerprint["measure"], *store.measurements]))
     every = [one["measure"] for one in (first, *others) if one["weighting"] == first["weighting"]]
     measured = {**first, "measure": every, "autocast": forward.get("autocast")}
-    denoiser, encoder = load_encoded(model)
+    denoiser, encoder = load_adapted(model, checkpoints)
     task = DiffusionTask(denoiser, scheduler, device=device, encoder=encoder, **measured)
     common = any(plan.get("noise") == "common" for plan in plans_of(store.fingerprint))
     plan = None if timesteps is None else EvenlySpaced(timesteps, noise="common" if common else "own")

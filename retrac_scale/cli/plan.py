@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from retrac_scale.cli.indexes import make_estimator, measures_of, with_options
 from retrac_scale.cli.info import in_words
+from retrac_scale.cli.measured import load_adapted
 from retrac_scale.cli.project import RECORDED, Project, find, projection_of, told_entries
 from retrac_scale.cli.repeated import as_json
 from retrac_scale.cli.sizes import in_bytes, in_time
@@ -18,6 +19,7 @@ from retrac_scale.cli.verb import Answer, Verb
 if TYPE_CHECKING:
     from retrac_scale.estimators import Estimator
     from retrac_scale.store import Dtype
+    from retrac_scale.task.diffusion import DiffusionTask
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -66,10 +68,11 @@ def _run(arguments: argparse.Namespace) -> Answer:
         planned, told = _repeated(arguments, project)
     sizes, size_data = _sizes(planned, arguments.dtype)
     lines, data = [*told.text.splitlines(), *sizes], {**told.data, **size_data}
-    model = arguments.model or (project.denoiser if project.model else None)
+    model = arguments.model or (project.path(project.model) if project.model else None)
     if model is None:
         return Answer("\n".join([*lines, "time:  give --model to have it measured"]), data)
-    return _timed(planned, model, arguments, lines, data)
+    task = _example_task(model, {} if arguments.model else project.weights, arguments.device)
+    return _timed(planned, task, model, arguments, lines, data)
 
 
 def _described(arguments: argparse.Namespace, project: Project) -> _Run:
@@ -190,13 +193,37 @@ def _sizes(planned: _Run, dtype: Dtype) -> tuple[list[str], dict[str, Any]]:
     return lines, data
 
 
-def _timed(planned: _Run, model: str, arguments: argparse.Namespace, lines: list[str], data: dict[str, Any]) -> Answer:
-    """With the time that sketching takes, and workers for a deadline."""
+def _example_task(model: str, checkpoints: Mapping[str, str], device: str) -> DiffusionTask:
+    """The task of a model that a run is planned for, or of the demo; it is timed alike under any scheduler."""
+    from diffusers import DDPMScheduler
+
+    from retrac_scale.task.diffusion import DiffusionTask
+
+    if model == "demo":
+        from retrac_scale.demo import build_model
+
+        return DiffusionTask(build_model(), DDPMScheduler(num_train_timesteps=1000), device=device)
+    denoiser, encoder = load_adapted(model, checkpoints)
+    return DiffusionTask(denoiser, DDPMScheduler(num_train_timesteps=1000), encoder=encoder, device=device)
+
+
+def _timed(
+    planned: _Run,
+    task: DiffusionTask,
+    model: str,
+    arguments: argparse.Namespace,
+    lines: list[str],
+    data: dict[str, Any],
+) -> Answer:
+    """With the time that sketching takes, workers for a deadline, and bytes of what the model is given encoded."""
     from retrac_scale import planner
     from retrac_scale.projections import from_spec
 
     projection = from_spec(planned.projection)
-    task, item = planner.example_task(model, arguments.device)
+    item = planner.example_item(task)
+    if task.encoder is not None:
+        data["encoded_bytes"] = planned.samples * sum(one.nbytes for one in item.values())
+        lines.insert(1, f"       and up to {in_bytes(data['encoded_bytes'])} of latents and embeddings beside it")
     print(f"measuring how fast {model} is sketched here ...", file=sys.stderr)
     rate = planner.measure_sketching(task, item, projection)
     pairs = planned.samples * planned.timesteps * planned.checkpoints - planned.measured

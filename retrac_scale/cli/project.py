@@ -19,6 +19,8 @@ FILE = "retrac-scale.toml"
 DENOISERS = ("unet", "transformer")
 RECORDED = "recorded"
 """In place of a number of timesteps."""
+NO_CAPTIONS = "none"
+"""In place of where captions are."""
 
 
 def _entry(default: Any, told: str, **option: Any) -> Any:
@@ -67,6 +69,19 @@ class Project:
         "what transparent pictures are put onto, such as white or #808080; with none their transparency is dropped, as "
         "diffusers' training examples do",
     )
+    captions: str = _entry(
+        "",
+        "where a model that is told prompts has those of images: a column of their metadata.jsonl, .csv or .parquet, "
+        f"a suffix of files beside them such as .txt, or {NO_CAPTIONS} for the empty prompt of all; left out, a column "
+        "text, caption or prompt, else .txt files",
+    )
+    size: int = _entry(
+        0,
+        "of the square that images are resized and cut to, as --resolution of diffusers' training examples; left "
+        "out, what a model of latents takes, and images for a model of pixels stay as they are",
+        type=int,
+        metavar="PIXELS",
+    )
     device: str = _entry("cpu", "where to compute")
     estimators: tuple[str, ...] = _entry(
         ("ReTracRidge",),
@@ -95,6 +110,11 @@ class Project:
     def store(self) -> str:
         """The store of training sketches."""
         return self.place("sketches.zarr")
+
+    @property
+    def encoded(self) -> str:
+        """The training images' latents and embeddings."""
+        return self.place("encoded.zarr")
 
     @property
     def queries(self) -> str:

@@ -12,13 +12,16 @@ from retrac_scale.cli.indexes import open_asked, open_indexes
 from retrac_scale.cli.measured import image_files, measured_like, region_told
 from retrac_scale.cli.project import Project, find, parse_checkpoints
 from retrac_scale.cli.report import project_queries, unsketched
+from retrac_scale.cli.told import tell
 from retrac_scale.cli.verb import Answer, Verb
 
 if TYPE_CHECKING:
+    from retrac_scale.datasets import ImageFiles
     from retrac_scale.query.index import Index
     from retrac_scale.query.topk import TopK
     from retrac_scale.sketching.samples import Samples
     from retrac_scale.store import SketchStore
+    from retrac_scale.task.diffusion import DiffusionTask
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +34,12 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", action="append", default=[], help="for images: NAME=weights, for each")
     parser.add_argument("--timesteps", type=int, help="for images: evenly spaced (default: those of the store)")
     parser.add_argument("--device", help="for images: where to sketch (default: the project's, or cpu)")
+    parser.add_argument(
+        "--prompt",
+        metavar="WORDS",
+        help="of images: what the model is told of all of them (default: their captions, as `sketch` finds them; else "
+        "the empty prompt)",
+    )
     parser.add_argument("--region", metavar="X0,Y0,X1,Y1", help="of images: ask about this box of pixels alone")
     parser.add_argument("--mask", help="of images: ask about what is white in this picture, of the images' size, alone")
     parser.add_argument("--all-but", action="store_true", help="ask about all but the --region or --mask")
@@ -73,11 +82,11 @@ def _run(arguments: argparse.Namespace) -> Answer:
     index = next(iter(open_indexes([arguments.index] if arguments.index else [], project).values()))
     if queries_of_project:
         arguments.queries = [project_queries(project)]
-    queries = _queries(index, arguments, project)
-    notes = []
+    notes: list[str] = []
+    queries = _queries(index, arguments, project, notes)
     if queries_of_project:
         _check_pictures(queries, project)  # type: ignore[arg-type]
-        notes = unsketched(project, queries.ids)
+        notes += unsketched(project, queries.ids)
     answer = index.query(
         queries,
         arguments.k,
@@ -133,8 +142,8 @@ def _check_pictures(store: SketchStore, project: Project) -> None:
     check_shown(store, store.ids.tolist(), images, exact=True)
 
 
-def _queries(index: Index, arguments: argparse.Namespace, project: Project) -> SketchStore | Samples:
-    """What is asked: stored ids, a store of sketches, or images, measured as the index's store was."""
+def _queries(index: Index, arguments: argparse.Namespace, project: Project, notes: list[str]) -> SketchStore | Samples:
+    """What is asked: stored ids, a store of sketches, or images, measured as the index's store was; notes are added."""
     from retrac_scale.query.table import in_full
     from retrac_scale.store.taking import take
 
@@ -159,9 +168,24 @@ def _queries(index: Index, arguments: argparse.Namespace, project: Project) -> S
         raise ValueError("to query with images give --model and a --checkpoint NAME=weights for each checkpoint.")
     measured = measured_like(index, model, checkpoints, arguments.timesteps, arguments.device or project.device)
     concept = measured.task.told.concept(arguments.concept, arguments.against)
-    files = image_files(arguments.queries, measured.task)
+    store = index.check_store()
+    shape = None if store is None else measured.task.picture_of(store.plan.get("sample", ()))
+    files = image_files(arguments.queries, measured.task, shape=shape)
     files.background = project.background
+    notes += filter(None, [_prompted(files, measured.task, arguments)])
     return replace(measured, dataset=files, region=region, concept=concept, views=arguments.views)
+
+
+def _prompted(files: ImageFiles, task: DiffusionTask, arguments: argparse.Namespace) -> str:
+    """What is to be said of the prompts under which images are asked about, which are handed on with them."""
+    if arguments.prompt is None:
+        told = tell(files, task, needed=False)
+    elif task.told.prompts:
+        files.give("prompt", [arguments.prompt] * len(files))
+        told = f"the model is told {arguments.prompt!r} of all images"
+    else:
+        raise ValueError("the model is told no prompts; leave --prompt out.")
+    return "" if arguments.concept is not None else told
 
 
 def _may_be_pictures(place: str) -> bool:
@@ -179,6 +203,8 @@ def _refuse_new(arguments: argparse.Namespace, region: Any, why: str) -> None:
         raise ValueError(f"{why}, which are seen in one way; {advice}")
     if arguments.concept is not None:
         raise ValueError(f"{why}, which were measured without a concept; {advice}")
+    if arguments.prompt is not None:
+        raise ValueError(f"{why}, which were measured under prompts of their own; {advice}")
 
 
 VERB = Verb(

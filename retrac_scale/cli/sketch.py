@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,7 @@ from retrac_scale.cli.measured import project_images, project_task
 from retrac_scale.cli.project import FILE, RECORDED, Project, add_options, find, need, overruled, projection_of
 from retrac_scale.cli.repeated import as_json
 from retrac_scale.cli.sizes import in_bytes
+from retrac_scale.cli.told import tell
 from retrac_scale.cli.verb import Answer, Verb
 
 if TYPE_CHECKING:
@@ -56,20 +59,24 @@ def _run(arguments: argparse.Namespace) -> Answer:
     measured = _measured(project)
     task = project_task(project)
     training = project_images(project, project.images, task)
+    prompts = [tell(training, task, project.captions)]
     asked = project_images(project, project.query_images, task) if project.query_images else None
+    if asked is not None:
+        prompts.append(tell(asked, task, needed=False))
     new = _added(project.store, training, project.images)
     if asked is not None:
         _look_at_queries(asked, training, task)
     common = {"checkpoints": project.weights, **again}
     measured["grow"] = _has_grown(project.store, training)
-    store = sketch(task, training, project.store, progress="training images", **common, **measured, **until)
+    dataset = _encoded(project, task, training, **again)
+    store = sketch(task, dataset, project.store, progress="training images", **common, **measured, **until)
     made = {"store": store}
     if asked is not None:
         made["queries"] = _queries(project, task, asked, store, **common)
-    lines = [f"{name}: {_told(one)}" for name, one in made.items()]
+    lines = [*filter(None, prompts), *(f"{name}: {_told(one)}" for name, one in made.items())]
     data: dict[str, Any] = {"store": project.store, "samples": store.shape[0]}
     if new:
-        lines[0] += f"; {len(new)} of them, such as {new[0]}, came since"
+        lines[-len(made)] += f"; {len(new)} of them, such as {new[0]}, came since"
         data["added"] = len(new)
     if asked is not None:
         data |= {"queries": project.queries, "query_samples": made["queries"].shape[0]}
@@ -83,6 +90,19 @@ def _run(arguments: argparse.Namespace) -> Answer:
     lines += [line for name, one in found.items() for line in check.lines_of(name, one)]
     data["check"] = {name: check.as_json(one) for name, one in found.items()}
     return Answer("\n".join(lines), data)
+
+
+def _encoded(project: Project, task: DiffusionTask, images: ImageFiles, **again: bool) -> Any:
+    """The images as the model takes them: those of a pipeline with VAE or text encoder pass it once, into a store."""
+    from retrac_scale.sketching.encoded import encode
+
+    if task.encoder is None:
+        return images
+    sample, told = task.check_item(images.ids[0], images[0])
+    size = len(images) * sum(one.nbytes for one in (sample, *told.values()))
+    if not os.path.isdir(project.encoded):
+        print(f"encoding {len(images):,} images into {project.encoded}, up to {in_bytes(size)}", file=sys.stderr)
+    return encode(task, images, project.encoded, **again)
 
 
 def _look_at_queries(asked: ImageFiles, training: ImageFiles, task: DiffusionTask) -> None:
@@ -207,7 +227,11 @@ VERB = Verb(
   retrac-scale sketch --replace                 images that were changed, under the same names, are sketched anew
   retrac-scale sketch --model model --images training-images --query-images generated-images
   retrac-scale sketch --model model --images folder --checkpoint early=epoch-10.pt --checkpoint late=model/unet
-  retrac-scale sketch --timesteps recorded --record run/recorded      where the training met each image""",
+  retrac-scale sketch --timesteps recorded --record run/recorded      where the training met each image
+  retrac-scale sketch --model sd --images folder                      a latent model: sd is a whole pipeline, captions
+                                                are a column text of folder/metadata.jsonl, or .txt files
+  retrac-scale sketch --model sd --images folder --checkpoint lora=lora.safetensors     what a LoRA has learnt
+  retrac-scale sketch --model sd --images folder --size 256 --captions none     cut to 256 x 256; the empty prompt""",
     _options,
     _run,
 )

@@ -114,11 +114,9 @@ class ImageDataset(ABC):
         for name, values in (columns or {}).items():
             _refuse_odd(source, name, values, lists=False)
         self.columns = check_columns(columns, count)
-        self._given = dict(given or {})
-        for name, values in self._given.items():
-            if len(values) != count:
-                raise ValueError(f"{source} gives {len(values)} values of {name!r} for {count} images.")
-            _refuse_odd(source, name, values, lists=True)
+        self._given: dict[str, Sequence[Any]] = {}
+        for name, values in (given or {}).items():
+            self.give(name, values, count)
         self._rows = np.arange(count)
         self.skipped: dict[Any, str] = {}
         if corrupt == "skip":
@@ -132,15 +130,36 @@ class ImageDataset(ABC):
         """The local file that holds each row, before any is left out; None where there is none."""
         return None
 
+    def give(self, name: str, values: Sequence[Any], count: int | None = None) -> None:
+        """Hand values on with the images under a name, as `given` does.
+
+        Args:
+            name: in the items.
+            values: `[n]`, of all images, those that were left out too.
+            count: n where it is not known yet.
+
+        Raises:
+            ValueError: they are of another number, or one is missing; names its row.
+        """
+        count = len(self._rows) + len(self.skipped) if count is None else count
+        if len(values) != count:
+            raise ValueError(f"{self.source} gives {len(values)} values of {name!r} for {count} images.")
+        _refuse_odd(self.source, name, values, lists=True)
+        self._given[name] = values
+
     @property
     def stamps(self) -> npt.NDArray[np.uint64] | None:
-        """A digest of size and time of each sample's file, and of how it is read, `[n]`; None without files."""
+        """A digest of size and time of each sample's file, how it is read and what it is given; None without files."""
         files = self.files()
         if files is None:
             return None
         how = f"{self.channels} {self.size}" + (f" {self.background}" if self.background else "")
         stamp_of = {file: _stamp(file, how) for file in dict.fromkeys(files)}
-        return np.array([stamp_of[file] for file in files], np.uint64)[self._rows]
+        stamps = [stamp_of[file] for file in files]
+        if self._given:  # a caption changes without its image
+            told = zip(*self._given.values(), strict=True)
+            stamps = [stamp and _word(f"{stamp} {one!r}") for stamp, one in zip(stamps, told, strict=True)]
+        return np.array(stamps, np.uint64)[self._rows]
 
     def read(self, row: int) -> Tensor:
         """The image of a row, before any is left out, as a tensor."""
@@ -184,7 +203,10 @@ def _stamp(file: str, how: str) -> int:
         status = os.stat(file)
     except OSError:  # reading it says more
         return 0
-    text = f"{status.st_size} {status.st_mtime_ns} {how}"
+    return _word(f"{status.st_size} {status.st_mtime_ns} {how}")
+
+
+def _word(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") or 1
 
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from retrac_scale.datasets.base import Corrupt, ImageDataset, Paths, check_channels, listed, local
-from retrac_scale.datasets.metadata import columns_beside
+from retrac_scale.datasets.metadata import KINDS, columns_beside, texts_beside
 
 
 class ImageFiles(ImageDataset):
     """Image files, and all those in folders; their ids are their paths, column "folder" is the folder's name.
 
-    Further columns are those of metadata.jsonl, .csv or .parquet in the folders, see `columns_beside`.
+    Further columns are those of metadata.jsonl, .csv or .parquet in the folders that have one text, number or boolean
+    for every file.
 
     Of a folder count the files that Hugging Face's `imagefolder` takes: whatever Pillow opens, by its suffix, in no
     folder and under no name that begins with a dot, as copies of editors and of macOS do.
@@ -24,14 +25,27 @@ class ImageFiles(ImageDataset):
     Args:
         paths: of files and folders, or one of them.
         channels: see `ImageDataset`.
+        given: {name in the item: a column, or the suffix of texts beside the images}, such as `{"prompt": "text"}` or
+            `{"prompt": ".txt"}`.
         size: see `ImageDataset`.
         corrupt: see `ImageDataset`.
 
     Raises:
-        ValueError: a path is neither an image nor a folder that holds some.
+        ValueError: a path is neither an image nor a folder that holds some, or an image lacks what is given with it.
+
+    Attributes:
+        described: all columns of the metadata, `{name: [n]}`, None where an image has no value.
     """
 
-    def __init__(self, paths: Paths, channels: int = 3, *, size: int | None = None, corrupt: Corrupt = "raise") -> None:
+    def __init__(
+        self,
+        paths: Paths,
+        channels: int = 3,
+        *,
+        given: Mapping[str, str] | None = None,
+        size: int | None = None,
+        corrupt: Corrupt = "raise",
+    ) -> None:
         check_channels(channels)
         Image.init()
         suffixes = tuple(suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN)
@@ -44,16 +58,21 @@ class ImageFiles(ImageDataset):
             images = [file for file in found if file.suffix.lower() in suffixes]
             if not images:
                 raise ValueError(f"{path} is no image and holds none; images end in .png, .jpg and what Pillow opens.")
+            before = len(files)
             files += images
             for name, values in (columns_beside(path, images) if path.is_dir() else {}).items():
-                columns.setdefault(name, []).extend(values)
+                columns.setdefault(name, [None] * before).extend(values)
+            for values in columns.values():
+                values += [None] * (len(files) - len(values))
+        self.described = columns
         self._files = [local(file) for file in files]
+        self.source = ", ".join(listed(paths, ""))
         super().__init__(
-            ", ".join(listed(paths, "")),
+            self.source,
             ids=[str(file) for file in files],
             columns={"folder": [file.parent.name for file in files]}
-            | {name: values for name, values in columns.items() if len(values) == len(files)},
-            given=None,
+            | {name: values for name, values in columns.items() if all(isinstance(one, KINDS) for one in values)},
+            given={name: self.told(origin) for name, origin in (given or {}).items()},
             channels=channels,
             size=size,
             corrupt=corrupt,
@@ -62,6 +81,28 @@ class ImageFiles(ImageDataset):
     def files(self) -> list[str]:
         """See `ImageDataset.files`."""
         return self._files
+
+    def told(self, origin: str) -> list[Any]:
+        """What a column, or texts beside the images by their suffix, such as ".txt", say of each, `[n]`.
+
+        Raises:
+            ValueError: there is no such column, or an image lacks its value; names it.
+        """
+        beside = origin.startswith(".")
+        if not beside and origin not in self.described:
+            known = ", ".join(self.described) or "none"
+            raise ValueError(
+                f"{self.source} has no column {origin!r} in its metadata.jsonl, .csv or .parquet: {known}."
+            )
+        values = texts_beside(origin, list(map(Path, self._files))) if beside else self.described[origin]
+        if None in values:
+            file = Path(self._files[values.index(None)])
+            where = f"no file {file.stem}{origin} beside it" if beside else f"no {origin!r} in the metadata"
+            raise ValueError(
+                f"{values.count(None)} of {len(values)} images of {self.source} are told nothing, such as {file.name}, "
+                f"which has {where}; write it, an empty one where it was trained so."
+            )
+        return list(values)
 
     def raw(self, row: int) -> Any:
         """See `ImageDataset.raw`."""

@@ -13,7 +13,7 @@ KINDS = (str, bool, int, float)
 
 
 def columns_beside(folder: Path, files: Sequence[Path]) -> dict[str, list[Any]]:
-    """`{column: [n]}` of the files in a folder; those alone that have one text, number or boolean for every file.
+    """`{column: [n]}` of the files in a folder, None where a file has no value.
 
     Raises:
         ValueError: the description cannot be read, or says nothing of a file; names it.
@@ -34,9 +34,29 @@ def columns_beside(folder: Path, files: Sequence[Path]) -> dict[str, list[Any]]:
         if name not in row_of:
             raise ValueError(f"{described} says nothing of {name}; add a row for it, or take the image away.")
         found.append(row_of[name])
-    names = [name for name in (found[0] if found else {}) if name != NAME]
-    values = {name: [row.get(name) for row in found] for name in names}
-    return {name: own for name, own in values.items() if all(isinstance(value, KINDS) for value in own)}
+    names = dict.fromkeys(name for row in found for name in row if name != NAME)
+    return {name: [row.get(name) for row in found] for name in names}
+
+
+def texts_beside(suffix: str, files: Sequence[Path]) -> list[str | None]:
+    """The line in the file beside each image, `[n]`, of the same name but for its suffix, as kohya's trainers have it.
+
+    None where there is none; where it is empty, the empty text.
+
+    Raises:
+        ValueError: a file is no text, or has several lines, of which trainers make different things; names it.
+    """
+    found: list[str | None] = []
+    for file in files:
+        beside = file.with_suffix(suffix)
+        try:
+            lines = beside.read_text(encoding="utf-8").strip().splitlines() if beside.is_file() else None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{beside} is no text in UTF-8: {error}; save it as such.") from None
+        if lines is not None and len(lines) > 1:
+            raise ValueError(f"{beside} has {len(lines)} lines; leave the one that the model was told.")
+        found.append(None if lines is None else "".join(lines))
+    return found
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:

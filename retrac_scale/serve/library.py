@@ -98,7 +98,8 @@ class Library:
                     f"uploads can only be sketched like a store that sketch(...) made and that is still there; that of "
                     f"{name} is not."
                 )
-        self.image_shape = (1, 1, 1) if measured is None else shape_of(measured.task)
+        sample = () if self.store is None else self.store.plan.get("sample", ())
+        self.image_shape = (1, 1, 1) if measured is None else shape_of(measured.task, sample)
         self._samples = Named(first.places)
         self._rows = Rows(first)
         self._places: dict[Source, dict[str, int]] = {"queries": {}}
@@ -256,6 +257,7 @@ class Library:
         """
         if upload.key not in self.uploads:
             assert self.measured is not None
+            upload = replace(upload, prompt="" if self.measured.task.told.prompts else None)
             every = upload.pieces
             samples = replace(self.measured, dataset=every[len(pieces)])
             pieces.append(self._by_store(samples.sketch))

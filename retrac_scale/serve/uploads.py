@@ -18,6 +18,8 @@ from retrac_scale.datasets.base import check_depth, is_transparent, middle_squar
 from retrac_scale.serve.limits import Limits
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from retrac_scale.task.concepts import Concept
@@ -41,6 +43,7 @@ class Upload:
         region: the part of it that is asked about, as for `Regions`; None for all of it.
         concept: that it is asked about for; None for the loss.
         views: in which it is asked about, as `Views` names them; none for as it is.
+        prompt: that the model is told of it; None where it is told none.
     """
 
     key: str
@@ -49,6 +52,7 @@ class Upload:
     region: Any = None
     concept: Concept | None = None
     views: tuple[str, ...] = ()
+    prompt: str | None = None
 
     @property
     def dataset(self) -> Any:
@@ -99,31 +103,33 @@ class Upload:
             *([] if region is None else [str(self.dataset.region)]),
             *([] if told is None else [f"about {' against '.join(told)}"]),
             *(["in views"] if self.views else []),
+            *([f"under the prompt {self.prompt!r}"] if told is None and self.prompt is not None else []),
         ]
 
 
 class _One:
     def __init__(self, upload: Upload) -> None:
         self.ids = [upload.key]
-        self._pixels = upload.pixels
+        self._pixels, self._prompt = upload.pixels, upload.prompt
 
     def __len__(self) -> int:
         return 1
 
-    def __getitem__(self, row: int) -> Tensor:
+    def __getitem__(self, row: int) -> Tensor | dict[str, Any]:
         import torch  # which takes seconds, and nobody may ever upload
 
         pixels = self._pixels if self._pixels.ndim == 3 else self._pixels[..., None]
-        return torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1) / 127.5 - 1
+        image = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1) / 127.5 - 1
+        return image if self._prompt is None else {"image": image, "prompt": self._prompt}
 
 
-def shape_of(task: DiffusionTask) -> tuple[int, int, int]:
-    """(channels, height, width) of the images that a task takes.
+def shape_of(task: DiffusionTask, sample: Sequence[int] = ()) -> tuple[int, int, int]:
+    """(channels, height, width) of the images that a task takes, for a store of samples of a shape.
 
     Raises:
         ValueError: they are not known, or no images.
     """
-    shape = task.picture_shape
+    shape = task.picture_of(sample)
     if shape is None or shape[0] not in (1, 3):
         found = "others" if shape is None else f"{shape[0]} channels"
         raise ValueError(

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import zarr
 from torch import Tensor
+from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from retrac_scale.arrays import Ids
@@ -69,8 +70,8 @@ def encode(
 ) -> EncodedDataset:
     """Pass every sample through the task's VAE and text encoder once, and keep the results.
 
-    Run again, it compares the samples with those that were encoded, and encodes what is missing. Sketch the dataset
-    that it returns in place of the one that was encoded.
+    Run again, it compares the samples with those that were encoded, and encodes what is missing; samples that came
+    since stand behind the others. Sketch the dataset that it returns in place of the one that was encoded.
 
     Args:
         task: from `DiffusionTask.from_pretrained`.
@@ -82,14 +83,16 @@ def encode(
 
     Raises:
         ChangedItemsError: images or prompts are others than those that were encoded under the same ids.
-        ValueError: a bad item, or `out` holds other samples.
+        ValueError: a bad item, or `out` holds samples that the dataset lacks, or what another pipeline encoded.
     """
     if brought(dataset, "region") or brought(dataset, "concept"):
         raise ValueError(
             "encode takes plain samples; encode the dataset, and take Regions or Concepts of what it gives."
         )
     ids = check_ids(dataset_ids(dataset), len(dataset))
-    group = _opened(task, dataset, out, ids)
+    group, order = _opened(task, dataset, out, ids)
+    if order != list(range(len(ids))):
+        dataset, ids = Subset(dataset, order), ids[order]
     names: Any = group.attrs["names"]
     arrays: dict[str, Any] = {name: group[name] for name in names}
     done = arrays[LATENTS].attrs  # whose file is small: the group's holds all ids
@@ -105,7 +108,7 @@ def encode(
         seen[:count], _ = look_through(task, dataset, ids[:count], there, every=check_all or replace)
         changed = changed_items(task, dataset, ids[:count], seen[:count], there)
         if changed and not replace:
-            refuse(out, "encode them anew with replace=True", changed, seen)
+            refuse(out, "encode them anew with replace=True (--replace)", changed, seen)
         outdated = np.isin(ids[:count], np.asarray(changed)) | (there[:, ITEM] == 0)
         again = (np.unique(np.flatnonzero(outdated) // BLOCK) * BLOCK).tolist()
     starts = [*again, *range(count, len(ids), BLOCK)]
@@ -117,21 +120,27 @@ def encode(
     return EncodedDataset(out, group, ids, brought(dataset, "columns"))
 
 
-def _opened(task: DiffusionTask, dataset: Any, out: Url, ids: Ids) -> zarr.Group:
-    """The group at `out`, begun where it is new.
+def _opened(task: DiffusionTask, dataset: Any, out: Url, ids: Ids) -> tuple[zarr.Group, list[int]]:
+    """The group at `out`, begun where it is new, long enough; and the dataset's rows in its order.
 
     Raises:
         ValueError: something else is there.
     """
-    described: dict[str, Any] = {
-        "ids": json.dumps(ids.tolist()),
-        "encoder": task.encoder.digests if task.encoder else {},
-    }
+    encoder: Any = task.encoder.digests if task.encoder else {}
     group = zarr.open_group(out, mode="a")
     if "encoder" not in group.attrs:
         if group.attrs or group.nmembers():
             raise ValueError(f"{out} holds something that is no encoded dataset; give another path.")
-        group.attrs.update(described)
+        group.attrs.update({"ids": json.dumps(ids.tolist()), "encoder": encoder})
+    known: Any = group.attrs["encoder"]
+    if known != encoder:
+        others = sorted(name for name in known.keys() | encoder.keys() if known.get(name) != encoder.get(name))
+        raise ValueError(f"{out} was encoded by another {', '.join(others)}; give another path.")
+    row_of = {sample: row for row, sample in enumerate(ids.tolist())}
+    there = json.loads(str(group.attrs["ids"]))
+    if gone := [sample for sample in there if sample not in row_of]:
+        raise ValueError(f"{out} was encoded from other samples, such as {gone[0]!r}; give another path.")
+    order = [row_of.pop(sample) for sample in there] + list(row_of.values())
     if "names" not in group.attrs:
         first, conditioning = task.check_item(ids[0], dataset[0])
         example = {LATENTS: first, **conditioning}
@@ -141,11 +150,12 @@ def _opened(task: DiffusionTask, dataset: Any, out: Url, ids: Ids) -> zarr.Group
             group.create_array(name, shape=(len(ids), *shape), chunks=(BLOCK, *shape), dtype=dtype, overwrite=True)
         shape, chunks = (len(ids), CONTENT_WORDS), (BLOCK, CONTENT_WORDS)
         group.create_array(WORDS, shape=shape, chunks=chunks, dtype="uint64", overwrite=True)
-        group.attrs.update(described | {"names": list(example)})
-    for key, expected in described.items():
-        if group.attrs[key] != expected:
-            raise ValueError(f"{out} was encoded from other samples or by another pipeline ({key}); give another path.")
-    return group
+        group.attrs.update({"names": list(example)})
+    if len(order) > len(there):
+        for _, array in group.arrays():
+            array.resize((len(ids), *array.shape[1:]))
+        group.attrs.update({"ids": json.dumps(ids[order].tolist())})
+    return group, order
 
 
 def _write_rows(arrays: dict[str, Any], known: Any, rows: range, items: list[Any], words: list[Words]) -> None:

@@ -61,6 +61,11 @@ def look_like_adapters(keys: Iterable[str]) -> bool:
     return any(_MARK.search(key) for key in keys)
 
 
+def are_adapters(weights: Weights) -> bool:
+    """Whether weights are those of adapters, by their names or by what their file says."""
+    return look_like_adapters(weights.tensors) or _config(weights.file) is not None
+
+
 def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The layers that carry adapters, with their names."""
     if not any(hasattr(module, "base_layer") for module in model.modules()):  # PEFT takes seconds to import

@@ -19,6 +19,7 @@ from retrac_scale.task.adapters import (
     ADVICE,
     adapter_keys,
     adapter_scales,
+    are_adapters,
     inject,
     layers,
     look_like_adapters,
@@ -45,6 +46,7 @@ __all__ = [
     "add_adapters",
     "configuration",
     "find_checkpoints",
+    "hold_adapters",
     "load_checkpoint",
     "weights_digest",
 ]
@@ -150,14 +152,29 @@ def add_adapters(model: Any, path: str | os.PathLike[str], loader: Any = None) -
     name = f"lora={path}"
     weights = read_weights(model, name, path)
     refuse_text_encoders(name, weights.tensors)
-    adapters = read_adapters(model, weights, loader)
-    if weights.file is None or not (adapters.config or look_like_adapters(adapters.tensors)):
+    if weights.file is None or not are_adapters(weights):
         raise ValueError(f"{weights.file or path} holds no adapters.")
-    inject(model, adapters, weights.file)
+    inject(model, read_adapters(model, weights, loader), weights.file)
     load_checkpoint(model, name, weights.file, loader)
     theirs = set(adapter_keys(model, model.state_dict()).values())
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(key in theirs)
+
+
+def hold_adapters(model: nn.Module, checkpoints: Mapping[str, Checkpoint]) -> bool:
+    """Whether checkpoints are adapters for a model, and not all of its weights.
+
+    Raises:
+        ValueError: some are and some are not, or one cannot be read; names them.
+    """
+    kinds = {name: are_adapters(read_weights(model, name, one)) for name, one in checkpoints.items()}
+    if len({*kinds.values()}) > 1:
+        of = {kind: ", ".join(name for name, own in kinds.items() if own == kind) for kind in (True, False)}
+        raise ValueError(
+            f"the checkpoints {of[True]} are adapters, {of[False]} all weights of the model; what is differentiated is "
+            "the same for all of a store: sketch them into two, with another --out."
+        )
+    return True in kinds.values()
 
 
 def weights_digest(state: StateDict, beside: str = "") -> str:

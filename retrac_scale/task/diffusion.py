@@ -111,6 +111,17 @@ class DiffusionTask:
         space = self.encoder.cell[1]
         return int(self.encoder.vae.config.in_channels), space * height, space * width
 
+    def picture_of(self, sample: Sequence[int]) -> tuple[int, int, int] | None:
+        """`picture_shape` of the pictures that a store's samples `[c, h, w]`, pixels or latents, were made of."""
+        shape = image_shape(self.model)
+        if self.encoder is None or self.encoder.cell is None or len(sample) != 3:
+            return self.picture_shape
+        channels, space = int(self.encoder.vae.config.in_channels), self.encoder.cell[1]
+        _, height, width = sample
+        if sample[0] == channels and tuple(sample) != shape:
+            return channels, height, width
+        return channels, space * height, space * width
+
     def only(self, *measures: str) -> DiffusionTask:
         """The same task with some of its measures, in the order given."""
         one = copy.copy(self)

@@ -50,6 +50,9 @@ _IN_SPACE = (
     "vae_spatial_scale_factor",
 )
 
+LONGEST = 2**20
+"""Tokens; what transformers keeps as a limit where there is none is far beyond."""
+
 SCALES = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 """What of a VAE's configuration scales its latents."""
 
@@ -110,9 +113,22 @@ class Encoder:
         """How many frames, and how many pixels in each direction, become one latent; None without a VAE."""
         if self.vae is None:
             return None
+        halved = len(self.vae.config.get("block_out_channels", [0])) - 1  # where the pipeline does not say it, as DiT's
         kinds = ([getattr(self.pipeline, name, None) for name in names] for names in (_IN_TIME, _IN_SPACE))
-        time, space = (next((int(x) for x in found if x), 1) for found in kinds)
-        return time, space
+        time, space = (next((int(x) for x in found if x), None) for found in kinds)
+        return time or 1, space or 2**halved
+
+    def cut(self, prompts: Sequence[str]) -> tuple[int, int]:
+        """How many prompts are longer than the tokenizer takes, so that their ends are lost, and its limit in tokens.
+
+        Of tokenizers without a limit of their own, none.
+        """
+        tokenizer = self.pipeline.tokenizer
+        most = int(tokenizer.model_max_length)
+        if most > LONGEST:
+            return 0, most
+        different = {one: len(tokenizer(one, verbose=False).input_ids) for one in dict.fromkeys(prompts)}
+        return sum(different[one] > most for one in prompts), most
 
     @cached_property
     def digests(self) -> dict[str, str]:
@@ -188,8 +204,7 @@ class Encoder:
 
 def _per_channel(vae: Any, name: str, latents: Tensor, otherwise: float) -> Tensor | float:
     """A statistic that the VAE keeps for each latent channel, in its configuration or as a buffer."""
-    values = vae.config.get(name)
-    values = getattr(vae, name, None) if values is None else values
+    values = vae.config[name] if name in vae.config else getattr(vae, name, None)
     if values is None:
         return otherwise
     return torch.as_tensor(values).to(latents).reshape(1, -1, *(1,) * (latents.ndim - 2))

@@ -347,6 +347,8 @@ def test_init_writes_what_find_reads(tmp_path: Path) -> None:
         "l1",
         "record",
         "white",
+        "caption",
+        256,
         "cpu",
         ("ReTrac",),
         str(tmp_path),

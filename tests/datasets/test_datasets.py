@@ -446,6 +446,30 @@ def test_a_folder_says_more_of_its_images_as_imagefolder_has_it(tmp_path: Path) 
         ImageFiles([tmp_path])
 
 
+def test_a_folder_gives_images_their_captions_by_a_column_or_by_texts_beside_them(tmp_path: Path) -> None:
+    for name in ("1", "2"):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(f" beside {name}\n" if name == "1" else "")
+    rows = [{"file_name": "1.png", "text": "a cat", "kind": 3}, {"file_name": "2.png", "text": "a dog", "kind": None}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for origin, expected in (("text", ["a cat", "a dog"]), (".txt", ["beside 1", ""])):
+        dataset = ImageFiles(tmp_path, given={"prompt": origin})
+        items: list[Any] = [dataset[row] for row in range(2)]
+        assert [item["prompt"] for item in items] == expected
+    assert set(dataset.columns) == {"folder", "text"}  # of kind one is missing
+    stamps = dataset.stamps
+    (tmp_path / "2.txt").write_text("late")
+    assert stamps is not None
+    later = ImageFiles(tmp_path, given={"prompt": ".txt"}).stamps
+    assert later is not None
+    assert (later == stamps).tolist() == [True, False]  # a caption changes without its image
+    with pytest.raises(ValueError, match=r"1 of 2 images of .*, such as 2.png, which has no 'kind' in the metadata"):
+        ImageFiles(tmp_path, given={"label": "kind"})
+    (tmp_path / "1.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"1.txt is no text in UTF-8"):
+        ImageFiles(tmp_path, given={"prompt": ".txt"})
+
+
 def test_transparent_pictures_stand_on_the_ground_that_is_named(tmp_path: Path) -> None:
     half = Image.new("RGBA", (2, 1), (10, 20, 30, 255))
     half.putpixel((1, 0), (255, 0, 0, 0))

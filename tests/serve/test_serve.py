@@ -281,8 +281,10 @@ def test_a_prompt_is_asked_about_in_pixels_that_a_vae_encodes(tmp_path: Path) ->
         (found,) = client.post("/api/upload", files={"file": png((20, 16))}, data=told).json()["queries"]
         assert ids_of(found["lists"]["ReTracRidge"]) == ids_of(ranked(index.query(samples, 3, side="both"))[0])
         assert found["note"] == "cropped from 20 x 16 to 16 x 16, about 'a dog' against 'a cat'"
-        whole = client.post("/api/upload", files={"file": png((16, 16))})
-        assert (whole.status_code, "brings no 'encoder_hidden_states'" in whole.json()["detail"]) == (422, True)
+        (whole,) = client.post("/api/upload", files={"file": png((20, 16))}, data={"k": "3"}).json()["queries"]
+        samples = replace(measured, dataset=[{"image": own.dataset[0], "prompt": ""}])
+        assert ids_of(whole["lists"]["ReTracRidge"]) == ids_of(ranked(index.query(samples, 3, side="both"))[0])
+        assert whole["note"] == "cropped from 20 x 16 to 16 x 16, under the prompt ''"
 
 
 class Stepping(Library):

@@ -437,7 +437,7 @@ def test_stores_of_another_vae_text_encoder_or_frozen_unet_do_not_mix(tmp_path: 
         rs.sketch(other, dataset, None, like=store, **options)
     with pytest.raises(ValueError, match=r"frozen\.text_encoder is"):
         rs.sketch(other, dataset, path, projection=rs.CountSketch(8), **options)
-    with pytest.raises(ValueError, match="encoded from other samples or by another pipeline"):
+    with pytest.raises(ValueError, match="was encoded by another text_encoder"):
         rs.encode(other, dataset, tmp_path / "encoded.zarr", progress=False)
     rs.sketch(other, encoded, None, like=store, **options)  # latents and embeddings are those of the one
     rs.sketch(rs.DiffusionTask(other.model, other.scheduler), encoded, None, like=store, **options)
