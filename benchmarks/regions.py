@@ -6,9 +6,9 @@
 Two training pictures make one: its left half is the first's and its right half the second's, or its middle is the
 first's and the rest the second's; as they are, or each shifted by a pixel, a tenth darker, or enlarged by a seventh
 before. Only parts that no other training picture has the like of are taken: who else could be named is no error.
-Precision@1 is the share of the parts whose source is named first. "Of parts" asks a second store, of what lies in the
+Precision@1 is the share of the parts whose source is named first. "Of parts" asks another store, of what lies in the
 training pictures where the part lies. "Views" are of nine kinds: as it is, moved to each side, smaller, larger, lighter
-and darker. Asked in views, a picture is seen so with its part (`Samples(views=True)`); trained on in views, every
+and darker. Asked in views, a picture is seen so with its part (`Samples(views=True)`); sketched in views, every
 training picture is (`Views(train)`); a training picture's best score counts. The same is done for pixels. RelatIF is
 that of directions, matched, at a damping of 0.1.
 The model is trained first (minutes) unless it is there, and stores are kept beside it. The table goes to
@@ -45,9 +45,9 @@ ALIKE = 0.1
 ALTERED = ("plain", "shifted", "darker", "enlarged")
 RELATIF = rs.RelatIF(0.1, pairing="matched", directions=True)
 RECIPE, OWN, OF_PARTS = "ReTracRidge", "RelatIF", "RelatIF of parts"
-WAYS = ("as it is", "asked in views", "trained on in views")
+WAYS = ("as it is", "asked in views", "sketched in views")
 WHOLE = "ReTracRidge, whole picture"
-LEFT_OUT = (f"{RECIPE}, {WAYS[2]}", f"masked pixel ridge, {WAYS[2]}")
+LEFT_OUT = tuple(f"{name}, {WAYS[2]}" for name in (RECIPE, OF_PARTS, "masked pixel ridge"))
 
 
 def layouts(size: int) -> dict[str, Tensor]:
@@ -130,7 +130,6 @@ def main() -> None:
     plan, projection = rs.EvenlySpaced(arguments.timesteps), rs.LowRank(dim=arguments.entries)
     options = {"checkpoints": checkpoints, "timesteps": plan, "projection": projection, "batch_size": 32}
     train, n = setting.train, len(setting.train)
-    in_views = rs.Views(train)
     seen = torch.stack([view.of(setting.images) for view in VIEWS.values()], 1).flatten(0, 1)
 
     def index(name: str, dataset: Any, estimator: rs.Estimator | None) -> rs.Index:
@@ -142,22 +141,21 @@ def main() -> None:
         return (scores.reshape(len(scores), n, -1).max(2) if of_training else scores.max(1)).argmax(1)
 
     whole = {RECIPE: index("whole", train, None), OWN: index("whole", train, RELATIF)}
-    whole_in_views = index("views", in_views, RELATIF)
+    whole_in_views = index("views", rs.Views(train), RELATIF)
     store = rs.open_store(folder / "whole.zarr")
     methods = [f"{name}, {way}" for name in (RECIPE, OWN, OF_PARTS, *PIXELS) for way in WAYS]
     methods = [name for name in methods if name not in LEFT_OUT] + [WHOLE]
 
-    def first(asked: Any, mask: Tensor, parts: rs.Index, parts_in_views: rs.Index) -> dict[str, Any]:
+    def first(asked: Any, mask: Tensor, of_part: rs.Index) -> dict[str, Any]:
         """Which training picture each method names first for a part of each picture, `[n]`."""
         samples = rs.Samples(rs.Regions(asked, mask), task, checkpoints, views=True)
         sketches = samples.sketch(like=store)
         plain = rs.Samples(rs.Regions(asked, mask), task, checkpoints).sketch(like=store)
         found: dict[str, Any] = {}
-        for name, one in {**whole, OF_PARTS: parts}.items():
+        for name, one in {**whole, OF_PARTS: of_part}.items():
             scores = np.asarray(one.scores(sketches)).reshape(len(asked), len(VIEWS), n)
             found |= {f"{name}, {WAYS[0]}": best(scores[:, :1]), f"{name}, {WAYS[1]}": best(scores)}
-        for name, one in {OWN: whole_in_views, OF_PARTS: parts_in_views}.items():
-            found[f"{name}, {WAYS[2]}"] = best(np.asarray(one.scores(plain)), of_training=True)
+        found[f"{OWN}, {WAYS[2]}"] = best(np.asarray(whole_in_views.scores(plain)), of_training=True)
         within = [(view.of(asked.images), view.placed(mask[None, None], "zeros")[0, 0]) for view in VIEWS.values()]
         pixels = [pixels_within(setting.images, images, place) for images, place in within]
         for name, score in PIXELS.items():
@@ -174,16 +172,13 @@ def main() -> None:
         own = [distinct(setting.images, inside) for inside in masks]
         drawn = np.stack([rng.choice(some, 2 * COMPOSITES) for some in own], 1)
         sources = drawn[drawn[:, 0] != drawn[:, 1]][:COMPOSITES]
-        stores = [
-            [index(f"{layout}-{part}{name}", rs.Regions(dataset, inside), RELATIF) for part, inside in enumerate(masks)]
-            for name, dataset in (("", train), ("-views", in_views))
-        ]
+        of_parts = [index(f"{layout}-{part}", rs.Regions(train, inside), RELATIF) for part, inside in enumerate(masks)]
         for how in ALTERED:
             parts = altered(setting.images, how)
             given = train.some(sources[:, 0])  # what the model is told beside, where it is told something
             made = parts[sources[:, 0]] * mask + parts[sources[:, 1]] * (1 - mask)
             asked = type(given)(made, "made", given.given)
-            found = [first(asked, inside, stores[0][part], stores[1][part]) for part, inside in enumerate(masks)]
+            found = [first(asked, inside, of_part) for inside, of_part in zip(masks, of_parts, strict=True)]
             named = {name: np.stack([one[name] for one in found], 1) for name in found[0]}
             named[WHOLE] = whole[RECIPE].query(rs.Samples(asked, task, checkpoints), k=1).ids
             for name in methods:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from retrac_scale.task.checkpoints import adapter_scales, weights_digest
 from retrac_scale.task.identity import adapters_of
-from retrac_scale.task.weights import with_variant
+from retrac_scale.task.weights import frugal, with_variant
 
 # what a pipeline's encode_prompt returns, by the names under which the denoiser takes it (diffusers 0.42.1)
 _ONE, _MASKED = ("encoder_hidden_states",), ("encoder_hidden_states", "encoder_attention_mask")
@@ -83,7 +83,7 @@ def load_pipeline(path: str | os.PathLike[str], variant: str | None = None) -> A
     if variant is None:
         return with_variant(DiffusionPipeline.from_pretrained, place, **options)
     try:
-        return DiffusionPipeline.from_pretrained(place, variant=variant, **options)
+        return DiffusionPipeline.from_pretrained(place, variant=variant, **frugal(), **options)
     except OSError as error:
         raise ValueError(f"{path} cannot be read in the variant {variant!r}: {error}") from error
 

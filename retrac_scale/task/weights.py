@@ -147,6 +147,7 @@ def with_variant(read: Callable[..., Any], place: str | os.PathLike[str], **opti
         ValueError: a folder lacks the weights without variant, and has several.
         OSError: the reader cannot read it.
     """
+    options = {**frugal(), **options}
     if Path(place).is_dir():
         return read(place, variant=_only_variant(Path(place)), **options)
     first = None
@@ -156,6 +157,13 @@ def with_variant(read: Callable[..., Any], place: str | os.PathLike[str], **opti
         except (OSError, ValueError) as error:
             first = first or error
     raise OSError(str(first)) from first
+
+
+def frugal() -> dict[str, bool]:
+    """How diffusers is told to spare memory where accelerate is installed, and to say nothing where it is not."""
+    from diffusers.utils import is_accelerate_available
+
+    return {"low_cpu_mem_usage": is_accelerate_available()}
 
 
 def _only_variant(folder: Path) -> str | None:
