@@ -14,6 +14,8 @@ import numpy.typing as npt
 
 LOOKED_AT = 2**16
 """Entries of a column at a time, where its distinct values are few or do not count."""
+STRING = np.dtypes.StringDType()
+"""The type of columns of texts: each text takes the room that it needs, not that of the longest."""
 RESERVED = ("id", "deleted", "parts")
 """Names at the root of a store that neither a column nor a checkpoint may take."""
 
@@ -32,7 +34,7 @@ class Texts:
     text: npt.NDArray[np.uint8]
     ends: npt.NDArray[np.int64]
     codes: npt.NDArray[np.int32]
-    read: list[npt.NDArray[np.str_]] = field(default_factory=list, repr=False)
+    read: list[npt.NDArray[Any]] = field(default_factory=list, repr=False)
 
     @staticmethod
     def of(texts: npt.NDArray[Any]) -> Texts:
@@ -55,10 +57,10 @@ class Texts:
         return len(self.ends)
 
     @property
-    def values(self) -> npt.NDArray[np.str_]:
-        """The distinct texts, sorted, `[v]`."""
+    def values(self) -> npt.NDArray[Any]:
+        """The distinct texts, sorted, `STRING` `[v]`."""
         if not self.read:
-            self.read.append(np.array([text.decode() for text in self.encoded()], dtype=str))
+            self.read.append(np.array([text.decode() for text in self.encoded()], STRING))
         return self.read[0]
 
     def encoded(self) -> Iterator[bytes]:
@@ -80,12 +82,12 @@ class Texts:
         """The column of some samples, chosen as an array is."""
         return replace(self, codes=self.codes[samples])
 
-    def whole(self) -> npt.NDArray[np.str_]:
-        """The texts themselves, `[n]`; of few samples theirs alone are read."""
+    def whole(self) -> npt.NDArray[Any]:
+        """The texts themselves, `STRING` `[n]`; of few samples theirs alone are read."""
         if self.read or self.count <= len(self.codes):
             return self.values[self.codes]
         codes, places = np.unique(self.codes, return_inverse=True)
-        return np.array([self._encoded(code).decode() for code in codes.tolist()], dtype=str)[places]
+        return np.array([self._encoded(code).decode() for code in codes.tolist()], STRING)[places]
 
     def _encoded(self, code: int) -> bytes:
         return self.text[int(self.ends[code - 1]) if code else 0 : int(self.ends[code])].tobytes()
@@ -104,7 +106,7 @@ class Places:
 
     def find(self, wanted: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """The places of ids `[m]`; -1 for those that are not there, be they of another type."""
-        asked, ids = np.asarray(wanted), self.ids
+        asked, ids = as_ids(np.asarray(wanted)), self.ids
         texts = ids.dtype.kind == "U"
         found = np.full(asked.shape, -1, np.int64)
         if not ids.size or not (asked.dtype.kind == "U" if texts else asked.dtype.kind in "iu"):
@@ -139,25 +141,38 @@ def joined(several: Sequence[Column]) -> Column:
     return Texts.coded([every[i] for i, new in zip(order, is_new, strict=False) if new], codes)
 
 
-def plain(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Numbers as they are; texts as zarr reads them as an array of strings, which has room for the longest in each."""
-    return values if values.dtype.kind in "biufU" else np.array(values.tolist(), dtype=str)
+def as_ids(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Numbers as they are; texts in an array that has room for the longest in each, which is searched faster."""
+    return np.array(values.tolist(), dtype=str) if values.dtype.kind == "T" else values
 
 
-def distinct(column: Column, most: int) -> npt.NDArray[Any] | None:
-    """Its sorted distinct values; None where there are more than so many."""
-    if isinstance(column, Texts):
-        return column.values if column.count <= most else None
-    values = column[:0]
-    for start in range(0, len(column), LOOKED_AT):
-        some = column[start : start + LOOKED_AT]
-        if len(values):
-            some = some[values[np.minimum(np.searchsorted(values, some), len(values) - 1)] != some]
-        if len(some):
-            values = np.unique(np.concatenate([values, some]))
-        if len(values) > most:
-            return None
-    return values
+def as_column(values: Any, what: str = "value") -> npt.NDArray[Any]:
+    """Values as an array; texts in one of `STRING`, without one that has room for the longest in each on the way.
+
+    Raises:
+        ValueError: a text has no UTF-8, as a file's name in Latin-1; names it.
+    """
+    if isinstance(values, Sequence) and not isinstance(values, str):
+        values, texts = list(values), _are_texts(values)
+    else:
+        texts = False
+    if not texts:
+        values = np.asarray(values)
+        if values.dtype.kind in "UT" and values.dtype != STRING:  # a type of strings of its own may know of none
+            values = values.astype(object)
+        if values.dtype != object or not all(isinstance(one, str) for one in values.flat):
+            return values
+    try:
+        return np.asarray(values, STRING)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{what} {error.object!r} has no UTF-8; give it another name.") from None
+
+
+def _are_texts(values: Sequence[Any]) -> bool:
+    """Whether NumPy makes texts of them: one is, and the others are that or numbers."""
+    kinds = set(map(type, values))
+    known = all(issubclass(kind, str | bool | int | float | np.number | np.bool_) for kind in kinds)
+    return known and any(issubclass(kind, str) for kind in kinds)
 
 
 def check_ids(ids: Sequence[Any] | npt.NDArray[Any] | None, n_samples: int) -> npt.NDArray[Any]:
@@ -168,7 +183,7 @@ def check_ids(ids: Sequence[Any] | npt.NDArray[Any] | None, n_samples: int) -> n
     """
     if ids is None:
         return np.arange(n_samples, dtype=np.int64)
-    array = _texts(ids, "sample id")
+    array = as_ids(as_column(ids, "sample id"))
     if array.shape != (n_samples,):
         raise ValueError(f"got ids of shape {array.shape} for {n_samples} samples; give one id per sample.")
     if array.dtype.kind not in "iU":  # a list with a number beyond int64 becomes unsigned, float or object
@@ -188,7 +203,7 @@ def check_ids(ids: Sequence[Any] | npt.NDArray[Any] | None, n_samples: int) -> n
 
 
 def check_columns(columns: Mapping[str, Any] | None, n_samples: int) -> dict[str, npt.NDArray[Any]]:
-    """User columns as arrays `{name: [n]}` of booleans, numbers or strings.
+    """User columns as arrays `{name: [n]}` of booleans, numbers or `STRING`.
 
     Raises:
         ValueError: the wrong length or type, or a name that cannot stand beside the ids; names the column.
@@ -197,7 +212,7 @@ def check_columns(columns: Mapping[str, Any] | None, n_samples: int) -> dict[str
         raise ValueError(f"columns must map names to values, got a {type(columns).__name__}.")
     checked = {}
     for name, values in (columns or {}).items():
-        array = _texts(values, f"column {name!r}: value")
+        array = as_column(values, f"column {name!r}: value")
         if not name.isidentifier() or keyword.iskeyword(name) or name in RESERVED:
             raise ValueError(
                 f"a column cannot be called {name!r}; use letters, digits and '_', and neither one of {RESERVED} nor a "
@@ -207,30 +222,12 @@ def check_columns(columns: Mapping[str, Any] | None, n_samples: int) -> dict[str
             raise ValueError(
                 f"column {name!r} has shape {array.shape} for {n_samples} samples; give one value for each."
             )
-        if array.dtype.kind not in "biufU":
+        if array.dtype.kind not in "biufT":
             dates = "write dates and times as strings, values.astype(str)"
             advice = dates if array.dtype.kind in "mM" else "give booleans, numbers or strings"
             raise ValueError(f"column {name!r} has dtype {array.dtype}; {advice}.")
         checked[name] = array
     return checked
-
-
-def _texts(values: Any, what: str) -> npt.NDArray[Any]:
-    """Values as an array; Python strings that stand in one of objects, as pandas has them, as one of strings.
-
-    Raises:
-        ValueError: a string has no UTF-8, as a file's name in Latin-1; names it.
-    """
-    array = np.asarray(values)
-    if array.dtype == object and all(isinstance(value, str) for value in array.flat):
-        array = array.astype(str)
-    if array.dtype.kind == "U":
-        for text in array.flat:
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                raise ValueError(f"{what} {str(text)!r} has no UTF-8; give it another name.") from None
-    return array
 
 
 def column_types(ids: npt.NDArray[Any], columns: Mapping[str, npt.NDArray[Any]]) -> dict[str, str]:

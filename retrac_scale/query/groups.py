@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrac_scale.arrays import Bools, Float32, Float64, Int64
-from retrac_scale.columns import Texts
+from retrac_scale.columns import Texts, as_column
 from retrac_scale.index.reader import IndexReader
 from retrac_scale.index.scan import scores
 from retrac_scale.query.source import Source, opened, readout
@@ -48,7 +48,7 @@ def labels_of(group_by: str | npt.ArrayLike, index: IndexReader) -> tuple[npt.ND
             raise ValueError(f"group_by={group_by!r} is no column of the index; it has {', '.join(names) or 'none'}.")
         column = index.column(group_by)
         return (column.values, column.codes) if isinstance(column, Texts) else np.unique(column, return_inverse=True)
-    labels = np.asarray(group_by)
+    labels = as_column(group_by)
     if labels.shape != (index.shape[1],):
         raise ValueError(f"group_by= has shape {labels.shape}; give one label for each of {index.shape[1]} samples.")
     return np.unique(labels, return_inverse=True)
