@@ -28,13 +28,13 @@ class Texts:
         text: the distinct texts in UTF-8, one after the other, uint8 `[b]`; their bytes sort as they do.
         ends: where each of them ends, int64 `[v]`.
         codes: which of them each sample has, int32 `[n]`.
-        read: the distinct texts as an array, once they have been; the column of some of the samples shares it.
+        read: the distinct texts as arrays, once they have been; the column of some of the samples shares them.
     """
 
     text: npt.NDArray[np.uint8]
     ends: npt.NDArray[np.int64]
     codes: npt.NDArray[np.int32]
-    read: list[npt.NDArray[Any]] = field(default_factory=list, repr=False)
+    read: dict[int | None, npt.NDArray[Any]] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def of(texts: npt.NDArray[Any]) -> Texts:
@@ -59,9 +59,7 @@ class Texts:
     @property
     def values(self) -> npt.NDArray[Any]:
         """The distinct texts, sorted, `STRING` `[v]`."""
-        if not self.read:
-            self.read.append(np.array([text.decode() for text in self.encoded()], STRING))
-        return self.read[0]
+        return self._values(None)
 
     def encoded(self) -> Iterator[bytes]:
         """The distinct texts in UTF-8, in their order."""
@@ -82,15 +80,32 @@ class Texts:
         """The column of some samples, chosen as an array is."""
         return replace(self, codes=self.codes[samples])
 
-    def whole(self) -> npt.NDArray[Any]:
-        """The texts themselves, `STRING` `[n]`; of few samples theirs alone are read."""
+    def whole(self, beside: int | None = None) -> npt.NDArray[Any]:
+        """The texts themselves, `STRING` `[n]`; of few samples theirs alone are read.
+
+        Args:
+            beside: None, or what they are compared with has at most so many characters: then long ones are cut where
+                no comparison can tell.
+        """
         if self.read or self.count <= len(self.codes):
-            return self.values[self.codes]
+            return self._values(beside)[self.codes]
         codes, places = np.unique(self.codes, return_inverse=True)
-        return np.array([self._encoded(code).decode() for code in codes.tolist()], STRING)[places]
+        return _array([self._encoded(code).decode() for code in codes.tolist()], beside)[places]
+
+    def _values(self, beside: int | None) -> npt.NDArray[Any]:
+        if beside not in self.read:
+            self.read[beside] = _array([text.decode() for text in self.encoded()], beside)
+        return self.read[beside]
 
     def _encoded(self, code: int) -> bytes:
         return self.text[int(self.ends[code - 1]) if code else 0 : int(self.ends[code])].tobytes()
+
+
+def _array(texts: list[str], beside: int | None) -> npt.NDArray[Any]:
+    """Texts as `STRING`, or, cut as `Texts.whole` says, in one length, which NumPy compares and chooses from faster."""
+    if beside is None or "\0" in "".join(texts):  # in one length, zeros at the end are none
+        return np.array(texts, STRING)
+    return np.array(texts, f"<U{beside + 1}")
 
 
 class Places:
@@ -153,10 +168,8 @@ def as_column(values: Any, what: str = "value") -> npt.NDArray[Any]:
         ValueError: a text has no UTF-8, as a file's name in Latin-1; names it.
     """
     if isinstance(values, Sequence) and not isinstance(values, str):
-        values, texts = list(values), _are_texts(values)
-    else:
-        texts = False
-    if not texts:
+        values = list(values)
+    if not (isinstance(values, list) and _are_texts(values)):
         values = np.asarray(values)
         if values.dtype.kind in "UT" and values.dtype != STRING:  # a type of strings of its own may know of none
             values = values.astype(object)
@@ -173,6 +186,22 @@ def _are_texts(values: Sequence[Any]) -> bool:
     kinds = set(map(type, values))
     known = all(issubclass(kind, str | bool | int | float | np.number | np.bool_) for kind in kinds)
     return known and any(issubclass(kind, str) for kind in kinds)
+
+
+def distinct(column: Column, most: int) -> npt.NDArray[Any] | None:
+    """Its sorted distinct values; None where there are more than so many."""
+    if isinstance(column, Texts):
+        return column.values if column.count <= most else None
+    values = column[:0]
+    for start in range(0, len(column), LOOKED_AT):
+        some = column[start : start + LOOKED_AT]
+        if len(values):
+            some = some[values[np.minimum(np.searchsorted(values, some), len(values) - 1)] != some]
+        if len(some):
+            values = np.unique(np.concatenate([values, some]))
+        if len(values) > most:
+            return None
+    return values
 
 
 def check_ids(ids: Sequence[Any] | npt.NDArray[Any] | None, n_samples: int) -> npt.NDArray[Any]:
