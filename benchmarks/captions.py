@@ -72,7 +72,7 @@ def dataset(folder: Path, n: int, long: int, found: Found) -> None:
     """Construct a data set, and take a part of it."""
     columns, ids = {"caption": captions(n, long), "licence": licences(n)}, names(n)
     with watched(found, "data set"):
-        images = rs.datasets.Arrays(np.zeros((n, 1, 1), np.uint8), ids=ids, columns=columns)
+        images: Any = rs.datasets.Arrays(np.zeros((n, 1, 1), np.uint8), ids=ids, columns=columns)
     with watched(found, "Subset of it"):
         brought(Subset(images, range(n - 1)), "columns")
 

@@ -14,8 +14,6 @@ import numpy.typing as npt
 
 LOOKED_AT = 2**16
 """Entries of a column at a time, where its distinct values are few or do not count."""
-STRING = np.dtypes.StringDType()
-"""The type of columns of texts: each text takes the room that it needs, not that of the longest."""
 RESERVED = ("id", "deleted", "parts")
 """Names at the root of a store that neither a column nor a checkpoint may take."""
 
@@ -58,7 +56,7 @@ class Texts:
 
     @property
     def values(self) -> npt.NDArray[Any]:
-        """The distinct texts, sorted, `STRING` `[v]`."""
+        """The distinct texts, sorted, `[v]`."""
         return self._values(None)
 
     def encoded(self) -> Iterator[bytes]:
@@ -81,7 +79,7 @@ class Texts:
         return replace(self, codes=self.codes[samples])
 
     def whole(self, beside: int | None = None) -> npt.NDArray[Any]:
-        """The texts themselves, `STRING` `[n]`; of few samples theirs alone are read.
+        """The texts themselves, `[n]`; of few samples theirs alone are read.
 
         Args:
             beside: None, or what they are compared with has at most so many characters: then long ones are cut where
@@ -102,9 +100,9 @@ class Texts:
 
 
 def _array(texts: list[str], beside: int | None) -> npt.NDArray[Any]:
-    """Texts as `STRING`, or, cut as `Texts.whole` says, in one length, which NumPy compares and chooses from faster."""
+    """Texts as `is_text` has them, or, cut as `Texts.whole` says, in one length, which NumPy compares faster."""
     if beside is None or "\0" in "".join(texts):  # in one length, zeros at the end are none
-        return np.array(texts, STRING)
+        return np.array(texts, object)
     return np.array(texts, f"<U{beside + 1}")
 
 
@@ -156,32 +154,41 @@ def joined(several: Sequence[Column]) -> Column:
     return Texts.coded([every[i] for i, new in zip(order, is_new, strict=False) if new], codes)
 
 
+def is_text(values: npt.NDArray[Any]) -> bool:
+    """Whether an array holds Python's strings, as columns of texts do: each takes the room that it needs.
+
+    NumPy's strings of one length have room for the longest in each, and its `StringDType` is not sound before 2.4.
+    """
+    return values.dtype == object and all(isinstance(one, str) for one in values.flat)
+
+
 def as_ids(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Numbers as they are; texts in an array that has room for the longest in each, which is searched faster."""
-    return np.array(values.tolist(), dtype=str) if values.dtype.kind == "T" else values
+    return np.array(values.tolist(), dtype=str) if values.dtype.kind == "T" or is_text(values) else values
 
 
 def as_column(values: Any, what: str = "value") -> npt.NDArray[Any]:
-    """Values as an array; texts in one of `STRING`, without one that has room for the longest in each on the way.
+    """Values as an array; texts, and numbers among them, as `is_text` has them.
 
     Raises:
         ValueError: a text has no UTF-8, as a file's name in Latin-1; names it.
     """
     if isinstance(values, Sequence) and not isinstance(values, str):
         values = list(values)
-    if not (isinstance(values, list) and _are_texts(values)):
-        values = np.asarray(values)
-        if values.dtype.kind in "UT" and values.dtype != STRING:  # a type of strings of its own may know of none
-            values = values.astype(object)
-        if values.dtype != object or not all(isinstance(one, str) for one in values.flat):
-            return values
-    try:
-        return np.asarray(values, STRING)
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{what} {error.object!r} has no UTF-8; give it another name.") from None
+    if isinstance(values, list) and _become_texts(values):  # NumPy would make them texts of one length
+        array = np.array(list(map(str, values)), object)
+    else:
+        array = np.asarray(values)
+        array = array.astype(object) if array.dtype.kind in "UT" else array
+    for text in array.flat if is_text(array) else ():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{what} {text!r} has no UTF-8; give it another name.") from None
+    return array
 
 
-def _are_texts(values: Sequence[Any]) -> bool:
+def _become_texts(values: Sequence[Any]) -> bool:
     """Whether NumPy makes texts of them: one is, and the others are that or numbers."""
     kinds = set(map(type, values))
     known = all(issubclass(kind, str | bool | int | float | np.number | np.bool_) for kind in kinds)
@@ -232,7 +239,7 @@ def check_ids(ids: Sequence[Any] | npt.NDArray[Any] | None, n_samples: int) -> n
 
 
 def check_columns(columns: Mapping[str, Any] | None, n_samples: int) -> dict[str, npt.NDArray[Any]]:
-    """User columns as arrays `{name: [n]}` of booleans, numbers or `STRING`.
+    """User columns as arrays `{name: [n]}` of booleans, numbers or texts, see `is_text`.
 
     Raises:
         ValueError: the wrong length or type, or a name that cannot stand beside the ids; names the column.
@@ -251,7 +258,7 @@ def check_columns(columns: Mapping[str, Any] | None, n_samples: int) -> dict[str
             raise ValueError(
                 f"column {name!r} has shape {array.shape} for {n_samples} samples; give one value for each."
             )
-        if array.dtype.kind not in "biufT":
+        if array.dtype.kind not in "biuf" and not is_text(array):
             dates = "write dates and times as strings, values.astype(str)"
             advice = dates if array.dtype.kind in "mM" else "give booleans, numbers or strings"
             raise ValueError(f"column {name!r} has dtype {array.dtype}; {advice}.")
@@ -262,4 +269,4 @@ def check_columns(columns: Mapping[str, Any] | None, n_samples: int) -> dict[str
 def column_types(ids: npt.NDArray[Any], columns: Mapping[str, npt.NDArray[Any]]) -> dict[str, str]:
     """How zarr stores the ids and the columns: "string", or a NumPy type."""
     every = {"id": ids, **columns}
-    return {name: "string" if values.dtype.kind in "UT" else values.dtype.name for name, values in every.items()}
+    return {name: "string" if values.dtype.kind in "UO" else values.dtype.name for name, values in every.items()}

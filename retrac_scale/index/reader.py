@@ -114,7 +114,7 @@ class IndexReader:
 
     @property
     def columns(self) -> dict[str, npt.NDArray[Any]]:
-        """The user's columns, `{name: [n]}`: booleans, numbers, or texts as NumPy's `StringDType`."""
+        """The user's columns, `{name: [n]}`: booleans, numbers, or texts as arrays of Python's strings."""
         every = {name: self.column(name) for name in self.column_names}
         return {name: values.whole() if isinstance(values, Texts) else values for name, values in every.items()}
 

@@ -31,8 +31,7 @@ class TopK:
     the sample lowered the query's loss (proponent), a negative one that it raised it (opponent).
 
     Attributes:
-        ids: `[q, k]` sample ids, or labels of groups (texts of a column as `StringDType`). Under side "both" the first
-            half are proponents.
+        ids: `[q, k]` sample ids, or labels of groups. Under side "both" the first half are proponents.
         scores: float64 `[q, k]`.
         query_ids: `[q]`.
         side: "proponents", "opponents" or "both".
@@ -94,9 +93,8 @@ class TopK:
 
         q, width = self.ids.shape
         k = width // len(self.sides)
-        ids = self.ids.ravel()
         columns: dict[str, Any] = {
-            "id": ids.astype(object) if ids.dtype.kind == "T" else ids,  # pandas knows no others' strings
+            "id": self.ids.ravel(),
             "score": self.scores.ravel(),
             "rank": np.tile(np.arange(1, k + 1), q * len(self.sides)),
             "query": np.repeat(self.query_ids, width),

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrac_scale.arrays import Bools, Int64
-from retrac_scale.columns import Column, Texts
+from retrac_scale.columns import Column, Texts, as_ids
 from retrac_scale.index.reader import IndexReader
 from retrac_scale.store.schema import blocks
 
@@ -46,7 +46,7 @@ def which(
         return None
     if isinstance(where, str):
         return _evaluate(where, index, wanted)
-    chosen, ids = np.asarray(where), index.ids
+    chosen, ids = as_ids(np.asarray(where)), index.ids
     if chosen.dtype == bool:
         if chosen.shape != ids.shape:
             raise ValueError(f"where= is a mask of shape {chosen.shape}; the index has {len(ids)} samples.")

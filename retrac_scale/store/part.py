@@ -289,7 +289,8 @@ class Part:
         if samples is not None:
             keys = [f"{name}/{ROOT}", *(f"{name}/c/{i}" for i in np.unique(samples // LIST_CHUNK))]
         array = zarr.open_array(MemoryStore({key: wrap(self._fixed(key)) for key in keys}), path=name, mode="r")
-        return np.asarray(array[:] if samples is None else array.oindex[samples])
+        values = np.asarray(array[:] if samples is None else array.oindex[samples])
+        return values.astype(object) if values.dtype.kind == "T" else values
 
     def _zarr_read(self, path: str, selection: slice) -> npt.NDArray[Any]:
         array = self.array(path)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import zarr
 
 from retrac_scale.arrays import Float32
-from retrac_scale.columns import Places
+from retrac_scale.columns import Places, as_ids
 from retrac_scale.store import commits, objects
 from retrac_scale.store.grid import Grid
 from retrac_scale.store.opening import WHAT, measure_of, open_parts, open_root
@@ -96,7 +96,7 @@ class SketchStore:
 
     @cached_property
     def columns(self) -> dict[str, npt.NDArray[Any]]:
-        """The user's columns, `{name: [n]}`: booleans, numbers, or texts as NumPy's `StringDType`."""
+        """The user's columns, `{name: [n]}`: booleans, numbers, or texts as arrays of Python's strings."""
         names = self._grid.segments[0].columns
         return {name: _joined([part.columns[name] for part in self._grid.segments]) for name in names}
 
@@ -260,7 +260,7 @@ class SketchStore:
         Raises:
             ValueError: an id is not in the store; nothing is deleted then.
         """
-        chosen = np.asarray(ids)
+        chosen = as_ids(np.asarray(ids))
         unknown = ~np.isin(chosen, self.ids)
         if unknown.any():
             raise ValueError(f"{self.url} has no sample {chosen[unknown].tolist()[0]!r}; nothing was deleted.")

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from retrac_scale.columns import as_ids
 from retrac_scale.evaluate.intervals import Interval, bootstrap
 from retrac_scale.evaluate.judging import ranking
 from retrac_scale.evaluate.judging.base import Draws, Figure, Truth
@@ -75,8 +74,8 @@ class Groups(Truth):
     def _arrays(self) -> dict[str, Any]:
         found: dict[str, Any] = {"columns": np.array(list(self.labels)), "whole": self.whole.astype(np.float32)}
         for column, labels in self.labels.items():
-            found[f"labels/{column}"] = as_ids(np.asarray(labels)).astype(np.str_)
-            found[f"names/{column}"] = as_ids(np.asarray(self.names[column])).astype(np.str_)
+            found[f"labels/{column}"] = np.asarray(labels).astype(np.str_)
+            found[f"names/{column}"] = np.asarray(self.names[column]).astype(np.str_)
             found[f"without/{column}"] = self.without[column].astype(np.float32)
         return found
 
