@@ -103,7 +103,7 @@ def _array(texts: list[str], beside: int | None) -> npt.NDArray[Any]:
     """Texts as `is_text` has them, or, cut as `Texts.whole` says, in one length, which NumPy compares faster."""
     if beside is None or "\0" in "".join(texts):  # in one length, zeros at the end are none
         return np.array(texts, object)
-    return np.array(texts, f"<U{beside + 1}")
+    return np.array([text[: beside + 1] for text in texts], str)
 
 
 class Places:
