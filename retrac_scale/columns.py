@@ -157,7 +157,8 @@ def joined(several: Sequence[Column]) -> Column:
 def is_text(values: npt.NDArray[Any]) -> bool:
     """Whether an array holds Python's strings, as columns of texts do: each takes the room that it needs.
 
-    NumPy's strings of one length have room for the longest in each, and its `StringDType` is not sound before 2.4.
+    NumPy's strings of one length have room for the longest in each; its `StringDType` fails when some are chosen
+    (2.0, 2.1: numpy/numpy#27737), and `np.unique` mistakes zeros in it.
     """
     return values.dtype == object and all(isinstance(one, str) for one in values.flat)
 
