@@ -27,7 +27,7 @@ ODD += ["x" * 3000, "a" * 3000]
 STRING = np.dtypes.StringDType()
 IDS = ["a", "a b", "aa", "b", "\U0001f600", "\uffff", "x", "x" * 9, "öa", "zz", "a\0b", "\0b", "aaaaaaaaaa"]
 N, LONG = 3000, 20_000
-ENOUGH = 30 * 10**6
+ENOUGH = N * LONG * 4 // 10
 """Bytes: a tenth of what N texts would take if each had room for the longest."""
 
 
