@@ -26,13 +26,13 @@ class Texts:
         text: the distinct texts in UTF-8, one after the other, uint8 `[b]`; their bytes sort as they do.
         ends: where each of them ends, int64 `[v]`.
         codes: which of them each sample has, int32 `[n]`.
-        read: the distinct texts as an array, once they have been; the column of some of the samples shares it.
+        read: the distinct texts as arrays, once they have been; the column of some of the samples shares them.
     """
 
     text: npt.NDArray[np.uint8]
     ends: npt.NDArray[np.int64]
     codes: npt.NDArray[np.int32]
-    read: list[npt.NDArray[np.str_]] = field(default_factory=list, repr=False)
+    read: dict[int | None, npt.NDArray[Any]] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def of(texts: npt.NDArray[Any]) -> Texts:
@@ -55,11 +55,9 @@ class Texts:
         return len(self.ends)
 
     @property
-    def values(self) -> npt.NDArray[np.str_]:
+    def values(self) -> npt.NDArray[Any]:
         """The distinct texts, sorted, `[v]`."""
-        if not self.read:
-            self.read.append(np.array([text.decode() for text in self.encoded()], dtype=str))
-        return self.read[0]
+        return self._values(None)
 
     def encoded(self) -> Iterator[bytes]:
         """The distinct texts in UTF-8, in their order."""
@@ -80,15 +78,32 @@ class Texts:
         """The column of some samples, chosen as an array is."""
         return replace(self, codes=self.codes[samples])
 
-    def whole(self) -> npt.NDArray[np.str_]:
-        """The texts themselves, `[n]`; of few samples theirs alone are read."""
+    def whole(self, beside: int | None = None) -> npt.NDArray[Any]:
+        """The texts themselves, `[n]`; of few samples theirs alone are read.
+
+        Args:
+            beside: None, or what they are compared with has at most so many characters: then long ones are cut where
+                no comparison can tell.
+        """
         if self.read or self.count <= len(self.codes):
-            return self.values[self.codes]
+            return self._values(beside)[self.codes]
         codes, places = np.unique(self.codes, return_inverse=True)
-        return np.array([self._encoded(code).decode() for code in codes.tolist()], dtype=str)[places]
+        return _array([self._encoded(code).decode() for code in codes.tolist()], beside)[places]
+
+    def _values(self, beside: int | None) -> npt.NDArray[Any]:
+        if beside not in self.read:
+            self.read[beside] = _array([text.decode() for text in self.encoded()], beside)
+        return self.read[beside]
 
     def _encoded(self, code: int) -> bytes:
         return self.text[int(self.ends[code - 1]) if code else 0 : int(self.ends[code])].tobytes()
+
+
+def _array(texts: list[str], beside: int | None) -> npt.NDArray[Any]:
+    """Texts as `is_text` has them, or, cut as `Texts.whole` says, in one length, which NumPy compares faster."""
+    if beside is None or "\0" in "".join(texts):  # in one length, zeros at the end are none
+        return np.array(texts, object)
+    return np.array([text[: beside + 1] for text in texts], str)
 
 
 class Places:
@@ -104,7 +119,7 @@ class Places:
 
     def find(self, wanted: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """The places of ids `[m]`; -1 for those that are not there, be they of another type."""
-        asked, ids = np.asarray(wanted), self.ids
+        asked, ids = as_ids(np.asarray(wanted)), self.ids
         texts = ids.dtype.kind == "U"
         found = np.full(asked.shape, -1, np.int64)
         if not ids.size or not (asked.dtype.kind == "U" if texts else asked.dtype.kind in "iu"):
@@ -139,9 +154,46 @@ def joined(several: Sequence[Column]) -> Column:
     return Texts.coded([every[i] for i, new in zip(order, is_new, strict=False) if new], codes)
 
 
-def plain(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Numbers as they are; texts as zarr reads them as an array of strings, which has room for the longest in each."""
-    return values if values.dtype.kind in "biufU" else np.array(values.tolist(), dtype=str)
+def is_text(values: npt.NDArray[Any]) -> bool:
+    """Whether an array holds Python's strings, as columns of texts do: each takes the room that it needs.
+
+    NumPy's strings of one length have room for the longest in each; its `StringDType` fails when some are chosen
+    (2.0, 2.1: numpy/numpy#27737), and `np.unique` mistakes zeros in it.
+    """
+    return values.dtype == object and all(isinstance(one, str) for one in values.flat)
+
+
+def as_ids(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Numbers as they are; texts in an array that has room for the longest in each, which is searched faster."""
+    return np.array(values.tolist(), dtype=str) if values.dtype.kind == "T" or is_text(values) else values
+
+
+def as_column(values: Any, what: str = "value") -> npt.NDArray[Any]:
+    """Values as an array; texts, and numbers among them, as `is_text` has them.
+
+    Raises:
+        ValueError: a text has no UTF-8, as a file's name in Latin-1; names it.
+    """
+    if isinstance(values, Sequence) and not isinstance(values, str):
+        values = list(values)
+    if isinstance(values, list) and _become_texts(values):  # NumPy would make them texts of one length
+        array = np.array(list(map(str, values)), object)
+    else:
+        array = np.asarray(values)
+        array = array.astype(object) if array.dtype.kind in "UT" else array
+    for text in array.flat if is_text(array) else ():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{what} {text!r} has no UTF-8; give it another name.") from None
+    return array
+
+
+def _become_texts(values: Sequence[Any]) -> bool:
+    """Whether NumPy makes texts of them: one is, and the others are that or numbers."""
+    kinds = set(map(type, values))
+    known = all(issubclass(kind, str | bool | int | float | np.number | np.bool_) for kind in kinds)
+    return known and any(issubclass(kind, str) for kind in kinds)
 
 
 def distinct(column: Column, most: int) -> npt.NDArray[Any] | None:
@@ -168,7 +220,7 @@ def check_ids(ids: Sequence[Any] | npt.NDArray[Any] | None, n_samples: int) -> n
     """
     if ids is None:
         return np.arange(n_samples, dtype=np.int64)
-    array = _texts(ids, "sample id")
+    array = as_ids(as_column(ids, "sample id"))
     if array.shape != (n_samples,):
         raise ValueError(f"got ids of shape {array.shape} for {n_samples} samples; give one id per sample.")
     if array.dtype.kind not in "iU":  # a list with a number beyond int64 becomes unsigned, float or object
@@ -188,7 +240,7 @@ def check_ids(ids: Sequence[Any] | npt.NDArray[Any] | None, n_samples: int) -> n
 
 
 def check_columns(columns: Mapping[str, Any] | None, n_samples: int) -> dict[str, npt.NDArray[Any]]:
-    """User columns as arrays `{name: [n]}` of booleans, numbers or strings.
+    """User columns as arrays `{name: [n]}` of booleans, numbers or texts, see `is_text`.
 
     Raises:
         ValueError: the wrong length or type, or a name that cannot stand beside the ids; names the column.
@@ -197,7 +249,7 @@ def check_columns(columns: Mapping[str, Any] | None, n_samples: int) -> dict[str
         raise ValueError(f"columns must map names to values, got a {type(columns).__name__}.")
     checked = {}
     for name, values in (columns or {}).items():
-        array = _texts(values, f"column {name!r}: value")
+        array = as_column(values, f"column {name!r}: value")
         if not name.isidentifier() or keyword.iskeyword(name) or name in RESERVED:
             raise ValueError(
                 f"a column cannot be called {name!r}; use letters, digits and '_', and neither one of {RESERVED} nor a "
@@ -207,7 +259,7 @@ def check_columns(columns: Mapping[str, Any] | None, n_samples: int) -> dict[str
             raise ValueError(
                 f"column {name!r} has shape {array.shape} for {n_samples} samples; give one value for each."
             )
-        if array.dtype.kind not in "biufU":
+        if array.dtype.kind not in "biuf" and not is_text(array):
             dates = "write dates and times as strings, values.astype(str)"
             advice = dates if array.dtype.kind in "mM" else "give booleans, numbers or strings"
             raise ValueError(f"column {name!r} has dtype {array.dtype}; {advice}.")
@@ -215,25 +267,7 @@ def check_columns(columns: Mapping[str, Any] | None, n_samples: int) -> dict[str
     return checked
 
 
-def _texts(values: Any, what: str) -> npt.NDArray[Any]:
-    """Values as an array; Python strings that stand in one of objects, as pandas has them, as one of strings.
-
-    Raises:
-        ValueError: a string has no UTF-8, as a file's name in Latin-1; names it.
-    """
-    array = np.asarray(values)
-    if array.dtype == object and all(isinstance(value, str) for value in array.flat):
-        array = array.astype(str)
-    if array.dtype.kind == "U":
-        for text in array.flat:
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                raise ValueError(f"{what} {str(text)!r} has no UTF-8; give it another name.") from None
-    return array
-
-
 def column_types(ids: npt.NDArray[Any], columns: Mapping[str, npt.NDArray[Any]]) -> dict[str, str]:
     """How zarr stores the ids and the columns: "string", or a NumPy type."""
     every = {"id": ids, **columns}
-    return {name: "string" if values.dtype.kind in "UT" else values.dtype.name for name, values in every.items()}
+    return {name: "string" if values.dtype.kind in "UO" else values.dtype.name for name, values in every.items()}

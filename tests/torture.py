@@ -61,7 +61,7 @@ def streamed(path: Path) -> dict[str, bytes]:
     assert not verify_store(path).of("metadata", "damaged", "unwritten", "foreign")
     store = open_store(path)
     held = {name: store.sketches(name).tobytes() + store.norms(name).tobytes() for name in WEIGHTS}
-    return {**held, "id": store.ids.tobytes(), "label": store.columns["label"].tobytes()}
+    return {**held, "id": store.ids.tobytes(), "label": "".join(store.columns["label"]).encode()}
 
 
 def torture(

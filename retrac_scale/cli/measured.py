@@ -52,11 +52,13 @@ def project_images(project: Project, folder: str, task: DiffusionTask) -> ImageF
     """
     import numpy as np
 
+    from retrac_scale.columns import as_column
+
     files = image_files([project.path(folder)], task, project.size)
     files.background = project.background
     names = files.ids.tolist() if os.path.isabs(folder) else [project.own_name(file) for file in files.ids.tolist()]
     if project.timesteps == RECORDED and folder == project.images:
-        files.columns = {**files.columns, "path": np.array(names)}
+        files.columns = {**files.columns, "path": as_column(names)}
         files.ids = recorded_ids(project, names)
     else:
         files.ids = np.array(names)

@@ -85,7 +85,7 @@ class Originals:
     """
 
     originals: npt.NDArray[Any]
-    altered: npt.NDArray[np.str_]
+    altered: npt.NDArray[Any]
     ranks: npt.NDArray[np.int64]
     samples: int
     causes: tuple[str, ...] = ()

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import zarr
 
 from retrac_scale.arrays import Float32
-from retrac_scale.columns import plain
+from retrac_scale.columns import as_ids
 from retrac_scale.estimators import Estimator, common_timesteps, recommended
 from retrac_scale.estimators.fitting import fit, moments, rows_at
 from retrac_scale.estimators.ridge import Moments, Ridge
@@ -167,7 +167,7 @@ def _write_segment(
     def parts(name: str) -> Iterator[npt.NDArray[Any]]:
         return (store.column(name, kept[some]) for some in blocks(len(kept), LIST_CHUNK))
 
-    ids = plain(np.concatenate([*parts("id")]))
+    ids = as_ids(np.concatenate([*parts("id")]))
     chunks = create_arrays(root, len(store.checkpoints), ids, common.estimator.width(store), common.dtype, size)
     root.create_group("column", overwrite=True)
     for name in store.meta["columns"].keys() - {"id"}:

@@ -14,7 +14,7 @@ import zarr
 from zarr.storage import LocalStore, MemoryStore
 
 from retrac_scale.arrays import Bools, Float32, Int64
-from retrac_scale.columns import Column, Places, Texts
+from retrac_scale.columns import Column, Places, Texts, as_ids
 from retrac_scale.estimators import Estimator, common_timesteps, estimator_from_spec
 from retrac_scale.estimators.ridge import Ridge
 from retrac_scale.index import seals
@@ -114,14 +114,14 @@ class IndexReader:
 
     @property
     def columns(self) -> dict[str, npt.NDArray[Any]]:
-        """The user's columns, `{name: [n]}`."""
+        """The user's columns, `{name: [n]}`: booleans, numbers, or texts as arrays of Python's strings."""
         every = {name: self.column(name) for name in self.column_names}
         return {name: values.whole() if isinstance(values, Texts) else values for name, values in every.items()}
 
     def column(self, name: str, *, read: bool = True) -> Column:
         """A column, or the ids under "id"; without reading it, one of the same type that holds no sample."""
         if name == "id":
-            return self.ids if read else _listed(np.empty(0, self._first["id"].dtype))
+            return self.ids if read else as_ids(np.empty(0, self._first["id"].dtype))
         if not read:
             return column_of(self._with_columns, name, lambda array: np.empty(0, array.dtype))
         columns = tuple(f"{one.prefix}column/{name}/" for one in self.segments)
@@ -250,7 +250,7 @@ class IndexReader:
         if self._first["id"].dtype.kind in "biuf":
             return self._fetched("id", number)
         self._check([f"{segment.prefix}id/c/{own}"])
-        return _listed(np.asarray(segment.arrays["id"][segment.chunks[own]]))
+        return as_ids(np.asarray(segment.arrays["id"][segment.chunks[own]]))
 
     def _fetched(self, name: str, number: int, *place: int) -> npt.NDArray[Any]:
         """A chunk's part of an array, at a place `[checkpoint]` or `[checkpoint, 0]`, compared with its seal."""
@@ -394,7 +394,3 @@ def open_reader(url: Url) -> IndexReader:
 def open_on_worker(url: str, meta: str) -> IndexReader:
     """The index at a URL, kept open in this process while its description is the same: its maps outlive a task."""
     return open_reader(url)
-
-
-def _listed(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    return values if values.dtype.kind in "biuf" else np.array(values.tolist(), dtype=str)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrac_scale.arrays import Bools, Float32, Float64, Int64
-from retrac_scale.columns import Texts
+from retrac_scale.columns import Column, Texts, as_column, is_text
 from retrac_scale.index.reader import IndexReader
 from retrac_scale.index.scan import scores
 from retrac_scale.query.source import Source, opened, readout
@@ -46,12 +46,15 @@ def labels_of(group_by: str | npt.ArrayLike, index: IndexReader) -> tuple[npt.ND
         names = index.column_names
         if group_by not in names:
             raise ValueError(f"group_by={group_by!r} is no column of the index; it has {', '.join(names) or 'none'}.")
-        column = index.column(group_by)
-        return (column.values, column.codes) if isinstance(column, Texts) else np.unique(column, return_inverse=True)
-    labels = np.asarray(group_by)
+        return _coded(index.column(group_by))
+    labels = group_by if isinstance(group_by, np.ndarray) and group_by.dtype.kind == "U" else as_column(group_by)
     if labels.shape != (index.shape[1],):
         raise ValueError(f"group_by= has shape {labels.shape}; give one label for each of {index.shape[1]} samples.")
-    return np.unique(labels, return_inverse=True)
+    return _coded(Texts.of(labels) if is_text(labels) else labels)
+
+
+def _coded(column: Column) -> tuple[npt.NDArray[Any], npt.NDArray[np.integer]]:
+    return (column.values, column.codes) if isinstance(column, Texts) else np.unique(column, return_inverse=True)
 
 
 def group_run(

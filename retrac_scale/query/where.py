@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from retrac_scale.arrays import Bools, Int64
-from retrac_scale.columns import Column, Texts
+from retrac_scale.columns import Column, Texts, as_ids
 from retrac_scale.index.reader import IndexReader
 from retrac_scale.store.schema import blocks
 
@@ -19,6 +19,7 @@ LONGEST, MOST_TERMS = 2000, 64
 """Characters and operations of an expression, each of which passes over all samples once."""
 TEXT_TERMS, SEARCH_TERMS = 16, 8
 """Operations that a comparison counts for where the texts themselves are read: of two columns, of one with values."""
+CHARACTER = np.dtype("<U1").itemsize
 TILE = 2**16
 """Samples at a time: what is calculated of them stays in a core's cache, and nobody may want the rest."""
 
@@ -45,7 +46,7 @@ def which(
         return None
     if isinstance(where, str):
         return _evaluate(where, index, wanted)
-    chosen, ids = np.asarray(where), index.ids
+    chosen, ids = as_ids(np.asarray(where)), index.ids
     if chosen.dtype == bool:
         if chosen.shape != ids.shape:
             raise ValueError(f"where= is a mask of shape {chosen.shape}; the index has {len(ids)} samples.")
@@ -203,7 +204,7 @@ class _Expression:
         if isinstance(one, Texts) and isinstance(other, Texts):
             ranks = self._ranks(f"{ast.unparse(left)} {ast.unparse(right)}", one, other)
             return _COMPARED[type(op)](ranks[one.codes], 2 * other.codes)
-        return np.asarray(_COMPARED[type(op)](_whole(one), _whole(other)))
+        return np.asarray(_COMPARED[type(op)](_beside(one, other), _beside(other, one)))
 
     def _ranks(self, names: str, one: Texts, other: Texts) -> Int64:
         """What the codes of a column stand for, to be compared with twice those of another; both by their names."""
@@ -271,8 +272,9 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str | Texts) or (isinstance(value, np.ndarray) and value.dtype.kind == "U")
 
 
-def _whole(value: Any) -> Any:
-    return value.whole() if isinstance(value, Texts) else value
+def _beside(value: Any, ids: Any) -> Any:
+    """A value as it is compared; a column of texts, with ids."""
+    return value.whole(ids.itemsize // CHARACTER) if isinstance(value, Texts) else value
 
 
 def _codes_compared(column: Texts, op: type[ast.cmpop], text: str) -> Bools:

@@ -17,7 +17,7 @@ from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
-from retrac_scale.columns import plain
+from retrac_scale.columns import as_ids
 from retrac_scale.store import commits, objects, tombstones
 from retrac_scale.store.encoding import array_dtype
 from retrac_scale.store.errors import DamagedStoreError
@@ -147,15 +147,15 @@ class Part:
     @cached_property
     def ids(self) -> npt.NDArray[Any]:
         """Sample ids `[n]`, int64 or str."""
-        return plain(self._fixed_list("id"))
+        return as_ids(self._fixed_list("id"))
 
     @cached_property
     def columns(self) -> dict[str, npt.NDArray[Any]]:
         """User columns `{name: [n]}`."""
-        return {name: plain(self._fixed_list(name)) for name in self.meta["columns"] if name != "id"}
+        return {name: self._fixed_list(name) for name in self.meta["columns"] if name != "id"}
 
     def column(self, name: str, samples: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """One of them, or the ids, of some samples `[m]`, as zarr reads it, from their chunks alone."""
+        """One of them, or the ids, of some samples `[m]`, from their chunks alone."""
         return self._fixed_list(name, samples)
 
     @property
@@ -289,7 +289,8 @@ class Part:
         if samples is not None:
             keys = [f"{name}/{ROOT}", *(f"{name}/c/{i}" for i in np.unique(samples // LIST_CHUNK))]
         array = zarr.open_array(MemoryStore({key: wrap(self._fixed(key)) for key in keys}), path=name, mode="r")
-        return np.asarray(array[:] if samples is None else array.oindex[samples])
+        values = np.asarray(array[:] if samples is None else array.oindex[samples])
+        return values.astype(object) if values.dtype.kind == "T" else values
 
     def _zarr_read(self, path: str, selection: slice) -> npt.NDArray[Any]:
         array = self.array(path)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import zarr
 
 from retrac_scale.arrays import Float32
-from retrac_scale.columns import Places, plain
+from retrac_scale.columns import Places, as_ids
 from retrac_scale.store import commits, objects
 from retrac_scale.store.grid import Grid
 from retrac_scale.store.opening import WHAT, measure_of, open_parts, open_root
@@ -96,12 +96,12 @@ class SketchStore:
 
     @cached_property
     def columns(self) -> dict[str, npt.NDArray[Any]]:
-        """The user's columns, `{name: [n]}`."""
+        """The user's columns, `{name: [n]}`: booleans, numbers, or texts as arrays of Python's strings."""
         names = self._grid.segments[0].columns
         return {name: _joined([part.columns[name] for part in self._grid.segments]) for name in names}
 
     def column(self, name: str, samples: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """One of the user's columns, or the ids under "id", of the samples at some places `[m]`, as zarr reads it.
+        """One of the user's columns, or the ids under "id", of the samples at some places `[m]`.
 
         Of the others' texts only those in the same chunks are decoded, and nothing is kept.
         """
@@ -114,7 +114,7 @@ class SketchStore:
 
     def columns_of(self, samples: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
         """The user's columns of the samples at some places `[m]`, `{name: [m]}`."""
-        return {name: plain(self.column(name, samples)) for name in self.meta["columns"] if name != "id"}
+        return {name: self.column(name, samples) for name in self.meta["columns"] if name != "id"}
 
     @property
     def deleted(self) -> npt.NDArray[np.bool_]:
@@ -260,7 +260,7 @@ class SketchStore:
         Raises:
             ValueError: an id is not in the store; nothing is deleted then.
         """
-        chosen = np.asarray(ids)
+        chosen = as_ids(np.asarray(ids))
         unknown = ~np.isin(chosen, self.ids)
         if unknown.any():
             raise ValueError(f"{self.url} has no sample {chosen[unknown].tolist()[0]!r}; nothing was deleted.")

@@ -15,6 +15,7 @@ import zarr
 from zarr.abc.store import Store
 from zarr.codecs import Crc32cCodec
 
+from retrac_scale.columns import as_ids
 from retrac_scale.store.errors import DamagedStoreError
 
 FORMAT_VERSION = 1
@@ -134,8 +135,7 @@ def read(group: zarr.Group, path: str, selection: Any = slice(None)) -> npt.NDAr
 
 def read_ids(group: zarr.Group) -> npt.NDArray[Any]:
     """The sample ids `[n]` of a store or an index, int64 or str."""
-    ids = read(group, "id")
-    return ids if ids.dtype.kind in "iu" else np.array(ids.tolist(), dtype=str)
+    return as_ids(read(group, "id"))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from retrac_scale.columns import check_ids
+from retrac_scale.columns import as_column, check_ids
 from retrac_scale.task.items import brought, dataset_ids
 
 
@@ -38,7 +38,7 @@ class Asked(ABC):
             self.ids = [f"{sample}: {name}" for sample in check_ids(own, count).tolist() for name in ways]
         columns, stamps = brought(dataset, "columns"), brought(dataset, "stamps")
         times = len(self._ways)
-        self.columns = columns and {name: np.repeat(np.asarray(values), times) for name, values in columns.items()}
+        self.columns = columns and {name: np.repeat(as_column(values), times) for name, values in columns.items()}
         self.stamps = None if stamps is None else np.repeat(np.asarray(stamps), times)
         self.frozen: Any = brought(dataset, "frozen")
         self.region: Any = brought(dataset, "region")

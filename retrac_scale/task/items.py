@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
+from retrac_scale.columns import as_column
+
 LATENTS = "latents"
 SAMPLE_KEYS = (LATENTS, "image", "images", "pixel_values", "sample", "input", "video")
 PROMPT_KEYS = ("prompt", "text", "caption")
@@ -54,7 +56,7 @@ def brought(dataset: Any, name: str) -> Any:
     if whole is None or name in OF_ALL:
         return whole
     if name == "columns":
-        return {key: np.asarray(values)[rows] for key, values in whole.items()}
+        return {key: as_column(values)[rows] for key, values in whole.items()}
     return np.asarray(whole)[rows]
 
 

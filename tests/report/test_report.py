@@ -86,7 +86,7 @@ def test_it_holds_the_answers_of_every_index_with_errors_and_columns(folder: Pat
             assert [result["resolved"] for result in results] == answer.resolved[place].tolist()
     columns = rs.open_index(folder / "retrac.zarr").columns
     for sample, shown in found["samples"].items():
-        assert shown["columns"] == {name: values[int(sample)].item() for name, values in columns.items()}
+        assert shown["columns"] == {name: values.tolist()[int(sample)] for name, values in columns.items()}
 
 
 def parts_by_hand(store: rs.SketchStore, queries: rs.SketchStore) -> Any:
