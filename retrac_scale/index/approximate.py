@@ -181,9 +181,20 @@ def multiply(rows: npt.NDArray[Any], places: Int64, queries: Float64, asked: Int
 def passing(values: Float32, lowest: Float32, sign: int, counting: Bools | None) -> Int64:
     """As `plain.passing`."""
     places = np.empty(values.size, np.int64)  # of which the system gives what is written
-    every = np.broadcast_to(True if counting is None else counting, values.shape)
-    around = np.resize(lowest, len(lowest) + SUMS)
+    every = _all(values.shape) if counting is None else np.broadcast_to(counting, values.shape)
+    around = lowest[_around(len(lowest))]
     return places[: kernels.passing(values.ravel(), around, np.float32(sign), every, places)].copy()
+
+
+@functools.lru_cache(maxsize=64)
+def _all(shape: tuple[int, ...]) -> Bools:
+    return np.broadcast_to(True, shape)
+
+
+@functools.lru_cache(maxsize=64)
+def _around(count: int) -> Int64:
+    """So many numbers, and on from the first as far as a compiled pass reads at once."""
+    return np.arange(count + SUMS) % count
 
 
 class Largest:
