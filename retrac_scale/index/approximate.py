@@ -186,6 +186,15 @@ def passing(values: Float32, lowest: Float32, sign: int, counting: Bools | None)
     return places[: kernels.passing(values.ravel(), around, np.float32(sign), every, places)].copy()
 
 
+def bounded(
+    places: Int64, values: Float32, unit: Float64, norm: Float32, error: Float64, faint: Float64
+) -> tuple[Int64, Int64, Float64, Float64]:
+    """As `plain.bounded`."""
+    rows, queries, found, bound = np.empty_like(places), np.empty_like(places), *np.empty((2, len(places)))
+    kernels.bounded(places, values.ravel(), unit, norm, error, faint, rows, queries, found, bound)
+    return rows, queries, found, bound
+
+
 @functools.lru_cache(maxsize=64)
 def _all(shape: tuple[int, ...]) -> Bools:
     return np.broadcast_to(True, shape)

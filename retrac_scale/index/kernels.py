@@ -104,6 +104,31 @@ def passing(values: Any, lowest: Any, sign: Any, counting: Any, places: Any) -> 
 
 
 @compiled
+def bounded(
+    places: Any,
+    values: Any,
+    unit: Any,
+    norm: Any,
+    error: Any,
+    faint: Any,
+    rows: Any,
+    queries: Any,
+    found: Any,
+    bound: Any,
+) -> None:
+    """As `plain.bounded`, of flat values; into the last four, `[s]` each."""
+    q = len(unit)
+    for number in range(len(places)):
+        row = places[number] // q
+        query = places[number] - row * q
+        total = 0.0
+        for c in range(len(norm)):
+            total += np.float64(norm[c, row]) * error[c, query]
+        rows[number], queries[number] = row, query
+        found[number], bound[number] = np.float64(values[places[number]]) * unit[query], total + faint[query]
+
+
+@compiled
 def keep_largest(largest: Any, counts: Any, k: Any, lanes: Any, values: Any, floor: Any) -> None:
     """Take in values `[s]` of some lanes `[s]`, and raise the floor to what k values of a lane reach.
 

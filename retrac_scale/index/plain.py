@@ -16,6 +16,8 @@ Multiply = Callable[[npt.NDArray[Any], Int64, Float64, Int64, Float64], None]
 """See `multiply`."""
 Passing = Callable[[Float32, Float32, int, Bools | None], Int64]
 """See `passing`."""
+Bounded = Callable[[Int64, Float32, Float64, Float32, Float64, Float64], tuple[Int64, Int64, Float64, Float64]]
+"""See `bounded`."""
 
 ROUNDING = 2.0**-24
 SUMS = 64
@@ -107,6 +109,10 @@ class Arithmetic(Protocol):
     def passing(self) -> Passing:
         """The function."""
 
+    @property
+    def bounded(self) -> Bounded:
+        """The function."""
+
 
 class PlainProduct:
     """As `Product`, in float32 by NumPy."""
@@ -161,6 +167,27 @@ def passing(values: Float32, lowest: Float32, sign: int, counting: Bools | None)
     if counting is not None:
         reached &= counting
     return np.flatnonzero(reached)
+
+
+def bounded(
+    places: Int64, values: Float32, unit: Float64, norm: Float32, error: Float64, faint: Float64
+) -> tuple[Int64, Int64, Float64, Float64]:
+    """Rows and queries of some places in flattened values `[n, q]`, the values times their units, and their bounds.
+
+    Args:
+        places: `[s]`.
+        values: of products.
+        unit: with a sign, `[q]`.
+        norm: of each checkpoint's rows, `[c, n]`.
+        error: of its products, for each of these, `[c, q]`.
+        faint: that of all of them beside it, `[q]`.
+
+    Returns:
+        `[s]` each.
+    """
+    rows, queries = np.divmod(places, values.shape[1])
+    bound = np.einsum("cs,cs->s", norm[:, rows].astype(np.float64), error[:, queries]) + faint[queries]
+    return rows, queries, values.ravel()[places].astype(np.float64) * unit[queries], bound
 
 
 def kth_largest(lanes: Int64, values: Float64, count: int, k: int) -> Float64:

@@ -169,9 +169,9 @@ def _scan_tile(
             continue
         if query_ids is not None:
             places = places[chunk.ids[tile][places // q] != query_ids[places % q]]
-        rows, lanes = np.divmod(places, q)
-        bound = np.einsum("cs,cs->s", chunk.norm[:, tile][:, rows].astype(np.float64), error[:, lanes]) + faint[lanes]
-        value = sign * total.ravel()[places].astype(np.float64) * unit[lanes]
+        rows, lanes, value, bound = pool.arithmetic.bounded(
+            places, total, sign * unit, chunk.norm[:, tile], error, faint
+        )
         pool.add(number, tile.start + rows, side * q + lanes, value, bound)
 
 

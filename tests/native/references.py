@@ -305,6 +305,32 @@ def to_passing(rng: np.random.Generator) -> tuple[Any, ...]:
     return values, lowest, np.float32(rng.choice([-1, 1])), counting, np.zeros(n * q, np.int64)
 
 
+def bounded(
+    places: Any,
+    values: Any,
+    unit: Any,
+    norm: Any,
+    error: Any,
+    faint: Any,
+    rows: Any,
+    queries: Any,
+    found: Any,
+    bound: Any,
+) -> None:
+    """See `kernels.bounded`."""
+    values = values.reshape(-1, len(unit))
+    rows[:], queries[:], found[:], bound[:] = plain.bounded(places, values, unit, norm, error, faint)
+
+
+def to_bounded(rng: np.random.Generator) -> tuple[Any, ...]:
+    """For `kernels.bounded`."""
+    n, q, c = size(rng, 1), size(rng, 1), int(rng.integers(1, 4))
+    places = np.flatnonzero(rng.random(n * q) < 0.2)
+    values, norm = floats(rng, n * q), floats(rng, c, n)
+    given = places, values, rng.standard_normal(q), norm, rng.random((c, q)), rng.random(q)
+    return (*given, *np.zeros((2, len(places)), np.int64), *np.zeros((2, len(places))))
+
+
 def keep_largest(largest: Any, counts: Any, k: Any, lanes: Any, values: Any, floor: Any) -> None:
     """See `kernels.keep_largest`."""
     for lane, value in zip(lanes, values, strict=True):
@@ -365,6 +391,7 @@ PASSES = (
     Pass(kernels.dot, dot, to_dot, (4,), bits=True),
     Pass(kernels.multiply, plain.multiply, to_multiply, (4,), bits=True),
     Pass(kernels.passing, passing, to_passing, (4,), bits=True),
+    Pass(kernels.bounded, bounded, to_bounded, (6, 7, 8, 9)),
     Pass(kernels.keep_largest, keep_largest, to_keep, (1, 5), bits=True),
     Pass(products.multiply_integers, multiply_integers, to_products, (4,)),
     Pass(int8.multiply_one, dot, to_byte, (4,), here=int8.AVAILABLE),
