@@ -210,11 +210,11 @@ class Largest:
     """As `plain.Largest`."""
 
     def __init__(self, lanes: int, k: int) -> None:
-        self._largest, self._counts, self._k = np.empty((lanes, k + k // 4 + 8)), np.zeros(lanes, np.int64), k
+        self._largest = np.full((lanes, k), -np.inf)
 
     def take(self, lanes: Int64, values: Float64, floor: Float64) -> None:
         """See `plain.Largest`."""
-        kernels.keep_largest(self._largest, self._counts, self._k, lanes, values, floor)
+        kernels.keep_largest(self._largest, lanes, values, floor)
 
 
 def _integers(queries: Float64, dtype: type[np.signedinteger[Any]]) -> tuple[npt.NDArray[Any], Float32, Float64]:

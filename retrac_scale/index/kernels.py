@@ -129,28 +129,29 @@ def bounded(
 
 
 @compiled
-def keep_largest(largest: Any, counts: Any, k: Any, lanes: Any, values: Any, floor: Any) -> None:
+def keep_largest(largest: Any, lanes: Any, values: Any, floor: Any) -> None:
     """Take in values `[s]` of some lanes `[s]`, and raise the floor to what k values of a lane reach.
 
     Args:
-        largest: what each lane has beyond its floor, `[lane, room]`.
-        counts: how many those are, `[lane]`; fewer than there is room for.
-        k: less than the room.
+        largest: those of each lane as a heap, the least of them first, `[lane, k]`; -inf where there are fewer.
         lanes: those of the new values.
         values: float64.
         floor: `[lane]`.
     """
-    room = largest.shape[1]
+    k = largest.shape[1]
     for number in range(len(lanes)):
         lane, value = lanes[number], values[number]
-        if value > floor[lane]:
-            own = largest[lane]
-            own[counts[lane]] = value
-            counts[lane] += 1
-            if counts[lane] == room:
-                own[:k] = np.partition(own, room - k)[room - k :]
-                counts[lane] = k
-                floor[lane] = max(floor[lane], own[:k].min())
+        if value > floor[lane] and value > largest[lane, 0]:
+            own, place, child = largest[lane], 0, 1
+            while child < k:
+                if child + 1 < k and own[child + 1] < own[child]:
+                    child += 1
+                if own[child] >= value:
+                    break
+                own[place] = own[child]
+                place, child = child, 2 * child + 1
+            own[place] = value
+            floor[lane] = max(floor[lane], own[0])
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -305,7 +305,6 @@ class _Pool:
         """Replace approximate values by float64 sums; each depends on its row and query alone."""
         held = self._held
         part = np.flatnonzero(chosen & (held["bound"] > 0))
-        part = part[stable_order(held["lane"][part], self.lanes)]  # a query stays in a core's cache
         asked = held["lane"][part] % self._queries.shape[1]
         total = np.zeros(len(part))
         for number, places, row in self._by_chunk(part):

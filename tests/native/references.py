@@ -331,25 +331,19 @@ def to_bounded(rng: np.random.Generator) -> tuple[Any, ...]:
     return (*given, *np.zeros((2, len(places)), np.int64), *np.zeros((2, len(places))))
 
 
-def keep_largest(largest: Any, counts: Any, k: Any, lanes: Any, values: Any, floor: Any) -> None:
+def keep_largest(largest: Any, lanes: Any, values: Any, floor: Any) -> None:
     """See `kernels.keep_largest`."""
     for lane, value in zip(lanes, values, strict=True):
         if value > floor[lane]:
-            held = [*largest[lane, : counts[lane]], value]
-            if len(held) == largest.shape[1]:
-                held = sorted(held)[-k:]
-                floor[lane] = max(floor[lane], held[0])
-            counts[lane] = len(held)
-            largest[lane] = 0
-            largest[lane, : len(held)] = held
+            largest[lane] = sorted([*largest[lane], value])[1:]
+            floor[lane] = max(floor[lane], largest[lane, 0])
 
 
 def to_keep(rng: np.random.Generator) -> tuple[Any, ...]:
     """For `kernels.keep_largest`."""
-    count, k, s = size(rng, 1), size(rng, 1), 8 * size(rng)
-    largest, counts = np.zeros((count, k + 1 + size(rng))), np.zeros(count, np.int64)
+    count, s = size(rng, 1), 8 * size(rng)
     floor = np.where(rng.random(count) < 0.5, -np.inf, 0.0)
-    return largest, counts, k, rng.integers(count, size=s), rng.standard_normal(s), floor
+    return np.full((count, size(rng, 1)), -np.inf), rng.integers(count, size=s), rng.standard_normal(s), floor
 
 
 def to_dot(rng: np.random.Generator) -> tuple[Any, ...]:
@@ -392,7 +386,7 @@ PASSES = (
     Pass(kernels.multiply, plain.multiply, to_multiply, (4,), bits=True),
     Pass(kernels.passing, passing, to_passing, (4,), bits=True),
     Pass(kernels.bounded, bounded, to_bounded, (6, 7, 8, 9)),
-    Pass(kernels.keep_largest, keep_largest, to_keep, (1, 5), bits=True),
+    Pass(kernels.keep_largest, keep_largest, to_keep, (3,), bits=True),
     Pass(products.multiply_integers, multiply_integers, to_products, (4,)),
     Pass(int8.multiply_one, dot, to_byte, (4,), here=int8.AVAILABLE),
     Pass(int8.multiply_several, multiply_several, to_bytes, (5,), here=int8.AVAILABLE),
