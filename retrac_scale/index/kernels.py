@@ -13,9 +13,6 @@ from numba.extending import intrinsic
 from retrac_scale.index.plain import SUMS
 from retrac_scale.native.compiled import AHEAD, LINE, STRETCH, compiled, prefetch
 
-ROWS_AHEAD = 4
-"""From a row that lies anywhere to the one that is fetched meanwhile."""
-
 
 @compiled
 def dot(rows: Any, query: Any, scale: Any, unit: Any, out: Any) -> None:
@@ -191,12 +188,12 @@ def _add_up(typing: Any, rows: Any, row: Any, query: Any, stretches: Any, sums: 
 
 @compiled
 def multiply(rows: Any, places: Any, queries: Any, asked: Any, out: Any) -> None:
-    """As `plain.multiply`, bit by bit, of contiguous int8 or float32 rows and queries; the next rows are fetched."""
+    """As `plain.multiply`, bit by bit, of contiguous int8 or float32 rows and queries; the next row is fetched."""
     sums, k = np.empty(SUMS), rows.shape[1]
     step, stretches = k * rows.itemsize, k // SUMS
     for number in range(len(places)):
         row, query = rows[places[number]], queries[asked[number]]
-        following = rows.ctypes.data + places[min(number + ROWS_AHEAD, len(places) - 1)] * step
+        following = rows.ctypes.data + places[min(number + 1, len(places) - 1)] * step
         for line in range(0, step, LINE):
             prefetch(following + line)
         _add_up(rows, row.ctypes.data, query.ctypes.data, stretches, sums.ctypes.data)
