@@ -48,18 +48,14 @@ def look_at_model(project: Project) -> Model:
             raise ValueError(f"{config} is no JSON: {error}.") from None
     else:
         found = _on_the_hub(project.model)
-    size = found.get("sample_size")
+    size, channels = found.get("sample_size"), found.get("in_channels")
     shape = None if size is None else (size, size) if isinstance(size, int) else (size[1], size[0])
-    takes = "images" if shape is None else f"images of {shape[0]} x {shape[1]}"
-    name = f"{found.get('_class_name')}, takes {takes} in {found.get('in_channels')} channels"
     parts = _parts(project)
     vae, prompted = "vae" in parts, any(part.startswith("text_encoder") for part in parts)
+    takes = ("latents" if vae else "images") + ("" if shape is None else f" of {shape[0]} x {shape[1]}")
+    name = f"{found.get('_class_name')}, takes {takes} in {channels} channel{'' if channels == 1 else 's'}"
     if vae:  # whose factor its pipeline tells, which takes long to load
-        takes = "latents" if shape is None else f"latents of {shape[0]} x {shape[1]}"
-        name = (
-            f"{found.get('_class_name')}, takes {takes} in {found.get('in_channels')} channels, of the pipeline's VAE"
-        )
-        name += " and is told prompts" if prompted else ""
+        name += f", of the pipeline's VAE{', and is told prompts' if prompted else ''}"
     return Model(f"model: {project.denoiser}, {name}", None if vae else shape, vae, prompted)
 
 

@@ -199,7 +199,7 @@ def test_the_empty_prompt_is_said_where_it_stands_for_captions(
     shutil.copy("images/0.png", "asked/a.png")
     assert main(init) == 0
     told = capsys.readouterr().out
-    assert "takes latents of 8 x 8 in 4 channels, of the pipeline's VAE and is told prompts" in told
+    assert "takes latents of 8 x 8 in 4 channels, of the pipeline's VAE, and is told prompts" in told
     assert "images: 5 images of 16 x 16 and other sizes, cut to what the VAE takes" in told
     assert "captions are in column text; 2 of 5 are empty, such as that of images/0.png" in told
     assert "asked: the model is told the empty prompt of all" in told
