@@ -174,7 +174,7 @@ def _add_up(typing: Any, rows: Any, row: Any, query: Any, stretches: Any, sums: 
 
         def read(base: Any, stretch: Any, kind: Any, width: int) -> Any:
             address = builder.add(base, builder.mul(stretch, int64(SUMS * width)))
-            return builder.load(builder.inttoptr(address, kind.as_pointer()), align=width)
+            return builder.load(builder.inttoptr(address, kind.as_pointer()), align=1)
 
         with cgutils.for_range(builder, stretches) as loop:
             entries = widen(read(row, loop.index, stored, rows.dtype.bitwidth // 8), vector)
