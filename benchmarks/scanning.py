@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 import retrac_scale as rs
+from retrac_scale.native.compiled import has
 from retrac_scale.store import create_store, write_block
 
 DIM = 2048
@@ -30,7 +31,7 @@ TOP = 100
 QUERIES = (1, 16, 64, 256)
 OTHER_ROWS = 100_000
 RECALL_QUERIES = 32
-BLAS_KERNELS = ("", "Haswell", "SkylakeX")
+BLAS_KERNELS = ("", "Haswell", *(["SkylakeX"] if has("avx512bw") else []))
 """OPENBLAS_CORETYPE for FAISS and NumPy; the first is OpenBLAS's own choice. The fastest for each Q counts."""
 WITH_BLAS = "faiss-flat, BLAS"
 """With BLAS for any number of queries: as it is installed, FAISS calls none below 128,000 entries of queries."""

@@ -16,7 +16,7 @@ from torch.utils.dlpack import from_dlpack
 from retrac_scale.arrays import Bools, Float32, Float64, Int64
 from retrac_scale.index import kernels
 from retrac_scale.index.plain import SUMS, Product, rounding, summation
-from retrac_scale.native import int8
+from retrac_scale.native import int8, paired
 from retrac_scale.native.products import multiply_integers
 from retrac_scale.native.threads import over_rows
 
@@ -26,55 +26,41 @@ CHANCE = 1e-21
 """That the bound on a product of int8 queries fails for one row and query (Hoeffding's inequality)."""
 
 
+LARGEST_TILE = 16384
+"""Rows."""
+
 MEASURED_BYTES, TURNS = 4 * 2**20, 3
 """Of rows by which the faster product is told, more than a core's own cache holds; and how often."""
 CLEARLY = 1.1
 """How much faster a product has to be than those before it to be taken, since a busy machine measures badly."""
 
 
-class ByteProduct:
-    """One checkpoint's queries as int8, for compiled passes by instructions made for it; see `plain.Product`."""
+Multiply = Callable[[npt.NDArray[np.int8], Float32, Float32], None]
+"""Products of some contiguous rows times their scales, into the last argument; see `CompiledProduct`."""
 
-    def __init__(self, queries: npt.NDArray[np.int8], unit: Float32, error: Float64, tile: int) -> None:
-        self.error, self.tile, self._unit = error, tile, unit
-        self._alone = np.ascontiguousarray(queries[0]) if len(queries) == 1 else None
-        self._queries = int8.packed(queries) if self._alone is None else ()
-        self._out = np.empty((tile + tile // 4, len(queries)), np.float32)
+
+class CompiledProduct:
+    """One checkpoint's queries for a compiled pass over int8 rows; see `plain.Product`.
+
+    Args:
+        multiply: the pass, of rows `[n, k]`, their scales `[n]`, and where scaled products go, float32 `[n, q]`.
+        queries: how many.
+        error: `[q]`.
+        tile: rows that it best takes at a time.
+    """
+
+    def __init__(self, multiply: Multiply, queries: int, error: Float64, tile: int) -> None:
+        self.error, self.tile, self._multiply = error, tile, multiply
+        self._out = np.empty((tile + tile // 4, queries), np.float32)
 
     def weighted(self, rows: npt.NDArray[np.int8], scale: Float32) -> Float32:
         """scale[n] <rows[n], queries[q]>, roughly, `[n, q]`, in a buffer that the next call overwrites."""
         out = self._out[: len(rows)]
 
         def work(part: slice) -> None:
-            given = np.ascontiguousarray(rows[part])
-            if self._alone is not None:
-                int8.multiply_one(given, self._alone, scale[part], self._unit[0], out[part].ravel())
-            else:
-                int8.multiply_several(given, *self._queries, scale[part], self._unit, out[part])
+            self._multiply(np.ascontiguousarray(rows[part]), scale[part], out[part])
 
         over_rows(work, len(rows), rows.nbytes * out.shape[1])
-        return out
-
-
-class IntegerProduct:
-    """One checkpoint's queries as int16, for compiled passes over int8 rows; see `plain.Product`."""
-
-    def __init__(self, queries: npt.NDArray[np.int16], unit: Float32, error: Float64, tile: int) -> None:
-        self.error, self.tile = error, tile
-        self._queries, self._unit = np.ascontiguousarray(queries), unit
-        self._out = np.empty((tile + tile // 4, len(queries)), np.float32)
-
-    def weighted(self, rows: npt.NDArray[np.int8], scale: Float32) -> Float32:
-        """scale[n] <rows[n], queries[q]>, roughly, `[n, q]`, in a buffer that the next call overwrites."""
-        out, queries, unit = self._out[: len(rows)], self._queries, self._unit
-
-        def one(part: slice) -> None:
-            kernels.dot(rows[part], queries[0], scale[part], unit[0], out[part].ravel())
-
-        def several(part: slice) -> None:
-            multiply_integers(np.ascontiguousarray(rows[part]), queries, scale[part], unit, out[part])
-
-        over_rows(one if len(queries) == 1 else several, len(rows), rows.nbytes * len(queries))
         return out
 
 
@@ -111,24 +97,67 @@ class TorchProduct:
         return weighted
 
 
-def _torch_int8(queries: npt.NDArray[np.int8], unit: Float32, error: Float64, tile: int) -> TorchProduct:
-    return TorchProduct(torch.from_numpy(queries).T, unit, error, tile)
+def _large(tile: int) -> int:
+    """A tile of rows that are read in place, so that it needs no room but for its scores."""
+    return min(LARGEST_TILE, 2 * max(tile, 2048))
+
+
+def by_bytes(queries: Float64, arithmetic: Float64, tile: int) -> Product:
+    """A product by instructions made for bytes."""
+    whole, unit, error = _integers(queries, _largest(queries), min(127, WIDEST // queries.shape[1]))
+    integers, (q, _) = whole.astype(np.int8), queries.shape
+    packed = int8.packed(integers) if q > 1 else ()
+
+    def multiply(rows: npt.NDArray[np.int8], scale: Float32, out: Float32) -> None:
+        if q > 1:
+            int8.multiply_several(rows, *packed, scale, unit, out)
+        else:
+            int8.multiply_one(rows, integers[0], scale, unit[0], out.ravel())
+
+    return CompiledProduct(multiply, q, error + arithmetic, _large(tile))
+
+
+def by_pairs(queries: Float64, arithmetic: Float64, tile: int) -> Product:
+    """A product of bytes by instructions of every CPU with AVX2."""
+    integers, unit, error = _integers(queries, paired.meeting(queries), paired.MOST - paired.MEET)
+    packed = paired.packed(integers.astype(np.int8))
+
+    def multiply(rows: npt.NDArray[np.int8], scale: Float32, out: Float32) -> None:
+        paired.multiply_paired(rows, *packed, scale, unit, out)
+
+    return CompiledProduct(multiply, len(queries), error + arithmetic, _large(tile))
+
+
+def by_integers(queries: Float64, arithmetic: Float64, tile: int) -> Product:
+    """A product of int16."""
+    integers, unit, error = _integers(queries, _largest(queries), min(2**15 - 1, WIDEST // queries.shape[1]))
+
+    def multiply(rows: npt.NDArray[np.int8], scale: Float32, out: Float32) -> None:
+        if len(integers) > 1:
+            multiply_integers(rows, integers, scale, unit, out)
+        else:
+            kernels.dot(rows, integers[0], scale, unit[0], out.ravel())
+
+    return CompiledProduct(multiply, len(queries), error + arithmetic, tile)
+
+
+def by_torch(queries: Float64, arithmetic: Float64, tile: int) -> Product:
+    """A product of bytes by torch."""
+    integers, unit, error = _integers(queries, _largest(queries), min(127, WIDEST // queries.shape[1]))
+    return TorchProduct(torch.from_numpy(integers.astype(np.int8)).T, unit, error + arithmetic, tile)
 
 
 def product_of(queries: Float64, norm: Float64, dtype: np.dtype[Any], checkpoints: int) -> Product:
     """The fastest product that this machine has for queries `[q, k]` and rows of a dtype, with its error."""
     q, k = queries.shape
     arithmetic = rounding(norm, checkpoints)
-    tile = 16384 if q < 8 else 4096 if q <= 64 else 2048 if q <= 128 else 512
+    tile = LARGEST_TILE if q < 8 else 4096 if q <= 64 else 2048 if q <= 128 else 512
     if torch.cuda.is_available():
         rounded = torch.from_numpy(queries).bfloat16().T.contiguous().cuda()
-        return TorchProduct(rounded, np.ones(q, np.float32), arithmetic + 2.0**-6 * norm, 16384)
+        return TorchProduct(rounded, np.ones(q, np.float32), arithmetic + 2.0**-6 * norm, LARGEST_TILE)
     if dtype == np.int8 and k <= WIDEST:
         way = _fastest(min(64, 2 ** (q - 1).bit_length()), k, torch.get_num_threads())
-        integers, unit, error = _integers(queries, np.int16 if way is IntegerProduct else np.int8)
-        if way is ByteProduct:  # which needs no room but for its scores
-            tile = min(16384, 2 * max(tile, 2048))
-        return way(integers, unit, error + 1.1 * arithmetic, tile)
+        return way(queries, 1.1 * arithmetic, tile)
     summed = summation(norm, k)
     if torch.cpu._is_avx512_bf16_supported() and q >= 16:  # queries, rows and result round to 8 bits
         rounded = torch.from_numpy(queries).bfloat16().T.contiguous()
@@ -140,24 +169,31 @@ def product_of(queries: Float64, norm: Float64, dtype: np.dtype[Any], checkpoint
     return TorchProduct(matrix, np.ones(q, np.float32), arithmetic + summed, min(tile, 512))
 
 
-def _ways(queries: int, entries: int) -> list[Callable[..., Product]]:
-    """Products of int8 rows that are right here: torch's saturate without VNNI, and are wrong for single entries."""
-    ways: list[Callable[..., Product]] = [ByteProduct] if int8.AVAILABLE else []
+Way = Callable[[Float64, Float64, int], Product]
+"""A product of int8 rows with queries `[q, k]`, given what is lost `[q]` beside their rounding, and a tile's rows."""
+
+
+def _ways(queries: int, entries: int) -> list[Way]:
+    """Those that are right here: torch's saturate without VNNI, and are wrong for single entries."""
+    ways: list[Way] = []
+    if int8.AVAILABLE:
+        ways.append(by_bytes)
+    elif paired.AVAILABLE and queries > 1 and entries <= paired.WIDEST:
+        ways.append(by_pairs)
     if queries > 1 and entries > 1 and torch.cpu._is_vnni_supported():
-        ways.append(_torch_int8)
-    return [*ways, IntegerProduct]
+        ways.append(by_torch)
+    return [*ways, by_integers]
 
 
 @functools.lru_cache(maxsize=256)
-def _fastest(queries: int, entries: int, threads: int) -> Callable[..., Product]:
+def _fastest(queries: int, entries: int, threads: int) -> Way:
     """The fastest of `_ways` here, by some milliseconds of each; a later one has to be clearly faster."""
     ways = _ways(queries, entries)
     if len(ways) == 1:
         return ways[0]
-    n = max(1, MEASURED_BYTES // entries)
+    n = max(1, min(LARGEST_TILE, MEASURED_BYTES // entries))
     rows, scale = np.ones((n, entries), np.int8), np.ones(n, np.float32)
-    ones, unit, zero = np.ones((queries, entries), np.int8), np.ones(queries, np.float32), np.zeros(queries)
-    products = [way(ones.astype(np.int16 if way is IntegerProduct else np.int8), unit, zero, n) for way in ways]
+    products = [way(np.ones((queries, entries)), np.zeros(queries), n) for way in ways]
     took = [float("inf")] * len(ways)
     for _ in range(1 + TURNS):  # the first is for what is made once
         for number, product in enumerate(products):
@@ -217,21 +253,29 @@ class Largest:
         kernels.keep_largest(self._largest, lanes, values, floor)
 
 
-def _integers(queries: Float64, dtype: type[np.signedinteger[Any]]) -> tuple[npt.NDArray[Any], Float32, Float64]:
+def _largest(queries: Float64) -> Float64:
+    """The largest magnitude of an entry of each query."""
+    largest: Float64 = np.maximum(queries.max(1), -queries.min(1))
+    return largest
+
+
+def _integers(queries: Float64, highest: Float64, most: int) -> tuple[npt.NDArray[np.int16], Float32, Float64]:
     """Queries as integers `[q, k]` times a unit `[q]`, rounded up or down at random without bias, and the error `[q]`.
 
     The error of a product with a row r is a sum of independent terms, each of mean zero and in a range of unit |r_k|:
     by Hoeffding's inequality it exceeds unit |r| sqrt(ln(2/p)/2) with a probability of at most p; by Cauchy and Schwarz
-    it never exceeds unit |r| sqrt(k). The smaller counts. Integers are small enough that no int32 sum overflows.
+    it never exceeds unit |r| sqrt(k). The smaller counts.
+
+    Args:
+        queries: `[q, k]`.
+        highest: what becomes `most` units of each, `[q]`.
+        most: small enough that no int32 sum overflows.
     """
-    k = queries.shape[1]
-    largest = min(np.iinfo(dtype).max, WIDEST // k)
-    highest = np.maximum(queries.max(1), -queries.min(1))
-    unit = np.maximum(highest * (1.000001 / largest), 1e-37).astype(np.float32)
+    unit = np.maximum(highest * (1.000001 / most), 1e-37).astype(np.float32)
     scaled = queries * (1 / unit.astype(np.float64))[:, None]
-    scaled += _dice(k)
-    rounded = np.floor(scaled, out=scaled).astype(dtype)
-    return rounded, unit, 1.000001 * unit * np.sqrt(min(k, np.log(2 / CHANCE) / 2))
+    scaled += _dice(queries.shape[1])
+    rounded = np.floor(scaled, out=scaled).astype(np.int16, order="C")
+    return rounded, unit, 1.000001 * unit * np.sqrt(min(queries.shape[1], np.log(2 / CHANCE) / 2))
 
 
 @functools.lru_cache(maxsize=4)

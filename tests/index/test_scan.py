@@ -18,7 +18,7 @@ from retrac_scale.index.approximate import product_of
 from retrac_scale.index.chunk import Chunk
 from retrac_scale.index.plain import FREE_QUERIES, Light
 from retrac_scale.index.scan import merge, scores, top
-from retrac_scale.native import int8
+from retrac_scale.native import int8, paired
 
 DTYPES = ("int8", "float16", "float32")
 
@@ -134,6 +134,7 @@ def test_cpus_without_int8_and_bfloat16_products_give_the_same_answer(
     others = []
     for module, name, value in (
         (int8, "AVAILABLE", False),
+        (paired, "AVAILABLE", False),
         (torch.cpu, "_is_vnni_supported", lambda: False),
         (torch.cpu, "_is_avx512_bf16_supported", lambda: False),
     ):
@@ -235,7 +236,8 @@ def test_every_product_of_int8_rows_keeps_to_its_bound(
     queries = np.asarray(rng.standard_normal((q, k)) * np.array([1e-6, 1, 1e6] * 3)[:q, None], order=order)
     exact = scale[:, None] * (rows.astype(np.float64) @ queries.T)
     lengths = np.abs(scale) * np.linalg.norm(rows.astype(np.float64), axis=1)
-    for way in approximate._ways(q, k):
+    ways = approximate._ways(q, k) + [approximate.by_pairs] * (paired.AVAILABLE and k <= paired.WIDEST)
+    for way in ways:
         monkeypatch.setattr(approximate, "_fastest", lambda *_, way=way: way)
         product = product_of(queries, np.linalg.norm(queries, axis=1), rows.dtype, 1)
         assert (np.abs(product.weighted(rows, scale) - exact) <= lengths[:, None] * product.error).all()

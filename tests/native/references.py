@@ -18,7 +18,7 @@ from retrac_scale.gradients import factored
 from retrac_scale.gradients.mixing import mix
 from retrac_scale.gradients.rules import normalization
 from retrac_scale.index import kernels, plain
-from retrac_scale.native import int8, products, texts
+from retrac_scale.native import int8, paired, products, texts
 from retrac_scale.native.threads import SharedPass, over_rows
 from retrac_scale.projections import folding
 from retrac_scale.store import rounding
@@ -140,9 +140,18 @@ def multiply_integers(rows: Any, queries: Any, scale: Any, unit: Any, out: Any) 
 
 def multiply_several(rows: Any, queries: Any, rest: Any, scale: Any, unit: Any, out: Any) -> None:
     """See `int8.multiply_several`."""
+    multiply_integers(rows, np.concatenate([unpacked(queries, len(rest)) - int8.SHIFT, rest], 1), scale, unit, out)
+
+
+def multiply_paired(rows: Any, queries: Any, rest: Any, sums: Any, scale: Any, unit: Any, out: Any) -> None:
+    """See `paired.multiply_paired`."""
+    multiply_integers(rows, np.concatenate([unpacked(queries, len(rest)), rest], 1), scale, unit, out)
+
+
+def unpacked(queries: Any, count: int) -> Any:
+    """So many queries `[q, k]` of registers of them."""
     registers, fours, lanes, four = queries.shape
-    packed = queries.transpose(0, 2, 1, 3).reshape(registers * lanes, fours * four)[: len(rest)].astype(np.int64)
-    multiply_integers(rows, np.concatenate([packed - int8.SHIFT, rest], 1), scale, unit, out)
+    return queries.transpose(0, 2, 1, 3).reshape(registers * lanes, fours * four)[:count].astype(np.int64)
 
 
 def passing(values: Any, lowest: Any, sign: Any, counting: Any, places: Any) -> int:
@@ -291,6 +300,13 @@ def to_bytes(rng: np.random.Generator) -> tuple[Any, ...]:
     return integers(rng, n, k), *queries, floats(rng, n), floats(rng, q), np.empty((n, q), np.float32)
 
 
+def to_pairs(rng: np.random.Generator) -> tuple[Any, ...]:
+    """For `paired.multiply_paired`."""
+    n, q, k = size(rng), size(rng), size(rng)
+    queries = paired.packed(rng.integers(-paired.MOST // 4, paired.MOST // 4 + 1, (q, k), np.int8))
+    return integers(rng, n, k), *queries, floats(rng, n), floats(rng, q), np.empty((n, q), np.float32)
+
+
 def to_byte(rng: np.random.Generator) -> tuple[Any, ...]:
     """For `int8.multiply_one`."""
     rows, _, scale, unit, out = to_dot(rng)
@@ -390,6 +406,7 @@ PASSES = (
     Pass(products.multiply_integers, multiply_integers, to_products, (4,)),
     Pass(int8.multiply_one, dot, to_byte, (4,), here=int8.AVAILABLE),
     Pass(int8.multiply_several, multiply_several, to_bytes, (5,), here=int8.AVAILABLE),
+    Pass(paired.multiply_paired, multiply_paired, to_pairs, (6,), here=paired.AVAILABLE),
     Pass(texts.merge, merge, to_merge, (4,), bits=True),
 )
 """All of them: a test finds one that is missing."""
