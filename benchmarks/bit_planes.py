@@ -167,10 +167,10 @@ class Held:
         """The k best by planes, exact as the package's are; and how many rows were read whole."""
         (rows,), (scale,) = self.chunk.rows, self.chunk.scale
         wide = query.astype(np.float64)[None]
-        highest = approximate._largest(wide)
-        (few,), (unit,), (error,) = approximate._integers(wide, highest, 127 if multiply is by_vnni else 2**15 - 1)
+        largest = approximate._largest(wide)
+        (few,), (unit,), (error,) = approximate._integers(wide, largest, 127 if multiply is by_vnni else 2**15 - 1)
         few = few.astype(np.int8 if multiply is by_vnni else np.int16)
-        (whole,), (whole_unit,), (whole_error,) = approximate._integers(wide, highest, 2**15 - 1)
+        (whole,), (whole_unit,), (whole_error,) = approximate._integers(wide, largest, 2**15 - 1)
         open_ = self.plane.spread * unit * float(np.linalg.norm(few.astype(np.float64)))
         factor, most = np.float32(self.plane.step * unit), np.float32(unit * (few @ self.plane.offset) + open_)
         slack, whole_slack = error + 1e-5, whole_error + 1e-5

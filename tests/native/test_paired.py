@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrac_scale.native.paired import AVAILABLE, BLOCK, FOUR, MOST, WIDEST, meeting, multiply_paired, packed
+from retrac_scale.native.int8 import FOUR
+from retrac_scale.native.paired import AVAILABLE, BLOCK, MOST, WIDEST, meeting, multiply_paired, packed
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="this CPU has no such instructions")
 
@@ -47,7 +48,7 @@ def test_what_meets_is_found_one_by_one(q: int, k: int, seed: int) -> None:
                 those = [query[start + at + half : start + at + half + 2] for at in (0, FOUR)]
                 one = np.concatenate(those)
                 sums += [one[one > 0].sum(), -one[one < 0].sum()]
-        return max(sums)
+        return float(max(sums))
 
     np.testing.assert_allclose(meeting(queries), [most(query) for query in queries], rtol=1e-12)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 import retrac_scale as rs
 from retrac_scale.gradients.errors import GradientMismatchError
-from retrac_scale.sketching.calibration import fastest, torch_threads
+from retrac_scale.sketching.calibration import fastest, fastest_batch, torch_threads
 from retrac_scale.task.measures import measure_name, measure_named
 from tests import oracle
 from tests.conftest import MODELS, Labelled, random_images, tiny_dit, tiny_unet
@@ -576,3 +577,20 @@ def test_all_threads_are_taken_unless_one_is_faster(slow: int, chosen: int) -> N
         rows, threads = fastest(run, 32, torch.device("cpu"))
         assert (torch.get_num_threads(), threads) == (2, chosen)
     assert 8 <= rows <= 32
+
+
+@pytest.mark.parametrize(("compiling", "disturbed"), [(0, None), (40, None), (0, 16), (0, 64)])
+def test_neither_compilation_nor_a_disturbed_run_decides_the_batch(
+    monkeypatch: pytest.MonkeyPatch, compiling: int, disturbed: int | None
+) -> None:
+    now, runs = 0.0, Counter[int]()
+
+    def run(rows: int) -> torch.Tensor:
+        nonlocal now
+        runs[rows] += 1
+        longer = compiling * (runs[rows] == 1) + 2.0 * (rows == disturbed and runs[rows] == 2)
+        now += 0.05 + 0.001 * min(rows, 64) + 0.002 * max(0, rows - 64) + longer  # which no longer pays beyond 64
+        return torch.zeros(rows)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    assert fastest_batch(run, 1000, torch.device("cpu")) == 64
