@@ -13,6 +13,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from retrac_scale.api.index import build_index
@@ -44,6 +45,7 @@ QUERY_TIMESTEPS = 20
 TIMESTEPS, ENTRIES = 16, 512
 """Four timesteps show nines for a nine as well; with these most names in a list come again in another run."""
 DIM = 4096
+COMPILED_FOR = 64
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,23 @@ def sketched_as_in_the_paper(
         like=recorded,
     )
     return recorded, asked
+
+
+def compile_beforehand() -> None:
+    """Sketch, index and ask about a few scans: what is compiled for that is kept on disk, where `run` will find it."""
+    few, model = Subset(load_scans(), range(COMPILED_FOR)), build_model()
+    task = DiffusionTask(model, DDPMScheduler(num_train_timesteps=1000))
+    for projection in (LowRank(dim=ENTRIES), CountSketch(DIM)):
+        store = sketch(
+            task,
+            few,
+            None,
+            checkpoints={"untrained": model.state_dict()},
+            timesteps=EvenlySpaced(4),
+            projection=projection,
+            progress=False,
+        )
+        build_index(store).query(store, k=10)
 
 
 def run(out: str | os.PathLike[str]) -> None:

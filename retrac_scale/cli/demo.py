@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from pathlib import Path
 
+from retrac_scale.beforehand import preparing
 from retrac_scale.cli.verb import Answer, Verb
 
 
@@ -14,10 +16,12 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> Answer:
-    from retrac_scale import demo
+    trained = (Path(arguments.out) / "generated.pt").exists()
+    with contextlib.nullcontext() if trained else preparing():
+        from retrac_scale import demo
 
-    with contextlib.redirect_stdout(sys.stderr if arguments.json else sys.stdout):
-        demo.run(arguments.out)
+        with contextlib.redirect_stdout(sys.stderr if arguments.json else sys.stdout):
+            demo.run(arguments.out)
     return Answer("", {"out": arguments.out, "report": f"{arguments.out}/report.html"})
 
 
