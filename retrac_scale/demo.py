@@ -13,7 +13,6 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Subset
 from tqdm.auto import tqdm
 
 from retrac_scale.api.index import build_index
@@ -205,7 +204,7 @@ def sketched_as_in_the_paper(
 
 def compile_beforehand() -> None:
     """Sketch, index and ask about a few scans: what is compiled for that is kept on disk, where `run` will find it."""
-    few, model = Subset(load_scans(), range(COMPILED_FOR)), build_model()
+    few, model = load_scans().images[:COMPILED_FOR], build_model()
     task = DiffusionTask(model, DDPMScheduler(num_train_timesteps=1000))
     for projection in (LowRank(dim=ENTRIES), CountSketch(DIM)):
         store = sketch(

@@ -52,6 +52,7 @@ def fill(
         together.setdefault(store.only_part.same_samples, []).append(store)
     rows = {sample: row for row, sample in enumerate(job.ids.tolist())}
     name = progress if isinstance(progress, str) else "sketch"
+    loaded = list(job.checkpoints)[-1]  # by `describe`
     with tqdm(total=0, unit="pair", desc=name, disable=not progress) as bar:
         for stores in together.values():
             ids, todo = stores[0].ids, _missing(stores)
@@ -61,9 +62,10 @@ def fill(
             bar.update(bar.total - bar.n - sum(_pairs_in(stores[0], i) * len(x) for (_, i), x in todo.items()))
             blocks = (_block_task(stores[0], *place, lacking) for place, lacking in todo.items())
             if client is None:
-                share = _Share(own, stores, sketcher, advance=bar.update)
+                share = _Share(own, stores, sketcher, bar.update, loaded)
                 for _ in run(_Share.sketch, blocks, shared=share, threads=1, fatal=FATAL):
                     pass
+                loaded = share.loaded or loaded
             else:
                 there = run(
                     _sketch_there,
@@ -93,14 +95,23 @@ def _block_task(store: SketchStore, checkpoint: str, block: int, parts: Sequence
 
 
 class _Share:
-    """One process's share of a job: the model at one checkpoint, and a sketcher whose first pair is checked."""
+    """One process's share of a job: the model at one checkpoint, and a sketcher whose first pair is checked.
+
+    `loaded` is the checkpoint whose weights the model has, if it has any's.
+    """
 
     def __init__(
-        self, job: Job, stores: Sequence[SketchStore], sketcher: GradientSketcher, advance: Callable[[int], Any]
+        self,
+        job: Job,
+        stores: Sequence[SketchStore],
+        sketcher: GradientSketcher,
+        advance: Callable[[int], Any],
+        loaded: str | None = None,
     ) -> None:
         self._job, self._sketcher, self._advance = job, sketcher, advance
         self._stores = {store.only_part.name: store for store in stores}
-        self._loaded: str | None = None
+        self.loaded = loaded
+        self._ready: str | None = None
         self._checked: set[str] = set()
 
     def pairs_if_committed(self, checkpoint: str, block: int, parts: Sequence[str]) -> int | None:
@@ -142,16 +153,17 @@ class _Share:
 
     def _load(self, checkpoint: str, store: SketchStore) -> None:
         """The checkpoint's weights into the model, and its preconditioner into the sketcher."""
-        if checkpoint == self._loaded:
+        if checkpoint == self._ready:
             return
-        digest = self._job.task.load(checkpoint, self._job.checkpoints[checkpoint])
-        if digest != store.fingerprint["checkpoints"][checkpoint]:
-            raise ValueError(
-                f"checkpoint {checkpoint!r} has other weights on {platform.node()} than where sketch(...) was "
-                "called; give a state dict, or the same file on all machines."
-            )
+        if checkpoint != self.loaded:
+            digest = self._job.task.load(checkpoint, self._job.checkpoints[checkpoint])
+            if digest != store.fingerprint["checkpoints"][checkpoint]:
+                raise ValueError(
+                    f"checkpoint {checkpoint!r} has other weights on {platform.node()} than where sketch(...) was "
+                    "called; give a state dict, or the same file on all machines."
+                )
         self._sketcher.precondition(self._job.precondition.get(checkpoint))
-        self._loaded = checkpoint
+        self.loaded = self._ready = checkpoint
 
     def _measure(
         self,

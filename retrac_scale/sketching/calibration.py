@@ -29,8 +29,7 @@ def fastest_batch(run: Callable[[int], Tensor], most: int, device: torch.device)
         most: rows there are.
         device: whose memory counts.
     """
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    most = min(most, LARGEST, max(1, int(MEMORY_SHARE * free / max(1, 3 * _kept_bytes(run)))))
+    most = fitting(run, min(most, LARGEST), device)
     rows = chosen = min(SMALLEST, most)
     best, left = 0.0, SECONDS
     while True:
@@ -43,24 +42,57 @@ def fastest_batch(run: Callable[[int], Tensor], most: int, device: torch.device)
             return chosen
 
 
+def fitting(run: Callable[[int], Tensor], most: int, device: torch.device) -> int:
+    """So many rows, or as many as fit in memory; arguments as for `fastest_batch`."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return min(most, max(1, int(MEMORY_SHARE * free / max(1, 3 * _kept_bytes(run)))))
+
+
 def fastest(run: Callable[[int], Tensor], most: int, device: torch.device) -> tuple[int, int]:
     """Rows per backward pass, and threads: as many as torch is set to, or one.
 
     Several threads wait for each other, on a busy machine longer than one would work; small models gain nothing.
     Arguments as for `fastest_batch`.
     """
-    rows, threads = fastest_batch(run, most, device), torch.get_num_threads()
-    if threads == 1 or device.type == "cuda":
+    rows = fastest_batch(run, most, device)
+    threads = _threads(run, rows, device)
+    if threads == torch.get_num_threads():
         return rows, threads
+    with torch_threads(threads):
+        return fastest_batch(run, most, device), threads
+
+
+def as_before(
+    run: Callable[[int], Tensor], most: int, device: torch.device, rows: int, threads: int
+) -> tuple[int, int]:
+    """The same for what is sketched like a store, whose own stand in place of measurements longer than the work.
+
+    A single thread may have been a worker's. Whether it is enough is told by a part of the work, if that is not little.
+
+    Args:
+        run: as for `fastest_batch`.
+        most: likewise.
+        device: likewise.
+        rows: of the store.
+        threads: likewise.
+    """
+    rows, share = fitting(run, min(rows, most), device), most // (4 * TURNS)
+    if threads > 1 or not share:
+        return rows, min(threads, torch.get_num_threads())
+    return rows, _threads(run, min(rows, share), device)
+
+
+def _threads(run: Callable[[int], Tensor], rows: int, device: torch.device) -> int:
+    """torch's, or one if that is faster for so many rows."""
+    threads = torch.get_num_threads()
+    if threads == 1 or device.type == "cuda":
+        return threads
     took = dict.fromkeys((threads, 1), float("inf"))
     with torch_threads(threads):  # set back
         for count in (threads, 1) * TURNS:
             torch.set_num_threads(count)
             took[count] = min(took[count], _seconds(run, rows, device))
-    if took[threads] <= took[1]:
-        return rows, threads
-    with torch_threads(1):
-        return fastest_batch(run, most, device), 1
+    return threads if took[threads] <= took[1] else 1
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import torch
 from retrac_scale.arrays import Ids
 from retrac_scale.projections import GradientSketcher, Projection
 from retrac_scale.projections.preconditioning import Divisors
-from retrac_scale.sketching.calibration import fastest
+from retrac_scale.sketching.calibration import as_before, fastest
 from retrac_scale.sketching.content import read_again
 from retrac_scale.sketching.pairs import Items, measured_pairs
 from retrac_scale.store.reader import Words
@@ -47,8 +47,10 @@ class Job:
         item, words = read_again(self.task, self.ids[row], self.dataset[row], self.content[row])
         return self.task.encoded(item), words
 
-    def fastest(self, sketcher: GradientSketcher, checkpoint: str) -> tuple[int, int]:
-        """Rows per backward pass, and threads."""
+    def fastest(
+        self, sketcher: GradientSketcher, checkpoint: str, before: Mapping[str, Any] | None = None
+    ) -> tuple[int, int]:
+        """Rows per backward pass, and threads; `before` has those of the store that another is to be like, if any."""
         ids = self.ids[:CALIBRATION_ITEMS]
         items = [self.item(row)[0] for row in range(len(ids))]
         plan = self.timesteps.pairs(checkpoint, ids, self.task.num_train_timesteps)
@@ -57,8 +59,10 @@ class Job:
             pairs = np.arange(max(1, rows // plan.draws)) % plan.timesteps.size
             return sketch_pairs(sketcher, self.task, items, ids, plan, pairs)[0][2]
 
-        pairs = len(self.ids) * plan.timesteps.shape[1]
-        return fastest(run, pairs * plan.draws, self.task.device)
+        most, device = len(self.ids) * plan.timesteps.shape[1] * plan.draws, self.task.device
+        if before:
+            return as_before(run, most, device, before["batch_rows"], before["threads"])
+        return fastest(run, most, device)
 
 
 def sketch_pairs(

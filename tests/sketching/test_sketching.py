@@ -19,7 +19,8 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 import retrac_scale as rs
 from retrac_scale.gradients.errors import GradientMismatchError
-from retrac_scale.sketching.calibration import fastest, fastest_batch, torch_threads
+from retrac_scale.sketching import calibration
+from retrac_scale.sketching.calibration import as_before, fastest, fastest_batch, torch_threads
 from retrac_scale.task.measures import measure_name, measure_named
 from tests import oracle
 from tests.conftest import MODELS, Labelled, random_images, tiny_dit, tiny_unet
@@ -594,3 +595,35 @@ def test_neither_compilation_nor_a_disturbed_run_decides_the_batch(
 
     monkeypatch.setattr(time, "perf_counter", lambda: now)
     assert fastest_batch(run, 1000, torch.device("cpu")) == 64
+
+
+@pytest.mark.parametrize(("threads", "measured"), [(1, 12), (2, 0)])
+def test_what_is_sketched_like_a_store_takes_its_batch(threads: int, measured: int) -> None:
+    runs: list[int] = []
+
+    def run(rows: int) -> torch.Tensor:
+        runs.append(rows)
+        return torch.zeros(rows)
+
+    with torch_threads(2):
+        rows, _ = as_before(run, 25, torch.device("cpu"), 16, threads)
+    assert rows == 16
+    assert sum(runs[1:]) == measured  # the first shows what a row takes of memory; then threads, by part of the work
+
+
+def test_queries_are_sketched_without_measuring_batches_and_weights_are_read_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, reads = tiny_unet(0), []
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def checkpoint() -> Any:
+        reads.append(1)
+        return weights
+
+    store = run(model, random_images(6), rs.EvenlySpaced(4), batch_size=16, checkpoints={"last": checkpoint})
+    assert len(reads) == 1
+    monkeypatch.setattr(calibration, "fastest_batch", None)
+    task = rs.DiffusionTask(model, SCHEDULER)
+    asked = rs.sketch(task, random_images(2), None, checkpoints={"last": checkpoint}, like=store, progress=False)
+    assert (asked.plan["batch_rows"], len(reads)) == (8, 2)
