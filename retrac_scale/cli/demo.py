@@ -7,7 +7,7 @@ import contextlib
 import sys
 from pathlib import Path
 
-from retrac_scale.beforehand import preparing
+from retrac_scale.cli.beforehand import preparing
 from retrac_scale.cli.verb import Answer, Verb
 
 
