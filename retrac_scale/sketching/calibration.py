@@ -67,7 +67,7 @@ def as_before(
 ) -> tuple[int, int]:
     """The same for what is sketched like a store, whose own stand in place of measurements longer than the work.
 
-    A single thread may have been a worker's. Whether it is enough is told by a part of the work, if that is not little.
+    A single thread may have been a worker's: whether it is faster is told by a part of the work, or a row of each.
 
     Args:
         run: as for `fastest_batch`.
@@ -77,19 +77,19 @@ def as_before(
         threads: likewise.
     """
     rows, share = fitting(run, min(rows, most), device), most // (4 * TURNS)
-    if threads > 1 or not share:
+    if threads > 1:
         return rows, min(threads, torch.get_num_threads())
-    return rows, _threads(run, min(rows, share), device)
+    return rows, _threads(run, min(rows, max(1, share)), device, TURNS if share else 1)
 
 
-def _threads(run: Callable[[int], Tensor], rows: int, device: torch.device) -> int:
+def _threads(run: Callable[[int], Tensor], rows: int, device: torch.device, turns: int = TURNS) -> int:
     """torch's, or one if that is faster for so many rows."""
     threads = torch.get_num_threads()
     if threads == 1 or device.type == "cuda":
         return threads
     took = dict.fromkeys((threads, 1), float("inf"))
     with torch_threads(threads):  # set back
-        for count in (threads, 1) * TURNS:
+        for count in (threads, 1) * turns:
             torch.set_num_threads(count)
             took[count] = min(took[count], _seconds(run, rows, device))
     return threads if took[threads] <= took[1] else 1
