@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import retrac_scale as rs
+from retrac_scale.native.memory import keep_freed_pages
 
 Step = Callable[[], Any]
 PEERS = (
@@ -284,6 +285,7 @@ def main() -> None:
     parser.add_argument("--rss-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    keep_freed_pages()  # for all contenders, as `sketch` does
     bench = Bench(arguments.model, arguments.batch, arguments.dim, arguments.device)
     makers = bench.contenders()
     if arguments.rss_of:

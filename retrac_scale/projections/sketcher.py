@@ -18,7 +18,6 @@ from retrac_scale.gradients.reference import (
     TENSOR_FLOAT_TOLERANCE,
     Reference,
 )
-from retrac_scale.native.memory import keep_freed_pages
 from retrac_scale.projections.accumulation import Accumulation, sketch_of
 from retrac_scale.projections.base import Projection
 from retrac_scale.projections.preconditioning import Divisors, Kronecker, check_divisors, divided
@@ -41,9 +40,6 @@ class GradientSketcher:
     whether samples meet, lie along another axis than the first, or a parameter is used where no layer is seen to use
     it. It costs one batch once. A batch of one sample shows only part of it, so that the first one of several is
     checked too, and until then weights stay trainable inside.
-
-    For a model on a CPU, on Linux, the process keeps up to 2 GiB of freed memory from then on, which spares a small
-    model a twentieth of its time; see `native.memory.keep_freed_pages`.
 
     Args:
         model: any torch module whose samples do not interact.
@@ -103,8 +99,6 @@ class GradientSketcher:
         return self._capture.shapes
 
     def __enter__(self) -> GradientSketcher:
-        if self._device.type == "cpu":
-            keep_freed_pages()
         self._capture.__enter__()
         return self
 

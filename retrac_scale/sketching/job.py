@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from retrac_scale.arrays import Ids
+from retrac_scale.native.memory import keep_freed_pages
 from retrac_scale.projections import GradientSketcher, Projection
 from retrac_scale.projections.preconditioning import Divisors
 from retrac_scale.sketching.calibration import as_before, fastest
@@ -69,6 +70,7 @@ def sketch_pairs(
     sketcher: GradientSketcher, task: DiffusionTask, items: Items, ids: Ids, plan: Pairs, pairs: Any
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """For each measure sketches `[pairs, k]`, norms, losses `[pairs]`: one forward pass, a backward pass for each."""
+    keep_freed_pages()
     with sketcher:
         measured = measured_pairs(task, items, ids, plan, pairs)
         last = len(measured) - 1
