@@ -69,7 +69,7 @@ def sketch(
         dtype: how rows are stored, "int8", "float16" or "float32".
         batch_size: rows (pairs x noise draws) per backward pass; "auto" measures which is fastest in a quarter of the
             free memory, and whether one thread of torch is faster than all, as on a busy machine. Both stand in the
-            store's plan, and a resumed run or a worker obeys it; what is sketched `like` a store takes them from there.
+            store's plan, and a resumed run or a worker obeys it; a few queries `like` a store take the store's.
         parameters: glob patterns or a predicate on names; None for all trainable ones, or those of `like`.
         precondition: {checkpoint: {parameter: what its gradients are divided by before they are projected}}, see
             `adam_divisors` and `fisher_divisors`. `like` does not pass it on: divide one side of a score, or both.

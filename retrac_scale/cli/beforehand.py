@@ -34,7 +34,9 @@ def main() -> None:
         os.nice(10)
     for name in IMPORTED_LATE:
         importlib.import_module(name)
-    importlib.import_module("retrac_scale.demo").compile_beforehand()
+    from retrac_scale.demo import compile_beforehand
+
+    compile_beforehand()
 
 
 if __name__ == "__main__":

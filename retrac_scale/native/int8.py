@@ -43,9 +43,15 @@ def packed(queries: npt.NDArray[np.int8]) -> tuple[npt.NDArray[np.uint8], npt.ND
     registers, entries = -(-q // LANES), k // AT_ONCE * AT_ONCE
     whole = np.full((registers * LANES, entries), SHIFT, np.uint8)
     whole[:q] = queries[:, :entries].view(np.uint8) ^ SHIFT
-    out = aligned(whole.size).reshape(registers, entries // FOUR, LANES, FOUR)
-    out[:] = whole.reshape(registers, LANES, entries // FOUR, FOUR).transpose(0, 2, 1, 3)
-    return out, np.ascontiguousarray(queries[:, entries:])
+    return in_registers(whole, LANES), np.ascontiguousarray(queries[:, entries:])
+
+
+def in_registers(whole: npt.NDArray[Any], lanes: int) -> npt.NDArray[Any]:
+    """Bytes of queries `[registers * lanes, k]`, so many in a register, as `[registers, k // 4, lanes, 4]`."""
+    registers, fours = len(whole) // lanes, whole.shape[1] // FOUR
+    out = aligned(whole.size).view(whole.dtype).reshape(registers, fours, lanes, FOUR)
+    out[:] = whole.reshape(registers, lanes, fours, FOUR).transpose(0, 2, 1, 3)
+    return out
 
 
 def aligned(nbytes: int) -> npt.NDArray[np.uint8]:
@@ -171,7 +177,7 @@ def _sum_rows(rows: Any, first: Any, stop: Any, entries: Any, out: Any) -> None:
 
 
 @compiled
-def _add_rest(rows: Any, rest: Any, scale: Any, unit: Any, out: Any) -> None:
+def add_rest(rows: Any, rest: Any, scale: Any, unit: Any, out: Any) -> None:
     """Products of what is no whole step."""
     n, k = rows.shape
     q, count = rest.shape
@@ -280,4 +286,4 @@ def multiply_several(rows: Any, queries: Any, rest: Any, scale: Any, unit: Any, 
                     for query in range(count):
                         target[query] = np.float32(np.int32(found[query] - shift)) * units[query] * factor
             register += width
-    _add_rest(rows, rest, scale, unit, out)
+    add_rest(rows, rest, scale, unit, out)

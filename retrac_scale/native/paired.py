@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 
 from retrac_scale.arrays import Float64
 from retrac_scale.native.compiled import compiled, fetch, has
-from retrac_scale.native.int8 import FOUR, aligned
+from retrac_scale.native.int8 import FOUR, add_rest, in_registers
 
 AVAILABLE = has("avx2")
 """Whether compiled code may use these instructions here."""
@@ -51,9 +51,8 @@ def meeting(queries: Float64) -> Float64:
     whole = np.zeros((q, -(-k // (2 * FOUR)) * 2 * FOUR))
     whole[:, :k] = queries
     together = whole.reshape(q, -1, 2, FOUR // 2, 2)  # of two fours, the first halves and the second ones
-    most: Float64 = np.maximum(
-        np.maximum(together, 0).sum((2, 4)).max(1).max(1), np.maximum(-together, 0).sum((2, 4)).max(1).max(1)
-    )
+    above, below = (np.maximum(sign * together, 0).sum((2, 4)).max((1, 2)) for sign in (1, -1))
+    most: Float64 = np.maximum(above, below)
     return most
 
 
@@ -63,9 +62,7 @@ def packed(queries: npt.NDArray[np.int8]) -> tuple[npt.NDArray[np.int8], npt.NDA
     registers, entries = -(-q // LANES), k // AT_ONCE * AT_ONCE
     whole = np.zeros((registers * LANES, entries), np.int8)
     whole[:q] = queries[:, :entries]
-    out = aligned(whole.size).view(np.int8).reshape(registers, entries // FOUR, LANES, FOUR)
-    out[:] = whole.reshape(registers, LANES, entries // FOUR, FOUR).transpose(0, 2, 1, 3)
-    return out, np.ascontiguousarray(queries[:, entries:]), whole.sum(1, dtype=np.int32)
+    return in_registers(whole, LANES), np.ascontiguousarray(queries[:, entries:]), whole.sum(1, dtype=np.int32)
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
@@ -165,9 +162,4 @@ def multiply_paired(rows: Any, queries: Any, rest: Any, sums: Any, scale: Any, u
                     for query in range(count):
                         total = np.int32(found[query] - np.int32(SHIFT) * shifts[query])
                         target[query] = np.float32(total) * units[query] * factor
-    for row in range(n if rests else 0):
-        for query in range(q):
-            total = np.int32(0)
-            for place in range(rests):
-                total = np.int32(total + np.int32(rows[row, entries + place]) * np.int32(rest[query, place]))
-            out[row, query] += np.float32(total) * unit[query] * scale[row]
+    add_rest(rows, rest, scale, unit, out)

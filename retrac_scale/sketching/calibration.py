@@ -16,6 +16,8 @@ TURNS, QUICK = 3, 0.1
 WORTHWHILE = 1.05
 """A batch twice as large is tried as long as the last one was this much faster per row."""
 SECONDS = 5.0
+FEW = 16 * LARGEST
+"""Rows, about as many as all measurements of a small model go through."""
 MEMORY_SHARE = 0.25
 """Of the free memory. Activations, their gradients and the allocator's slack take about three times what is kept for
 the backward pass."""
@@ -65,7 +67,7 @@ def fastest(run: Callable[[int], Tensor], most: int, device: torch.device) -> tu
 def as_before(
     run: Callable[[int], Tensor], most: int, device: torch.device, rows: int, threads: int
 ) -> tuple[int, int]:
-    """The same for what is sketched like a store, whose own stand in place of measurements longer than the work.
+    """The same for FEW rows, sketched like a store's, which stand in place of measurements longer than the work.
 
     A single thread may have been a worker's: whether it is faster is told by a part of the work, or a row of each.
 

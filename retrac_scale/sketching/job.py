@@ -13,7 +13,7 @@ from retrac_scale.arrays import Ids
 from retrac_scale.native.memory import keep_freed_pages
 from retrac_scale.projections import GradientSketcher, Projection
 from retrac_scale.projections.preconditioning import Divisors
-from retrac_scale.sketching.calibration import as_before, fastest
+from retrac_scale.sketching.calibration import FEW, as_before, fastest
 from retrac_scale.sketching.content import read_again
 from retrac_scale.sketching.pairs import Items, measured_pairs
 from retrac_scale.store.reader import Words
@@ -49,9 +49,9 @@ class Job:
         return self.task.encoded(item), words
 
     def fastest(
-        self, sketcher: GradientSketcher, checkpoint: str, before: Mapping[str, Any] | None = None
+        self, sketcher: GradientSketcher, checkpoint: str, like: Mapping[str, Any] | None = None
     ) -> tuple[int, int]:
-        """Rows per backward pass, and threads; `before` has those of the store that another is to be like, if any."""
+        """Rows per backward pass, and threads; `like` is the plan of the store that this one is to be like, if any."""
         ids = self.ids[:CALIBRATION_ITEMS]
         items = [self.item(row)[0] for row in range(len(ids))]
         plan = self.timesteps.pairs(checkpoint, ids, self.task.num_train_timesteps)
@@ -61,8 +61,8 @@ class Job:
             return sketch_pairs(sketcher, self.task, items, ids, plan, pairs)[0][2]
 
         most, device = len(self.ids) * plan.timesteps.shape[1] * plan.draws, self.task.device
-        if before:
-            return as_before(run, most, device, before["batch_rows"], before["threads"])
+        if like and most <= FEW:
+            return as_before(run, most, device, like["batch_rows"], like["threads"])
         return fastest(run, most, device)
 
 

@@ -110,8 +110,8 @@ def _measured_plan(
         return {"batch_rows": request.batch_size, "threads": torch.get_num_threads() if request.client is None else 1}
     first = next(iter(job.checkpoints))
     if request.client is None:
-        before = {} if request.like is None else request.like.plan
-        rows, threads = job.fastest(sketcher, first, before if {"batch_rows", "threads"} <= before.keys() else None)
+        like = {} if request.like is None else request.like.plan  # which has no batch where no model was differentiated
+        rows, threads = job.fastest(sketcher, first, like if "batch_rows" in like else None)
         return {"batch_rows": rows, "threads": threads}
     once = [Task("sketch-batch-size", (first,))]
     ((_, (rows, _)),) = run(fastest_there, once, request.client, shared=job, resources=resources)
