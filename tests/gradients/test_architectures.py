@@ -13,18 +13,12 @@ from retrac_scale.gradients import UncapturableError
 from tests.architectures import ARCHITECTURES, batch, build, largest_error
 
 FIT = [name for name, architecture in ARCHITECTURES.items() if not architecture.refused]
-REFUSED = [name for name in ARCHITECTURES if name not in FIT]
-
-
-def some(names: list[str]) -> list[Any]:
-    """Every third on every push, the others in `make test-all`: a class of diffusers seldom changes."""
-    return [pytest.param(name, marks=[pytest.mark.slow] if place % 3 else []) for place, name in enumerate(names)]
 
 
 @pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore:In CPU autocast:UserWarning", "ignore:Mismatch dtype between input and weight"
 )
-@pytest.mark.parametrize("name", some(FIT))
+@pytest.mark.parametrize("name", FIT)
 def test_sketches_of_a_denoiser_equal_autograd(name: str) -> None:
     assert largest_error(build(name, ARCHITECTURES[name]), ARCHITECTURES[name]) < 1e-4
 
@@ -47,7 +41,7 @@ def test_sketches_under_gradient_checkpointing_equal_autograd() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", some(REFUSED))
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in FIT])
 def test_what_cannot_be_sketched_is_refused_with_its_reason(name: str) -> None:
     architecture = ARCHITECTURES[name]
     example = batch(architecture) | architecture.shared
