@@ -13,3 +13,5 @@ Int64 = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 Ids = npt.NDArray[Any]
 """Of samples, int64 or str."""
+Samples = slice | Int64
+"""Some of a store's, by a slice or by their places `[m]`, in any order."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from retrac_scale.arrays import Float32
+from retrac_scale.arrays import Float32, Samples
 from retrac_scale.estimators.ridge import Damping, Ridge
 from retrac_scale.runtime import kinds
 from retrac_scale.store import SketchStore
@@ -67,7 +67,7 @@ class Estimator(ABC):
                 )
         self.check(store)
 
-    def rows(self, store: SketchStore, checkpoint: str, samples: slice = slice(None)) -> Float32:
+    def rows(self, store: SketchStore, checkpoint: str, samples: Samples = slice(None)) -> Float32:
         """Rows of some samples at a checkpoint.
 
         Cross pairing: the mean over timesteps, `[n, k]`. Matched pairing: all timesteps side by side, `[n, t*k]`, so
@@ -75,18 +75,18 @@ class Estimator(ABC):
         """
         return self._row(self.stored_vectors(store, checkpoint, samples))
 
-    def stored_vectors(self, store: SketchStore, checkpoint: str, samples: slice = slice(None)) -> Float32:
+    def stored_vectors(self, store: SketchStore, checkpoint: str, samples: Samples = slice(None)) -> Float32:
         """What each stored pair of some samples contributes at a checkpoint, `[n, t, k]`."""
         return self.vectors(*store.sketches_and_norms(checkpoint, samples))
 
     def train_rows(
-        self, store: SketchStore, checkpoint: str, samples: slice = slice(None), ridges: Sequence[Ridge] = ()
+        self, store: SketchStore, checkpoint: str, samples: Samples = slice(None), ridges: Sequence[Ridge] = ()
     ) -> Float32:
         """Rows of some training samples at a checkpoint; `ridges` are fitted to its `rows`, one for each part."""
         return self.rows(store, checkpoint, samples)
 
     def query_rows(
-        self, store: SketchStore, checkpoint: str, samples: slice = slice(None), ridges: Sequence[Ridge] = ()
+        self, store: SketchStore, checkpoint: str, samples: Samples = slice(None), ridges: Sequence[Ridge] = ()
     ) -> Float32:
         """Rows of some queries at a checkpoint; `ridges` as in `train_rows`, none where an index does not hold them."""
         return self.rows(store, checkpoint, samples)

@@ -8,9 +8,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from retrac_scale.arrays import Float32
+from retrac_scale.arrays import Int64 as Places
 from retrac_scale.estimators import Estimator, common_timesteps
 from retrac_scale.estimators.ridge import Damping, Moments, Ridge, solve
 from retrac_scale.runtime.graphs import compute, delayed
@@ -24,24 +24,18 @@ PIECE_BYTES = 16 * 2**20
 RUN_ROWS = 16384
 """Rows whose moments one task adds up, however many workers there are, so that the sums are the same everywhere."""
 
-Places = npt.NDArray[np.int64]
 
-
-def rows_at(store: SketchStore, places: Places, make: Callable[[slice], Float32]) -> Iterator[tuple[slice, Float32]]:
-    """Rows of the samples at some ascending places of a store, and which of the places they are, some at a time.
+def rows_at(store: SketchStore, places: Places, make: Callable[[Places], Float32]) -> Iterator[tuple[slice, Float32]]:
+    """What is made of the samples at some places of a store, and which of the places they are, some at a time.
 
     Args:
         store: whose samples.
-        places: `[n]`.
-        make: gives the rows of a range of samples.
+        places: `[n]`; every block is read once or twice where they ascend.
+        make: gives it, of the samples at so many places.
     """
     _, t, k = store.shape
-    step = max(1, PIECE_BYTES // (4 * t * k))
-    stop = 0
-    while (start := stop) < len(places):  # a piece is at most `step` samples of the store, others between them included
-        stop = int(np.searchsorted(places, places[start] + step))
-        piece = slice(int(places[start]), int(places[stop - 1]) + 1)
-        yield slice(start, stop), make(piece)[places[start:stop] - piece.start]
+    for some in blocks(len(places), max(1, PIECE_BYTES // (4 * t * k))):
+        yield some, make(places[some])
 
 
 def fit(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from retrac_scale.arrays import Float32
+from retrac_scale.arrays import Float32, Samples
 from retrac_scale.estimators.base import Estimator, Pairing
 from retrac_scale.store import SketchStore
 
@@ -43,7 +43,7 @@ class ReTrac(Estimator):
     def __post_init__(self) -> None:
         self._check_pairing()
 
-    def stored_vectors(self, store: SketchStore, checkpoint: str, samples: slice = slice(None)) -> Float32:
+    def stored_vectors(self, store: SketchStore, checkpoint: str, samples: Samples = slice(None)) -> Float32:
         """Directions, those of the visits made scaled up so that the mean over all slots is the mean over them."""
         vectors = super().stored_vectors(store, checkpoint, samples)
         slots = vectors.shape[1]

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from retrac_scale.arrays import Float32
+from retrac_scale.arrays import Float32, Samples
 from retrac_scale.estimators.base import Estimator, Pairing
 from retrac_scale.estimators.inner import ReTrac, TracIn
 from retrac_scale.estimators.ridge import Damping, Floats, Ridge
@@ -47,13 +47,13 @@ class Ridged(Estimator, named=False):
         """The gradients themselves, or their directions."""
         return ReTrac().vectors(sketches, norms) if self.directions else sketches
 
-    def stored_vectors(self, store: SketchStore, checkpoint: str, samples: slice = ALL) -> Float32:
+    def stored_vectors(self, store: SketchStore, checkpoint: str, samples: Samples = ALL) -> Float32:
         """See `ReTrac.stored_vectors` for directions."""
         pairing: Estimator = ReTrac() if self.directions else TracIn()
         return pairing.stored_vectors(store, checkpoint, samples)
 
     def train_rows(
-        self, store: SketchStore, checkpoint: str, samples: slice = ALL, ridges: Sequence[Ridge] = ()
+        self, store: SketchStore, checkpoint: str, samples: Samples = ALL, ridges: Sequence[Ridge] = ()
     ) -> Float32:
         """phi, `[n, k]`, or what a subclass makes of it; K^-1 of that where samples carry the ridge; matched, for all
         timesteps side by side."""
@@ -68,7 +68,7 @@ class Ridged(Estimator, named=False):
         return _side_by_side(made)
 
     def query_rows(
-        self, store: SketchStore, checkpoint: str, samples: slice = ALL, ridges: Sequence[Ridge] = ()
+        self, store: SketchStore, checkpoint: str, samples: Samples = ALL, ridges: Sequence[Ridge] = ()
     ) -> Float32:
         """phi, `[n, k]`; K^-1 phi where queries carry the ridge; matched, for all timesteps side by side."""
         rows = self.rows(store, checkpoint, samples)
@@ -78,7 +78,7 @@ class Ridged(Estimator, named=False):
         return _side_by_side([ridge.of_queries(part) for ridge, part in zip(ridges, parts, strict=True)])
 
     def finish(
-        self, store: SketchStore, checkpoint: str, samples: slice, parts: Sequence[Float32], ridges: Sequence[Ridge]
+        self, store: SketchStore, checkpoint: str, samples: Samples, parts: Sequence[Float32], ridges: Sequence[Ridge]
     ) -> Sequence[Floats]:
         """What stands for the training rows under the ridge, from those of `rows`, `[n, k]` for each ridge."""
         return parts
@@ -134,7 +134,7 @@ class RelatIF(TRAK):
     alone: ClassVar[bool] = False
 
     def finish(
-        self, store: SketchStore, checkpoint: str, samples: slice, parts: Sequence[Float32], ridges: Sequence[Ridge]
+        self, store: SketchStore, checkpoint: str, samples: Samples, parts: Sequence[Float32], ridges: Sequence[Ridge]
     ) -> Sequence[Floats]:
         """phi over the length of K^-1 phi; zero where that is zero."""
         solved = [ridge.apply(part) for part, ridge in zip(parts, ridges, strict=True)]
@@ -146,7 +146,7 @@ class RenormIF(TRAK):
     """TRAK divided by |phi(c,i)| at each checkpoint (Hammoudeh and Lowd 2022, arXiv 2201.10055)."""
 
     def finish(
-        self, store: SketchStore, checkpoint: str, samples: slice, parts: Sequence[Float32], ridges: Sequence[Ridge]
+        self, store: SketchStore, checkpoint: str, samples: Samples, parts: Sequence[Float32], ridges: Sequence[Ridge]
     ) -> Sequence[Floats]:
         """phi over its length; zero where that is zero."""
         return [_divided(part, np.linalg.norm(part.astype(np.float64), axis=1)) for part in parts]
@@ -178,7 +178,7 @@ class DAS(TRAK):
     squared: bool = True
 
     def finish(
-        self, store: SketchStore, checkpoint: str, samples: slice, parts: Sequence[Float32], ridges: Sequence[Ridge]
+        self, store: SketchStore, checkpoint: str, samples: Samples, parts: Sequence[Float32], ridges: Sequence[Ridge]
     ) -> Sequence[Floats]:
         """u r."""
         residuals = np.sqrt(store.losses(checkpoint, samples).astype(np.float64))

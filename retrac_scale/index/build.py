@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
-from retrac_scale.arrays import Float32
+from retrac_scale.arrays import Float32, Samples
 from retrac_scale.columns import as_ids
 from retrac_scale.estimators import Estimator, common_timesteps, recommended
 from retrac_scale.estimators.fitting import fit, moments, rows_at
@@ -245,7 +245,7 @@ def _gains(
 
 
 def _train_rows(
-    store: SketchStore, estimator: Estimator, name: str, ridges: Sequence[Ridge], samples: slice
+    store: SketchStore, estimator: Estimator, name: str, ridges: Sequence[Ridge], samples: Samples
 ) -> Float32:
     return estimator.train_rows(store, name, samples, ridges)
 

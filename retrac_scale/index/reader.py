@@ -13,7 +13,7 @@ import numpy.typing as npt
 import zarr
 from zarr.storage import LocalStore, MemoryStore
 
-from retrac_scale.arrays import Bools, Float32, Int64
+from retrac_scale.arrays import Bools, Float32, Int64, Samples
 from retrac_scale.columns import Column, Places, Texts, as_ids
 from retrac_scale.estimators import Estimator, common_timesteps, estimator_from_spec
 from retrac_scale.estimators.ridge import Ridge
@@ -351,7 +351,7 @@ class IndexReader:
                 f"the queries have rows of {estimator.width(queries)} entries, the index of {self.shape[2]}."
             )
 
-    def rows_of(self, side: SketchStore, samples: slice = slice(None)) -> Float32:
+    def rows_of(self, side: SketchStore, samples: Samples = slice(None)) -> Float32:
         """Some samples' rows as a query's, `[c, n, k]`, of a store that is known to fit."""
         estimator, ridges = self.estimator, self.ridges
         found = np.stack([estimator.query_rows(side, x, samples, ridges.get(x, ())) for x in self.checkpoints])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy.typing as npt
 
 from retrac_scale.arrays import Bools, Float32, Int64
 from retrac_scale.estimators import Estimator
+from retrac_scale.estimators.fitting import rows_at
 from retrac_scale.index.reader import IndexReader
 from retrac_scale.index.scan import Found
 
@@ -42,10 +44,11 @@ def likeness(index: IndexReader, ids: npt.NDArray[Any]) -> Float32:
     store = index.check_store()
     if store is None:
         raise ValueError("to tell copies, the store that the index was built from is needed; it was in memory.")
-    places = index.find(ids)[1].tolist()
+    places = index.find(ids)[1]
+    order = np.argsort(places)
     asked = np.empty((len(ids), index.shape[0] * index.shape[2]), np.float32)
-    for row, place in enumerate(places):
-        asked[row] = index.rows_of(store, slice(place, place + 1)).ravel()
+    for some, rows in rows_at(store, places[order], partial(index.rows_of, store)):
+        asked[order[some]] = rows.swapaxes(0, 1).reshape(rows.shape[1], -1)
     scores = index.rows_at(ids) @ asked.T
     own = np.sqrt(np.maximum(np.diag(scores), np.finfo(np.float32).tiny))
     found: Float32 = np.sign(scores) * np.sqrt(np.maximum(scores * scores.T, 0)) / own[:, None] / own

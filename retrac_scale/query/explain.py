@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
-from retrac_scale.arrays import Float32, Int64
+from retrac_scale.arrays import Float32, Float64, Int64, Samples
+from retrac_scale.estimators.fitting import rows_at
 from retrac_scale.index.reader import IndexReader
 from retrac_scale.store import SketchStore
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+ALL = slice(None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +40,7 @@ class Explanation:
     query_id: Any
     id: Any
     score: float
-    contributions: npt.NDArray[np.float64]
+    contributions: Float64
     checkpoints: list[str]
     timesteps: Int64 | None
     query_timesteps: Int64 | None
@@ -87,59 +90,62 @@ def explain_lists(index: IndexReader, queries: SketchStore, lists: Sequence[Sequ
     if store is None:
         raise ValueError("an explanation needs the store that the index was built from, which was in memory.")
     rows = index.query_rows(queries).astype(np.float64)
-    wanted: dict[Any, list[int]] = {}
-    for query, ids in enumerate(lists):
-        for id in ids:
-            wanted.setdefault(id, []).append(query)
-    places, positions = _places(index, list(wanted))
-    parts: dict[tuple[int, Any], list[npt.NDArray[np.float64]]] = {}
-    for name, weight in () if matched else index.meta["checkpoints"].items():
-        asked = _vectors(index, queries, name, slice(None))
-        for id, its_queries in wanted.items():
-            own = _vectors(index, store, name, slice(positions[id], positions[id] + 1))[0].astype(np.float64)
-            for query in its_queries:
-                products = weight * (own @ asked[query].astype(np.float64).T)
-                parts.setdefault((query, id), []).append(products / products.size)
-    steps = {id: _timesteps(index, store, positions[id]) for id in wanted}
-    query_steps = [_timesteps(index, queries, query) for query in range(len(lists))]
-
-    def one(query: int, id: Any) -> Explanation:
-        number = next(i for i, samples in enumerate(index.chunks) if places[id] < samples.stop)
-        chunk = index.chunk(number)
-        row = chunk.row(places[id] - index.chunks[number].start)
-        products = np.stack(
-            [
-                float(scale[row]) * (stored[row].astype(np.float64) * asked[query])
-                for scale, stored, asked in zip(chunk.scale, chunk.rows, rows, strict=True)
-            ]
-        )
-        score = float(products.sum())
-        if matched:
-            by_timestep = products.reshape(len(products), index.meta["slots"], -1).sum(2)
-            contributions = by_timestep[:, :, None] * np.eye(index.meta["slots"])
-        else:
-            contributions = np.stack(parts[query, id])
-        score = score**2 if index.estimator.squared else score
-        name = queries.ids[query]
-        return Explanation(name, id, score, contributions, index.checkpoints, steps[id], query_steps[query])
-
-    return [[one(query, id) for id in ids] for query, ids in enumerate(lists)]
+    places = _places(index, list(dict.fromkeys(id for ids in lists for id in ids)))
+    names = sorted(places, key=places.__getitem__)
+    ascending = np.array([places[id] for id in names], np.int64)
+    asking = {id: [query for query, ids in enumerate(lists) if id in ids] for id in names}
+    parts = None if matched else _contributions(index, store, queries, ascending, list(asking.values()))
+    steps, query_steps = _timesteps(index, store, ascending), _timesteps(index, queries)
+    found: dict[tuple[int, Any], Explanation] = {}
+    for some, of_index in rows_at(store, ascending, lambda asked: index.rows_at(store.ids[asked])):
+        for place, row in enumerate(of_index, some.start):
+            own = row.astype(np.float64).reshape(rows[:, 0].shape)
+            for query in asking[id := names[place]]:
+                products = own * rows[:, query]
+                score = float(products.sum())
+                by_timestep = products.reshape(len(products), index.meta.get("slots", 1), -1).sum(2)
+                found[query, id] = Explanation(
+                    queries.ids[query],
+                    id,
+                    score**2 if index.estimator.squared else score,
+                    parts[query, place] if parts else by_timestep[:, :, None] * np.eye(by_timestep.shape[1]),
+                    index.checkpoints,
+                    steps[place],
+                    query_steps[query],
+                )
+    return [[found[query, id] for id in ids] for query, ids in enumerate(lists)]
 
 
-def _places(index: IndexReader, ids: list[Any]) -> Iterator[dict[Any, int]]:
-    """Where some samples stand in an index, and in its store."""
-    found = index.find(ids)
-    if -1 in found[0]:
-        raise ValueError(f"there is no sample {ids[found[0].tolist().index(-1)]!r} in the index.")
-    return (dict(zip(ids, places.tolist(), strict=True)) for places in found)
+def _contributions(
+    index: IndexReader, store: SketchStore, queries: SketchStore, places: Int64, asking: Sequence[Sequence[int]]
+) -> dict[tuple[int, int], Float64]:
+    """Under cross pairing, of each query and each sample that it is about: w_c <v, v>, in the mean, `[c, t, s]`."""
+    found: dict[tuple[int, int], list[Float64]] = {}
+    for name, weight in index.meta["checkpoints"].items():
+        asked = _vectors(index, queries, name)
+        for some, vectors in rows_at(store, places, partial(_vectors, index, store, name)):
+            for place, own in enumerate(vectors, some.start):
+                for query in asking[place]:
+                    products = weight * (own.astype(np.float64) @ asked[query].astype(np.float64).T)
+                    found.setdefault((query, place), []).append(products / products.size)
+    return {pair: np.stack(parts) for pair, parts in found.items()}
 
 
-def _vectors(index: IndexReader, side: SketchStore, checkpoint: str, samples: slice) -> Float32:
+def _places(index: IndexReader, ids: list[Any]) -> dict[Any, int]:
+    """Where some samples of an index stand in its store."""
+    here, places = index.find(ids)
+    if -1 in here:
+        raise ValueError(f"there is no sample {ids[here.tolist().index(-1)]!r} in the index.")
+    return dict(zip(ids, places.tolist(), strict=True))
+
+
+def _vectors(index: IndexReader, side: SketchStore, checkpoint: str, samples: Samples = ALL) -> Float32:
     """What each pair of some samples contributes, `[n, t, k]`."""
     return index.estimator.stored_vectors(side, checkpoint, samples)
 
 
-def _timesteps(index: IndexReader, side: SketchStore, place: int) -> Int64 | None:
+def _timesteps(index: IndexReader, side: SketchStore, samples: Samples = ALL) -> Sequence[Int64 | None]:
+    """Of each of some samples, `[c, t]`."""
     if not side.has("timestep"):
-        return None
-    return np.concatenate([side.timesteps(name, slice(place, place + 1)) for name in index.checkpoints])
+        return [None] * len(side.ids[samples])
+    return list(np.stack([side.timesteps(name, samples) for name in index.checkpoints], axis=1))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from retrac_scale.arrays import Float32
+from retrac_scale.arrays import Float32, Int64, Samples
 from retrac_scale.store.encoding import decode
 from retrac_scale.store.errors import DamagedStoreError, IncompleteStoreError
 from retrac_scale.store.part import Part
@@ -78,36 +78,38 @@ class Grid:
 
     def stored(self, checkpoint: str, block: int) -> tuple[npt.NDArray[Any], Float32]:
         """Rows `[n, t, k]` of a block as they are stored, and scales `[n, t]`; without a copy where possible."""
-        ((first, number, _, samples),) = self._overlapping(self.blocks[block])
+        ((first, number, _, samples),) = self._holding(np.array([self.blocks[block].start]))
         reads = [read for read, _ in self._filled(first, checkpoint, number, samples)]
         sketch, scale = ([read(name) for read in reads] for name in ("sketch", "scale"))
         return (sketch[0], scale[0]) if len(reads) == 1 else (np.concatenate(sketch, 1), np.concatenate(scale, 1))
 
-    def gather(self, checkpoint: str, samples: slice, *quantities: str) -> list[npt.NDArray[Any]]:
-        """Some samples' values of each quantity `[n, ...]`, decoded, from the blocks of all parts."""
+    def gather(self, checkpoint: str, samples: Samples, *quantities: str) -> list[npt.NDArray[Any]]:
+        """Some samples' values of each quantity `[n, ...]`, decoded, from the blocks of all parts, each read once."""
         n, t, k = self.shape
-        chosen = range(*samples.indices(n))
-        start, stop = (min(chosen[0], chosen[-1]), max(chosen[0], chosen[-1]) + 1) if chosen else (0, 0)
+        places = np.array(range(*samples.indices(n)), np.int64) if isinstance(samples, slice) else samples
+        order = None if (places[1:] >= places[:-1]).all() else np.argsort(places)
+        places = places if order is None else places[order]
         shapes = {"sketch": (t, k), CONTENT: (CONTENT_WORDS,)}
         types = {"timestep": np.int64, CONTENT: np.uint64}
         found: list[npt.NDArray[Any]] = [
-            np.empty((stop - start, *shapes.get(name, (t,))), types.get(name, np.float32)) for name in quantities
+            np.empty((len(places), *shapes.get(name, (t,))), types.get(name, np.float32)) for name in quantities
         ]
         done = 0
-        for first, number, rows, block in self._overlapping(slice(start, stop)):
-            below, column = done + rows.stop - rows.start, 0
+        for first, number, rows, block in self._holding(places):
+            below, column = done + len(rows), 0
+            some = (
+                slice(rows[0], rows[-1] + 1) if (np.diff(rows) == 1).all() else rows
+            )  # a view where they are in a row
             for read, steps in self._filled(first, checkpoint, number, block):
                 for quantity, values in zip(quantities, found, strict=True):
                     out = values[done:below] if quantity == CONTENT else values[done:below, column : column + steps]
                     if quantity == "sketch":
-                        decode(read("sketch")[rows], read("scale")[rows], out=out)
+                        decode(read("sketch")[some], read("scale")[some], out=out)
                     else:
-                        out[:] = read(quantity)[rows]
+                        out[:] = read(quantity)[some]
                 column += steps
             done = below
-        if chosen.step == 1:
-            return found
-        return [values[np.arange(chosen.start, chosen.stop, chosen.step) - start] for values in found]
+        return found if order is None else [values[np.argsort(order)] for values in found]
 
     @cached_property
     def _plans(self) -> list[str]:
@@ -117,16 +119,17 @@ class Grid:
         """The parts that hold a checkpoint for the samples of a segment, one per timestep plan."""
         return [self._cells.get((segment.same_samples, plan, checkpoint)) for plan in self._plans]
 
-    def _overlapping(self, samples: slice) -> Iterator[tuple[Part, int, slice, slice]]:
-        """Blocks that hold some of the samples: segment, number in it, rows within the block, the whole block."""
+    def _holding(self, places: Int64) -> Iterator[tuple[Part, int, Int64, slice]]:
+        """Blocks that hold some samples, in their order: segment, number in it, rows within the block, the block."""
         offset = 0
         for first in self.segments:
             size = first.meta["block_samples"]
-            start, stop = max(samples.start - offset, 0), min(samples.stop - offset, first.shape[0])
-            for number in range(start // size, -(-stop // size)) if start < stop else ():
-                block = first.blocks[number]
-                rows = slice(max(start, block.start) - block.start, min(stop, block.stop) - block.start)
-                yield first, number, rows, slice(offset + block.start, offset + block.stop)
+            start, stop = np.searchsorted(places, (offset, offset + first.shape[0]))
+            own = places[start:stop] - offset
+            for rows in np.split(own, np.flatnonzero(np.diff(own // size)) + 1) if len(own) else ():
+                number = int(rows[0]) // size
+                block = slice(offset + number * size, offset + min((number + 1) * size, first.shape[0]))
+                yield first, number, rows - number * size, block
             offset += first.shape[0]
 
     def _filled(self, first: Part, checkpoint: str, number: int, samples: slice) -> list[tuple[Read, int]]:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
-from retrac_scale.arrays import Float32
+from retrac_scale.arrays import Float32, Int64, Samples
 from retrac_scale.columns import Places, as_ids
 from retrac_scale.store import commits, objects
 from retrac_scale.store.grid import Grid
@@ -26,8 +26,8 @@ Words = npt.NDArray[np.uint64]
 class SketchStore:
     """Sketches `[c, n, t, k]` of per-sample gradients, with their norms, losses and timesteps.
 
-    Get one from `open_store`, `sketch` or `write_store`. Arrays come back as NumPy, decoded, for all samples or a
-    slice of them; `root` is the zarr group, for those who read the arrays themselves.
+    Get one from `open_store`, `sketch` or `write_store`. Arrays come back as NumPy, decoded, for all samples, a
+    slice of them, or those at some places `[m]`; `root` is the zarr group, for those who read the arrays themselves.
 
     A store is one part, or several when it has grown: samples, checkpoints and timesteps that were added stand in
     parts of their own, and are seen here as further rows, names and columns. Values measured otherwise (another
@@ -186,12 +186,12 @@ class SketchStore:
         """Whether every block of every checkpoint is committed."""
         return all(self.committed(name).all() for name in self.checkpoints)
 
-    def sketches(self, checkpoint: str, samples: slice = ALL) -> Float32:
+    def sketches(self, checkpoint: str, samples: Samples = ALL) -> Float32:
         """Raw sketches, float32 `[n, t, k]`; their inner products estimate those of the gradients."""
         (sketches,) = self._gather(checkpoint, samples, "sketch")
         return sketches
 
-    def sketches_and_norms(self, checkpoint: str, samples: slice = ALL) -> tuple[Float32, Float32]:
+    def sketches_and_norms(self, checkpoint: str, samples: Samples = ALL) -> tuple[Float32, Float32]:
         """What `sketches` and `norms` give, at the cost of one search for the blocks."""
         sketches, norms = self._gather(checkpoint, samples, "sketch", "norm")
         return sketches, norms
@@ -205,22 +205,22 @@ class SketchStore:
         self._check(checkpoint)
         return self._grid.stored(checkpoint, block)
 
-    def norms(self, checkpoint: str, samples: slice = ALL) -> Float32:
+    def norms(self, checkpoint: str, samples: Samples = ALL) -> Float32:
         """L2 norms of the full gradients (or their estimates, see the projection), float32 `[n, t]`."""
         (norms,) = self._gather(checkpoint, samples, "norm")
         return norms
 
-    def losses(self, checkpoint: str, samples: slice = ALL) -> Float32:
+    def losses(self, checkpoint: str, samples: Samples = ALL) -> Float32:
         """Training losses, float32 `[n, t]`; mean squared errors where another function was differentiated."""
         (losses,) = self._gather(checkpoint, samples, "loss")
         return losses
 
-    def timesteps(self, checkpoint: str, samples: slice = ALL) -> npt.NDArray[np.int64]:
+    def timesteps(self, checkpoint: str, samples: Samples = ALL) -> npt.NDArray[np.int64]:
         """Diffusion timesteps, int64 `[n, t]`."""
         (timesteps,) = self._gather(checkpoint, samples, "timestep")
         return timesteps
 
-    def contents(self, checkpoint: str, samples: slice = ALL) -> Words:
+    def contents(self, checkpoint: str, samples: Samples = ALL) -> Words:
         """What the rows of a checkpoint were computed from, uint64 `[n, 4]`, see `retrac_scale.sketching.content`."""
         (contents,) = self._gather(checkpoint, samples, CONTENT)
         return contents
@@ -283,17 +283,27 @@ class SketchStore:
         if checkpoint not in self.checkpoints:
             raise KeyError(f"the store has no checkpoint {checkpoint!r}; it has {self.checkpoints}.")
 
-    def _gather(self, checkpoint: str, samples: slice, *quantities: str) -> list[npt.NDArray[Any]]:
+    def _gather(self, checkpoint: str, samples: Samples, *quantities: str) -> list[npt.NDArray[Any]]:
         """Some samples' values of each quantity `[n, ...]`, put together from the blocks of all parts."""
         self._check(checkpoint)
         for quantity in quantities:
             if not self.has(quantity):
                 raise ValueError(f"the store was written without {quantity}; give it to write_store.")
+        if not isinstance(samples, slice):
+            samples = checked_places(samples, self.shape[0])
         return self._grid.gather(checkpoint, samples, *quantities)
 
     def __repr__(self) -> str:
         n, t, k = self.shape
         return f"SketchStore({self.url!r}: {len(self.checkpoints)} checkpoints, {n} samples, {t} timesteps, k = {k})"
+
+
+def checked_places(places: npt.ArrayLike, n: int) -> Int64:
+    """Places of samples as int64 `[m]`; IndexError unless they are integers from 0 to n - 1."""
+    given = np.asarray(places)
+    if given.ndim != 1 or (given.size and (given.dtype.kind not in "iu" or given.min() < 0 or given.max() >= n)):
+        raise IndexError(f"samples are chosen by a slice or by places from 0 to {n - 1}, got {places!r}.")
+    return given.astype(np.int64)
 
 
 def _joined(several: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:

@@ -46,19 +46,16 @@ def taken(store: SketchStore, chosen: npt.NDArray[np.int64], columns: Mapping[st
         plan=store.plan,
     )
 
-    def gather(read: Any, checkpoint: str, block: slice) -> Any:
-        return np.concatenate([read(checkpoint, slice(place, place + 1)) for place in chosen[block]])
-
     for checkpoint in store.checkpoints:
         for number, block in enumerate(small.blocks):
+            places = chosen[block]
             write_block(
                 small,
                 checkpoint,
                 number,
-                gather(store.sketches, checkpoint, block),
-                gather(store.norms, checkpoint, block),
-                losses=gather(store.losses, checkpoint, block) if "loss" in quantities else None,
-                timesteps=gather(store.timesteps, checkpoint, block) if "timestep" in quantities else None,
-                contents=gather(store.contents, checkpoint, block) if CONTENT in quantities else None,
+                *store.sketches_and_norms(checkpoint, places),
+                losses=store.losses(checkpoint, places) if "loss" in quantities else None,
+                timesteps=store.timesteps(checkpoint, places) if "timestep" in quantities else None,
+                contents=store.contents(checkpoint, places) if CONTENT in quantities else None,
             )
     return small

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from retrac_scale.arrays import Samples
 from retrac_scale.store.reader import SketchStore
 from retrac_scale.store.schema import CONTENT
 
@@ -44,7 +45,7 @@ class StoreView(SketchStore):
         known = whole.get("checkpoints", {})
         return {**whole, "checkpoints": {name: known[name] for name in self._names if name in known}}
 
-    def _gather(self, checkpoint: str, samples: slice, *quantities: str) -> list[npt.NDArray[Any]]:
+    def _gather(self, checkpoint: str, samples: Samples, *quantities: str) -> list[npt.NDArray[Any]]:
         gathered = self._of._gather(checkpoint, samples, *quantities)
         return [
             values if quantity == CONTENT else values[:, self._places]

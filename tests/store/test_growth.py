@@ -5,12 +5,16 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import retrac_scale as rs
 from retrac_scale.store import DamagedStoreError, Layout, verify_store
+from retrac_scale.store.part import Part
 from tests.conftest import Labelled, random_images, tiny_unet
 from tests.sketching.test_sketching import run
 
@@ -76,6 +80,37 @@ def test_every_slice_of_a_store_grown_by_samples_is_that_of_the_whole(tmp_path: 
     whole = sketch(None, n=9).sketches("a")
     for start, stop in itertools.combinations_with_replacement(range(10), 2):
         np.testing.assert_array_equal(grown.sketches("a", slice(start, stop)), whole[start:stop])
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory: pytest.TempPathFactory) -> rs.SketchStore:
+    """By samples, then by timesteps: blocks of 4, 2 and 3 samples, each in two parts."""
+    folder = tmp_path_factory.mktemp("grown")
+    sketch(folder / "s")
+    sketch(folder / "s", n=9, grow=True)
+    return sketch(folder / "s", n=9, timesteps=(70,), grow=True)
+
+
+@settings(max_examples=40, deadline=None)
+@given(places=st.lists(st.integers(0, 8), max_size=12))
+def test_samples_come_in_the_order_of_the_places_given_each_block_read_once(
+    grown: rs.SketchStore, places: list[int]
+) -> None:
+    norms = {block.start: grown.norms("a", block) for block in grown.blocks}
+    sketches, contents = grown.sketches("a"), grown.contents("a")
+    with mock.patch.object(Part, "read", autospec=True, side_effect=Part.read) as read:
+        found = grown.norms("a", np.array(places, np.uint8))
+    np.testing.assert_array_equal(found, np.concatenate(list(norms.values()))[places])
+    np.testing.assert_array_equal(grown.sketches("a", places), sketches[places])
+    np.testing.assert_array_equal(grown.contents("a", places), contents[places])
+    touched = [block for block in grown.blocks if set(places) & set(range(block.start, block.stop))]
+    assert read.call_count == 2 * len(touched)
+
+
+@pytest.mark.parametrize("places", [[9], [-1], [True], [0.0], [[0]]], ids=str)
+def test_places_that_are_none_are_refused(grown: rs.SketchStore, places: Any) -> None:
+    with pytest.raises(IndexError, match="by a slice or by places from 0 to 8"):
+        grown.norms("a", places)
 
 
 def test_a_checkpoint_is_added_without_the_earlier_ones(tmp_path: Path) -> None:
