@@ -101,8 +101,8 @@ def test_samples_come_in_the_order_of_the_places_given_each_block_read_once(
     with mock.patch.object(Part, "read", autospec=True, side_effect=Part.read) as read:
         found = grown.norms("a", np.array(places, np.uint8))
     np.testing.assert_array_equal(found, np.concatenate(list(norms.values()))[places])
-    np.testing.assert_array_equal(grown.sketches("a", places), sketches[places])
-    np.testing.assert_array_equal(grown.contents("a", places), contents[places])
+    np.testing.assert_array_equal(grown.sketches("a", np.array(places, np.int64)), sketches[places])
+    np.testing.assert_array_equal(grown.contents("a", np.array(places, np.int64)), contents[places])
     touched = [block for block in grown.blocks if set(places) & set(range(block.start, block.stop))]
     assert read.call_count == 2 * len(touched)
 
