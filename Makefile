@@ -35,10 +35,10 @@ live: $(RUNS)
 		--query-images demo/generated.npy --model demo/model --checkpoint epoch-28=demo/model/unet
 
 test: $(STAMP)
-	$(BIN)/pytest -q -n 2 --durations=5
+	$(BIN)/pytest -q -n 2 --dist worksteal --durations=5
 
 test-all: $(STAMP)
-	$(BIN)/pytest -q -n 2 --durations=5 -m ""
+	$(BIN)/pytest -q -n 2 --dist worksteal --durations=5 -m ""
 
 test-any-cpu: $(STAMP)
 	NUMBA_CPU_NAME=generic $(BIN)/pytest -q -n 2 $(COMPILED)

@@ -19,19 +19,24 @@ from retrac_scale.columns import check_columns, check_ids, column_types
 from retrac_scale.estimators import ReTrac
 from retrac_scale.estimators.ridge import BY_QUERIES
 from retrac_scale.index.build import chunk_samples
-from retrac_scale.projections import Projection
+from retrac_scale.projections import GradientSketcher, Projection
+from retrac_scale.sketching.calibration import LARGEST, torch_threads
+from retrac_scale.sketching.content import look_through
+from retrac_scale.sketching.job import Job
 from retrac_scale.store import Dtype, Layout, write_store
 from retrac_scale.store.encoding import array_dtype
 from retrac_scale.store.mapping import CRC_BYTES
 from retrac_scale.store.part import lay_out
 from retrac_scale.store.schema import CONTENT_WORDS, LIST_CHUNK, SKETCHED, Url, choose_layout
 from retrac_scale.store.writer import describe
+from retrac_scale.task.checkpoints import borrowed_weights
 from retrac_scale.task.diffusion import DiffusionTask
 from retrac_scale.task.items import LATENTS
 from retrac_scale.task.timesteps import EvenlySpaced
 
-CALIBRATION_BATCHES = (1, 5)
-CALIBRATION_RUNS = 3
+CALIBRATION_SECONDS, CALIBRATION_RUNS = 2.0, 3
+MOST_BATCHES = 4
+"""Timed beyond the first, in a run."""
 SCAN_BYTES = 64 * 2**20
 
 
@@ -138,34 +143,49 @@ class Rate:
         return self.fixed_s + pairs * self.pair_s
 
 
-def measure_sketching(task: DiffusionTask, item: Any, projection: Projection, *, batch_size: int = 64) -> Rate:
+def measure_sketching(task: DiffusionTask, item: Any, projection: Projection, pairs: int = LARGEST) -> Rate:
     """Time `sketch` on copies of one dataset item, twice with different numbers, so that fixed costs come off.
+
+    Batches and threads are those that `sketch` would measure to be fastest; of a large model one and two pairs are
+    timed.
 
     Args:
         task: model, scheduler and device of the run to come.
         item: what the dataset gives for a sample.
         projection: of the run to come.
-        batch_size: rows per backward pass.
+        pairs: of it, if that few.
     """
     state = {"calibration": {name: value.detach().clone() for name, value in task.model.state_dict().items()}}
+    most = min(pairs, LARGEST)
+    plan, ids = EvenlySpaced(1), np.arange(most)
+    content, _ = look_through(task, [item] * most, ids)
+    chosen = frozenset(GradientSketcher(task.model, projection, check=False).shapes)
+    job = Job(task, [item] * most, ids, content, state, plan, projection, chosen, {})
+    with borrowed_weights(task.model):
+        rows, threads = job.fastest(job.sketcher(), "calibration")
 
     def seconds(samples: int) -> float:
         started = time.perf_counter()
-        sketch(
-            task,
-            [item] * samples,
-            None,
-            checkpoints=state,
-            timesteps=EvenlySpaced(1),
-            projection=projection,
-            batch_size=batch_size,
-            progress=False,
-        )
+        with torch_threads(threads):
+            sketch(
+                task,
+                [item] * samples,
+                None,
+                checkpoints=state,
+                timesteps=plan,
+                projection=projection,
+                batch_size=rows,
+                progress=False,
+            )
         return time.perf_counter() - started
 
-    few, many = (batches * batch_size for batches in CALIBRATION_BATCHES)
-    seconds(few)  # warms up
-    runs = [(seconds(few), seconds(many)) for _ in range(CALIBRATION_RUNS)]
+    if seconds(1) > CALIBRATION_SECONDS:  # which also warms up
+        rows = 1
+    once = seconds(rows)
+    more = max(1, min(MOST_BATCHES, int(CALIBRATION_SECONDS / once)))
+    few, many = rows, (1 + more) * rows
+    runs = [(once, seconds(many))]
+    runs += [(seconds(few), seconds(many)) for _ in range(CALIBRATION_RUNS - 1 if more > 1 else 0)]
     pair_s = statistics.median((long - short) / (many - few) for short, long in runs)
     return Rate(max(0.0, statistics.median(short for short, _ in runs) - few * pair_s), max(pair_s, 1e-9))
 
@@ -174,7 +194,8 @@ def measure_scanning(dim: int, queries: int = 1) -> float:
     """Bytes of int8 index per second that a query scans here, from memory."""
     rng = np.random.default_rng(0)
     rows = max(64, SCAN_BYTES // dim)
-    store = write_store(None, {"c": rng.standard_normal((rows, 1, dim), dtype=np.float32)})
+    some = rng.standard_normal((64, 1, dim), dtype=np.float32)
+    store = write_store(None, {"c": np.resize(some, (rows, 1, dim))})
     asked = write_store(None, {"c": rng.standard_normal((queries, 1, dim), dtype=np.float32)})
     index = build_index(store, ReTrac(), None)
     index.query(asked, 10)

@@ -225,8 +225,8 @@ def _timed(
         data["encoded_bytes"] = planned.samples * sum(one.nbytes for one in item.values())
         lines.insert(1, f"       and up to {in_bytes(data['encoded_bytes'])} of latents and embeddings beside it")
     print(f"measuring how fast {model} is sketched here ...", file=sys.stderr)
-    rate = planner.measure_sketching(task, item, projection)
     pairs = planned.samples * planned.timesteps * planned.checkpoints - planned.measured
+    rate = planner.measure_sketching(task, item, projection, max(1, pairs))
     seconds = rate.seconds(planned.measures * pairs)
     missing = ", what is there already left out" if planned.measured else ""
     missing += f", {planned.measures} measures, which share some work" if planned.measures > 1 else ""

@@ -16,15 +16,19 @@ TURNS, QUICK = 3, 0.1
 WORTHWHILE = 1.05
 """A batch twice as large is tried as long as the last one was this much faster per row."""
 SECONDS = 5.0
+LONG = 0.25
+"""Seconds of a row that keeps the machine busy by itself: more of them at a time are no faster."""
 FEW = 16 * LARGEST
 """Rows, about as many as all measurements of a small model go through."""
+AT_ONCE = 64
+"""So few rows are one batch, if they fit, on all threads: any measurement takes longer than they do."""
 MEMORY_SHARE = 0.25
 """Of the free memory. Activations, their gradients and the allocator's slack take about three times what is kept for
 the backward pass."""
 
 
-def fastest_batch(run: Callable[[int], Tensor], most: int, device: torch.device) -> int:
-    """Rows per backward pass.
+def fastest_batch(run: Callable[[int], Tensor], most: int, device: torch.device) -> tuple[int, float]:
+    """Rows per backward pass, and the seconds that they take.
 
     Args:
         run: sketches a batch of so many rows and returns its losses.
@@ -32,16 +36,19 @@ def fastest_batch(run: Callable[[int], Tensor], most: int, device: torch.device)
         device: whose memory counts.
     """
     most = fitting(run, min(most, LARGEST), device)
-    rows = chosen = min(SMALLEST, most)
-    best, left = 0.0, SECONDS
+    rows, took, best, left = min(SMALLEST, most), 0.0, 0.0, SECONDS
+    alone = _least_seconds(run, 1, device)
+    if alone > LONG:
+        return rows, rows * alone
+    tried = rows
     while True:
-        took = _least_seconds(run, rows, device)
-        if rows / took <= WORTHWHILE * best:
-            return chosen
-        chosen, best, left = rows, rows / took, left - took
-        rows *= 2
-        if rows > most or 4 * took > left:  # twice as many rows, twice
-            return chosen
+        now = _least_seconds(run, tried, device)
+        if tried / now <= WORTHWHILE * best:
+            return rows, took
+        rows, took, best, left = tried, now, tried / now, left - now
+        tried *= 2
+        if tried > most or 4 * now > left:  # twice as many rows, twice
+            return rows, took
 
 
 def fitting(run: Callable[[int], Tensor], most: int, device: torch.device) -> int:
@@ -56,12 +63,14 @@ def fastest(run: Callable[[int], Tensor], most: int, device: torch.device) -> tu
     Several threads wait for each other, on a busy machine longer than one would work; small models gain nothing.
     Arguments as for `fastest_batch`.
     """
-    rows = fastest_batch(run, most, device)
-    threads = _threads(run, rows, device)
+    if most <= AT_ONCE:
+        return fitting(run, most, device), torch.get_num_threads()
+    rows, took = fastest_batch(run, most, device)
+    threads = _threads(run, device, *((rows, TURNS) if 2 * TURNS * took < SECONDS else (1, 2)))
     if threads == torch.get_num_threads():
         return rows, threads
     with torch_threads(threads):
-        return fastest_batch(run, most, device), threads
+        return fastest_batch(run, most, device)[0], threads
 
 
 def as_before(
@@ -81,11 +90,11 @@ def as_before(
     rows, share = fitting(run, min(rows, most), device), most // (4 * TURNS)
     if threads > 1:
         return rows, min(threads, torch.get_num_threads())
-    return rows, _threads(run, min(rows, max(1, share)), device, TURNS if share else 1)
+    return rows, _threads(run, device, min(rows, max(1, share)), TURNS if share else 1)
 
 
-def _threads(run: Callable[[int], Tensor], rows: int, device: torch.device, turns: int = TURNS) -> int:
-    """torch's, or one if that is faster for so many rows."""
+def _threads(run: Callable[[int], Tensor], device: torch.device, rows: int, turns: int) -> int:
+    """torch's, or one if that is faster for so many rows, by so many runs of each."""
     threads = torch.get_num_threads()
     if threads == 1 or device.type == "cuda":
         return threads

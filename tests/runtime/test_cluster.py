@@ -132,35 +132,6 @@ def test_after_workers_were_killed_the_store_is_the_same_and_no_block_ran_more_o
     assert len(deadly) <= surplus <= 2 * len(deadly)
 
 
-def test_calls_whose_workers_were_all_killed_finish(client: Client) -> None:
-    shared, numbers = np.ones(2 * 10**6), range(6)  # so large that Dask would warn
-    pids, homes = client.run(os.getpid).values(), list(client.nthreads())
-
-    def slow_sum(values: Any, number: int) -> float:  # in here: it travels by value, and no worker imports torch
-        time.sleep(0.5)
-        return float(values.sum() + number)
-
-    def graph(*places: str) -> list[Any]:
-        values, parts = constant(shared), []
-        for number in numbers:
-            with dask.annotate(workers=[places[number % 2]], allow_other_workers=True) if places else nullcontext():
-                parts.append(delayed(slow_sum)(values, number))
-        return compute([delayed(sum)(parts)], client)
-
-    def many() -> list[float]:
-        tasks = [Task(f"sum-{number}", (number,)) for number in numbers]
-        return sorted(result for _, result in run(slow_sum, tasks, client, shared=shared))
-
-    with ThreadPoolExecutor() as calls:
-        found = [calls.submit(call) for call in (graph, partial(graph, *homes), many)]
-        time.sleep(1.2)
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
-        once, placed, single = [each.result(timeout=120) for each in found]
-    assert once == placed == [6 * 2e6 + 15]
-    assert single == [2e6 + number for number in numbers]
-
-
 def test_what_a_task_does_to_what_is_shared_stays_on_its_worker(client: Client) -> None:
     client.wait_for_workers(2)
 
@@ -236,6 +207,35 @@ def test_failures_that_may_pass_are_tried_again(where: str, client: Client, tmp_
     tasks = [Task(f"flaky-{i}", (i,)) for i in range(5)]
     found = run(_flaky, tasks, client if where == "there" else None, shared=tmp_path)
     assert sorted(result for _, result in found) == list(range(5))
+
+
+def test_calls_whose_workers_were_all_killed_finish(client: Client) -> None:  # the last: their successors import anew
+    shared, numbers = np.ones(2 * 10**6), range(6)  # so large that Dask would warn
+    pids, homes = client.run(os.getpid).values(), list(client.nthreads())
+
+    def slow_sum(values: Any, number: int) -> float:  # in here: it travels by value, and no worker imports torch
+        time.sleep(0.5)
+        return float(values.sum() + number)
+
+    def graph(*places: str) -> list[Any]:
+        values, parts = constant(shared), []
+        for number in numbers:
+            with dask.annotate(workers=[places[number % 2]], allow_other_workers=True) if places else nullcontext():
+                parts.append(delayed(slow_sum)(values, number))
+        return compute([delayed(sum)(parts)], client)
+
+    def many() -> list[float]:
+        tasks = [Task(f"sum-{number}", (number,)) for number in numbers]
+        return sorted(result for _, result in run(slow_sum, tasks, client, shared=shared))
+
+    with ThreadPoolExecutor() as calls:
+        found = [calls.submit(call) for call in (graph, partial(graph, *homes), many)]
+        time.sleep(1.2)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        once, placed, single = [each.result(timeout=120) for each in found]
+    assert once == placed == [6 * 2e6 + 15]
+    assert single == [2e6 + number for number in numbers]
 
 
 def test_when_all_fail_alike_the_rest_is_left() -> None:

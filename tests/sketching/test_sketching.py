@@ -575,9 +575,9 @@ def test_all_threads_are_taken_unless_one_is_faster(slow: int, chosen: int) -> N
         return torch.zeros(rows)
 
     with torch_threads(2):
-        rows, threads = fastest(run, 32, torch.device("cpu"))
+        rows, threads = fastest(run, 128, torch.device("cpu"))
         assert (torch.get_num_threads(), threads) == (2, chosen)
-    assert 8 <= rows <= 32
+    assert 8 <= rows <= 128
 
 
 @pytest.mark.parametrize(("compiling", "disturbed"), [(0, None), (40, None), (0, 16), (0, 64)])
@@ -594,7 +594,26 @@ def test_neither_compilation_nor_a_disturbed_run_decides_the_batch(
         return torch.zeros(rows)
 
     monkeypatch.setattr(time, "perf_counter", lambda: now)
-    assert fastest_batch(run, 1000, torch.device("cpu")) == 64
+    assert fastest_batch(run, 1000, torch.device("cpu"))[0] == 64
+
+
+@pytest.mark.parametrize(
+    ("most", "row", "most_runs", "chosen"), [(64, 0.01, 1, 64), (1000, 2.0, 7, 8), (1000, 30.0, 7, 8)]
+)
+def test_few_rows_and_large_models_are_not_measured_longer_than_they_take(
+    monkeypatch: pytest.MonkeyPatch, most: int, row: float, most_runs: int, chosen: int
+) -> None:
+    now, done = 0.0, 0
+
+    def run(rows: int) -> torch.Tensor:
+        nonlocal now, done
+        now, done = now + row * rows / torch.get_num_threads(), done + rows
+        return torch.zeros(rows)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    with torch_threads(2):
+        assert fastest(run, most, torch.device("cpu")) == (chosen, 2)
+    assert done <= most_runs
 
 
 @pytest.mark.parametrize(("most", "threads", "measured"), [(25, 1, 12), (25, 2, 0), (4, 1, 2), (4, 2, 0)])
