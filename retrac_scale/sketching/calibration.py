@@ -37,8 +37,8 @@ def fastest_batch(run: Callable[[int], Tensor], most: int, device: torch.device)
     """
     most = fitting(run, min(most, LARGEST), device)
     rows, took, best, left = min(SMALLEST, most), 0.0, 0.0, SECONDS
-    alone = _least_seconds(run, 1, device)
-    if alone > LONG:
+    alone = _seconds(run, 1, device)
+    if alone > LONG and (alone := min(alone, _seconds(run, 1, device))) > LONG:
         return rows, rows * alone
     tried = rows
     while True:
@@ -66,7 +66,7 @@ def fastest(run: Callable[[int], Tensor], most: int, device: torch.device) -> tu
     if most <= AT_ONCE:
         return fitting(run, most, device), torch.get_num_threads()
     rows, took = fastest_batch(run, most, device)
-    threads = _threads(run, device, *((rows, TURNS) if 2 * TURNS * took < SECONDS else (1, 2)))
+    threads = _threads(run, device, rows if 4 * took < SECONDS else 1, TURNS if took < QUICK else 2)
     if threads == torch.get_num_threads():
         return rows, threads
     with torch_threads(threads):
