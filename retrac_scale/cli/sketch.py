@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from dataclasses import replace
@@ -17,6 +18,8 @@ from retrac_scale.cli.told import tell
 from retrac_scale.cli.verb import Answer, Verb
 
 if TYPE_CHECKING:
+    from distributed import Client
+
     from retrac_scale.datasets import ImageFiles
     from retrac_scale.store import SketchStore
     from retrac_scale.task.diffusion import DiffusionTask
@@ -40,6 +43,12 @@ def _options(parser: argparse.ArgumentParser) -> None:
         help="compare all images with those that were sketched, also where more than 10,000 have not changed in size "
         "and time",
     )
+    parser.add_argument(
+        "--workers",
+        metavar="N",
+        help="sketch the training images in so many processes of this machine, or on the workers of a Dask scheduler: "
+        "tcp://host:8786; a small model keeps hardly more than one core of a process busy",
+    )
     parser.add_argument("--at-most", type=int, help="timesteps of an image in all, with --until (default: 32)")
 
 
@@ -57,6 +66,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
     elif arguments.at_most is not None:
         raise ValueError("--at-most is the budget of --until: give both, such as --until 0.9 --at-most 16.")
     measured = _measured(project)
+    at_work = _workers(arguments.workers, project.device)
     task = project_task(project)
     training = project_images(project, project.images, task)
     prompts = [tell(training, task, project.captions)]
@@ -69,7 +79,9 @@ def _run(arguments: argparse.Namespace) -> Answer:
     common = {"checkpoints": project.weights, **again}
     measured["grow"] = _has_grown(project.store, training)
     dataset = _encoded(project, task, training, **again)
-    store = sketch(task, dataset, project.store, progress="training images", **common, **measured, **until)
+    with at_work as client:
+        measured |= {"client": client, **until}
+        store = sketch(task, dataset, project.store, progress="training images", **common, **measured)
     made = {"store": store}
     if asked is not None:
         made["queries"] = _queries(project, task, asked, store, **common)
@@ -90,6 +102,24 @@ def _run(arguments: argparse.Namespace) -> Answer:
     lines += [line for name, one in found.items() for line in check.lines_of(name, one)]
     data["check"] = {name: check.as_json(one) for name, one in found.items()}
     return Answer("\n".join(lines), data)
+
+
+def _workers(told: str | None, device: str) -> contextlib.AbstractContextManager[Client | None]:
+    """What `--workers` says.
+
+    Raises:
+        ValueError: processes of this machine would share a GPU.
+    """
+    from retrac_scale.runtime.processes import workers
+
+    if told is None:
+        return contextlib.nullcontext()
+    if told.isdecimal() and device != "cpu":
+        raise ValueError(
+            f"--workers {told} would share one {device}; start a worker for each, `dask cuda worker --resources "
+            "GPU=1`, and give their scheduler's address."
+        )
+    return workers(told)
 
 
 def _encoded(project: Project, task: DiffusionTask, images: ImageFiles, **again: bool) -> Any:
@@ -224,6 +254,7 @@ VERB = Verb(
     "Sketch the gradients of a folder of images under a model, and of the images to ask about.",
     """  retrac-scale sketch                           what retrac-scale.toml says; run again, it goes on
   retrac-scale sketch --until 0.9 --at-most 16  measures again and again, until answers would repeat so far
+  retrac-scale sketch --workers 16              in as many processes, one for each core
   retrac-scale sketch --replace                 images that were changed, under the same names, are sketched anew
   retrac-scale sketch --model model --images training-images --query-images generated-images
   retrac-scale sketch --model model --images folder --checkpoint early=epoch-10.pt --checkpoint late=model/unet

@@ -9,6 +9,7 @@ import math
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Set
 from concurrent.futures import CancelledError
 from queue import Empty, SimpleQueue
@@ -100,6 +101,12 @@ def gpu_label(client: Client) -> dict[str, float] | None:
         time.sleep(LOOK_AGAIN_S)
     declared = client.scheduler_info(n_workers=-1)["workers"].values()
     return {"GPU": 1} if any(worker["resources"].get("GPU") for worker in declared) else None
+
+
+def most_on_a_machine(client: Client) -> int:
+    """Workers of the machine that has the most of them, which share its memory."""
+    declared = client.scheduler_info(n_workers=-1)["workers"].values()
+    return max(Counter(worker["host"] for worker in declared).values(), default=1)
 
 
 class Watch:

@@ -270,10 +270,10 @@ def _sketch_there(shared: tuple[Job, str, tuple[str, ...]], checkpoint: str, blo
         return share.pairs_if_committed(checkpoint, block, lacking) or share.sketch(checkpoint, block, lacking)
 
 
-def fastest_there(job: Job, checkpoint: str) -> tuple[int, int]:
+def fastest_there(job: Job, checkpoint: str, sharing: int) -> tuple[int, int]:
     """See `Job.fastest`, in a worker."""
     with _model_in_use, torch_threads(1):
-        return job.fastest(job.sketcher(), checkpoint)
+        return job.fastest(job.sketcher(), checkpoint, sharing=sharing)
 
 
 def _values(task: DiffusionTask, items: Items, ids: Ids, plan: Pairs, pairs: Any) -> torch.Tensor:

@@ -27,15 +27,16 @@ MEMORY_SHARE = 0.25
 the backward pass."""
 
 
-def fastest_batch(run: Callable[[int], Tensor], most: int, device: torch.device) -> tuple[int, float]:
+def fastest_batch(run: Callable[[int], Tensor], most: int, device: torch.device, sharing: int = 1) -> tuple[int, float]:
     """Rows per backward pass, and the seconds that they take.
 
     Args:
         run: sketches a batch of so many rows and returns its losses.
         most: rows there are.
         device: whose memory counts.
+        sharing: processes that share it.
     """
-    most = fitting(run, min(most, LARGEST), device)
+    most = fitting(run, min(most, LARGEST), device, sharing)
     rows, took, best, left = min(SMALLEST, most), 0.0, 0.0, SECONDS
     alone = _seconds(run, 1, device)
     if alone > LONG and (alone := min(alone, _seconds(run, 1, device))) > LONG:
@@ -51,26 +52,26 @@ def fastest_batch(run: Callable[[int], Tensor], most: int, device: torch.device)
             return rows, took
 
 
-def fitting(run: Callable[[int], Tensor], most: int, device: torch.device) -> int:
+def fitting(run: Callable[[int], Tensor], most: int, device: torch.device, sharing: int = 1) -> int:
     """So many rows, or as many as fit in memory; arguments as for `fastest_batch`."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return min(most, max(1, int(MEMORY_SHARE * free / max(1, 3 * _kept_bytes(run)))))
+    return min(most, max(1, int(MEMORY_SHARE / sharing * free / max(1, 3 * _kept_bytes(run)))))
 
 
-def fastest(run: Callable[[int], Tensor], most: int, device: torch.device) -> tuple[int, int]:
+def fastest(run: Callable[[int], Tensor], most: int, device: torch.device, sharing: int = 1) -> tuple[int, int]:
     """Rows per backward pass, and threads: as many as torch is set to, or one.
 
     Several threads wait for each other, on a busy machine longer than one would work; small models gain nothing.
     Arguments as for `fastest_batch`.
     """
     if most <= AT_ONCE:
-        return fitting(run, most, device), torch.get_num_threads()
-    rows, took = fastest_batch(run, most, device)
+        return fitting(run, most, device, sharing), torch.get_num_threads()
+    rows, took = fastest_batch(run, most, device, sharing)
     threads = _threads(run, device, rows if 4 * took < SECONDS else 1, TURNS if took < QUICK else 2)
     if threads == torch.get_num_threads():
         return rows, threads
     with torch_threads(threads):
-        return fastest_batch(run, most, device)[0], threads
+        return fastest_batch(run, most, device, sharing)[0], threads
 
 
 def as_before(

@@ -49,9 +49,16 @@ class Job:
         return self.task.encoded(item), words
 
     def fastest(
-        self, sketcher: GradientSketcher, checkpoint: str, like: Mapping[str, Any] | None = None
+        self, sketcher: GradientSketcher, checkpoint: str, like: Mapping[str, Any] | None = None, sharing: int = 1
     ) -> tuple[int, int]:
-        """Rows per backward pass, and threads; `like` is the plan of the store that this one is to be like, if any."""
+        """Rows per backward pass, and threads.
+
+        Args:
+            sketcher: of the job.
+            checkpoint: one of its.
+            like: the plan of the store that this one is to be like, if any.
+            sharing: processes that share the machine's memory.
+        """
         ids = self.ids[:CALIBRATION_ITEMS]
         items = [self.item(row)[0] for row in range(len(ids))]
         plan = self.timesteps.pairs(checkpoint, ids, self.task.num_train_timesteps)
@@ -63,7 +70,7 @@ class Job:
         most, device = len(self.ids) * plan.timesteps.shape[1] * plan.draws, self.task.device
         if like and most <= FEW:
             return as_before(run, most, device, like["batch_rows"], like["threads"])
-        return fastest(run, most, device)
+        return fastest(run, most, device, sharing)
 
 
 def sketch_pairs(

@@ -14,7 +14,7 @@ from retrac_scale.columns import check_columns, check_ids
 from retrac_scale.projections import GradientSketcher
 from retrac_scale.runtime.runs import run
 from retrac_scale.runtime.tasks import Task
-from retrac_scale.runtime.workers import gpu_label
+from retrac_scale.runtime.workers import gpu_label, most_on_a_machine
 from retrac_scale.sketching.blocks import fastest_there, fill
 from retrac_scale.sketching.content import changed_items, look_through, refuse, stored_contents
 from retrac_scale.sketching.description import describe
@@ -113,6 +113,7 @@ def _measured_plan(
         like = {} if request.like is None else request.like.plan  # which has no batch where no model was differentiated
         rows, threads = job.fastest(sketcher, first, like if "batch_rows" in like else None)
         return {"batch_rows": rows, "threads": threads}
-    once = [Task("sketch-batch-size", (first,))]
+    sharing = most_on_a_machine(request.client) if request.task.device.type == "cpu" else 1
+    once = [Task("sketch-batch-size", (first, sharing))]
     ((_, (rows, _)),) = run(fastest_there, once, request.client, shared=job, resources=resources)
     return {"batch_rows": rows, "threads": 1}

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from diffusers import DDPMScheduler, UNet2DModel
+from distributed import LocalCluster
 from PIL import Image
 
 import retrac_scale as rs
@@ -119,6 +120,19 @@ def test_ids_and_pictures_do_not_depend_on_where_a_command_is_run(
     monkeypatch.chdir(folder)
     assert main(["sketch"]) == 0
     assert main(["report", "-k", "2"]) == 0
+
+
+def test_training_images_are_sketched_by_workers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*INIT, *SMALL]) == 0
+    assert main(["sketch", "--out", "alone"]) == 0
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
+        assert main(["sketch", "--workers", cluster.scheduler_address]) == 0
+    assert "check of ReTracRidge: originals that come first: plain 9 of 9" in capsys.readouterr().out
+    for name in ("sketches", "queries"):
+        alone, spread = (rs.open_store(f"{out}/{name}.zarr") for out in ("alone", "attribution"))
+        np.testing.assert_array_equal(alone.sketches("final"), spread.sketches("final"))
+    assert main(["sketch", "--workers", "2", "--device", "cuda"]) == 1
+    assert "--workers 2 would share one cuda; start a worker for each" in capsys.readouterr().err
 
 
 def test_absolute_paths_stay_the_ids_from_everywhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
