@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from retrac_scale.arrays import Float64
+from retrac_scale.arrays import Float32, Float64
 from retrac_scale.arrays import Int64 as Int64
 from retrac_scale.estimators import Estimator, recommended
 from retrac_scale.index.build import write_index
@@ -22,7 +23,8 @@ from retrac_scale.measurement.halves import (
     shared,
     some_ids,
 )
-from retrac_scale.query.index import Index
+from retrac_scale.query.answer import answer_rows
+from retrac_scale.query.question import Question
 from retrac_scale.query.source import all_scores_of
 from retrac_scale.store import SketchStore
 from retrac_scale.store.part import plans_of
@@ -84,25 +86,54 @@ def _of_views(
     units = len(names) if by_checkpoint else t
     pairs = {m: some[:CROSS_SPLITS] for m, some in list(pairs_of_parts(units).items())[:CROSS_SIZES]}
     k = list_length(k, int(store.alive.sum()) - exclude_self)
+    question = Question(k, "proponents", None, None, "sum", exclude_self)
+    asked_by = _sums_of_checkpoints if by_checkpoint else _means_of_timesteps
+    asked = asked_by(store, queries, estimator, [tuple(range(s))[side::2] if s > 1 else (0,) for side in (0, 1)])
     answers: dict[tuple[Places, int], tuple[Int64, Float64]] = {}
 
     def answered(part: Places, side: int) -> tuple[Int64, Float64]:
         """Lists `[q, k]` and scores `[q, n]` of one side of a pair."""
         if (part, side) not in answers:
-            chosen = [names[place] for place in part] if by_checkpoint else names
-            asked = part if s == t and not by_checkpoint else tuple(range(s))[side::2] if s > 1 else (0,)
-            view = StoreView(store, chosen, (0,) if by_checkpoint else part)
-            reader, _ = write_index(view, estimator, dtype="float32")
-            asking = StoreView(queries, chosen, asked)
-            index = Index(reader.root, None, view)
-            lists = index.query(asking, k, exclude_self=exclude_self).ids
-            answers[part, side] = lists, all_scores_of(index, index.query_rows(asking), index.shape[1])
+            index, rows = asked(part, side)
+            lists = answer_rows(index, rows, queries.ids, question).ids
+            answers[part, side] = lists, all_scores_of(index, rows, index.shape[1])
         return answers[part, side]
 
     compared = {m: [(answered(one, 0), answered(other, 1)) for one, other in some] for m, some in pairs.items()}
     overlaps = {m: np.stack([shared(a[0], b[0]) for a, b in some]) for m, some in compared.items()}
     correlations = np.stack([correlation(a[1], b[1]) for a, b in compared[units // 2]])
     return Repeatability(k, units, overlaps, correlations)
+
+
+AskedBy = Callable[[Places, int], tuple[IndexReader, Float32]]
+"""Gives an index and queries' rows `[c, q, k]` for a part of the measurements and one of two sides."""
+
+
+def _means_of_timesteps(
+    store: SketchStore, queries: SketchStore, estimator: Estimator, sides: Sequence[Places]
+) -> AskedBy:
+    names = store.checkpoints
+
+    def asked(part: Places, side: int) -> tuple[IndexReader, Float32]:
+        index, _ = write_index(StoreView(store, names, part), estimator, dtype="float32")
+        places = part if queries.shape[1] == store.shape[1] else sides[side]
+        return index, index.query_rows(StoreView(queries, names, places))
+
+    return asked
+
+
+def _sums_of_checkpoints(
+    store: SketchStore, queries: SketchStore, estimator: Estimator, sides: Sequence[Places]
+) -> AskedBy:
+    index, _ = write_index(store, estimator)
+    of_all = [index.query_rows(StoreView(queries, store.checkpoints, places)) for places in sides]
+
+    def asked(part: Places, side: int) -> tuple[IndexReader, Float32]:
+        rows = np.zeros_like(of_all[side])  # which leaves out a score's other checkpoints
+        rows[list(part)] = of_all[side][list(part)]
+        return index, rows
+
+    return asked
 
 
 __all__ = ["MeasuredOnceError", "Repeatability", "repeatability"]

@@ -42,8 +42,9 @@ class StoreView(SketchStore):
     def fingerprint(self) -> dict[str, Any]:
         """That of the whole, of these checkpoints."""
         whole = self._of.fingerprint
-        known = whole.get("checkpoints", {})
-        return {**whole, "checkpoints": {name: known[name] for name in self._names if name in known}}
+        if known := whole.get("checkpoints"):  # a store of arrays knows none
+            whole["checkpoints"] = {name: known[name] for name in self._names if name in known}
+        return whole
 
     def _gather(self, checkpoint: str, samples: Samples, *quantities: str) -> list[npt.NDArray[Any]]:
         gathered = self._of._gather(checkpoint, samples, *quantities)
