@@ -98,6 +98,11 @@ class GradientSketcher:
         """The sketched parameters and their shapes."""
         return self._capture.shapes
 
+    @property
+    def rules(self) -> dict[str, Any]:
+        """What forms each parameter's gradients; None is per-sample autograd."""
+        return {name: rule for name, (_, rule) in self._capture.users.items()}
+
     def __enter__(self) -> GradientSketcher:
         self._capture.__enter__()
         return self

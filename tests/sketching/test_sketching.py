@@ -19,6 +19,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 import retrac_scale as rs
 from retrac_scale.gradients.errors import GradientMismatchError
+from retrac_scale.projections import GradientSketcher
 from retrac_scale.sketching import calibration
 from retrac_scale.sketching.calibration import as_before, fastest, fastest_batch, torch_threads
 from retrac_scale.task.measures import measure_name, measure_named
@@ -628,6 +629,34 @@ def test_what_is_sketched_like_a_store_takes_its_batch(most: int, threads: int, 
         rows, _ = as_before(run, most, torch.device("cpu"), 16, threads)
     assert rows == min(most, 16)
     assert sum(runs[1:]) == measured  # the first shows what a row takes of memory; then threads, by part of the work
+
+
+def test_questions_are_checked_once_for_a_model_as_it_is_and_what_is_kept_always(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    check, checks = GradientSketcher.check, list[int]()
+
+    def counted(*arguments: Any) -> None:
+        checks.append(1)
+        check(*arguments)
+
+    monkeypatch.setattr(GradientSketcher, "check", counted)
+    model, images = tiny_unet(0), random_images(2)
+    store = run(model, images, rs.EvenlySpaced(2), out=tmp_path / "s", batch_size=4)
+    task = rs.DiffusionTask(model, SCHEDULER)
+
+    def ask(some: Any = images, out: Any = None) -> int:
+        checks.clear()
+        rs.sketch(task, some, out, checkpoints={"last": model.state_dict()}, like=store, progress=False)
+        return len(checks)
+
+    assert ask() == 0  # as the store's samples were
+    assert ask(random_images(1, 5)) == 0
+    assert ask(out=tmp_path / "q") == 1
+    next(one for one in model.modules() if isinstance(one, torch.nn.Dropout)).train()
+    assert [ask(), ask()] == [1, 0]
+    model.eval()
+    assert [ask(images[:1]), ask()] == [0, 0]
 
 
 def test_queries_are_sketched_without_measuring_batches_and_weights_are_read_once(

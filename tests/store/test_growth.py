@@ -200,7 +200,8 @@ def test_columns_of_some_samples_are_decoded_from_their_chunks_alone(
             writer.append(np.arange(12)[rows], {"a": np.ones((len(years[rows]), 1, 8))}, columns=columns)
     store = rs.open_store(tmp_path / "s")
     assert len(store.parts) == 3
-    of_sound_chunks, of_all = ([], [3], [7, 0, 9, 11]), [7, 0, 9, 4, 4, 11]
+    of_sound_chunks: list[list[int]] = [[], [3], [7, 0, 9, 11]]
+    of_all = [7, 0, 9, 4, 4, 11]
     for places in (*of_sound_chunks, of_all):
         found = store.columns_of(np.array(places, np.int64))
         assert found["year"].tolist() == years[places].tolist()
