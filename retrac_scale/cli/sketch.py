@@ -43,13 +43,13 @@ def _options(parser: argparse.ArgumentParser) -> None:
         help="compare all images with those that were sketched, also where more than 10,000 have not changed in size "
         "and time",
     )
+    parser.add_argument("--at-most", type=int, help="timesteps of an image in all, with --until (default: 32)")
     parser.add_argument(
         "--workers",
         metavar="N",
         help="sketch the training images in so many processes of this machine, or on the workers of a Dask scheduler: "
         "tcp://host:8786; a small model keeps hardly more than one core of a process busy",
     )
-    parser.add_argument("--at-most", type=int, help="timesteps of an image in all, with --until (default: 32)")
 
 
 def _run(arguments: argparse.Namespace) -> Answer:

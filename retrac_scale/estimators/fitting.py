@@ -31,7 +31,7 @@ def rows_at(store: SketchStore, places: Places, make: Callable[[Places], Float32
     Args:
         store: whose samples.
         places: `[n]`; every block is read once or twice where they ascend.
-        make: gives it, of the samples at so many places.
+        make: gives it for some of the places.
     """
     _, t, k = store.shape
     for some in blocks(len(places), max(1, PIECE_BYTES // (4 * t * k))):

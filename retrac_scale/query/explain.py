@@ -92,12 +92,17 @@ def explain_lists(index: IndexReader, queries: SketchStore, lists: Sequence[Sequ
     rows = index.query_rows(queries).astype(np.float64)
     places = _places(index, list(dict.fromkeys(id for ids in lists for id in ids)))
     names = sorted(places, key=places.__getitem__)
-    ascending = np.array([places[id] for id in names], np.int64)
+    by_place = {places[id]: id for id in names}
+    ascending = np.array([*by_place], np.int64)
     asking = {id: [query for query, ids in enumerate(lists) if id in ids] for id in names}
     parts = None if matched else _contributions(index, store, queries, ascending, list(asking.values()))
     steps, query_steps = _timesteps(index, store, ascending), _timesteps(index, queries)
     found: dict[tuple[int, Any], Explanation] = {}
-    for some, of_index in rows_at(store, ascending, lambda asked: index.rows_at(store.ids[asked])):
+
+    def of(asked: Int64) -> Float32:
+        return index.rows_at(np.array([by_place[place] for place in asked.tolist()]))
+
+    for some, of_index in rows_at(store, ascending, of):
         for place, row in enumerate(of_index, some.start):
             own = row.astype(np.float64).reshape(rows[:, 0].shape)
             for query in asking[id := names[place]]:
@@ -110,8 +115,8 @@ def explain_lists(index: IndexReader, queries: SketchStore, lists: Sequence[Sequ
                     score**2 if index.estimator.squared else score,
                     parts[query, place] if parts else by_timestep[:, :, None] * np.eye(by_timestep.shape[1]),
                     index.checkpoints,
-                    steps[place],
-                    query_steps[query],
+                    None if steps is None else steps[place],
+                    None if query_steps is None else query_steps[query],
                 )
     return [[found[query, id] for id in ids] for query, ids in enumerate(lists)]
 
@@ -144,8 +149,8 @@ def _vectors(index: IndexReader, side: SketchStore, checkpoint: str, samples: Sa
     return index.estimator.stored_vectors(side, checkpoint, samples)
 
 
-def _timesteps(index: IndexReader, side: SketchStore, samples: Samples = ALL) -> Sequence[Int64 | None]:
-    """Of each of some samples, `[c, t]`."""
+def _timesteps(index: IndexReader, side: SketchStore, samples: Samples = ALL) -> list[Int64] | None:
+    """Of each of some samples, `[c, t]`; None when the store does not say."""
     if not side.has("timestep"):
-        return [None] * len(side.ids[samples])
+        return None
     return list(np.stack([side.timesteps(name, samples) for name in index.checkpoints], axis=1))

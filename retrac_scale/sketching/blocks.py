@@ -22,7 +22,7 @@ from retrac_scale.runtime.runs import run
 from retrac_scale.runtime.tasks import Task
 from retrac_scale.sketching.calibration import torch_threads
 from retrac_scale.sketching.content import ITEM, ChangedItemsError
-from retrac_scale.sketching.job import Job, sketch_pairs
+from retrac_scale.sketching.job import Job, shapes, sketch_pairs
 from retrac_scale.sketching.pairs import Items, measured_pairs, without_autocast
 from retrac_scale.store import SketchStore, open_store, write_block
 from retrac_scale.store.encoding import decode
@@ -208,10 +208,8 @@ class _Share:
 
     def _kind(self, store: SketchStore, model: nn.Module, items: Items) -> str:
         """All that decides whether the gradients of such pairs can be told apart and are formed rightly."""
-        sample, told = items[0]
-        given = [tuple(sample.shape), *((name, tuple(value.shape)) for name, value in sorted(told.items()))]
         described = {name: of for name, of in store.fingerprint.items() if name not in ("checkpoints", "timesteps")}
-        return repr((described, given, self._sketcher.rules, [one.training for one in model.modules()]))
+        return repr((described, shapes(items[0]), self._sketcher.rules, [one.training for one in model.modules()]))
 
     def _check(
         self,

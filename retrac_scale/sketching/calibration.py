@@ -52,10 +52,14 @@ def fastest_batch(run: Callable[[int], Tensor], most: int, device: torch.device,
             return rows, took
 
 
-def fitting(run: Callable[[int], Tensor], most: int, device: torch.device, sharing: int = 1) -> int:
-    """So many rows, or as many as fit in memory; arguments as for `fastest_batch`."""
+def fitting(
+    run: Callable[[int], Tensor], most: int, device: torch.device, sharing: int = 1, kept: int | None = None
+) -> int:
+    """So many rows, or as many as fit in memory; arguments as for `fastest_batch`, and `kept_bytes` where known."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return min(most, max(1, int(MEMORY_SHARE / sharing * free / max(1, 3 * _kept_bytes(run)))))
+    return min(
+        most, max(1, int(MEMORY_SHARE / sharing * free / max(1, 3 * (kept_bytes(run) if kept is None else kept))))
+    )
 
 
 def fastest(run: Callable[[int], Tensor], most: int, device: torch.device, sharing: int = 1) -> tuple[int, int]:
@@ -75,7 +79,7 @@ def fastest(run: Callable[[int], Tensor], most: int, device: torch.device, shari
 
 
 def as_before(
-    run: Callable[[int], Tensor], most: int, device: torch.device, rows: int, threads: int
+    run: Callable[[int], Tensor], most: int, device: torch.device, rows: int, threads: int, kept: int | None = None
 ) -> tuple[int, int]:
     """The same for FEW rows, sketched like a store's, which stand in place of measurements longer than the work.
 
@@ -87,8 +91,9 @@ def as_before(
         device: likewise.
         rows: of the store.
         threads: likewise.
+        kept: `kept_bytes` of the run, where known.
     """
-    rows, share = fitting(run, min(rows, most), device), most // (4 * TURNS)
+    rows, share = fitting(run, min(rows, most), device, kept=kept), most // (4 * TURNS)
     if threads > 1:
         return rows, min(threads, torch.get_num_threads())
     return rows, _threads(run, device, min(rows, max(1, share)), TURNS if share else 1)
@@ -134,7 +139,7 @@ def _seconds(run: Callable[[int], Tensor], rows: int, device: torch.device) -> f
     return time.perf_counter() - start
 
 
-def _kept_bytes(run: Callable[[int], Tensor]) -> int:
+def kept_bytes(run: Callable[[int], Tensor]) -> int:
     """What one row keeps for the backward pass."""
     kept: dict[int, int] = {}
 

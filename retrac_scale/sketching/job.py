@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from torch import nn
 
 from retrac_scale.arrays import Ids
 from retrac_scale.native.memory import keep_freed_pages
 from retrac_scale.projections import GradientSketcher, Projection
 from retrac_scale.projections.preconditioning import Divisors
-from retrac_scale.sketching.calibration import FEW, as_before, fastest
+from retrac_scale.sketching.calibration import FEW, as_before, fastest, kept_bytes
 from retrac_scale.sketching.content import read_again
 from retrac_scale.sketching.pairs import Items, measured_pairs
 from retrac_scale.store.reader import Words
@@ -22,6 +24,9 @@ from retrac_scale.task.diffusion import DiffusionTask
 from retrac_scale.task.timesteps import Pairs, TimestepPlan
 
 CALIBRATION_ITEMS = 64
+
+_kept: WeakKeyDictionary[nn.Module, dict[str, int]] = WeakKeyDictionary()
+"""What a row of items of some shapes keeps of a model's forward pass for the backward pass, in bytes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,9 +73,21 @@ class Job:
             return sketch_pairs(sketcher, self.task, items, ids, plan, pairs)[0][2]
 
         most, device = len(self.ids) * plan.timesteps.shape[1] * plan.draws, self.task.device
-        if like and most <= FEW:
-            return as_before(run, most, device, like["batch_rows"], like["threads"])
+        if like and most <= FEW:  # a question, as another may have been before
+            known, kind = (
+                _kept.setdefault(self.task.model, {}),
+                repr((shapes(items[0]), self.task.autocast, len(self.parameters))),
+            )
+            if kind not in known:
+                known[kind] = kept_bytes(run)
+            return as_before(run, most, device, like["batch_rows"], like["threads"], known[kind])
         return fastest(run, most, device, sharing)
+
+
+def shapes(item: tuple[Any, Mapping[str, Any]]) -> Any:
+    """Of what the model takes of an item: of the sample, and of what goes with it, by name."""
+    sample, told = item
+    return tuple(sample.shape), sorted((name, tuple(value.shape)) for name, value in told.items())
 
 
 def sketch_pairs(
