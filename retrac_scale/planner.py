@@ -159,10 +159,10 @@ def measure_sketching(task: DiffusionTask, item: Any, projection: Projection, pa
     most = min(pairs, LARGEST)
     plan, ids = EvenlySpaced(1), np.arange(most)
     content, _ = look_through(task, [item] * most, ids)
-    chosen = frozenset(GradientSketcher(task.model, projection, check=False).shapes)
-    job = Job(task, [item] * most, ids, content, state, plan, projection, chosen, {})
+    sketcher = GradientSketcher(task.model, projection, check=False)
+    job = Job(task, [item] * most, ids, content, state, plan, projection, frozenset(sketcher.shapes), {})
     with borrowed_weights(task.model):
-        rows, threads = job.fastest(job.sketcher(), "calibration")
+        rows, threads = job.fastest(sketcher, "calibration")
 
     def seconds(samples: int) -> float:
         started = time.perf_counter()

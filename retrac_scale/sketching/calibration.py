@@ -36,7 +36,7 @@ def fastest_batch(run: Callable[[int], Tensor], most: int, device: torch.device,
         device: whose memory counts.
         sharing: processes that share it.
     """
-    most = fitting(run, min(most, LARGEST), device, sharing)
+    most = fitting(kept_bytes(run), min(most, LARGEST), device, sharing)
     rows, took, best, left = min(SMALLEST, most), 0.0, 0.0, SECONDS
     alone = _seconds(run, 1, device)
     if alone > LONG and (alone := min(alone, _seconds(run, 1, device))) > LONG:
@@ -52,14 +52,10 @@ def fastest_batch(run: Callable[[int], Tensor], most: int, device: torch.device,
             return rows, took
 
 
-def fitting(
-    run: Callable[[int], Tensor], most: int, device: torch.device, sharing: int = 1, kept: int | None = None
-) -> int:
-    """So many rows, or as many as fit in memory; arguments as for `fastest_batch`, and `kept_bytes` where known."""
+def fitting(kept: int, most: int, device: torch.device, sharing: int = 1) -> int:
+    """So many rows, or as many as fit in memory, where each keeps `kept_bytes`; others as for `fastest_batch`."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return min(
-        most, max(1, int(MEMORY_SHARE / sharing * free / max(1, 3 * (kept_bytes(run) if kept is None else kept))))
-    )
+    return min(most, max(1, int(MEMORY_SHARE / sharing * free / max(1, 3 * kept))))
 
 
 def fastest(run: Callable[[int], Tensor], most: int, device: torch.device, sharing: int = 1) -> tuple[int, int]:
@@ -69,7 +65,7 @@ def fastest(run: Callable[[int], Tensor], most: int, device: torch.device, shari
     Arguments as for `fastest_batch`.
     """
     if most <= AT_ONCE:
-        return fitting(run, most, device, sharing), torch.get_num_threads()
+        return fitting(kept_bytes(run), most, device, sharing), torch.get_num_threads()
     rows, took = fastest_batch(run, most, device, sharing)
     threads = _threads(run, device, rows if 4 * took < SECONDS else 1, TURNS if took < QUICK else 2)
     if threads == torch.get_num_threads():
@@ -79,7 +75,7 @@ def fastest(run: Callable[[int], Tensor], most: int, device: torch.device, shari
 
 
 def as_before(
-    run: Callable[[int], Tensor], most: int, device: torch.device, rows: int, threads: int, kept: int | None = None
+    run: Callable[[int], Tensor], most: int, device: torch.device, rows: int, threads: int, kept: int
 ) -> tuple[int, int]:
     """The same for FEW rows, sketched like a store's, which stand in place of measurements longer than the work.
 
@@ -91,9 +87,9 @@ def as_before(
         device: likewise.
         rows: of the store.
         threads: likewise.
-        kept: `kept_bytes` of the run, where known.
+        kept: `kept_bytes` of the run.
     """
-    rows, share = fitting(run, min(rows, most), device, kept=kept), most // (4 * TURNS)
+    rows, share = fitting(kept, min(rows, most), device), most // (4 * TURNS)
     if threads > 1:
         return rows, min(threads, torch.get_num_threads())
     return rows, _threads(run, device, min(rows, max(1, share)), TURNS if share else 1)

@@ -97,9 +97,8 @@ class Grid:
         done = 0
         for first, number, rows, block in self._holding(places):
             below, column = done + len(rows), 0
-            some = (
-                slice(rows[0], rows[-1] + 1) if (np.diff(rows) == 1).all() else rows
-            )  # a view where they are in a row
+            in_a_row = (np.diff(rows) == 1).all()  # read without a copy
+            some = slice(rows[0], rows[-1] + 1) if in_a_row else rows
             for read, steps in self._filled(first, checkpoint, number, block):
                 for quantity, values in zip(quantities, found, strict=True):
                     out = values[done:below] if quantity == CONTENT else values[done:below, column : column + steps]
