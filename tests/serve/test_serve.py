@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -288,13 +289,16 @@ def test_a_prompt_is_asked_about_in_pixels_that_a_vae_encodes(tmp_path: Path) ->
 
 
 class Stepping(Library):
-    """Counts the pieces that are sketched."""
+    """Counts the pieces that are begun; `allowed`, if given, holds back each until it is released."""
 
     pieces = 0
+    allowed: threading.Semaphore | None = None
 
     def upload(self, upload: Upload, pieces: list[Sketches]) -> Asked | None:
         """See `Library`."""
         self.pieces += upload.key not in self.uploads
+        if self.allowed is not None:
+            self.allowed.acquire(timeout=30)
         return super().upload(upload, pieces)
 
 
@@ -386,7 +390,7 @@ def test_what_views_cannot_be_had_with_is_told_before_anything_is_measured(
 
 
 def test_views_are_sketched_a_few_at_a_time_and_no_longer_than_somebody_waits(stepping: Stepping) -> None:
-    async def ask() -> None:
+    async def ask(allowed: threading.Semaphore) -> None:
         service = Service(stepping, "", LIMITS)
         part = Part.model_validate({"source": "queries", "id": "1", "views": True})
         other = Ask.model_validate({"source": "queries", "ids": ["0"]})
@@ -394,14 +398,20 @@ def test_views_are_sketched_a_few_at_a_time_and_no_longer_than_somebody_waits(st
             asking = asyncio.create_task(service.region(part))
             while not stepping.pieces:
                 await asyncio.sleep(0.001)
-            await service.query(other)
+            answering = asyncio.create_task(service.query(other))
+            for _ in range(10):  # until its scan stands behind the first piece
+                await asyncio.sleep(0)
+            allowed.release()
+            await answering
             assert stepping.pieces < 3
             asking.cancel()
+            allowed.release(3)
         # which ends after all that was begun
         assert stepping.pieces < 3
         assert not stepping.uploads
 
-    asyncio.run(ask())
+    stepping.allowed = threading.Semaphore(0)
+    asyncio.run(ask(stepping.allowed))
 
 
 def test_views_count_as_nine_in_a_scan_and_among_what_is_remembered(stepping: Stepping) -> None:
