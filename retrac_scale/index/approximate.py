@@ -16,7 +16,7 @@ from torch.utils.dlpack import from_dlpack
 from retrac_scale.arrays import Bools, Float32, Float64, Int64
 from retrac_scale.index import kernels
 from retrac_scale.index.plain import SUMS, Product, rounding, summation
-from retrac_scale.native import int8, paired
+from retrac_scale.native import amx, int8, paired
 from retrac_scale.native.products import multiply_integers
 from retrac_scale.native.threads import over_rows
 
@@ -67,14 +67,13 @@ class CompiledProduct:
 class TorchProduct:
     """One checkpoint's queries, in the type of torch's fastest product; see `plain.Product`."""
 
-    def __init__(self, matrix: Tensor, unit: Float32, error: Float64, tile: int) -> None:
+    def __init__(self, matrix: Tensor, error: Float64, tile: int) -> None:
         q = matrix.shape[1]
         self.matrix = matrix
-        self.unit = torch.from_numpy(unit)
         self.error = error
         self.tile = tile
         room = tile + tile // 4
-        self._product = torch.empty(room, q, dtype=torch.int32 if matrix.dtype == torch.int8 else matrix.dtype)
+        self._product = torch.empty(room, q, dtype=matrix.dtype)
         self._float = torch.empty(room, q)
         self._rows = torch.empty(0, dtype=matrix.dtype)
 
@@ -84,15 +83,13 @@ class TorchProduct:
         given, out = from_dlpack(rows), self._float[:n]
         if self.matrix.device.type != "cpu":
             out.copy_(given.to(self.matrix.device).to(self.matrix.dtype) @ self.matrix)
-        elif self.matrix.dtype == torch.int8:
-            out.copy_(torch._int_mm(given, self.matrix, out=self._product[:n]))
         else:
             if given.dtype != self.matrix.dtype:
                 if len(self._rows) < n:
                     self._rows = torch.empty(n, rows.shape[1], dtype=self.matrix.dtype)
                 given = self._rows[:n].copy_(given)
             out.copy_(torch.mm(given, self.matrix, out=self._product[:n]))
-        out.mul_(self.unit).mul_(from_dlpack(scale)[:, None])
+        out.mul_(from_dlpack(scale)[:, None])
         weighted: Float32 = out.numpy()
         return weighted
 
@@ -141,10 +138,15 @@ def by_integers(queries: Float64, arithmetic: Float64, tile: int) -> Product:
     return CompiledProduct(multiply, len(queries), error + arithmetic, tile)
 
 
-def by_torch(queries: Float64, arithmetic: Float64, tile: int) -> Product:
-    """A product of bytes by torch."""
+def by_matrices(queries: Float64, arithmetic: Float64, tile: int) -> Product:
+    """A product by instructions made for matrices of bytes."""
     integers, unit, error = _integers(queries, _largest(queries), min(127, WIDEST // queries.shape[1]))
-    return TorchProduct(torch.from_numpy(integers.astype(np.int8)).T, unit, error + arithmetic, tile)
+    packed, units = amx.packed(integers.astype(np.int8)), np.pad(unit, (0, -len(unit) % amx.SIDE))
+
+    def multiply(rows: npt.NDArray[np.int8], scale: Float32, out: Float32) -> None:
+        amx.multiply_pieces(rows, packed, scale, units, out)
+
+    return CompiledProduct(multiply, len(queries), error + arithmetic, _large(tile))
 
 
 def product_of(queries: Float64, norm: Float64, dtype: np.dtype[Any], checkpoints: int) -> Product:
@@ -154,19 +156,19 @@ def product_of(queries: Float64, norm: Float64, dtype: np.dtype[Any], checkpoint
     tile = LARGEST_TILE if q < 8 else 4096 if q <= 64 else 2048 if q <= 128 else 512
     if torch.cuda.is_available():
         rounded = torch.from_numpy(queries).bfloat16().T.contiguous().cuda()
-        return TorchProduct(rounded, np.ones(q, np.float32), arithmetic + 2.0**-6 * norm, LARGEST_TILE)
+        return TorchProduct(rounded, arithmetic + 2.0**-6 * norm, LARGEST_TILE)
     if dtype == np.int8 and k <= WIDEST:
-        way = _fastest(min(64, 2 ** (q - 1).bit_length()), k, torch.get_num_threads())
+        way = _fastest(min(256, 2 ** (q - 1).bit_length()), k, torch.get_num_threads())
         return way(queries, 1.1 * arithmetic, tile)
     summed = summation(norm, k)
     if torch.cpu._is_avx512_bf16_supported() and q >= 16:  # queries, rows and result round to 8 bits
         rounded = torch.from_numpy(queries).bfloat16().T.contiguous()
         error = arithmetic + summed + 3.1 * 2.0**-9 * norm
-        return TorchProduct(rounded, np.ones(q, np.float32), error, min(tile, 512))
+        return TorchProduct(rounded, error, min(tile, 512))
     if torch.get_float32_matmul_precision() != "highest":
         summed = summed + 2.0**-6 * norm
     matrix = torch.from_numpy(queries.astype(np.float32).T.copy())
-    return TorchProduct(matrix, np.ones(q, np.float32), arithmetic + summed, min(tile, 512))
+    return TorchProduct(matrix, arithmetic + summed, min(tile, 512))
 
 
 Way = Callable[[Float64, Float64, int], Product]
@@ -174,14 +176,14 @@ Way = Callable[[Float64, Float64, int], Product]
 
 
 def _ways(queries: int, entries: int) -> list[Way]:
-    """Those that are right here: torch's saturate without VNNI, and are wrong for single entries."""
+    """Those that there are here and may be the fastest."""
     ways: list[Way] = []
     if int8.AVAILABLE:
         ways.append(by_bytes)
     elif paired.AVAILABLE and queries > 1 and entries <= paired.WIDEST:
         return [by_pairs]  # of two queries on as fast as integers, and of more faster
-    if queries > 1 and entries > 1 and torch.cpu._is_vnni_supported():
-        ways.append(by_torch)
+    if amx.AVAILABLE and queries > 1:
+        ways.append(by_matrices)
     return [*ways, by_integers]
 
 

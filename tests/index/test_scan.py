@@ -18,7 +18,7 @@ from retrac_scale.index.approximate import product_of
 from retrac_scale.index.chunk import Chunk
 from retrac_scale.index.plain import FREE_QUERIES, Light
 from retrac_scale.index.scan import merge, scores, top
-from retrac_scale.native import int8, paired
+from retrac_scale.native import amx, int8, paired
 
 DTYPES = ("int8", "float16", "float32")
 
@@ -133,9 +133,9 @@ def test_cpus_without_int8_and_bfloat16_products_give_the_same_answer(
     monkeypatch.setattr(approximate, "_fastest", approximate._fastest.__wrapped__)  # without what it remembers
     others = []
     for module, name, value in (
+        (amx, "AVAILABLE", False),
         (int8, "AVAILABLE", False),
         (paired, "AVAILABLE", False),
-        (torch.cpu, "_is_vnni_supported", lambda: False),
         (torch.cpu, "_is_avx512_bf16_supported", lambda: False),
     ):
         monkeypatch.setattr(module, name, value)

@@ -18,7 +18,7 @@ from retrac_scale.gradients import factored
 from retrac_scale.gradients.mixing import mix
 from retrac_scale.gradients.rules import normalization
 from retrac_scale.index import kernels, plain
-from retrac_scale.native import int8, paired, products, texts
+from retrac_scale.native import amx, int8, paired, products, texts
 from retrac_scale.native.threads import SharedPass, over_rows
 from retrac_scale.projections import folding
 from retrac_scale.store import rounding
@@ -146,6 +146,12 @@ def multiply_several(rows: Any, queries: Any, rest: Any, scale: Any, unit: Any, 
 def multiply_paired(rows: Any, queries: Any, rest: Any, sums: Any, scale: Any, unit: Any, out: Any) -> None:
     """See `paired.multiply_paired`."""
     multiply_integers(rows, np.concatenate([unpacked(queries, len(rest)), rest], 1), scale, unit, out)
+
+
+def multiply_pieces(rows: Any, queries: Any, scale: Any, unit: Any, out: Any) -> None:
+    """See `amx.multiply_pieces`."""
+    q, k = out.shape[1], rows.shape[1]
+    multiply_integers(rows, unpacked(queries, q)[:, :k], scale, unit[:q], out)
 
 
 def unpacked(queries: Any, count: int) -> Any:
@@ -300,6 +306,13 @@ def to_bytes(rng: np.random.Generator) -> tuple[Any, ...]:
     return integers(rng, n, k), *queries, floats(rng, n), floats(rng, q), np.empty((n, q), np.float32)
 
 
+def to_pieces(rng: np.random.Generator) -> tuple[Any, ...]:
+    """For `amx.multiply_pieces`."""
+    n, q, k = size(rng), size(rng), size(rng)
+    queries = amx.packed(integers(rng, q, k))
+    return integers(rng, n, k), queries, floats(rng, n), floats(rng, q + -q % amx.SIDE), np.empty((n, q), np.float32)
+
+
 def to_pairs(rng: np.random.Generator) -> tuple[Any, ...]:
     """For `paired.multiply_paired`."""
     n, q, k = size(rng), size(rng), size(rng)
@@ -406,6 +419,7 @@ PASSES = (
     Pass(products.multiply_integers, multiply_integers, to_products, (4,)),
     Pass(int8.multiply_one, dot, to_byte, (4,), here=int8.AVAILABLE),
     Pass(int8.multiply_several, multiply_several, to_bytes, (5,), here=int8.AVAILABLE),
+    Pass(amx.multiply_pieces, multiply_pieces, to_pieces, (4,), here=amx.AVAILABLE),
     Pass(paired.multiply_paired, multiply_paired, to_pairs, (6,), here=paired.AVAILABLE),
     Pass(texts.merge, merge, to_merge, (4,), bits=True),
 )
