@@ -92,9 +92,8 @@ class Backward:
         """Which parameters' gradients are rounded to 16 bits somewhere."""
         coarse = any(grad.itemsize < 4 for call in calls for grad in call.grads.values())
         coarse |= any(call.precision is not None and call.precision[2] for call in calls)
-        for own, name in layer.parameters.items():
-            if coarse or layer.module.get_parameter(own).itemsize < 4:
-                self.traits.half.add(name)
+        if coarse:
+            self.traits.half.update(layer.parameters.values())
 
     def _mixer(self, layer: Layer, calls: list[Call]) -> Tensor | None:
         """What the gradients of the layer's weight are mixed with; also notes whether it is of a single position."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ class GradientCapture:
         self._thawed = False  # whether forward passes leave the weights trainable
         self._handles: list[Any] = []
         self._frozen: list[nn.Parameter] = []
+        self._selected: dict[str, tuple[nn.Parameter, Tensor | None]] = {}  # inside, with the gradients they came with
 
     @property
     def users(self) -> dict[str, tuple[nn.Module, LayerRule | None]]:
@@ -71,11 +72,13 @@ class GradientCapture:
             if parameter.requires_grad:
                 self._frozen.append(parameter)
             if name in self.shapes:  # frozen when its layer is called: a gradient that reaches it went around the layer
-                self._handles.append(parameter.register_hook(self._refuse(name)))  # type: ignore[no-untyped-call]
+                self._selected[name] = parameter, parameter.grad
+                parameter.grad = None
             else:
                 parameter.requires_grad_(False)
         for layer in self._watched.layers:
             self._handles.append(layer.module.register_forward_pre_hook(self._freeze(layer), prepend=True))
+        self._watched.traits.half |= {name for name, (own, _) in self._selected.items() if own.itemsize < 4}
         self._watched.watch(self._going_on)
         self._thawed = self._compared < self._to_compare
         self._watched.recording = True
@@ -90,6 +93,9 @@ class GradientCapture:
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._frozen.clear()
+        for parameter, grad in self._selected.values():
+            parameter.grad = grad
+        self._selected.clear()
         for layer in self._watched.layers:  # what hooks have computed holds the last forward pass
             vars(layer.module).update({own: value.detach() for own, value in computed(layer.module).items()})
         self._watched.forget()
@@ -148,7 +154,7 @@ class GradientCapture:
         if self._thawed and not retain_graph and self._compared >= self._to_compare:
             self._thawed = False  # and as frozen as the forward pass would have left them
             for name in called:
-                self.model.get_parameter(name).requires_grad_(False)
+                self._selected[name][0].requires_grad_(False)
         return reference
 
     def check_samples(self, n: int) -> None:
@@ -179,6 +185,9 @@ class GradientCapture:
                 torch.autograd.grad(losses.sum(), weights, retain_graph=retain_graph, allow_unused=True)
             else:
                 torch.autograd.backward(losses.sum(), retain_graph=retain_graph)
+                for name, (parameter, _) in self._selected.items():
+                    if parameter.grad is not None:
+                        raise used_elsewhere(name)
             watched.recording = False
             with torch.no_grad():
                 for layer in watched.layers:
@@ -198,14 +207,7 @@ class GradientCapture:
     def _freeze(self, layer: Layer) -> Hook:
         def freeze(module: nn.Module, args: Any) -> None:
             if self._watched.recording and not self._thawed:
-                for own in layer.parameters:
-                    module.get_parameter(own).requires_grad_(False)
+                for name in layer.parameters.values():
+                    self._selected[name][0].requires_grad_(False)
 
         return Hook(layer.module, freeze)
-
-    def _refuse(self, name: str) -> Callable[[Tensor], None]:
-        def refuse(grad: Tensor) -> None:
-            if not self._thawed:
-                raise used_elsewhere(name)
-
-        return refuse
