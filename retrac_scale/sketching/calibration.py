@@ -12,7 +12,8 @@ from torch import Tensor
 
 SMALLEST, LARGEST = 8, 256
 TURNS, QUICK = 3, 0.1
-"""Runs of each number of threads, by turns; and seconds, below which a batch is run so often once more."""
+"""Runs of each number of threads, by turns; and seconds, below which a batch is run so often once more if it is no
+faster than the last one."""
 WORTHWHILE = 1.05
 """A batch twice as large is tried as long as the last one was this much faster per row."""
 SECONDS = 5.0
@@ -43,7 +44,7 @@ def fastest_batch(run: Callable[[int], Tensor], most: int, device: torch.device,
         return rows, rows * alone
     tried = rows
     while True:
-        now = _least_seconds(run, tried, device)
+        now = _least_seconds(run, tried, device, WORTHWHILE * best)
         if tried / now <= WORTHWHILE * best:
             return rows, took
         rows, took, best, left = tried, now, tried / now, left - now
@@ -119,10 +120,13 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _least_seconds(run: Callable[[int], Tensor], rows: int, device: torch.device) -> float:
-    """Of some runs: what is made once, as compiled passes are, makes the first one longer, a busy machine any."""
+def _least_seconds(run: Callable[[int], Tensor], rows: int, device: torch.device, rate: float) -> float:
+    """Of some runs: what is made once, as compiled passes are, makes the first one longer, a busy machine any.
+
+    Two are enough that go through more rows a second than `rate`.
+    """
     least = min(_seconds(run, rows, device) for _ in range(2))
-    for _ in range(TURNS if least < QUICK else 0):
+    for _ in range(TURNS if least < QUICK and rows / least <= rate else 0):
         least = min(least, _seconds(run, rows, device))
     return least
 
