@@ -32,7 +32,7 @@ demo: $(RUNS)
 live: $(RUNS)
 	$(INSTALL) -e '.[serve]'
 	$(BIN)/retrac-scale serve demo/retracridge.zarr --queries demo/queries.zarr --images demo/images.npy \
-		--query-images demo/generated.npy --model demo/model --checkpoint epoch-28=demo/model/unet
+		--query-images demo/generated.npy --model demo/model --checkpoint epoch-21=demo/model/unet
 
 test: $(STAMP)
 	$(BIN)/pytest -q -n 2 --dist worksteal --durations=5

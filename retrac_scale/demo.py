@@ -32,8 +32,8 @@ from retrac_scale.training.recorder import TrainingRecorder
 
 # The paper's cosine schedule and evenly spaced checkpoints: a checkpoint's weight counts all steps since the one before
 # it, so that with late checkpoints alone the first of them would decide everything.
-EPOCHS = 28
-KEPT_EPOCHS = (7, 14, 21, 28)
+EPOCHS = 21
+KEPT_EPOCHS = (7, 14, 21)
 BATCH = 64
 LEARNING_RATE = 4e-3
 WARMUP_STEPS = 100
