@@ -9,7 +9,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-IMPORTED_LATE = ("sympy", "scipy.stats", "sklearn.datasets", "zarr", "dask.array", "numba", "matplotlib.pyplot", "pandas")
+IMPORTED_LATE = (
+    "sympy",
+    "scipy.stats",
+    "sklearn.datasets",
+    "zarr",
+    "dask.array",
+    "numba",
+    "matplotlib.pyplot",
+    "pandas",
+)
 """By the demo: begun with these, the two processes do not turn the same sources into bytecode at the same time."""
 
 

@@ -176,15 +176,12 @@ Way = Callable[[Float64, Float64, int], Product]
 
 
 def _ways(queries: int, entries: int) -> list[Way]:
-    """Those that there are here and may be the fastest."""
-    ways: list[Way] = []
+    """Those that may be the fastest here."""
     if int8.AVAILABLE:
-        ways.append(by_bytes)
-    elif paired.AVAILABLE and queries > 1 and entries <= paired.WIDEST:
+        return [by_bytes, by_matrices] if amx.AVAILABLE and queries > 1 else [by_bytes]
+    if paired.AVAILABLE and queries > 1 and entries <= paired.WIDEST:
         return [by_pairs]  # of two queries on as fast as integers, and of more faster
-    if amx.AVAILABLE and queries > 1:
-        ways.append(by_matrices)
-    return [*ways, by_integers]
+    return [by_integers]
 
 
 @functools.lru_cache(maxsize=256)
