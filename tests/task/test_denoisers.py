@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import (
     AuraFlowTransformer2DModel,
     ConfigMixin,
@@ -157,7 +158,8 @@ def test_labels_reach_every_model_that_takes_them_whatever_is_wrapped_around_it(
     np.testing.assert_allclose(norms(wrapped, data), expected, rtol=2e-4)
 
 
-def test_wrappers_that_cannot_be_taken_off_are_refused() -> None:
+def test_wrappers_that_cannot_be_taken_off_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # others of this process may have made theirs
     adaptive: Any = get_peft_model(tiny_dit(), AdaLoraConfig(target_modules=["to_q"], total_step=10))
     with pytest.raises(ValueError, match=r"PEFT's AdaLoraModel, whose own forward does more.*get_base_model"):
         rs.DiffusionTask(adaptive, SCHEDULER)
