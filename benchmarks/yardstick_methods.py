@@ -70,6 +70,7 @@ def measurements() -> dict[str, Measurement]:
         "common 4 x 512": Measurement(rs.EvenlySpaced(4)),
         "common 4 x 512, mean squared output": Measurement(rs.EvenlySpaced(4), measure="mean_squared_output"),
         "common 4 x 512, mean output": Measurement(rs.EvenlySpaced(4), measure="mean_output"),
+        "common 8 x 512": Measurement(rs.EvenlySpaced(8)),
         "common 4 x 4096": Measurement(rs.EvenlySpaced(4), wide),
         "own 10 x 4096": Measurement(own, wide),
         "own 10 x 4096, mean squared output": Measurement(own, wide, measure="mean_squared_output"),
@@ -86,6 +87,19 @@ def estimated(measurement: str, estimator: Estimator, lab: Lab) -> Found:
     _, t, k = store.shape
     stored = len(store.checkpoints) * t
     return Found(scores, stored, stored * k, seconds + time.process_time() - started)
+
+
+def summed(lab: Lab) -> Found:
+    """Of the loss and of the mean squared output, measured together: each query's scores in standard deviations."""
+    found = [
+        estimated("common 4 x 512", rs.ReTracRidge(), lab),
+        estimated("common 4 x 512, mean squared output", rs.DTRAK(pairing="matched"), lab),
+    ]
+    scores = {
+        kind: sum(one.scores[kind] / one.scores[kind].std(1, keepdims=True) for one in found) for kind in lab.queries
+    }
+    pairs, stored, seconds = (sum(getattr(one, name) for one in found) for name in ("pairs", "bytes", "seconds"))
+    return Found(scores, pairs, stored, seconds)
 
 
 def ours() -> list[Method]:
@@ -108,6 +122,8 @@ def ours() -> list[Method]:
         row("TracIn, matched", "common", common, rs.TracIn("matched")),
         row("GradCos", "common", common, rs.GradCos()),
         row("DTRAK, matched", "common", f"{common}, mean squared output", rs.DTRAK(pairing="matched"), squares=BOTH),
+        row(f"{RECIPE}, eight timesteps", "common", "common 8 x 512", rs.ReTracRidge(), squares=BOTH),
+        Method(f"{RECIPE} and DTRAK, matched", "common", summed, squares=BOTH),
         row("DAS, matched", "common", f"{common}, mean output", rs.DAS(pairing="matched"), squares=BOTH),
         row("ReTracRidge", "own", own, rs.ReTracRidge(), squares=BOTH),
         row("TRAK", "own", own, rs.TRAK(), squares=BOTH),
