@@ -154,7 +154,7 @@ class GradientCapture:
         if self._thawed and not retain_graph and self._compared >= self._to_compare:
             self._thawed = False  # and as frozen as the forward pass would have left them
             for name in called:
-                self._selected[name][0].requires_grad_(False)
+                self.model.get_parameter(name).requires_grad_(False)
         return reference
 
     def check_samples(self, n: int) -> None:
@@ -207,7 +207,7 @@ class GradientCapture:
     def _freeze(self, layer: Layer) -> Hook:
         def freeze(module: nn.Module, args: Any) -> None:
             if self._watched.recording and not self._thawed:
-                for name in layer.parameters.values():
-                    self._selected[name][0].requires_grad_(False)
+                for own in layer.parameters:
+                    module.get_parameter(own).requires_grad_(False)
 
         return Hook(layer.module, freeze)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 from collections.abc import Callable
@@ -211,14 +212,30 @@ class Around(nn.Module):
         return self.first(x) @ self.second.weight + self.second.bias  # type: ignore[no-any-return]
 
 
-def test_a_parameter_used_around_its_layer_is_refused_by_name() -> None:
+@pytest.mark.parametrize("check", [True, False])
+def test_a_parameter_used_around_its_layer_is_refused_by_name(check: bool) -> None:
     model = Around()
     with (
-        rs.GradientSketcher(model, rs.Identity()) as sketcher,
+        rs.GradientSketcher(model, rs.Identity(), check=check) as sketcher,
         pytest.raises(ValueError, match=r"'second\.(weight|bias)' is used outside its own layer's forward"),
     ):
         sketcher(model(torch.randn(2, 3, 4)).square().sum((1, 2)))
     assert model.second.weight.requires_grad
+    assert model.second.weight.grad is None
+
+
+@pytest.mark.parametrize("model", [Around(), nn.Linear(4, 4)], ids=["refused", "sketched"])
+def test_gradients_that_weights_have_are_as_before(model: nn.Module) -> None:
+    model(torch.randn(2, 3, 4)).sum().backward()
+    before = {
+        name: (weight.grad, weight.grad.clone()) for name, weight in model.named_parameters() if weight.grad is not None
+    }
+    with contextlib.suppress(ValueError), rs.GradientSketcher(model, rs.Identity(), check=False) as sketcher:
+        sketcher(model(torch.randn(2, 3, 4)).square().sum((1, 2)))
+    for name, weight in model.named_parameters():
+        own, values = before[name]
+        assert weight.grad is own
+        torch.testing.assert_close(own, values, rtol=0, atol=0)
 
 
 def test_a_module_taken_whole_equals_autograd() -> None:
