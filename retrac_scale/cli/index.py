@@ -25,7 +25,12 @@ def _options(parser: argparse.ArgumentParser) -> None:
         help="ReTracRidge, ReTrac, TracIn, TRAK, ... (default: what the store is made for, ReTracRidge where its noise "
         "is common, else ReTrac)",
     )
-    parser.add_argument("--measure", help="of a store that was measured in several ways (default: its first)")
+    parser.add_argument(
+        "--measure",
+        type=lambda given: given.split(","),
+        metavar="MEASURE[,MEASURE]",
+        help="of a store that was measured in several ways (default: its first); scores of several are added up",
+    )
     parser.add_argument("--pairing", choices=("cross", "matched"), help="of timesteps (default: the estimator's)")
     parser.add_argument("--damping", type=_damping, metavar="auto|NUMBER", help=DAMPING_HELP)
     parser.add_argument("--directions", action="store_true", default=None, help="of TRAK and its kin: unit gradients")
@@ -84,7 +89,8 @@ VERB = Verb(
   retrac-scale index demo/sketches.zarr demo/retrac.zarr --estimator ReTrac
   retrac-scale index sketches.zarr matched.zarr --estimator ReTrac --pairing matched --dtype float16
   retrac-scale index sketches.zarr trak.zarr --estimator TRAK --pairing matched --directions --damping 0.5
-  retrac-scale index sketches.zarr d-trak.zarr --estimator DTRAK --measure mean_squared_output""",
+  retrac-scale index sketches.zarr d-trak.zarr --estimator DTRAK --measure mean_squared_output
+  retrac-scale index sketches.zarr both.zarr --measure mse,mean_squared_output""",
     _options,
     _run,
 )

@@ -87,7 +87,8 @@ def open_asked(url: str, index: Index) -> SketchStore:
 
     store = open_store(url)
     measured = index.meta["measure"]
-    return open_store(url, measure=measured) if measured in store.measurements[1:] else store
+    wanted = measured if isinstance(measured, list) else [measured]
+    return open_store(url, measure=wanted) if set(wanted) <= set(store.measurements) else store
 
 
 def open_sketches(project: Project) -> SketchStore:

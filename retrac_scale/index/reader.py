@@ -81,6 +81,12 @@ class IndexReader:
         return estimator_from_spec(self.meta["estimator"])
 
     @property
+    def functions(self) -> int:
+        """How many measures stand side by side, each at all timesteps."""
+        measure = self.meta.get("measure")
+        return len(measure) if isinstance(measure, list) else 1
+
+    @property
     def checkpoints(self) -> list[str]:
         """Checkpoint names, in the order of the rows."""
         return list(self.meta["checkpoints"])
@@ -383,14 +389,3 @@ def complete_root(url: Url) -> zarr.Group:
     if not root.attrs[ATTRIBUTE].get("complete"):  # type: ignore[union-attr]
         raise ValueError(f"the index at {url} was not finished; run its build_index(...) again.")
     return root
-
-
-def open_reader(url: Url) -> IndexReader:
-    """Open an existing index to be read; raises as `complete_root`."""
-    return IndexReader(complete_root(url), url)
-
-
-@functools.lru_cache(maxsize=4)
-def open_on_worker(url: str, meta: str) -> IndexReader:
-    """The index at a URL, kept open in this process while its description is the same: its maps outlive a task."""
-    return open_reader(url)

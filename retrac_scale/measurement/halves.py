@@ -166,7 +166,8 @@ def repeatability_of_rows(
 
     Lists hold only samples that `where` leaves, and are shorter than k where those are fewer.
     """
-    t = int(index.meta.get("slots", 1))
+    functions = index.functions  # of the same forward passes, whose luck they share
+    t = int(index.meta.get("slots", 1)) // functions
     pairs = pairs_of_parts(t)
     k = list_length(k, index.shape[1] - exclude_self)
     question = Question(k, "proponents", where, None, "sum", exclude_self)
@@ -175,20 +176,23 @@ def repeatability_of_rows(
     group = max(1, ASKED_BYTES // rows.nbytes)
     lists: dict[Places, npt.NDArray[Any]] = {}
     for some in (chosen[start : start + group] for start in range(0, len(chosen), group)):
-        asked = np.concatenate([_alone(rows, part, t) for part in some], axis=1)
+        asked = np.concatenate([_alone(rows, part, functions, t) for part in some], axis=1)
         ids = answer_rows(index, asked, np.tile(query_ids, len(some)), question, client).ids
         lists |= dict(zip(some, ids.reshape(len(some), q, -1), strict=True))
     overlaps = {m: np.stack([shared(lists[one], lists[other]) for one, other in some]) for m, some in pairs.items()}
-    scores = (tuple(all_scores_of(index, _alone(rows, part, t), CORRELATED) for part in pair) for pair in pairs[t // 2])
+    scores = (
+        tuple(all_scores_of(index, _alone(rows, part, functions, t), CORRELATED) for part in pair)
+        for pair in pairs[t // 2]
+    )
     length = lists[chosen[0]].shape[1]
     return Repeatability(length, t, overlaps, np.stack([correlation(*pair) for pair in scores]))
 
 
-def _alone(rows: Float32, part: Places, t: int) -> Float32:
+def _alone(rows: Float32, part: Places, functions: int, t: int) -> Float32:
     """Rows `[c, q, k]` with zeros in place of all measurements but some."""
     c, q, _ = rows.shape
     alone = np.zeros_like(rows)
-    alone.reshape(c, q, t, -1)[:, :, part] = rows.reshape(c, q, t, -1)[:, :, part]
+    alone.reshape(c, q, functions, t, -1)[:, :, :, part] = rows.reshape(c, q, functions, t, -1)[:, :, :, part]
     return alone
 
 

@@ -121,7 +121,7 @@ def topk(
     found = filled(found, k)
     if not found.scores.shape[1]:
         raise ValueError("where= and exclude_self= leave no sample to score.")
-    errors, resolved = _uncertainty(found, scan.index.estimator.squared)
+    errors, resolved = _uncertainty(found, scan.index.estimator.squared, scan.index.functions)
     errors = errors if groups is None else groups.errors
     width = min(k, found.scores.shape[1])
 
@@ -144,16 +144,18 @@ def topk(
     )
 
 
-def _uncertainty(found: Found, squared: bool) -> tuple[Float64 | None, Bools | None]:
-    """Standard errors, and whether each score stands clear of the next one; None where rows have one part.
+def _uncertainty(found: Found, squared: bool, functions: int) -> tuple[Float64 | None, Bools | None]:
+    """Standard errors, and whether each score stands clear of the next one; None where there is one measurement.
 
     A score is a sum of T measurements, so that its variance is estimated by T / (T - 1) times the sum of the squares of
-    their deviations from their mean, and that of a difference by those of the differences.
+    their deviations from their mean, and that of a difference by those of the differences. Several functions of the
+    same forward pass are one measurement.
     """
-    t = found.parts.shape[2]
-    if not t:
+    t = found.parts.shape[2] // functions
+    if t < 2:
         return None, None
-    parts = found.parts * (2 * found.parts.sum(2, keepdims=True) if squared else 1)  # a square, to first order
+    parts = found.parts.reshape(*found.scores.shape, functions, t).sum(2)
+    parts = parts * (2 * parts.sum(2, keepdims=True) if squared else 1)  # a square, to first order
 
     def error(values: Float64) -> Float64:
         root: Float64 = np.sqrt(t / (t - 1) * np.square(values - values.mean(2, keepdims=True)).sum(2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import numpy as np
 
 from retrac_scale.arrays import Bools, Float32, Float64, Int64
 from retrac_scale.index.chunk import Chunk
-from retrac_scale.index.reader import IndexReader, open_on_worker
+from retrac_scale.index.reader import IndexReader, complete_root
 from retrac_scale.index.scan import scores
 from retrac_scale.runtime.graphs import delayed
 from retrac_scale.store import SketchStore
@@ -31,7 +32,13 @@ def for_workers(index: IndexReader) -> Source:
 
 def opened(source: Source) -> IndexReader:
     """The index of a source."""
-    return source if isinstance(source, IndexReader) else open_on_worker(*source)
+    return source if isinstance(source, IndexReader) else _open_on_worker(*source)
+
+
+@functools.lru_cache(maxsize=4)
+def _open_on_worker(url: str, meta: str) -> IndexReader:
+    """The index at a URL, kept open in this process while its description is the same: its maps outlive a task."""
+    return IndexReader(complete_root(url), url)
 
 
 def chunks_of(

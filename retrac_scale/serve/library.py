@@ -328,7 +328,7 @@ class Library:
         for name, index in self.indexes.items():
             store = index.check_store()
             if store is not None:
-                place = index.meta["store"] or id(store), index.meta["measure"]  # which may be one of several there
+                place = index.meta["store"] or id(store), str(index.meta["measure"])  # of which there may be several
                 if place not in made:
                     made[place] = function(store)
                 found[name] = made[place]

@@ -65,6 +65,11 @@ def settle(
     """
     check(request)
     like, there = request.like, existing(request.out)
+    if like is not None and isinstance(like.fingerprint.get("measure"), list):
+        raise ValueError(
+            "like= was opened under several measures; open it under one, and give the task all: sketch() makes a "
+            "store of each at out=, and open_store(out, measure=[...]) has them side by side."
+        )
     known = like or there
     for store in (like, there):
         if store is not None:

@@ -11,11 +11,11 @@ from retrac_scale.store.schema import Url, whereabouts
 
 @dataclass(frozen=True, eq=False)
 class StoreHandle:
-    """A store here as it is; for workers where they open it, and under which measure."""
+    """A store here as it is; for workers where they open it, and under which measures."""
 
     here: SketchStore | None
     url: Url
-    measure: str | None
+    measure: str | list[str] | None
 
     @staticmethod
     def of(store: SketchStore, client: Any) -> StoreHandle:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import zarr
@@ -10,7 +11,7 @@ from zarr.errors import GroupNotFoundError
 
 from retrac_scale.store import objects
 from retrac_scale.store.errors import DamagedStoreError
-from retrac_scale.store.part import ROOT, Part, check_root
+from retrac_scale.store.part import ROOT, Part, check_root, plans_of
 from retrac_scale.store.schema import ATTRIBUTE, FORMAT_VERSION, Url, get_group, zarr_location
 
 WHAT = "sketch store"
@@ -72,6 +73,30 @@ def _open_part(root: zarr.Group, name: str, place: str) -> Part | None:
         return None
     meta = check_root(content, place)
     return Part(get_group(root, f"{PARTS}/{name}") if name else root, meta, name, place)
+
+
+def of_measures(parts: Sequence[Part], measures: Sequence[str], url: Url) -> list[Part]:
+    """Those of some measures, which then stand side by side like further timesteps, in the order of the measures.
+
+    Raises:
+        ValueError: there is no such measure, or two of them were taken at other timesteps.
+    """
+    own = {measure: [part for part in parts if measure_of(part) == measure] for measure in measures}
+    for measure, some in own.items():
+        if not some:
+            raise ValueError(f"{url} has no measure {measure!r}.")
+    plans = {measure: list(dict.fromkeys(map(_plans, some))) for measure, some in own.items()}
+    first, *others = plans
+    for other in others:
+        if plans[other] != plans[first]:
+            raise ValueError(
+                f"{url} holds {first!r} and {other!r} at other timesteps, which cannot stand side by side."
+            )
+    return [part for some in own.values() for part in some]
+
+
+def _plans(part: Part) -> str:
+    return json.dumps(plans_of(part.meta["fingerprint"]), sort_keys=True)
 
 
 def measure_of(part: Part) -> str:

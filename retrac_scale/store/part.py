@@ -141,8 +141,9 @@ class Part:
 
     @cached_property
     def same_pairs(self) -> str:
-        """Equal for parts that measure at the same timestep plan."""
-        return json.dumps(plans_of(self.meta["fingerprint"]), sort_keys=True)
+        """Equal for parts that measure the same function at the same timestep plan."""
+        told = self.meta["fingerprint"]
+        return json.dumps([told.get("measure"), plans_of(told)], sort_keys=True)
 
     @cached_property
     def ids(self) -> npt.NDArray[Any]:

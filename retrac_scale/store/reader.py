@@ -14,7 +14,7 @@ from retrac_scale.arrays import Float32, Int64, Samples
 from retrac_scale.columns import Places, as_ids
 from retrac_scale.store import commits, objects
 from retrac_scale.store.grid import Grid
-from retrac_scale.store.opening import WHAT, measure_of, open_parts, open_root
+from retrac_scale.store.opening import WHAT, measure_of, of_measures, open_parts, open_root
 from retrac_scale.store.part import Part, plans_of
 from retrac_scale.store.schema import CONTENT, Url, digest_of
 
@@ -31,7 +31,7 @@ class SketchStore:
 
     A store is one part, or several when it has grown: samples, checkpoints and timesteps that were added stand in
     parts of their own, and are seen here as further rows, names and columns. Values measured otherwise (another
-    `measure`) are another store in the same place, see `measurements`.
+    `measure`) are another store in the same place, see `measurements`; opened together they are further columns.
     """
 
     def __init__(self, parts: Sequence[Part], url: Url, whole: zarr.Group) -> None:
@@ -59,7 +59,8 @@ class SketchStore:
     def fingerprint(self) -> dict[str, Any]:
         """What the sketches are a function of: projection, parameters, checkpoints, scheduler, measure, timesteps.
 
-        The timestep plan is a list of plans where the store grew by timesteps, in the order of its timesteps.
+        The timestep plan is a list of plans where the store grew by timesteps, in the order of its timesteps, or holds
+        several measures, of which there is a list then.
         """
         merged = dict(self.meta["fingerprint"])
         if len(self._parts) > 1:
@@ -67,7 +68,12 @@ class SketchStore:
             digests = {name: value for one in every for name, value in one.get("checkpoints", {}).items()}
             plans = {part.same_pairs: plans_of(part.meta["fingerprint"]) for part in self._parts}
             each = [plan for some in plans.values() for plan in some]
-            told = {"checkpoints": digests, "timesteps": each[0] if len(each) == 1 else each}
+            measures = self._measures
+            told = {
+                "checkpoints": digests,
+                "timesteps": each[0] if len(each) == 1 else each,
+                "measure": measures if len(measures) > 1 else None,
+            }
             merged |= {name: value for name, value in told.items() if value}  # a store of arrays knows neither
         return merged
 
@@ -172,9 +178,12 @@ class SketchStore:
 
     def refresh(self) -> SketchStore:
         """The store as it is now, with the parts that were added since it was opened."""
-        measure = measure_of(self._parts[0])
-        parts = [part for part in open_parts(self._whole, self.url) if measure_of(part) == measure]
+        parts = of_measures(open_parts(self._whole, self.url), self._measures, self.url)
         return SketchStore(parts, self.url, self._whole)
+
+    @property
+    def _measures(self) -> list[str]:
+        return list(dict.fromkeys(map(measure_of, self._parts)))
 
     def committed(self, checkpoint: str) -> npt.NDArray[np.bool_]:
         """Which blocks of a checkpoint are written, bool `[blocks]`."""
@@ -322,28 +331,33 @@ def _digest_of_all(items: Sequence[bytes]) -> str:
 
 
 def open_store(
-    url: Url, *, mode: Literal["r", "r+"] = "r", measure: str | None = None, part: str | None = None
+    url: Url,
+    *,
+    mode: Literal["r", "r+"] = "r",
+    measure: str | Sequence[str] | None = None,
+    part: str | None = None,
 ) -> SketchStore:
     """Open an existing SketchStore, for reading unless mode is "r+".
 
     Args:
         url: a path or an fsspec URL.
         mode: "r+" is for workers that write blocks.
-        measure: which of `store.measurements`; None for the first.
+        measure: which of `store.measurements`; None for the first. Several stand side by side, like further timesteps:
+            scores of matched pairing are their sum.
         part: the name of one part, to write its blocks; None for the whole store.
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: what is there is no sketch store, or of a newer format.
+        ValueError: what is there is no sketch store, or of a newer format; or it has no such measure or part.
         DamagedStoreError: its metadata is not what was written.
     """
     root = open_root(url, WHAT, mode)
     parts = open_parts(root, url)
     if part is not None:
         chosen = [one for one in parts if one.name == part]
+        if not chosen:
+            raise ValueError(f"{url} has no part {part!r}.")
     else:
-        first = measure_of(parts[0]) if measure is None else measure
-        chosen = [one for one in parts if measure_of(one) == first]
-    if not chosen:
-        raise ValueError(f"{url} has no {'measure' if part is None else 'part'} {part or measure!r}.")
+        wanted = measure_of(parts[0]) if measure is None else measure
+        chosen = of_measures(parts, [wanted] if isinstance(wanted, str) else list(dict.fromkeys(wanted)), url)
     return SketchStore(chosen, url, root)

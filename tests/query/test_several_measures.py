@@ -1,0 +1,153 @@
+"""Several measured functions side by side in one index, against an index of each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from dask.distributed import Client, LocalCluster
+from diffusers import DDPMScheduler
+
+import retrac_scale as rs
+from retrac_scale.cli import main
+from retrac_scale.measurement.halves import _alone
+from retrac_scale.serve.library import Library
+from tests.conftest import random_images, tiny_unet
+
+BOTH: Any = ("mse", "mean_squared_output")
+SAMPLES, QUERIES = 40, 5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Training samples, of which more came later, and queries, under two measures at four timesteps."""
+    folder, model = tmp_path_factory.mktemp("both"), tiny_unet()
+    task = rs.DiffusionTask(model, DDPMScheduler(), measure=BOTH)
+    options: dict[str, Any] = {
+        "checkpoints": {"last": {name: value.clone() for name, value in model.state_dict().items()}},
+        "timesteps": [rs.EvenlySpaced(3), rs.Explicit([7], noise="common")],
+        "batch_size": 32,
+        "dtype": "float32",
+        "progress": False,
+    }
+    images = random_images(SAMPLES + QUERIES)
+    training = folder / "store.zarr"
+    rs.sketch(task, images[: SAMPLES - 8], training, projection=rs.LowRank(dim=64), **options)
+    rs.sketch(task, images[:SAMPLES], training, grow=True, **options)
+    rs.sketch(task, images[SAMPLES:], folder / "queries.zarr", like=rs.open_store(training), **options)
+    return folder
+
+
+def opened(folder: Path, measure: Any = BOTH) -> tuple[rs.SketchStore, rs.SketchStore]:
+    """The training samples and the queries under some measures."""
+    return rs.open_store(folder / "store.zarr", measure=measure), rs.open_store(
+        folder / "queries.zarr", measure=measure
+    )
+
+
+def test_they_stand_side_by_side_like_further_timesteps(folder: Path) -> None:
+    store, queries = opened(folder)
+    apart = [opened(folder, measure)[0] for measure in BOTH]
+    assert store.shape == (SAMPLES, 8, 64)
+    assert store.fingerprint["measure"] == list(BOTH)
+    assert len(store.fingerprint["timesteps"]) == 2 * len(apart[0].fingerprint["timesteps"])
+    for quantity in ("sketches", "norms", "losses", "timesteps"):
+        expected = np.concatenate([getattr(one, quantity)("last") for one in apart], axis=1)
+        np.testing.assert_array_equal(getattr(store, quantity)("last"), expected)
+    assert store.refresh().shape == store.shape
+    swapped = rs.open_store(folder / "store.zarr", measure=BOTH[::-1])
+    np.testing.assert_array_equal(swapped.norms("last")[:, :4], store.norms("last")[:, 4:])
+    assert rs.open_store(folder / "store.zarr", measure=["mse"]).fingerprint["measure"] == "mse"
+    index = rs.build_index(store, dtype="float32")
+    with pytest.raises(ValueError, match="measure"):
+        index.query(opened(folder, "mse")[1], 3)
+    with pytest.raises(ValueError, match="measure"):
+        rs.build_index(apart[0]).query(queries, 3)
+    with pytest.raises(ValueError, match="has no measure 'l1'"):
+        opened(folder, ("mse", "l1"))
+
+
+def test_scores_are_the_sum_of_those_of_each(folder: Path, tmp_path: Path) -> None:
+    store, queries = opened(folder)
+    expected = sum(
+        np.asarray(rs.build_index(one, rs.ReTracRidge(), dtype="float32").scores(asked))
+        for one, asked in (opened(folder, measure) for measure in BOTH)
+    )
+    index = rs.build_index(store, rs.ReTracRidge(), tmp_path / "index.zarr", dtype="float32")
+    np.testing.assert_allclose(np.asarray(index.scores(queries)), expected, rtol=1e-4, atol=1e-5)
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        built = rs.build_index(store, rs.ReTracRidge(), tmp_path / "there.zarr", dtype="float32", client=client)
+    for one in (rs.open_index(tmp_path / "index.zarr"), built):
+        answer = one.query(queries, 3)
+        np.testing.assert_allclose(answer.scores, -np.sort(-expected, axis=1)[:, :3], rtol=1e-4)
+        assert one.check_store() is not None
+
+
+def test_they_are_indexed_and_asked_by_commands(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, queries = opened(folder)
+    expected = rs.build_index(store).query(queries, 3)
+    place = str(tmp_path / "index.zarr")
+    assert main(["index", str(folder / "store.zarr"), place, "--measure", ",".join(BOTH)]) == 0
+    capsys.readouterr()
+    assert main(["query", place, str(folder / "queries.zarr"), "-k", "3", "--json"]) == 0
+    lists = json.loads(capsys.readouterr().out)["results"]
+    for own, ids, scores in zip(lists, expected.ids, expected.scores, strict=True):
+        assert own["ids"] == ids.tolist()
+        assert own["scores"] == pytest.approx(scores.tolist(), rel=1e-5)
+
+
+def test_measures_at_other_timesteps_do_not_stand_side_by_side(tmp_path: Path) -> None:
+    model, out = tiny_unet(), tmp_path / "store.zarr"
+    options: dict[str, Any] = {"checkpoints": {"last": dict(model.state_dict())}, "progress": False}
+    for measure, plan in zip(BOTH, (rs.EvenlySpaced(2), rs.EvenlySpaced(3)), strict=True):
+        task = rs.DiffusionTask(model, DDPMScheduler(), measure=measure)
+        rs.sketch(task, random_images(2), out, timesteps=plan, grow=out.exists(), **options)
+    with pytest.raises(ValueError, match="at other timesteps, which cannot stand side by side"):
+        rs.open_store(out, measure=BOTH)
+
+
+def test_an_estimator_of_one_function_refuses_several(folder: Path) -> None:
+    with pytest.raises(ValueError, match="differentiates mean_squared_output"):
+        rs.build_index(opened(folder)[0], rs.DTRAK(pairing="matched"))
+
+
+def test_functions_of_a_forward_pass_are_one_measurement(folder: Path) -> None:
+    store, queries = opened(folder)
+    index = rs.build_index(store, dtype="float32")
+    found = rs.repeatability(index, queries, k=5)
+    assert found.measurements == 4
+    rows = index.query_rows(queries)
+    expected = rows.reshape(1, QUERIES, 2, 4, 64).copy()
+    expected[:, :, :, [1, 2]] = 0
+    np.testing.assert_array_equal(_alone(rows, (0, 3), 2, 4), expected.reshape(rows.shape))
+    answer = index.query(queries, 3)
+    assert answer.errors is not None
+    for row in range(QUERIES):
+        explained = index.explain(rs.take(queries, queries.ids[row : row + 1]), answer.ids[row, 0])
+        parts = np.diag(explained.contributions[0]).reshape(2, 4).sum(0)
+        assert parts.sum() == pytest.approx(answer.scores[row, 0], rel=1e-5)
+        assert answer.errors[row, 0] == pytest.approx(np.sqrt(4 / 3 * np.square(parts - parts.mean()).sum()), rel=1e-4)
+
+
+def test_queries_are_not_sketched_like_several(folder: Path) -> None:
+    store, _ = opened(folder)
+    task = rs.DiffusionTask(tiny_unet(), DDPMScheduler(), measure=BOTH)
+    with pytest.raises(ValueError, match="open it under one, and give the task all"):
+        rs.sketch(task, random_images(2), None, checkpoints={"last": task.model.state_dict()}, like=store)
+
+
+def test_the_service_asks_each_index_for_its_own_store(folder: Path, tmp_path: Path) -> None:
+    indexes = {
+        name: rs.build_index(opened(folder, measure)[0], rs.ReTracRidge(), tmp_path / name)
+        for name, measure in (("one", "mse"), ("both", BOTH))
+    }
+    shapes = Library._by_store(type("Of", (), {"indexes": indexes})(), lambda store: store.shape)
+    assert shapes == {"one": (SAMPLES, 4, 64), "both": (SAMPLES, 8, 64)}
