@@ -245,6 +245,8 @@ TELLING = ("LDS", "in top 10", "first")
 COMPARED = (
     ("ReTracRidge", "common", False),
     ("ReTracRidge", "common", True),
+    ("ReTracRidge, loss and output", "common", False),
+    ("ReTracRidge, loss and output", "common", True),
     ("D-TRAK, its authors' script", None, False),
     ("DAS, its authors' script", None, True),
     ("TRAK's package, 4096 entries, our damping", None, False),
@@ -302,7 +304,10 @@ WHEN = """- **What would retraining without these images do?** `ReTracRidge` ove
   If only the size matters, ask for squares: they predict losses better, but a strong opponent then looks like a
   strong proponent.
 - **Pictures that the model made?** On emoji D-TRAK's function under the same noise, `DTRAK(pairing="matched")`, is
-  clearly better than the loss, and on digits not clearly worse.
+  clearly better than the loss, and on digits not clearly worse. Both together, `ReTracRidge` over the loss and the
+  mean squared output ([how](methods.md#d-trak)), come near the better of the two there or above, and are ahead of
+  either on pictures that were held out: see the rows *loss and output*, and beside them *eight timesteps*, with as
+  many gradients and bytes.
 - **Common noise and a ridge decide more than what is differentiated.** The loss, D-TRAK's and DAS's functions,
   and on digits plain activations, come out close together under the same noise with a ridge whose damping suits
   them: see the rows of fitted dampings. A comparison in which one method has its noise in common, or its

@@ -56,6 +56,11 @@ class Estimator(ABC):
             )
         if self.pairing == "matched":
             common_timesteps(store)
+        elif isinstance(measure, list):
+            raise ValueError(
+                f"{type(self).__name__} would average gradients of {' and '.join(measure)}, which have no common mean; "
+                "take an estimator with matched pairing, such as ReTracRidge(), or open the store under one measure."
+            )
 
     def check_training(self, store: SketchStore) -> None:
         """As `check`, and ValueError unless the training side has the quantities that the estimator needs."""

@@ -114,7 +114,9 @@ def test_measures_at_other_timesteps_do_not_stand_side_by_side(tmp_path: Path) -
         rs.open_store(out, measure=BOTH)
 
 
-def test_an_estimator_of_one_function_refuses_several(folder: Path) -> None:
+def test_estimators_of_one_function_or_of_means_refuse_several(folder: Path) -> None:
+    with pytest.raises(ValueError, match="average gradients of mse and mean_squared_output"):
+        rs.build_index(opened(folder)[0], rs.TracIn())
     with pytest.raises(ValueError, match="differentiates mean_squared_output"):
         rs.build_index(opened(folder)[0], rs.DTRAK(pairing="matched"))
 
