@@ -312,7 +312,9 @@ def measured_like(
     config = dict(store.fingerprint["scheduler"])
     scheduler = getattr(diffusers, config.pop("class"))(**config)
     forward = store.fingerprint.get("forward") or store.fingerprint  # as earlier releases told it
-    first, *others = (measure_named(one) for one in dict.fromkeys([store.fingerprint["measure"], *store.measurements]))
+    told = store.fingerprint["measure"]
+    names = dict.fromkeys([*(told if isinstance(told, list) else [told]), *store.measurements])
+    first, *others = map(measure_named, names)
     every = [one["measure"] for one in (first, *others) if one["weighting"] == first["weighting"]]
     measured = {**first, "measure": every, "autocast": forward.get("autocast")}
     denoiser, encoder = load_adapted(model, checkpoints)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from retrac_scale.store import SketchStore
 from retrac_scale.store.part import plans_of
@@ -30,7 +31,7 @@ def plans_of_call(
     timesteps: TimestepPlan | Sequence[TimestepPlan] | None, like: SketchStore | None, there: SketchStore | None
 ) -> list[TimestepPlan]:
     """The plans that are asked for, or those of another store, one after the other."""
-    stored = [] if like is None else plans_of(like.fingerprint)
+    stored = [] if like is None else _of_each_measure(like)
     of_like = grids_for_queries(stored)
     if timesteps is None and there is not None:
         grids = [grid_from_spec(spec) for spec in plans_of(there.fingerprint)]
@@ -51,3 +52,9 @@ def plans_of_call(
     if not given:
         raise ValueError("timesteps= got an empty list; give a plan, such as EvenlySpaced(4).")
     return given if like is None else [of_queries(plan, stored) for plan in given]
+
+
+def _of_each_measure(store: SketchStore) -> list[dict[str, Any]]:
+    """A store's plans, once where several measures stand side by side."""
+    plans, measure = plans_of(store.fingerprint), store.fingerprint.get("measure")
+    return plans[: len(plans) // len(measure)] if isinstance(measure, list) else plans

@@ -47,6 +47,8 @@ class Request:
     layout: Layout | None = None
     client: Client | None = None
     progress: bool | str = True
+    together: tuple[str, ...] = ()
+    """Measures that `like` was opened under, if several; what is sketched is given back so too."""
 
     def projection_of(self, timesteps: int) -> Projection:
         """The projection, or the default for so many timesteps of a sample."""
@@ -64,12 +66,8 @@ def settle(
         ValueError: what is asked for does not go together.
     """
     check(request)
+    request = _with_measures(request)
     like, there = request.like, existing(request.out)
-    if like is not None and isinstance(like.fingerprint.get("measure"), list):
-        raise ValueError(
-            "like= was opened under several measures; open it under one, and give the task all: sketch() makes a "
-            "store of each at out=, and open_store(out, measure=[...]) has them side by side."
-        )
     known = like or there
     for store in (like, there):
         if store is not None:
@@ -104,6 +102,22 @@ def check(request: Request) -> None:
         raise ValueError(
             f"precondition is given for {sorted(divisors)}, checkpoints are {sorted(request.checkpoints)}."
         )
+
+
+def _with_measures(request: Request) -> Request:
+    """A request like a store of several measures side by side, as one like the first of them with a task of all."""
+    like = request.like
+    measures = None if like is None else like.fingerprint.get("measure")
+    if like is None or not isinstance(measures, list):
+        return request
+    if set(measures) - set(request.task.measures):
+        raise ValueError(
+            f"like= holds {' and '.join(measures)} side by side, and the task measures "
+            f"{' and '.join(request.task.measures)}; give it DiffusionTask(..., measure={measures})."
+        )
+    out: Any = MemoryStore() if request.out is None else request.out
+    one, task = like.under(measures[0]), request.task.only(*measures)
+    return replace(request, like=one, task=task, out=out, together=tuple(measures))
 
 
 def existing(out: Url) -> SketchStore | None:

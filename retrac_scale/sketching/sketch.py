@@ -39,7 +39,7 @@ def sketched_by_plans(request: Request, plans: Sequence[TimestepPlan]) -> Sketch
     store = sketched_by(request, plans[0])
     for plan in plans[1:]:
         store = sketched_by(replace(request, grow=True, replace=False), plan)
-    return store
+    return store.under(*request.together) if request.together else store
 
 
 def sketched_by(request: Request, timesteps: TimestepPlan) -> SketchStore:

@@ -178,8 +178,11 @@ class SketchStore:
 
     def refresh(self) -> SketchStore:
         """The store as it is now, with the parts that were added since it was opened."""
-        parts = of_measures(open_parts(self._whole, self.url), self._measures, self.url)
-        return SketchStore(parts, self.url, self._whole)
+        return self.under(*self._measures)
+
+    def under(self, *measures: str) -> SketchStore:
+        """What stands in the same place under some measures, side by side, as `open_store` gives it."""
+        return SketchStore(of_measures(open_parts(self._whole, self.url), measures, self.url), self.url, self._whole)
 
     @property
     def _measures(self) -> list[str]:

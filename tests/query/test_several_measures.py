@@ -139,11 +139,20 @@ def test_functions_of_a_forward_pass_are_one_measurement(folder: Path) -> None:
         assert answer.errors[row, 0] == pytest.approx(np.sqrt(4 / 3 * np.square(parts - parts.mean()).sum()), rel=1e-4)
 
 
-def test_queries_are_not_sketched_like_several(folder: Path) -> None:
-    store, _ = opened(folder)
-    task = rs.DiffusionTask(tiny_unet(), DDPMScheduler(), measure=BOTH)
-    with pytest.raises(ValueError, match="open it under one, and give the task all"):
-        rs.sketch(task, random_images(2), None, checkpoints={"last": task.model.state_dict()}, like=store)
+def test_samples_are_sketched_and_asked_like_several(folder: Path, tmp_path: Path) -> None:
+    store, queries = opened(folder)
+    model, images = tiny_unet(), random_images(SAMPLES + QUERIES)[SAMPLES:]
+    checkpoints = {"last": dict(model.state_dict())}
+    task = rs.DiffusionTask(model, DDPMScheduler(), measure=("output_l1", *BOTH[::-1]))
+    for out in (None, tmp_path / "asked.zarr"):
+        found = rs.sketch(task, images, out, checkpoints=checkpoints, like=store, dtype="float32", progress=False)
+        assert found.fingerprint["measure"] == list(BOTH)
+        np.testing.assert_allclose(found.sketches("last"), queries.sketches("last"), rtol=1e-4, atol=1e-5)
+    index = rs.build_index(store, rs.ReTracRidge(), tmp_path / "index.zarr")
+    answer = index.query(rs.Samples(images, task, checkpoints), 3)
+    np.testing.assert_array_equal(answer.ids, index.query(queries, 3).ids)
+    with pytest.raises(ValueError, match=r"holds mse and mean_squared_output side by side, and the task measures mse;"):
+        rs.sketch(task.only("mse"), images, None, checkpoints=checkpoints, like=store)
 
 
 def test_the_service_asks_each_index_for_its_own_store(folder: Path, tmp_path: Path) -> None:
