@@ -63,15 +63,16 @@ def _run(arguments: argparse.Namespace) -> Answer:
         if arguments.estimator is not None:
             with_options(make_estimator(arguments.estimator), options)  # first: what is no option of it is told at once
         given_store = arguments.store is not None
-        store = open_store(arguments.store, measure=arguments.measure) if given_store else open_sketches(project)
+        measures = arguments.measure
+        store = open_store(arguments.store, measure=measures) if given_store else open_sketches(project, measures)
         if arguments.estimator is None:
             plain = recommended(store)
-        elif arguments.measure is None:
+        elif measures is None:
             store, plain = of_measure(arguments.estimator, store)
         else:
             plain = make_estimator(arguments.estimator)
         estimator = with_options(plain, options)
-        place = arguments.out or place_of(project, estimator)
+        place = arguments.out or place_of(project, estimator, measures or ())
         name = type(estimator).__name__
         shown: dict[str, Any] = {"dtype": arguments.dtype or "int8", "progress": f"index of {name}"}
         indexes = {name: build_index(store, estimator, place, **shown)}
@@ -85,6 +86,7 @@ VERB = Verb(
     "Collapse a store for one estimator, ready for queries.",
     """  retrac-scale index                                                 those of retrac-scale.toml
   retrac-scale index --estimator trak                                of its store, beside them
+  retrac-scale index --estimator ReTracRidge --measure mse,mean_squared_output    scores of both, added up
   retrac-scale index sketches.zarr index.zarr                        by the estimator recommended for the store
   retrac-scale index demo/sketches.zarr demo/retrac.zarr --estimator ReTrac
   retrac-scale index sketches.zarr matched.zarr --estimator ReTrac --pairing matched --dtype float16

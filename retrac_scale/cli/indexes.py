@@ -91,8 +91,8 @@ def open_asked(url: str, index: Index) -> SketchStore:
     return open_store(url, measure=wanted) if set(wanted) <= set(store.measurements) else store
 
 
-def open_sketches(project: Project) -> SketchStore:
-    """The project's store of training sketches.
+def open_sketches(project: Project, measures: Sequence[str] | None = None) -> SketchStore:
+    """The project's store of training sketches, under its first measure, or under some.
 
     Raises:
         FileNotFoundError: there is none yet; says which command makes it.
@@ -100,14 +100,15 @@ def open_sketches(project: Project) -> SketchStore:
     from retrac_scale.store import open_store
 
     try:
-        return open_store(project.store)
+        return open_store(project.store, measure=measures)
     except FileNotFoundError:
         raise FileNotFoundError(project.missing(project.store)) from None
 
 
-def place_of(project: Project, estimator: Estimator) -> str:
-    """Where a project's index of an estimator stands."""
-    return project.place(f"{type(estimator).__name__.lower()}.zarr")
+def place_of(project: Project, estimator: Estimator, measures: Sequence[str] = ()) -> str:
+    """Where a project's index of an estimator stands; of several measures, with their names."""
+    several = measures if len(measures) > 1 else ()
+    return project.place("-".join([type(estimator).__name__.lower(), *several]) + ".zarr")
 
 
 def picture_names(index: Index) -> Column:

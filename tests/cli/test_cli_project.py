@@ -314,6 +314,10 @@ def test_what_d_trak_and_das_differentiate_is_measured_when_the_file_names_them(
     measures = ["mse", "mean_squared_output", "mean_output"]
     stores = {name: rs.open_store(f"attribution/{name}.zarr").measurements for name in ("sketches", "queries", "check")}
     assert stores == dict.fromkeys(stores, measures)
+    both = "attribution/retracridge-mse-mean_squared_output.zarr"
+    assert main(["index", "--estimator", "retracridge", "--measure", "mse,mean_squared_output"]) == 0
+    assert rs.open_index(both).meta["measure"] == measures[:2]
+    assert main(["query", both, "attribution/queries.zarr", "-k", "2"]) == 0
     assert main(["report", "-k", "2"]) == 0
     sides = [rs.open_store(f"attribution/{name}.zarr", measure=measures[1]) for name in ("sketches", "queries")]
     expected = rs.build_index(sides[0], rs.DTRAK(pairing="matched")).query(sides[1], 2)
