@@ -84,10 +84,10 @@ def of_measure(name: str, store: SketchStore) -> tuple[SketchStore, Estimator]:
 def open_asked(url: str, index: Index) -> SketchStore:
     """A store of queries, under what an index is of, where it was measured by several."""
     from retrac_scale.store import open_store
+    from retrac_scale.store.part import measures_in
 
     store = open_store(url)
-    measured = index.meta["measure"]
-    wanted = measured if isinstance(measured, list) else [measured]
+    wanted = measures_in(index.meta)
     return open_store(url, measure=wanted) if set(wanted) <= set(store.measurements) else store
 
 

@@ -299,7 +299,7 @@ def measured_like(
     import diffusers
 
     from retrac_scale.sketching.samples import Samples
-    from retrac_scale.store.part import plans_of
+    from retrac_scale.store.part import measures_in, plans_of
     from retrac_scale.task.diffusion import DiffusionTask
     from retrac_scale.task.measures import measure_named
     from retrac_scale.task.timesteps import EvenlySpaced
@@ -312,8 +312,7 @@ def measured_like(
     config = dict(store.fingerprint["scheduler"])
     scheduler = getattr(diffusers, config.pop("class"))(**config)
     forward = store.fingerprint.get("forward") or store.fingerprint  # as earlier releases told it
-    told = store.fingerprint["measure"]
-    names = dict.fromkeys([*(told if isinstance(told, list) else [told]), *store.measurements])
+    names = dict.fromkeys([*measures_in(store.fingerprint), *store.measurements])
     first, *others = map(measure_named, names)
     every = [one["measure"] for one in (first, *others) if one["weighting"] == first["weighting"]]
     measured = {**first, "measure": every, "autocast": forward.get("autocast")}

@@ -13,6 +13,7 @@ from retrac_scale.arrays import Float32, Samples
 from retrac_scale.estimators.ridge import Damping, Ridge
 from retrac_scale.runtime import kinds
 from retrac_scale.store import SketchStore
+from retrac_scale.store.part import measures_in
 
 Pairing = Literal["cross", "matched"]
 
@@ -56,9 +57,9 @@ class Estimator(ABC):
             )
         if self.pairing == "matched":
             common_timesteps(store)
-        elif isinstance(measure, list):
+        elif len(measures := measures_in(store.fingerprint)) > 1:
             raise ValueError(
-                f"{type(self).__name__} would average gradients of {' and '.join(measure)}, which have no common mean; "
+                f"{type(self).__name__} would average gradients of {' and '.join(measures)}, which have no common mean; "
                 "take an estimator with matched pairing, such as ReTracRidge(), or open the store under one measure."
             )
 

@@ -35,7 +35,7 @@ from retrac_scale.store import DamagedStoreError, SketchStore, open_store
 from retrac_scale.store.compatibility import agreed, check_compatible, slots
 from retrac_scale.store.mapping import Mapped, check_mapped, chunk_key, fetch_chunk, mapped_files
 from retrac_scale.store.opening import open_root
-from retrac_scale.store.part import ROOT
+from retrac_scale.store.part import ROOT, measures_in
 from retrac_scale.store.schema import ATTRIBUTE, Url, differences, get_array, read_ids
 from retrac_scale.store.stamp import Stamp, stamp_of
 
@@ -83,8 +83,7 @@ class IndexReader:
     @property
     def functions(self) -> int:
         """How many measures stand side by side, each at all timesteps."""
-        measure = self.meta.get("measure")
-        return len(measure) if isinstance(measure, list) else 1
+        return len(measures_in(self.meta))
 
     @property
     def checkpoints(self) -> list[str]:

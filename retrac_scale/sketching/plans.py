@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from retrac_scale.store import SketchStore
-from retrac_scale.store.part import plans_of
+from retrac_scale.store.part import measures_in, plans_of
 from retrac_scale.task.timesteps import (
     RECOMMENDED,
     EvenlySpaced,
@@ -56,5 +56,5 @@ def plans_of_call(
 
 def _of_each_measure(store: SketchStore) -> list[dict[str, Any]]:
     """A store's plans, once where several measures stand side by side."""
-    plans, measure = plans_of(store.fingerprint), store.fingerprint.get("measure")
-    return plans[: len(plans) // len(measure)] if isinstance(measure, list) else plans
+    plans = plans_of(store.fingerprint)
+    return plans[: len(plans) // len(measures_in(store.fingerprint))]

@@ -15,6 +15,7 @@ from retrac_scale.sketching.plans import plans_of_call
 from retrac_scale.store import Dtype, Layout, SketchStore, open_store
 from retrac_scale.store.compatibility import warn_of_versions
 from retrac_scale.store.encoding import check_dtype
+from retrac_scale.store.part import measures_in
 from retrac_scale.store.schema import Url
 from retrac_scale.task.checkpoints import Checkpoint, absolute
 from retrac_scale.task.diffusion import DiffusionTask
@@ -107,8 +108,7 @@ def check(request: Request) -> None:
 def _with_measures(request: Request) -> Request:
     """A request like a store of several measures side by side, as one like the first of them with a task of all."""
     like = request.like
-    measures = None if like is None else like.fingerprint.get("measure")
-    if like is None or not isinstance(measures, list):
+    if like is None or len(measures := measures_in(like.fingerprint)) == 1:
         return request
     if set(measures) - set(request.task.measures):
         raise ValueError(

@@ -303,6 +303,12 @@ class Part:
             ) from error
 
 
+def measures_in(told: Mapping[str, Any]) -> list[Any]:
+    """The measures that a fingerprint or an index's description names, several where they stand side by side."""
+    measure = told.get("measure")
+    return measure if isinstance(measure, list) else [measure]
+
+
 def plans_of(fingerprint: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The timestep plans in a fingerprint, several where a store grew by timesteps, without digests over samples."""
     given = fingerprint.get("timesteps") or []
