@@ -59,7 +59,7 @@ class Estimator(ABC):
             common_timesteps(store)
         elif len(measures := measures_in(store.fingerprint)) > 1:
             raise ValueError(
-                f"{type(self).__name__} would average gradients of {' and '.join(measures)}, which have no common mean; "
+                f"{type(self).__name__} would average gradients of {' and '.join(measures)}, which have no mean; "
                 "take an estimator with matched pairing, such as ReTracRidge(), or open the store under one measure."
             )
 
