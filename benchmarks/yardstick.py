@@ -35,7 +35,7 @@ from benchmarks.measurement_page import cpu_name
 from benchmarks.yardstick_baselines import baselines, sanity
 from benchmarks.yardstick_foreign import foreign
 from benchmarks.yardstick_lab import Lab, Scores, digest
-from benchmarks.yardstick_methods import DAMPINGS, RECIPE, Method, ours
+from benchmarks.yardstick_methods import DAMPINGS, FORMS, RECIPE, SIGNED, Method, ours
 from retrac_scale import evaluate
 from retrac_scale.estimators.ridge import AUTO
 from retrac_scale.evaluate.datamodeling import sums_and_outcomes
@@ -55,13 +55,13 @@ class Row:
 
     Attributes:
         method: whose scores.
-        squared: whether they are squared.
+        form: what was made of them, of `FORMS`.
         scores: {kind of query: `[q, n]`}.
         half: whether a damping was fitted to every second subset, so that the others alone judge.
     """
 
     method: Method
-    squared: bool
+    form: str
     scores: Scores
     half: bool = False
 
@@ -108,18 +108,18 @@ def asked(method: Method, lab: Lab, again: bool = False, kept: bool = False) -> 
 
 
 def rows_of(method: Method, scores: Scores, truths: list[evaluate.Truth]) -> Iterator[Row]:
-    """A method's scores as they are and squared, at a damping by rule and at a fitted one."""
-    for squared in method.squares:
-        told = {kind: values ** (1 + squared) for kind, values in scores.items()}
+    """A method's scores in each of its forms, at a damping by rule and at a fitted one."""
+    for form in method.forms:
+        told = {kind: FORMS[form](values) for kind, values in scores.items()}
         if not method.fits:
-            yield Row(method, squared, told)
+            yield Row(method, form, told)
             continue
         if method.rule:
-            yield Row(method, squared, {kind: values[DAMPINGS.index(AUTO)] for kind, values in told.items()})
+            yield Row(method, form, {kind: values[DAMPINGS.index(AUTO)] for kind, values in told.items()})
         known = next((truth for truth in truths if isinstance(truth, evaluate.Subsets)), None)
         if known is not None:
             name = method.name if method.name.endswith("fitted") else f"{method.name}, damping fitted"
-            yield Row(replace(method, name=name), squared, at_fitted(told, known), half=True)
+            yield Row(replace(method, name=name), form, at_fitted(told, known), half=True)
 
 
 def at_fitted(scores: Scores, truth: evaluate.Subsets) -> Scores:
@@ -138,9 +138,13 @@ def with_subsets(truth: evaluate.Subsets, chosen: slice) -> evaluate.Subsets:
 
 
 def judged(row: Row, truth: evaluate.Truth) -> list[dict[str, Any]]:
-    """Each metric of a truth on each kind of query that the row has scores for; of half the subsets, the LDS alone."""
+    """Each metric of a truth on each kind of query that the row has scores for; of half the subsets, the LDS alone.
+
+    Signed squares change sums of scores alone, so they are not judged by lists.
+    """
     kinds = [kind for kind in truth.kinds if kind in row.scores]
-    if not kinds or (row.half and not isinstance(truth, evaluate.Subsets)):
+    same = row.form == SIGNED and isinstance(truth, evaluate.Wanted)
+    if not kinds or same or (row.half and not isinstance(truth, evaluate.Subsets)):
         return []
     truth = truth.some(kinds)
     if row.half and isinstance(truth, evaluate.Subsets):
@@ -185,9 +189,13 @@ def table(lab: Lab, truths: list[evaluate.Truth], again: list[str], kept: bool) 
     for method in sorted((*ours(), *foreign(), *baselines(), *sanity()), key=when):
         scores, cost = asked(method, lab, method.name in again, kept)
         for row in rows_of(method, scores, truths) if scores else ():
-            line = {"method": row.method.name, "noise": method.noise, "group": method.group, "squared": row.squared}
-            line |= cost | {"half": row.half, "figures": {truth.name: judged(row, truth) for truth in truths}}
-            among = (row.squared, row.half)
+            line: dict[str, Any] = {"method": row.method.name, "noise": method.noise, "group": method.group}
+            line |= (
+                {"form": row.form}
+                | cost
+                | {"half": row.half, "figures": {truth.name: judged(row, truth) for truth in truths}}
+            )
+            among = (bool(row.form), row.half)
             if among not in leaders:  # the recipe is the first of ours
                 leaders[among] = row.scores
             elif known is not None:
@@ -221,13 +229,13 @@ def run(setting: evaluate.Setting, names: list[str], again: list[str], kept: boo
         report["rows"] = done + [row for row in before if not any(key(row) == key(one) for one in done)]
         file.write_text(json.dumps(report, indent=1) + "\n")
         shown = [f"{f['queries']} {f['metric']} {f['value']['value']:.3f}" for x in line["figures"].values() for f in x]
-        print(line["method"], line["noise"], "squared" * line["squared"], *shown, sep=" | ", flush=True)
+        print(line["method"], line["noise"], line["form"], *shown, sep=" | ", flush=True)
     file.write_text(json.dumps(report if kept else report | {"rows": done}, indent=1) + "\n")
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
     """What tells a row of the table from others."""
-    return tuple(row[name] for name in ("method", "noise", "squared", "half"))
+    return tuple(row[name] for name in ("method", "noise", "form", "half"))
 
 
 def write_pages() -> None:

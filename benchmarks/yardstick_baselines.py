@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import retrac_scale as rs
 from benchmarks.yardstick_lab import Lab, Scores, damped, forward_features, scored
-from benchmarks.yardstick_methods import BOTH, DAMPINGS, RECIPE, Found, Method, estimated
+from benchmarks.yardstick_methods import BOTH, DAMPINGS, EVERY, RECIPE, Found, Method, estimated
 from retrac_scale.estimators import Estimator
 
 Features = Mapping[str, Any]
@@ -29,14 +29,14 @@ def baselines() -> list[Method]:
         Method("mean loss of the sample", "common", mean_loss, "baseline"),
         Method("pixels, inner product", "-", partial(pixels, inner), "baseline"),
         Method("pixels, centred cosine", "-", partial(pixels, centred_cosine), "baseline"),
-        Method("pixel ridge", "-", partial(pixels, ridge), "baseline", squares=BOTH),
+        Method("pixel ridge", "-", partial(pixels, ridge), "baseline", forms=EVERY),
         Method("self-supervised features, centred cosine", "-", partial(contrastive, centred_cosine), "baseline"),
-        Method("self-supervised features, ridge", "-", partial(contrastive, ridge), "baseline", squares=BOTH),
-        Method("outputs, same ridge", "common", partial(forward, "outputs"), "baseline", squares=BOTH),
+        Method("self-supervised features, ridge", "-", partial(contrastive, ridge), "baseline", forms=EVERY),
+        Method("outputs, same ridge", "common", partial(forward, "outputs"), "baseline", forms=EVERY),
         Method(
-            "middle activations, same ridge", "common", partial(forward, "middle activations"), "baseline", squares=BOTH
+            "middle activations, same ridge", "common", partial(forward, "middle activations"), "baseline", forms=EVERY
         ),
-        Method("middle activations, damping fitted", "common", fitted_activations, "baseline", BOTH, True, False),
+        Method("middle activations, damping fitted", "common", fitted_activations, "baseline", EVERY, True, False),
     ]
 
 

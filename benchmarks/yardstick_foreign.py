@@ -18,7 +18,7 @@ from trak.modelout_functions import AbstractModelOutput
 
 import retrac_scale as rs
 from benchmarks.yardstick_lab import Lab, damped
-from benchmarks.yardstick_methods import BOTH, DAMPINGS, Found, Method
+from benchmarks.yardstick_methods import DAMPINGS, EVERY, SQUARED, Found, Method
 from retrac_scale.estimators.ridge import AUTO
 from retrac_scale.evaluate.settings import Images
 from retrac_scale.projections import TrakProjector
@@ -32,21 +32,21 @@ def foreign() -> list[Method]:
     place = "by place in the batch"
     published = [
         Method("D-TRAK, its authors' script", place, d_trak, "published", fits=True),
-        Method("DAS, its authors' script", place, das, "published", squares=(True,), fits=True),
+        Method("DAS, its authors' script", place, das, "published", forms=(SQUARED,), fits=True),
         Method(
-            "TRAK's package, 128 entries", "own", partial(trak_package, 128, None), "published", squares=BOTH, late=True
+            "TRAK's package, 128 entries", "own", partial(trak_package, 128, None), "published", forms=EVERY, late=True
         ),
         Method(
             "TRAK's package, 4096 entries, our damping",
             "own",
             partial(trak_package, 4096, AUTO),
             "published",
-            squares=BOTH,
+            forms=EVERY,
             late=True,
         ),
     ]
     if find_spec("dattri"):
-        published.append(Method("dattri's TRAK, 128 entries", "own", dattri_trak, "published", squares=BOTH, late=True))
+        published.append(Method("dattri's TRAK, 128 entries", "own", dattri_trak, "published", forms=EVERY, late=True))
     return published
 
 

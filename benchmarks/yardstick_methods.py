@@ -16,7 +16,14 @@ from retrac_scale.estimators import Estimator
 from retrac_scale.evaluate.settings.generating import SAMPLING_STEPS, beginning
 
 RECIPE = "ReTracRidge"
-BOTH = (False, True)
+AS_THEY_ARE, SIGNED, SQUARED = "", "signed squares", "squared"
+FORMS: dict[str, Callable[[Any], Any]] = {
+    AS_THEY_ARE: lambda scores: scores,
+    SIGNED: lambda scores: scores * np.abs(scores),
+    SQUARED: np.square,
+}
+"""What is made of scores before they are judged."""
+BOTH, OF_DAS, EVERY = (AS_THEY_ARE, SIGNED), (AS_THEY_ARE, SQUARED), (AS_THEY_ARE, SIGNED, SQUARED)
 DAMPINGS = [factor * 10.0**power for power in range(-6, 3) for factor in (1, 2, 5)]
 """27 values from a millionth to 500, relative to the mean eigenvalue: as many as D-TRAK's and DAS's scripts try."""
 
@@ -47,7 +54,7 @@ class Method:
         noise: which noise it sees: "common", "own", "recorded", "by place in the batch" or "-".
         ask: gives its scores.
         group: "ours", "published", "baseline" or "sanity".
-        squares: which rows there are: of its scores as they are (False), of their squares (True).
+        forms: which rows there are, of `FORMS`.
         fits: whether its scores are those of all `DAMPINGS`, of which one is fitted to half of the subsets.
         rule: whether there are rows at the damping by rule too.
         late: whether it is computed after all that take less.
@@ -57,7 +64,7 @@ class Method:
     noise: str
     ask: Callable[[Lab], Found]
     group: str = "ours"
-    squares: tuple[bool, ...] = (False,)
+    forms: tuple[str, ...] = (AS_THEY_ARE,)
     fits: bool = False
     rule: bool = True
     late: bool = False
@@ -101,43 +108,43 @@ def ours() -> list[Method]:
     """Every estimator on common, own and recorded noise."""
 
     def row(
-        name: str, noise: str, measurement: str, estimator: Estimator, squares: tuple[bool, ...] = (False,)
+        name: str, noise: str, measurement: str, estimator: Estimator, forms: tuple[str, ...] = (AS_THEY_ARE,)
     ) -> Method:
-        return Method(name, noise, partial(estimated, measurement, estimator), squares=squares)
+        return Method(name, noise, partial(estimated, measurement, estimator), forms=forms)
 
     common, own, recorded = "common 4 x 512", "own 10 x 4096", "recorded 4 x 4096"
     return [
-        row(RECIPE, "common", common, rs.ReTracRidge(), squares=BOTH),
-        row("TRAK, matched", "common", common, rs.TRAK(pairing="matched"), squares=BOTH),
-        row("TRAK", "common", common, rs.TRAK(), squares=BOTH),
-        row("TRAK of directions", "common", common, rs.TRAK(directions=True), squares=BOTH),
-        row("RelatIF, matched", "common", common, rs.RelatIF(pairing="matched"), squares=BOTH),
-        row("RenormIF, matched", "common", common, rs.RenormIF(pairing="matched"), squares=BOTH),
+        row(RECIPE, "common", common, rs.ReTracRidge(), forms=BOTH),
+        row("TRAK, matched", "common", common, rs.TRAK(pairing="matched"), forms=BOTH),
+        row("TRAK", "common", common, rs.TRAK(), forms=BOTH),
+        row("TRAK of directions", "common", common, rs.TRAK(directions=True), forms=BOTH),
+        row("RelatIF, matched", "common", common, rs.RelatIF(pairing="matched"), forms=BOTH),
+        row("RenormIF, matched", "common", common, rs.RenormIF(pairing="matched"), forms=BOTH),
         row("ReTrac, matched", "common", common, rs.ReTrac("matched")),
         row("TracIn, matched", "common", common, rs.TracIn("matched")),
         row("GradCos", "common", common, rs.GradCos()),
-        row("DTRAK, matched", "common", f"{common}, mean squared output", rs.DTRAK(pairing="matched"), squares=BOTH),
-        row(f"{RECIPE}, eight timesteps", "common", "common 8 x 512", rs.ReTracRidge(), squares=BOTH),
-        Method(f"{RECIPE}, loss and output", "common", summed, squares=BOTH),
-        row("DAS, matched", "common", f"{common}, mean output", rs.DAS(pairing="matched"), squares=BOTH),
-        row("ReTracRidge", "own", own, rs.ReTracRidge(), squares=BOTH),
-        row("TRAK", "own", own, rs.TRAK(), squares=BOTH),
-        row("RelatIF", "own", own, rs.RelatIF(), squares=BOTH),
-        row("RenormIF", "own", own, rs.RenormIF(), squares=BOTH),
+        row("DTRAK, matched", "common", f"{common}, mean squared output", rs.DTRAK(pairing="matched"), forms=BOTH),
+        row(f"{RECIPE}, eight timesteps", "common", "common 8 x 512", rs.ReTracRidge(), forms=BOTH),
+        Method(f"{RECIPE}, loss and output", "common", summed, forms=BOTH),
+        row("DAS, matched", "common", f"{common}, mean output", rs.DAS(pairing="matched"), forms=OF_DAS),
+        row("ReTracRidge", "own", own, rs.ReTracRidge(), forms=BOTH),
+        row("TRAK", "own", own, rs.TRAK(), forms=BOTH),
+        row("RelatIF", "own", own, rs.RelatIF(), forms=BOTH),
+        row("RenormIF", "own", own, rs.RenormIF(), forms=BOTH),
         row("ReTrac", "own", own, rs.ReTrac()),
         row("TracIn", "own", own, rs.TracIn()),
         row("GradCos", "own", own, rs.GradCos()),
-        row("DTRAK", "own", f"{own}, mean squared output", rs.DTRAK(), squares=BOTH),
-        row("DAS", "own", f"{own}, mean output", rs.DAS(), squares=BOTH),
+        row("DTRAK", "own", f"{own}, mean squared output", rs.DTRAK(), forms=BOTH),
+        row("DAS", "own", f"{own}, mean output", rs.DAS(), forms=OF_DAS),
         row("TracIn", "recorded", recorded, rs.TracIn()),
         row("ReTrac", "recorded", recorded, rs.ReTrac()),
-        row("TRAK", "recorded", recorded, rs.TRAK(), squares=BOTH),
+        row("TRAK", "recorded", recorded, rs.TRAK(), forms=BOTH),
         *(
             Method(f"influence function, {name}", noise, partial(influence, measurement, pairing, divisors), late=True)
             for noise, measurement, pairing in (("common", "common 4 x 4096", "matched"), ("own", own, "cross"))
             for name, divisors in (("diagonal Fisher", rs.fisher_divisors), ("EK-FAC", rs.kronecker_divisors))
         ),
-        Method("Journey-TRAK, 10 steps", "own", journey_trak, squares=BOTH, late=True),
+        Method("Journey-TRAK, 10 steps", "own", journey_trak, forms=BOTH, late=True),
         *(
             Method(
                 f"{name}, damping fitted",

@@ -25,16 +25,16 @@ def setting_page(report: Report) -> str:
         "the scores of all queries.",
     ]
     for name in report["truths"]:
-        for squared, title in ((False, name), (True, f"{name}, squared scores")):
-            lines = [line for row in report["rows"] if row["squared"] == squared for line in _figures(row, name)]
+        for squared, title in ((False, name), (True, f"{name}, squares")):
+            lines = [line for row in report["rows"] if bool(row["form"]) == squared for line in _figures(row, name)]
             if lines:
                 text += [f"## {title}", table([ceilings(report, name), *ranked(lines)])]
     compared = [{**head(row), **row["ahead"]} for row in report["rows"] if row.get("ahead") and row["group"] != SANITY]
     if compared:
         text += [
             "## How far the recipe is ahead",
-            f"LDS of {report['recipe']} under common noise minus that of the row, both squared where the row is; both "
-            "are judged on the same resamples of queries and subsets.",
+            f"LDS of {report['recipe']} under common noise minus that of the row; of its signed squares, where the row "
+            "is of squares. Both are judged on the same resamples of queries and subsets.",
             table(compared),
         ]
     return "\n\n".join(text) + "\n"
@@ -42,7 +42,7 @@ def setting_page(report: Report) -> str:
 
 def head(row: dict[str, Any]) -> dict[str, Any]:
     """What a row is called."""
-    return {"method": row["method"] + ", squared" * row["squared"], "noise": row["noise"]}
+    return {"method": ", ".join(filter(None, (row["method"], row["form"]))), "noise": row["noise"]}
 
 
 def _figures(row: dict[str, Any], truth: str) -> list[dict[str, Any]]:
@@ -106,10 +106,10 @@ def leaderboard(reports: list[Report], removals: list[Report]) -> str:
                     }
                     | {"bytes": row["bytes"], "seconds": row["seconds"]}
                     for row in report["rows"]
-                    if (row["squared"], row["half"]) == (squared, half) and lds_of(report, row)
+                    if (bool(row["form"]), row["half"]) == (squared, half) and lds_of(report, row)
                 ]
                 if lines:
-                    text.append("### " + ("Squared scores" if squared else "Scores as they are") + FITTED * half)
+                    text.append("### " + ("Squares" if squared else "Scores as they are") + FITTED * half)
                     text.append(table([*top(report, half), *sorted(lines, key=by_held_out)]))
         for truth, sentence in report["truths"].items():
             tables = list(other_tables(report, truth))
@@ -120,7 +120,7 @@ def leaderboard(reports: list[Report], removals: list[Report]) -> str:
 
 def other_tables(report: Report, truth: str) -> Iterator[str]:
     """Of a truth that is no LDS: of groups a table of each metric, else one of all, or of the first of each kind."""
-    rows = [row for row in report["rows"] if row["figures"].get(truth) and not row["squared"]]
+    rows = [row for row in report["rows"] if row["figures"].get(truth) and not row["form"]]
     figures = [one for one in (rows[0]["figures"][truth] if rows else []) if one["metric"] != "LDS"]
     metrics = list(dict.fromkeys(one["metric"] for one in figures))
     parts = [metrics[:1] if len({one["queries"] for one in figures}) > 1 else metrics] if metrics else []
@@ -163,7 +163,7 @@ def advice(report: Report) -> list[dict[str, Any]]:
     lines = []
     for half in (False, True):
         for squared in (False, True):
-            same = [row for row in report["rows"] if (row["squared"], row["half"]) == (squared, half)]
+            same = [row for row in report["rows"] if (bool(row["form"]), row["half"]) == (squared, half)]
             recipe = next(
                 (row for row in same if row["method"].startswith(report["recipe"]) and "ahead" not in row), None
             )
@@ -174,7 +174,7 @@ def advice(report: Report) -> list[dict[str, Any]]:
                 lines.append(
                     {
                         "setting": report["setting"],
-                        "scores": ("squared" if squared else "as they are") + ", dampings fitted" * half,
+                        "scores": ("signed squares" if squared else "as they are") + ", dampings fitted" * half,
                         "queries": kind,
                         f"LDS of {report['recipe']}, common": figure["value"],
                         "clearly better": "; ".join(better) or "none",
@@ -193,12 +193,12 @@ def baselines(report: Report) -> str:
     rows = [row for row in report["rows"] if "held out" in lds_of(report, row) and not row["half"]]
     elsewhere = [row for row in rows if row["group"] in ("ours", "published") and row["noise"] != "common"]
     sentences = []
-    for name, squared in BASELINES:
-        baseline = next((row for row in rows if (row["method"], row["squared"]) == (name, squared)), None)
+    for name in BASELINES:
+        baseline = next((row for row in rows if (row["method"], row["form"]) == (name, "squared")), None)
         if baseline is not None and elsewhere:
             behind = sum(held_out(row) < held_out(baseline) for row in elsewhere)
             sentences.append(
-                f"{name}{', squared' * squared}, with an LDS of {held_out(baseline):.2f} on held-out queries, is ahead "
+                f"{name}, squared, with an LDS of {held_out(baseline):.2f} on held-out queries, is ahead "
                 f"of {behind} of the {len(elsewhere)} rows with gradients under noise that is not common"
             )
     return f"*{report['setting']}.* {'; '.join(sentences)}." if sentences else ""
@@ -207,7 +207,7 @@ def baselines(report: Report) -> str:
 def falls(report: Report) -> list[dict[str, Any]]:
     """One figure of each truth, of the recipe and of each sanity row."""
     lines = []
-    rows = [row for row in report["rows"] if not row["squared"] and not row["half"]]
+    rows = [row for row in report["rows"] if not row["form"] and not row["half"]]
     recipe = next(row for row in rows if row["method"] == report["recipe"])
     for truth in report["truths"]:
         every = reversed(recipe["figures"].get(truth, []))  # of the first kind of query, the first grouping
@@ -225,8 +225,9 @@ def falls(report: Report) -> list[dict[str, Any]]:
 
 
 def named(row: dict[str, Any]) -> str:
-    """A row in a sentence."""
-    return str(row["method"]).removesuffix(", damping fitted") + (f" ({row['noise']})" if row["noise"] != "-" else "")
+    """A row in a sentence, whose scores are in the form of the recipe's unless it says otherwise."""
+    form, noise = ", squared" * (row["form"] == "squared"), f" ({row['noise']})" if row["noise"] != "-" else ""
+    return str(row["method"]).removesuffix(", damping fitted") + form + noise
 
 
 def with_comparison(readme: str, reports: list[Report]) -> str:
@@ -238,37 +239,37 @@ def with_comparison(readme: str, reports: list[Report]) -> str:
     return readme[:start] + comparison(reports) + "\n" + readme[end:]
 
 
-BASELINES = (("pixel ridge", True), ("middle activations, same ridge", True))
-"""That a method must beat: name, squared."""
+BASELINES = "pixel ridge", "middle activations, same ridge"
+"""That a method must beat, squared."""
 TELLING = ("LDS", "in top 10", "first")
 """Metrics by which truths are compared."""
 COMPARED = (
-    ("ReTracRidge", "common", False),
-    ("ReTracRidge", "common", True),
-    ("ReTracRidge, loss and output", "common", False),
-    ("ReTracRidge, loss and output", "common", True),
-    ("D-TRAK, its authors' script", None, False),
-    ("DAS, its authors' script", None, True),
-    ("TRAK's package, 4096 entries, our damping", None, False),
-    ("TRAK", "own", False),
-    ("influence function, EK-FAC", "own", False),
-    ("ReTrac", "own", False),
-    ("TracIn", "recorded", False),
-    ("middle activations, same ridge", None, True),
-    ("pixel ridge", None, True),
-    ("ReTracRidge, the model before training", None, True),
+    ("ReTracRidge", "common", ""),
+    ("ReTracRidge", "common", "signed squares"),
+    ("ReTracRidge, loss and output", "common", ""),
+    ("ReTracRidge, loss and output", "common", "signed squares"),
+    ("D-TRAK, its authors' script", None, ""),
+    ("DAS, its authors' script", None, "squared"),
+    ("TRAK's package, 4096 entries, our damping", None, ""),
+    ("TRAK", "own", ""),
+    ("influence function, EK-FAC", "own", ""),
+    ("ReTrac", "own", ""),
+    ("TracIn", "recorded", ""),
+    ("middle activations, same ridge", None, "squared"),
+    ("pixel ridge", None, "squared"),
+    ("ReTracRidge, the model before training", None, "signed squares"),
 )
-"""Of the README: method, noise, squared."""
+"""Of the README: method, noise, form; of a baseline its best."""
 
 
 def comparison(reports: list[Report]) -> str:
     """LDS on held-out queries, a column for each setting."""
     lines = []
-    for method, noise, squared in COMPARED:
+    for method, noise, form in COMPARED:
         line: dict[str, Any] = {}
         for report in reports:
             for row in report["rows"]:
-                if (row["method"], row["squared"]) == (method, squared) and noise in (None, row["noise"]):
+                if (row["method"], row["form"]) == (method, form) and noise in (None, row["noise"]):
                     figure = lds_of(report, row).get("held out")
                     if figure:
                         line |= {**head(row), report["setting"]: figure["value"]}
@@ -301,8 +302,8 @@ WHEN = """- **What would retraining without these images do?** `ReTracRidge` ove
   default. It is at the head of the tables for pictures that were trained on and such as were held out, and does
   not stand there alone: the table below names the rows that are clearly better, and those that are not clearly
   worse, most of them other functions under the same noise with such a ridge. Its sign is that of the influence.
-  If only the size matters, ask for squares: they predict losses better, but a strong opponent then looks like a
-  strong proponent.
+  For sums over sets of images, as those here, squares with the sign of the score, `scores * abs(scores)`, foretell
+  losses better than the scores themselves; no list changes its order by them.
 - **Pictures that the model made?** On emoji D-TRAK's function under the same noise, `DTRAK(pairing="matched")`, is
   clearly better than the loss, and on digits not clearly worse. Both together, `ReTracRidge` over the loss and the
   mean squared output ([how](methods.md#d-trak)), come near the better of the two there or above, and are ahead of

@@ -28,7 +28,7 @@ from benchmarks.yardstick_foreign import (
     trak_package,
 )
 from benchmarks.yardstick_lab import Lab, damped, digest
-from benchmarks.yardstick_methods import DAMPINGS, Found, Method, estimated, fitted, ours
+from benchmarks.yardstick_methods import DAMPINGS, FORMS, Found, Method, estimated, fitted, ours
 from retrac_scale import evaluate
 from retrac_scale.estimators.ridge import AUTO
 from retrac_scale.evaluate.settings import Images
@@ -311,7 +311,7 @@ def report() -> dict[str, Any]:
         keys = ("value", "low", "high")
         compared = {} if lead is None else {"ahead": {"held out": dict(zip(keys, lead, strict=True))}}
         return {
-            **{"method": method, "noise": "common", "group": "ours", "squared": False, "half": False},
+            **{"method": method, "noise": "common", "group": "ours", "form": "", "half": False},
             **{"pairs": 4, "bytes": 2048, "seconds": 1.5, "figures": {"tiny-lds": [figure]}, **compared},
         }
 
@@ -320,6 +320,21 @@ def report() -> dict[str, Any]:
         **{"command": "python", "machine": "some", "date": "2026-01-01", "setting": "tiny", "samples": N},
         **{"recipe": "ReTracRidge", "truths": {"tiny-lds": "12 models"}, "rows": rows},
     }
+
+
+def test_signed_squares_keep_signs_and_are_judged_where_scores_are_added_up() -> None:
+    scores = {"held out": np.array([[-3.0, 0.5, 2.0]])}
+    truth = evaluate.Wanted("tiny-names", {"held out": 1}, 3, {}, np.array([[0, 0, 1]], np.int8), ("first",))
+    method = Method("some", "own", lambda _: Found({}, 0, 0, 0.0), forms=tuple(FORMS))
+    rows = {row.form: row for row in yardstick.rows_of(method, scores, [truth])}
+    made = {form: row.scores["held out"].tolist() for form, row in rows.items()}
+    assert made == {"": [[-3, 0.5, 2]], "signed squares": [[-9, 0.25, 4]], "squared": [[9, 0.25, 4]]}
+    firsts = {form: [one["value"]["value"] for one in yardstick.judged(row, truth)] for form, row in rows.items()}
+    assert firsts == {
+        "": [1],
+        "signed squares": [],
+        "squared": [0],
+    }  # a list in the order of signed squares is the same
 
 
 def test_the_page_names_the_rows_that_the_recipe_is_not_clear_of(report: dict[str, Any]) -> None:
@@ -350,8 +365,8 @@ def test_groups_stand_in_every_table_under_what_one_seed_says_of_another(report:
     method = Method("some", "own", lambda _: Found({}, 0, 0, 0.0))
     scores = {kind: rng.normal(size=(4, N)) for kind in kinds}
     for row, known in zip(report["rows"], (scores, scores, {"generated": scores["generated"]}), strict=True):
-        row["figures"]["tiny-groups"] = yardstick.judged(yardstick.Row(method, False, known), truth)
-    assert yardstick.judged(yardstick.Row(method, False, scores, half=True), truth) == []
+        row["figures"]["tiny-groups"] = yardstick.judged(yardstick.Row(method, "", known), truth)
+    assert yardstick.judged(yardstick.Row(method, "", scores, half=True), truth) == []
     report["truths"]["tiny-groups"] = truth.sentence
     page = yardstick_page.leaderboard([report], []).split("### tiny-groups")[1]
     tables = [part.splitlines() for part in page.split("\n\n") if part.startswith("| method")]
