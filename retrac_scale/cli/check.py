@@ -112,6 +112,7 @@ def _find_in(index: str, queries: str | None) -> dict[str, Originals]:
 def _is_asked(project: Project, store: SketchStore) -> bool:
     """Whether all that is asked is sketched already, at as many timesteps as the store has by now."""
     from retrac_scale.store import open_store
+    from retrac_scale.store.part import measures_in
 
     try:
         asked = open_store(project.checked)
@@ -119,6 +120,7 @@ def _is_asked(project: Project, store: SketchStore) -> bool:
         return False
     if not set(measures_of(project)) & set(store.measurements) <= set(asked.measurements):
         return False
+    asked = asked.under(*measures_in(store.fingerprint))
     return asked.is_complete and (project.timesteps == RECORDED or asked.shape[1] == store.shape[1])
 
 

@@ -36,6 +36,7 @@ def build_indexes(project: Project) -> dict[str, Index]:
     """The project's indexes; what stands already is kept. Of a store alone, that of the recommended estimator."""
     from retrac_scale.api.index import build_index
     from retrac_scale.estimators import recommended
+    from retrac_scale.store.part import measures_in
 
     store = open_sketches(project)
     wanted = [of_measure(name, store) for name in project.estimators]
@@ -43,33 +44,38 @@ def build_indexes(project: Project) -> dict[str, Index]:
         wanted = [(store, recommended(store))]
     named = {type(estimator).__name__: (own, estimator) for own, estimator in wanted}
     return {
-        name: build_index(own, one, place_of(project, one), progress=f"index of {name}")
+        name: build_index(own, one, place_of(project, one, measures_in(own.fingerprint)), progress=f"index of {name}")
         for name, (own, one) in named.items()
     }
 
 
 def measures_of(project: Project) -> tuple[str, ...]:
-    """What `sketch` differentiates: the training loss, and the functions that estimators of the file are of.
+    """What `sketch` differentiates: what the file says, and the functions that its estimators are of.
 
     Raises:
         ValueError: there is no estimator of a name.
     """
     kinds = [make_estimator(name).measures for name in project.estimators]
-    return tuple(dict.fromkeys([project.measure, *(own[0] for own in kinds if own and project.measure not in own)]))
+    further = [own[0] for own in kinds if own and not set(project.measures) & set(own)]
+    return tuple(dict.fromkeys([*project.measures, *further]))
 
 
 def of_measure(name: str, store: SketchStore) -> tuple[SketchStore, Estimator]:
     """The store under what an estimator differentiates, and the estimator, with the pairing that suits the store.
+
+    Of several measures side by side, an estimator that averages timesteps takes the first.
 
     Raises:
         ValueError: there is none of that name, or the store was not measured for it; says what to do.
     """
     from retrac_scale.estimators import recommended
     from retrac_scale.store import open_store
+    from retrac_scale.store.part import measures_in
 
     plain = make_estimator(name)
     if not plain.measures or "measure" not in store.fingerprint:  # given sketches may be of anything
-        return store, plain
+        first, *others = measures_in(store.fingerprint)
+        return store.under(first) if others and plain.pairing != "matched" else store, plain
     measured = next((one for one in store.measurements if one in plain.measures), None)
     if measured is None:
         kind = type(plain).__name__
@@ -92,17 +98,27 @@ def open_asked(url: str, index: Index) -> SketchStore:
 
 
 def open_sketches(project: Project, measures: Sequence[str] | None = None) -> SketchStore:
-    """The project's store of training sketches, under its first measure, or under some.
+    """The project's store of training sketches, under some measures, else under those of the file or its first.
 
     Raises:
         FileNotFoundError: there is none yet; says which command makes it.
+        ValueError: it was not measured by all that the file says; says which command does.
     """
     from retrac_scale.store import open_store
 
     try:
-        return open_store(project.store, measure=measures)
+        store = open_store(project.store, measure=measures)
     except FileNotFoundError:
         raise FileNotFoundError(project.missing(project.store)) from None
+    if measures is not None or len(project.measures) == 1:
+        return store
+    missing = [one for one in project.measures if one not in store.measurements]
+    if missing:
+        raise ValueError(
+            f"{project.store} was not measured by {' and '.join(missing)} yet, as {FILE} says; run `retrac-scale "
+            "sketch`, which adds what is missing."
+        )
+    return store.under(*project.measures)
 
 
 def place_of(project: Project, estimator: Estimator, measures: Sequence[str] = ()) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from retrac_scale.cli.indexes import make_estimator, measures_of, with_options
+from retrac_scale.cli.indexes import make_estimator, measures_of, open_sketches, with_options
 from retrac_scale.cli.info import in_words
 from retrac_scale.cli.measured import load_adapted
 from retrac_scale.cli.project import RECORDED, Project, find, projection_of, told_entries
@@ -58,6 +58,8 @@ class _Run:
     """Pairs of it that are there already."""
     measures: int = 1
     """Functions that are differentiated."""
+    together: int = 1
+    """Those of them that a training loss's index holds side by side."""
 
 
 def _run(arguments: argparse.Namespace) -> Answer:
@@ -101,8 +103,8 @@ def _described(arguments: argparse.Namespace, project: Project) -> _Run:
     made = [make_estimator(name) for name in estimators]
     if project.noise == "common":  # as `of_measure` has them
         made = [with_options(one, {"pairing": "matched"}) if one.measures else one for one in made]
-    measures = len(measures_of(project))
-    return _Run(**sizes, projection=projection, estimators=made, known=known, measures=measures)
+    told: dict[str, Any] = {"measures": len(measures_of(project)), "together": len(project.measures)}
+    return _Run(**sizes, projection=projection, estimators=made, known=known, **told)
 
 
 def _repeated(arguments: argparse.Namespace, project: Project) -> tuple[_Run, Answer]:
@@ -115,10 +117,11 @@ def _repeated(arguments: argparse.Namespace, project: Project) -> tuple[_Run, An
     from retrac_scale.measurement.halves import NEVER
     from retrac_scale.measurement.repeatability import repeatability
     from retrac_scale.store import open_store
+    from retrac_scale.store.part import measures_in
 
     url = arguments.store or project.store
     try:
-        store = open_store(url)
+        store = open_store(url) if arguments.store else open_sketches(project)
     except FileNotFoundError:
         store = None
     if store is None or not store.is_complete:
@@ -132,7 +135,8 @@ def _repeated(arguments: argparse.Namespace, project: Project) -> tuple[_Run, An
     needed = found.needed(share)
     if needed >= NEVER:
         raise ValueError(f"{found}; no number of measurements is foretold to reach {share:g}.")
-    held, t, k = store.shape
+    functions = len(measures_in(store.fingerprint))
+    held, t, k = store.shape[0], store.shape[1] // functions, store.shape[2]
     c, n, each = len(store.checkpoints), arguments.samples or held, store.parts[0].shape[1]
     lines = [f"repeatability: {found}"]
     if found.measurements == t:
@@ -154,6 +158,8 @@ def _repeated(arguments: argparse.Namespace, project: Project) -> tuple[_Run, An
         [recommended(store)],
         {"ids": store.ids, "columns": store.columns} if alike else {},
         measured=held * t * c if alike else 0,
+        measures=functions,
+        together=functions,
     )
     data = {"repeatability": as_json(found), "target": share, "needed": needed, what: total, "foretold": asdict(there)}
     return planned, Answer("\n".join(lines), data)
@@ -167,7 +173,8 @@ def _sizes(planned: _Run, dtype: Dtype) -> tuple[list[str], dict[str, Any]]:
     size = planner.store_size(n, t, c, k, dtype=dtype, **planned.known)
     named = "ids and columns as in the data" if planned.known else "integer ids, no columns"
     stored = planned.measures * size.array_bytes
-    parts = [t if one.pairing == "matched" else 1 for one in planned.estimators]
+    side_by_side = [1 if one.measures else planned.together for one in planned.estimators]
+    parts = [t * m if one.pairing == "matched" else 1 for one, m in zip(planned.estimators, side_by_side, strict=True)]
     index = sum(
         planner.index_bytes(n, c, k, own, ridge=one.damping is not None)
         for one, own in zip(planned.estimators, parts, strict=True)

@@ -60,7 +60,13 @@ class Project:
     )
     rank: int = _entry(-1, "of the projection; -1 chooses it, 0 keeps the full gradient (CountSketch)", type=int)
     dim: int = _entry(512, "numbers kept of each gradient, a byte each", type=int)
-    measure: str = _entry("mse", "the training loss: mse or l1", choices=("mse", "l1"))
+    measure: str = _entry(
+        "mse",
+        "what is differentiated: the training loss, mse or l1; mse,mean_squared_output takes the model's output beside "
+        "it, and estimators that compare the same timesteps, such as ReTracRidge, add both up: nearer to retraining, "
+        "above all for images that the model made, at twice the bytes",
+        metavar="MEASURE[,MEASURE]",
+    )
     record: str = _entry(
         "", f"folder that a TrainingRecorder wrote, for {RECORDED} timesteps and the checkpoints' weights"
     )
@@ -105,6 +111,11 @@ class Project:
         """Where something stands in the output folder."""
         out = self.out if "://" in self.out else os.path.join(self.folder, self.out)
         return os.path.join(out, name)
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """The entry `measure`, apart."""
+        return tuple(one.strip() for one in self.measure.split(","))
 
     @property
     def store(self) -> str:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from retrac_scale.cli import check
+from retrac_scale.cli.indexes import open_sketches
 from retrac_scale.cli.measured import project_images, project_task
 from retrac_scale.cli.project import FILE, RECORDED, Project, add_options, find, need, overruled, projection_of
 from retrac_scale.cli.repeated import as_json
@@ -93,7 +94,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
     if asked is not None:
         data |= {"queries": project.queries, "query_samples": made["queries"].shape[0]}
     if until:
-        told = repeatability(store)
+        told = repeatability(open_sketches(project))
         reached = told.overlap.value >= arguments.until
         lines.append(f"{told}: {'as asked' if reached else f'not {arguments.until:g}; raise --at-most to go on'}")
         data |= {"repeatability": as_json(told), "reached": reached}

@@ -13,6 +13,7 @@ from retrac_scale.arrays import Float32, Float64, Int64, Samples
 from retrac_scale.estimators.fitting import rows_at
 from retrac_scale.index.reader import IndexReader
 from retrac_scale.store import SketchStore
+from retrac_scale.store.part import measures_in
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,6 +36,8 @@ class Explanation:
         checkpoints: names, `[c]`.
         timesteps: of the training sample, `[c, t]`; None when the store does not say.
         query_timesteps: `[c, s]`, likewise.
+        measures: names of the functions whose timesteps stand side by side, one equal part of t and s after the other;
+            None where there is one.
     """
 
     query_id: Any
@@ -44,6 +47,7 @@ class Explanation:
     checkpoints: list[str]
     timesteps: Int64 | None
     query_timesteps: Int64 | None
+    measures: list[str] | None = None
 
     def figure(self) -> Figure:
         """What each checkpoint (row) and query timestep (column) adds to the score; red raises it, blue lowers it."""
@@ -59,7 +63,7 @@ class Explanation:
         steps = self.query_timesteps
         if steps is not None and (steps == steps[0]).all():
             axes.set_xticks(range(values.shape[1]), steps[0], rotation=90 if values.shape[1] > 8 else 0)
-        axes.set_xlabel("timestep of the query")
+        axes.set_xlabel("timestep of the query" + (f": {', then '.join(self.measures)}" if self.measures else ""))
         title = f"query {self.query_id}, sample {self.id}: score {self.score:.4g}"
         axes.set_title(title, fontsize=10, parse_math=False)  # names may hold dollar signs
         return figure
@@ -95,6 +99,7 @@ def explain_lists(index: IndexReader, queries: SketchStore, lists: Sequence[Sequ
     by_place = {places[id]: id for id in names}
     ascending = np.array([*by_place], np.int64)
     asking = {id: [query for query, ids in enumerate(lists) if id in ids] for id in names}
+    measures = measures_in(index.meta)
     parts = None if matched else _contributions(index, store, queries, ascending, list(asking.values()))
     steps, query_steps = _timesteps(index, store, ascending), _timesteps(index, queries)
     found: dict[tuple[int, Any], Explanation] = {}
@@ -117,6 +122,7 @@ def explain_lists(index: IndexReader, queries: SketchStore, lists: Sequence[Sequ
                     index.checkpoints,
                     None if steps is None else steps[place],
                     None if query_steps is None else query_steps[query],
+                    measures if len(measures) > 1 else None,
                 )
     return [[found[query, id] for id in ids] for query, ids in enumerate(lists)]
 

@@ -212,6 +212,7 @@ def explained(explanation: Explanation) -> Json:
         "contributions": [[plain(x) for x in row] for row in explanation.contributions.sum(1)],
         "timesteps": None if steps is None else steps.tolist(),
         "query_timesteps": None if asked is None or (asked != asked[0]).any() else asked[0].tolist(),
+        "measures": explanation.measures,
     }
 
 

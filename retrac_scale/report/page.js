@@ -319,29 +319,33 @@ async function openExplanation(query, estimator, side, result, rank) {
   }
 }
 
-function explanation({ checkpoints, contributions, timesteps, query_timesteps: steps, view }) {
+function explanation({ checkpoints, contributions, timesteps, query_timesteps: steps, measures, view }) {
   const sum = (values) => values.reduce((a, b) => a + b, 0);
   const totals = contributions.map(sum);
   const bySteps = contributions[0].map((_, s) => sum(contributions.map((row) => row[s])));
   const label = (s) => (steps ? String(steps[s]) : `no. ${s + 1}`);
+  const each = bySteps.length / (measures ?? [""]).length;
+  const whole = (s) => (measures ? `${label(s)}, ${spaced(measures[Math.floor(s / each)])}` : label(s));
   return [
     view ? h("p", {}, `Of the query's views, the one with this score: ${view}.`) : null,
     h("h3", {}, "By checkpoint"),
     h("div", { className: "scroll" }, h("table", {},
       h("thead", {}, h("tr", {}, ["checkpoint", "sample's timesteps", "contribution"].map((head, i) => h("th", { scope: "col", className: i === 2 ? "number" : "" }, head)))),
-      h("tbody", {}, checkpoints.map((name, c) => h("tr", {}, h("th", { scope: "row" }, name), h("td", {}, timesteps ? few(timesteps[c]) : "–"), h("td", { className: "number" }, signed(totals[c]))))))),
+      h("tbody", {}, checkpoints.map((name, c) => h("tr", {}, h("th", { scope: "row" }, name), h("td", {}, timesteps ? few(timesteps[c].slice(0, each)) : "–"), h("td", { className: "number" }, signed(totals[c]))))))),
     h("h3", {}, "By timestep of the query"),
-    stepBars(bySteps, label),
+    stepBars(bySteps, label, whole, measures ?? []),
     h("details", {}, h("summary", {}, "All numbers"), h("div", { className: "scroll" }, h("table", {},
       h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "timestep"), checkpoints.map((name) => h("th", { scope: "col", className: "number" }, name)), h("th", { scope: "col", className: "number" }, "all"))),
-      h("tbody", {}, bySteps.map((all, s) => h("tr", {}, h("th", { scope: "row" }, label(s)), contributions.map((row) => h("td", { className: "number" }, signed(row[s]))), h("td", { className: "number" }, signed(all)))))))),
+      h("tbody", {}, bySteps.map((all, s) => h("tr", {}, h("th", { scope: "row" }, whole(s)), contributions.map((row) => h("td", { className: "number" }, signed(row[s]))), h("td", { className: "number" }, signed(all)))))))),
     h("p", { className: "hint" }, `Together ${number(sum(totals))}: the score of the store's own rows, which the rounding of the index changes a little.`),
   ];
 }
 
 const few = (values) => (values.length > 6 ? `${values.slice(0, 3).join(", ")}, … ${values.at(-1)}` : values.join(", "));
 
-function stepBars(values, label) {
+const spaced = (name) => name.replaceAll("_", " ");
+
+function stepBars(values, label, whole, measures) {
   const [w, height, middle, left] = [720, 190, 85, 68];
   const top = Math.max(...values.map(Math.abs)) || 1;
   const step = (w - left) / values.length;
@@ -349,16 +353,17 @@ function stepBars(values, label) {
     const size = (75 * Math.abs(value)) / top;
     const rect = svg("rect", { class: value >= 0 ? "plus" : "minus", x: left + s * step + step * 0.1, width: Math.max(1, step * 0.8), y: value >= 0 ? middle - size : middle, height: Math.max(0.5, size) });
     const title = svg("title");
-    title.textContent = `timestep ${label(s)}: ${signed(value)}`;
+    title.textContent = `timestep ${whole(s)}: ${signed(value)}`;
     rect.append(title);
     return [rect];
   });
   const text = (x, y, anchor, content) => { const t = svg("text", { x, y, "text-anchor": anchor }); t.textContent = content; return t; };
   const every = Math.ceil(values.length / 12);
-  const marks = values.map((_, s) => s).filter((s) => s % every === 0).map((s) => text(left + (s + 0.5) * step, height - 14, "middle", label(s)));
+  const marks = values.map((_, s) => s).filter((s) => s % every === 0).map((s) => text(left + (s + 0.5) * step, height - 18, "middle", label(s)));
+  const names = measures.map((name, m) => text(left + (m + 0.5) * ((w - left) / measures.length), height - 4, "middle", spaced(name)));
   const best = values.indexOf(Math.max(...values));
-  return svg("svg", { class: "steps", viewBox: `0 0 ${w} ${height}`, role: "img", "aria-label": `Contribution by timestep of the query; largest ${signed(values[best])} at ${label(best)}. The table below holds all.` },
-    svg("line", { class: "zero", x1: left, x2: w, y1: middle, y2: middle }), ...drawn, ...marks,
+  return svg("svg", { class: "steps", viewBox: `0 0 ${w} ${height}`, role: "img", "aria-label": `Contribution by timestep of the query; largest ${signed(values[best])} at ${whole(best)}. The table below holds all.` },
+    svg("line", { class: "zero", x1: left, x2: w, y1: middle, y2: middle }), ...drawn, ...marks, ...names,
     text(left - 6, 14, "end", `+${number(top)}`), text(left - 6, middle + 4, "end", "0"), text(left - 6, 2 * middle - 4, "end", `−${number(top)}`));
 }
 

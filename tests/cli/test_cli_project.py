@@ -338,6 +338,45 @@ def test_what_d_trak_and_das_differentiate_is_measured_when_the_file_names_them(
     assert json.loads(capsys.readouterr().out)["store_bytes"] == 3 * alone.array_bytes
 
 
+def test_the_loss_and_the_output_are_added_up_where_the_file_says_so(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*INIT, *SMALL]) == 0
+    assert main(["sketch"]) == 0
+    assert main(["plan", "--json"]) == 0
+    alone = json.loads(capsys.readouterr().out.splitlines()[-1])
+    both = "mse,mean_squared_output"
+    Path(FILE).write_text(Path(FILE).read_text().replace('measure = "mse"', f'measure = "{both}"'))
+    assert main(["report"]) == 1
+    assert "was not measured by mean_squared_output yet" in capsys.readouterr().err
+    assert main(["sketch", "--until", "0.01"]) == 0
+    assert main(["report", "-k", "3"]) == 0
+    assert main(["query", "-k", "3", "--json"]) == 0
+    sides = [rs.open_store(f"attribution/{name}.zarr", measure=both.split(",")) for name in ("sketches", "queries")]
+    expected = rs.build_index(sides[0], rs.ReTracRidge()).query(sides[1], 3)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert [row["ids"] for row in found] == expected.ids.tolist()
+    assert main(["check", "--json"]) in (0, 1)  # of nine random pictures nobody knows
+    page = Path("attribution/report.html").read_text()
+    assert all(id in page for id in expected.ids[0].tolist())
+    capsys.readouterr()
+    assert main(["plan", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out.splitlines()[-1])
+    sizes = ("store_bytes", "index_bytes")
+    assert [planned[name] for name in sizes] == [2 * alone["store_bytes"], planner.index_bytes(9, 1, 64, 4, ridge=True)]
+    assert main(["plan", "--repeatability", "0.01", "--json"]) == 0
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (again["timesteps"], again["store_bytes"]) == (2, planned["store_bytes"])
+    Path(FILE).write_text(Path(FILE).read_text().replace('["ReTracRidge"]', '["ReTracRidge", "TracIn", "DTRAK"]'))
+    assert main(["index", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out.splitlines()[-1])["indexes"]
+    assert {name: rs.open_index(place).meta["measure"] for name, place in made.items()} == {
+        "ReTracRidge": both.split(","),
+        "TracIn": "mse",
+        "DTRAK": "mean_squared_output",
+    }
+
+
 def test_plan_counts_the_recipe_of_the_project(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--samples", "1000", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -134,6 +134,8 @@ def test_functions_of_a_forward_pass_are_one_measurement(folder: Path) -> None:
     assert answer.errors is not None
     for row in range(QUERIES):
         explained = index.explain(rs.take(queries, queries.ids[row : row + 1]), answer.ids[row, 0])
+        assert explained.measures == list(BOTH)
+        assert "mse, then mean_squared_output" in explained.figure().axes[0].get_xlabel()
         parts = np.diag(explained.contributions[0]).reshape(2, 4).sum(0)
         assert parts.sum() == pytest.approx(answer.scores[row, 0], rel=1e-5)
         assert answer.errors[row, 0] == pytest.approx(np.sqrt(4 / 3 * np.square(parts - parts.mean()).sum()), rel=1e-4)
