@@ -226,8 +226,9 @@ def falls(report: Report) -> list[dict[str, Any]]:
 
 def named(row: dict[str, Any]) -> str:
     """A row in a sentence, whose scores are in the form of the recipe's unless it says otherwise."""
-    form, noise = ", squared" * (row["form"] == "squared"), f" ({row['noise']})" if row["noise"] != "-" else ""
-    return str(row["method"]).removesuffix(", damping fitted") + form + noise
+    name = str(row["method"]).removesuffix(", damping fitted")
+    noise = f" ({row['noise']})" if row["noise"] != "-" else ""
+    return name + (", squared" if row["form"] == "squared" else "") + noise
 
 
 def with_comparison(readme: str, reports: list[Report]) -> str:
