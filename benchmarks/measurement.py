@@ -42,7 +42,6 @@ from retrac_scale.evaluate.settings import SETTINGS, Images
 RECIPE = "common, 4 x 512, ReTracRidge"
 OWN = {"digits8": (10, 32, 100), "emoji16": (10, 32)}
 """Timesteps under own noise, at 4096 entries."""
-BOOTSTRAP = 300
 WIDEST = 2**16
 
 
@@ -173,8 +172,8 @@ class Bench:
         """LDS of scores by kind of query, plain and squared, tracing of altered images, unique fraction."""
         line: dict[str, Any] = {}
         for kind, losses in self.losses.items():
-            line[f"LDS, {kind}"] = evaluate.lds_mean(values[kind], self.members, losses, draws=BOOTSTRAP)
-            line[f"squared, {kind}"] = evaluate.lds_mean(values[kind] ** 2, self.members, losses, draws=BOOTSTRAP)
+            line[f"LDS, {kind}"] = evaluate.lds_mean(values[kind], self.members, losses)
+            line[f"squared, {kind}"] = evaluate.lds_mean(values[kind] ** 2, self.members, losses)
         top = np.argsort(-values["generated"], axis=1, kind="stable")[:, :10]
         line["unique fraction"] = evaluate.unique_fraction(top)
         for number, how in enumerate(ALTERED):

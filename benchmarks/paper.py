@@ -461,7 +461,7 @@ def datamodels(lab: Lab) -> list[dict[str, Any]]:
     def line(label: str, checkpoints: str, values: dict[str, Any]) -> dict[str, Any]:
         return (
             {"estimator": label, "checkpoints": checkpoints}
-            | {kind: evaluate.lds_mean(values[kind], members, losses[kind], draws=200) for kind in values}
+            | {kind: evaluate.lds_mean(values[kind], members, losses[kind]) for kind in values}
             | {"unique fraction at 10": evaluate.jackknife(evaluate.unique_fraction, top(values["generated"], 10))}
         )
 

@@ -39,9 +39,9 @@ from benchmarks.yardstick_methods import DAMPINGS, FORMS, RECIPE, SIGNED, Method
 from retrac_scale import evaluate
 from retrac_scale.estimators.ridge import AUTO
 from retrac_scale.evaluate.datamodeling import sums_and_outcomes
-from retrac_scale.evaluate.intervals import percentiles
+from retrac_scale.evaluate.intervals import two_way
 from retrac_scale.evaluate.settings import SETTINGS
-from retrac_scale.evaluate.spearman import Columns, correlation, resamples
+from retrac_scale.evaluate.spearman import Columns, correlation, pseudo_values
 
 HERE = Path(__file__).parent
 DRAWS = 300
@@ -153,27 +153,18 @@ def judged(row: Row, truth: evaluate.Truth) -> list[dict[str, Any]]:
 
 
 def ahead(leader: Scores, other: Scores, truth: evaluate.Subsets) -> dict[str, Any]:
-    """By how much the leader's LDS is larger, by kind of query, with an interval over queries and subsets.
+    """By how much the leader's LDS is larger, by kind of query, with the interval of the difference.
 
-    Both are judged on the same resamples: their models and queries are the same, so that a difference can be clear
-    where the two intervals overlap.
+    Their models and queries are the same, so that a difference can be clear where the two intervals overlap.
     """
     found = {}
     for kind, rows in truth.rows.items():
-        if kind not in other:
-            continue
-        (a, outcome), (b, _) = (
-            sums_and_outcomes(scores[kind], truth.members, truth.losses[:, rows]) for scores in (leader, other)
-        )
-        m, q = a.shape
-        one, two, right = Columns.of(a), Columns.of(b), Columns.of(outcome)
-
-        def differences(counts: Any, one: Any = one, two: Any = two, right: Any = right) -> Any:
-            first, second = (np.nan_to_num(correlation(x, right, counts)) for x in (one, two))
-            return first - second
-
-        drawn = [differences(counts)[columns].mean() for counts, columns in resamples(m, q, DRAWS, 0)]
-        found[kind] = asdict(percentiles(float(differences(None).mean()), drawn))
+        if kind in other:
+            losses = truth.losses[:, rows]
+            both = [map(Columns.of, sums_and_outcomes(one[kind], truth.members, losses)) for one in (leader, other)]
+            values, tables = zip(*((correlation(a, b), pseudo_values(a, b)) for a, b in both), strict=True)
+            value, table = (np.nan_to_num(one) - np.nan_to_num(two) for one, two in (values, tables))
+            found[kind] = asdict(two_way(value.mean(), table))
     return found
 
 

@@ -34,7 +34,7 @@ def setting_page(report: Report) -> str:
         text += [
             "## How far the recipe is ahead",
             f"LDS of {report['recipe']} under common noise minus that of the row; of its signed squares, where the row "
-            "is of squares. Both are judged on the same resamples of queries and subsets.",
+            "is of squares. Intervals are of the differences.",
             table(compared),
         ]
     return "\n\n".join(text) + "\n"

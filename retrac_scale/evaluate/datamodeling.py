@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from retrac_scale.evaluate.intervals import Interval, percentiles
-from retrac_scale.evaluate.spearman import Columns, correlation, resamples
+from retrac_scale.evaluate.intervals import Interval, two_way
+from retrac_scale.evaluate.spearman import Columns, correlation, pseudo_values
 
 if TYPE_CHECKING:
     from retrac_scale.arrays import Bools, Float64
@@ -38,38 +38,26 @@ def lds(scores: npt.ArrayLike, members: npt.ArrayLike, losses: npt.ArrayLike) ->
     return correlation(Columns.of(sums), Columns.of(outcome))
 
 
-def lds_mean(
-    scores: npt.ArrayLike,
-    members: npt.ArrayLike,
-    losses: npt.ArrayLike,
-    *,
-    draws: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> Interval:
-    """The mean of `lds` over queries that are not NaN, with a bootstrap interval over queries and subsets at once.
+def lds_mean(scores: npt.ArrayLike, members: npt.ArrayLike, losses: npt.ArrayLike, *, level: float = 0.95) -> Interval:
+    """The mean of `lds` over queries that are not NaN, with an interval: other queries, and as many other subsets.
 
-    All queries share the same few retrained models, so that an interval over queries alone would be too narrow.
+    All queries share the same few retrained models, so that an interval over queries alone would be too narrow. The
+    interval is a jackknife over subsets, whose pseudo-values form a two-way layout with the queries (`two_way`).
 
     Args:
         scores: see `lds`.
         members: see `lds`.
         losses: see `lds`.
-        draws: how many resamples.
         level: of the interval.
-        seed: of the resamples.
     """
-    sums, outcome = sums_and_outcomes(scores, members, losses)
-    a, b = Columns.of(sums), Columns.of(outcome)
-    resampled = [
-        np.nanmean(correlation(a, b, rows)[columns])
-        for rows, columns in resamples(len(sums), sums.shape[1], draws, seed)
-    ]
-    return percentiles(float(np.nanmean(correlation(a, b))), resampled, level)
+    a, b = map(Columns.of, sums_and_outcomes(scores, members, losses))
+    values = correlation(a, b)
+    known = np.isfinite(values)
+    return two_way(float(np.nanmean(values)), np.nan_to_num(pseudo_values(a, b)[:, known]), level)
 
 
 def sums_and_outcomes(scores: npt.ArrayLike, members: npt.ArrayLike, losses: npt.ArrayLike) -> tuple[Float64, Float64]:
-    """Sums of scores and minus losses, `[m, q]` both."""
+    """Sums of scores and minus losses, `[m, q]` both; sums that differ by no more than their rounding are the same."""
     values, loss = np.asarray(scores, dtype=np.float64), np.asarray(losses, dtype=np.float64)
     inside: Bools = np.asarray(members, dtype=bool)
     if inside.ndim != 2 or loss.ndim != 2 or values.shape != (loss.shape[1], inside.shape[1]):
@@ -83,4 +71,6 @@ def sums_and_outcomes(scores: npt.ArrayLike, members: npt.ArrayLike, losses: npt
         wrong = np.argwhere(~np.isfinite(given))
         if len(wrong):
             raise ValueError(f"{name} hold NaN or inf, first at {tuple(wrong[0].tolist())}; leave such samples out.")
-    return inside.astype(np.float64) @ values.T, -loss
+    sums = inside.astype(np.float64) @ values.T
+    unit = np.abs(values).sum(1) * 2.0 ** (np.ceil(np.log2(inside.shape[1])) - 50)
+    return np.round(sums / np.where(unit > 0, unit, 1)), -loss

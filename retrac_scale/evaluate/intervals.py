@@ -76,6 +76,29 @@ def jackknife(statistic: Statistic, *arrays: npt.ArrayLike, level: float = 0.95)
     return Interval(float(value), float(value - reach), float(value + reach))
 
 
+def two_way(value: float, table: npt.ArrayLike, level: float = 0.95) -> Interval:
+    """A mean over rows and columns, both of which were drawn, plus and minus its standard error times the quantile.
+
+    The variance of the mean is that by rows plus that by columns less that of what neither explains, which both hold:
+    mean squares of the two-way layout with random effects (Scheffe 1959, chapter 7). Resampling rows and columns at
+    once would count the last three times (Owen 2007).
+
+    Args:
+        value: the mean.
+        table: `[m, q]`; of one column, the interval is of other rows alone.
+        level: of the interval.
+    """
+    cells = np.asarray(table, dtype=np.float64)
+    m, q = cells.shape
+    rows, columns, mean = cells.mean(1, keepdims=True), cells.mean(0, keepdims=True), cells.mean()
+    by_rows = q * np.square(rows - mean).sum() / (m - 1)
+    by_columns = m * np.square(columns - mean).sum() / max(q - 1, 1)
+    rest = np.square(cells - rows - columns + mean).sum() / ((m - 1) * max(q - 1, 1))
+    error = np.sqrt(max(by_rows + by_columns - rest, rest) / (m * q))
+    reach = NormalDist().inv_cdf((1 + level) / 2) * float(error)
+    return Interval(float(value), float(value - reach), float(value + reach))
+
+
 def _rows(arrays: Sequence[npt.ArrayLike]) -> list[npt.NDArray[Any]]:
     rows = [np.asarray(array) for array in arrays]
     if len({len(array) for array in rows}) > 1:

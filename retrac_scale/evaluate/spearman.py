@@ -1,8 +1,7 @@
-"""Spearman's correlation of many pairs of columns at once, and of resamples of their rows, without sorting anew."""
+"""Spearman's correlation of many pairs of columns at once, and without some of their rows, without sorting anew."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -65,8 +64,13 @@ def correlation(a: Columns, b: Columns, counts: Any = None) -> Float64:
     return found
 
 
-def resamples(m: int, q: int, draws: int, seed: int) -> Iterator[tuple[Any, Any]]:
-    """How often each of m rows was drawn, `[m]`, and which of q columns were, `[q]`, for a bootstrap over both."""
-    rng = np.random.default_rng(seed)
-    for _ in range(draws):
-        yield np.bincount(rng.integers(0, m, m), minlength=m), rng.integers(0, q, q)
+def pseudo_values(a: Columns, b: Columns) -> Float64:
+    """What each row adds to each column's correlation, `[m, q]`, by leaving it out: m r - (m - 1) r without it.
+
+    NaN where all are tied. Their mean over rows is the jackknife's estimate of the correlation (Quenouille 1956), and
+    they vary from row to row as if each were a value of its own (Tukey 1958).
+    """
+    m = len(a.order)
+    without = np.stack([correlation(a, b, np.arange(m) != row) for row in range(m)])
+    found: Float64 = m * correlation(a, b) - (m - 1) * without
+    return found

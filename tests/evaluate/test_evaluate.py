@@ -134,14 +134,36 @@ def test_lds_is_one_where_scores_add_up_to_what_retraining_gives(seed: int) -> N
     assert evaluate.lds(scores, members, -np.exp(members @ scores.T)) == pytest.approx(np.ones(3))
 
 
-def test_lds_interval_covers_both_queries_and_subsets() -> None:
-    rng = np.random.default_rng(0)
-    scores, members = rng.normal(size=(30, 60)), evaluate.random_subsets(60, 16)
-    losses = 8 * rng.normal(size=(16, 30)) - members @ scores.T
-    interval = evaluate.lds_mean(scores, members, losses, draws=100)
-    over_queries = evaluate.bootstrap(np.mean, evaluate.lds(scores, members, losses), draws=100)
-    assert interval.value == pytest.approx(over_queries.value)
-    assert interval.high - interval.low > over_queries.high - over_queries.low
+def test_the_interval_of_lds_is_as_wide_as_other_queries_and_subsets_make_it() -> None:
+    rng, found = np.random.default_rng(0), []
+    for seed in range(60):
+        responsible, members = rng.normal(size=(30, 80)), evaluate.random_subsets(80, 20, seed=seed)
+        luck = 6 * rng.normal(size=(20, 30)) + 4 * rng.normal(size=(20, 1))  # of a training, some of it for all queries
+        found.append(
+            evaluate.lds_mean(responsible + rng.normal(size=(30, 80)), members, luck - members @ responsible.T)
+        )
+    reach = [(one.high - one.low) / (2 * 1.96) for one in found]
+    assert np.mean(reach) == pytest.approx(np.std([one.value for one in found]), rel=0.2)
+
+
+@given(st.integers(0, 1000))
+def test_the_variance_of_a_mean_over_rows_and_columns_is_that_of_the_two_way_layout(seed: int) -> None:
+    table = np.random.default_rng(seed).normal(size=(5, 4))
+    rows, columns = table - table.mean(0), table - table.mean(1, keepdims=True)
+    rest = columns - columns.mean(0)
+    squares = [4 * table.mean(1).var(ddof=1), 5 * table.mean(0).var(ddof=1), (rest**2).sum() / 12]
+    expected = max(squares[0] + squares[1] - squares[2], squares[2]) / 20
+    interval = evaluate.intervals.two_way(table.mean(), table)
+    assert ((interval.high - interval.value) / 1.959964) ** 2 == pytest.approx(expected)
+    alone = evaluate.intervals.two_way(rows[:, 0].mean(), rows[:, :1])
+    assert ((alone.high - alone.value) / 1.959964) ** 2 == pytest.approx(rows[:, 0].var(ddof=1) / 5)
+
+
+def test_lds_takes_sums_that_differ_by_rounding_alone_as_tied() -> None:
+    rng, members = np.random.default_rng(0), evaluate.random_subsets(400, 24)
+    losses, tens = rng.normal(size=(24, 5)), rng.integers(1, 4, (5, 400))
+    assert np.isnan(evaluate.lds(np.full((5, 400), 1 / 3), members, losses)).all()
+    np.testing.assert_array_equal(evaluate.lds(tens / 10, members, losses), evaluate.lds(tens, members, losses))
 
 
 def test_lds_says_which_shapes_do_not_fit() -> None:

@@ -89,6 +89,25 @@ def test_scores_are_the_sum_of_those_of_each(folder: Path, tmp_path: Path) -> No
         assert one.check_store() is not None
 
 
+def test_an_index_of_several_grows_with_its_store(tmp_path: Path) -> None:
+    model, images, training = tiny_unet(), random_images(SAMPLES), tmp_path / "store.zarr"
+    task = rs.DiffusionTask(model, DDPMScheduler(), measure=BOTH)
+    options: dict[str, Any] = {"checkpoints": {"last": dict(model.state_dict())}, "timesteps": rs.EvenlySpaced(2)}
+    options |= {"projection": rs.CountSketch(16), "progress": False}
+    rs.sketch(task, images[:-5], training, **options)
+    place, plain = tmp_path / "index.zarr", rs.ReTrac("matched")
+    old = rs.build_index(rs.open_store(training, measure=BOTH), plain, place)
+    asked = rs.sketch(task, images[:3], None, like=rs.open_store(training, measure=BOTH), **options)
+    files = {file: file.stat().st_mtime_ns for file in place.rglob("c/**/*") if file.is_file()}
+    rs.sketch(task, images, training, grow=True, **options)
+    old.patient = True
+    assert set(old.query(asked, 50).ids.ravel()) <= set(range(SAMPLES - 5))
+    grown = rs.build_index(rs.open_store(training, measure=BOTH), plain, place)
+    whole = rs.build_index(rs.open_store(training, measure=BOTH), plain)
+    assert {file: file.stat().st_mtime_ns for file in files} == files
+    np.testing.assert_array_equal(grown.query(asked, 50).ids, whole.query(asked, 50).ids)
+
+
 def test_they_are_indexed_and_asked_by_commands(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from retrac_scale.evaluate.datamodeling import sums_and_outcomes
-from retrac_scale.evaluate.intervals import Interval, jackknife, percentiles
+from retrac_scale.evaluate.intervals import Interval, jackknife, two_way
 from retrac_scale.evaluate.judging.base import Draws, Figure, Truth
-from retrac_scale.evaluate.spearman import Columns, correlation, resamples
+from retrac_scale.evaluate.spearman import Columns, correlation, pseudo_values
 
 if TYPE_CHECKING:
     from retrac_scale.arrays import Bools, Float64
@@ -37,12 +37,14 @@ class Subsets(Truth):
     def figures(self, scores: Float64, draws: Draws) -> Iterator[Figure]:
         """The LDS of each kind of query, beside its ceiling.
 
-        Intervals resample queries and subsets at once. A query whose sums of scores are all the same counts as 0: the
-        method says nothing of it.
+        Intervals are of other queries and as many other subsets, see `lds_mean`. A query whose sums of scores are all
+        the same counts as 0: the method says nothing of it.
         """
         for kind, rows in self.rows.items():
             told = scores[rows] * (np.ptp(scores[rows], axis=1, keepdims=True) > 0)  # equal ones add up to rounding
-            value = _bootstrapped(*sums_and_outcomes(told, self.members, self.losses[:, rows]), draws)
+            a, b = map(Columns.of, sums_and_outcomes(told, self.members, self.losses[:, rows]))
+            values, table = np.nan_to_num(correlation(a, b)), np.nan_to_num(pseudo_values(a, b))
+            value = two_way(values.mean(), table, draws.level)
             yield Figure(kind, self.kinds[kind], "LDS", value, self.ceiling(kind, draws.level))
 
     def ceiling(self, kind: str, level: float = 0.95) -> Interval | None:
@@ -105,22 +107,9 @@ class Subsets(Truth):
         )
 
 
-def _correlations(columns: list[Columns], counts: Any = None) -> Float64:
-    """Of sums with outcomes, `[q]`."""
-    return np.nan_to_num(correlation(columns[0], columns[1], counts))
-
-
 def _index_of_reliability(shared: Float64, spread: Float64) -> float:
     """Of losses under several seeds, `[r, q, s]`, and their variance over subsets under one, `[q]`."""
     centred = shared - shared.mean(0)
     pairs = [(centred[..., a] * centred[..., b]).sum(0) for a, b in combinations(range(shared.shape[2]), 2)]
     reliability = np.mean(pairs, axis=0) / (len(shared) - 1) / spread
     return float(np.sqrt(np.clip(reliability.mean(), 0, 1)))
-
-
-def _bootstrapped(sums: Float64, outcome: Float64, draws: Draws) -> Interval:
-    """The mean over queries of `_correlations`, over resamples of subsets and queries together."""
-    columns, (m, q) = [Columns.of(sums), Columns.of(outcome)], sums.shape
-    drawn = resamples(m, q, draws.count, draws.seed)
-    values = [_correlations(columns, counts)[chosen].mean() for counts, chosen in drawn]
-    return percentiles(_correlations(columns).mean(), values, draws.level)
