@@ -301,7 +301,7 @@ def measured_like(
     from retrac_scale.sketching.samples import Samples
     from retrac_scale.store.part import measures_in, plans_of
     from retrac_scale.task.diffusion import DiffusionTask
-    from retrac_scale.task.measures import measure_named
+    from retrac_scale.task.measures import OUTPUTS, measure_named
     from retrac_scale.task.timesteps import EvenlySpaced
 
     store = index.check_store()
@@ -314,7 +314,8 @@ def measured_like(
     forward = store.fingerprint.get("forward") or store.fingerprint  # as earlier releases told it
     names = dict.fromkeys([*measures_in(store.fingerprint), *store.measurements])
     first, *others = map(measure_named, names)
-    every = [one["measure"] for one in (first, *others) if one["weighting"] == first["weighting"]]
+    alike = [one for one in others if one["measure"] in OUTPUTS or one["weighting"] == first["weighting"]]
+    every = [one["measure"] for one in (first, *alike)]
     measured = {**first, "measure": every, "autocast": forward.get("autocast")}
     denoiser, encoder = load_adapted(model, checkpoints)
     task = DiffusionTask(denoiser, scheduler, device=device, encoder=encoder, **measured)

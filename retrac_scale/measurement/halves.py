@@ -84,8 +84,8 @@ class Repeatability:
 
         rng = np.random.default_rng(0)
         values = self.correlations
-        resampled = [whole(values[:, rng.integers(0, values.shape[1], values.shape[1])]) for _ in range(RESAMPLES)]
-        return percentiles(whole(values), resampled)
+        drawn = [np.ix_(*(rng.integers(0, count, count) for count in values.shape)) for _ in range(RESAMPLES)]
+        return percentiles(whole(values), [whole(values[some]) for some in drawn])
 
     @property
     def by_query(self) -> Float64:

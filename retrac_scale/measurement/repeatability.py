@@ -67,6 +67,8 @@ def repeatability(
         ValueError: the queries do not fit, or there are fewer than two samples to list.
     """
     if isinstance(store, IndexReader):
+        if estimator is not None and estimator != store.estimator:
+            raise ValueError(f"the index is of {store.estimator}; leave estimator out, or give the store for another.")
         return repeatability_of_index(store, queries, k, client=client)
     estimator = recommended(store) if estimator is None else estimator
     if estimator.pairing == "matched":

@@ -121,7 +121,7 @@ def topk(
     found = filled(found, k)
     if not found.scores.shape[1]:
         raise ValueError("where= and exclude_self= leave no sample to score.")
-    errors, resolved = _uncertainty(found, scan.index.estimator.squared, scan.index.functions)
+    errors, resolved = _uncertainty(found, k, scan.index.estimator.squared, scan.index.functions)
     errors = errors if groups is None else groups.errors
     width = min(k, found.scores.shape[1])
 
@@ -144,12 +144,13 @@ def topk(
     )
 
 
-def _uncertainty(found: Found, squared: bool, functions: int) -> tuple[Float64 | None, Bools | None]:
+def _uncertainty(found: Found, k: int, squared: bool, functions: int) -> tuple[Float64 | None, Bools | None]:
     """Standard errors, and whether each score stands clear of the next one; None where there is one measurement.
 
     A score is a sum of T measurements, so that its variance is estimated by T / (T - 1) times the sum of the squares of
-    their deviations from their mean, and that of a difference by those of the differences. Several functions of the
-    same forward pass are one measurement.
+    their deviations from their mean. That of a difference by those of the differences is a matter of luck where T is
+    small, and small by luck is what looks resolved: half of it is the mean over the list's k differences (an empirical
+    Bayes estimate in the manner of Smyth 2004). Several functions of the same forward pass are one measurement.
     """
     t = found.parts.shape[2] // functions
     if t < 2:
@@ -157,11 +158,13 @@ def _uncertainty(found: Found, squared: bool, functions: int) -> tuple[Float64 |
     parts = found.parts.reshape(*found.scores.shape, functions, t).sum(2)
     parts = parts * (2 * parts.sum(2, keepdims=True) if squared else 1)  # a square, to first order
 
-    def error(values: Float64) -> Float64:
-        root: Float64 = np.sqrt(t / (t - 1) * np.square(values - values.mean(2, keepdims=True)).sum(2))
-        return root
+    def variance(values: Float64) -> Float64:
+        found: Float64 = t / (t - 1) * np.square(values - values.mean(2, keepdims=True)).sum(2)
+        return found
 
     resolved = np.ones(found.scores.shape, dtype=bool)  # nothing stands behind the last one
-    gap = found.scores[:, :-1] - found.scores[:, 1:]
-    resolved[:, :-1] = gap > RESOLVED * error(parts[:, :-1] - parts[:, 1:])
-    return error(parts), resolved
+    if found.scores.shape[1] > 1:
+        own = variance(parts[:, :-1] - parts[:, 1:])
+        gap = found.scores[:, :-1] - found.scores[:, 1:]
+        resolved[:, :-1] = gap > RESOLVED * np.sqrt((own + own[:, :k].mean(1, keepdims=True)) / 2)
+    return np.sqrt(variance(parts)), resolved

@@ -17,7 +17,7 @@ from retrac_scale.sketching.pairs import measured_pairs
 from retrac_scale.sketching.samples import Samples
 from retrac_scale.store import SketchStore
 from retrac_scale.store.compatibility import compared
-from retrac_scale.store.part import plans_of
+from retrac_scale.store.part import measures_in, plans_of
 from retrac_scale.store.reader import Words
 from retrac_scale.store.schema import differences
 from retrac_scale.task.checkpoints import borrowed_weights
@@ -36,8 +36,10 @@ def as_measured(train: Samples, store: SketchStore) -> Samples:
     Every timestep and noise seed of the store's samples is compared, by the digests in its fingerprint.
 
     Raises:
-        ValueError: they would be measured otherwise than the store's; says what differs.
+        ValueError: the store has several measures side by side, or they would be measured otherwise; says what differs.
     """
+    if len(measures := measures_in(store.fingerprint)) > 1:
+        raise ValueError(f"rerank takes gradients of one function, not of {' and '.join(measures)} side by side.")
     train = of_measure(train, store.fingerprint)
     given = {"measure": train.task.measure, "scheduler": scheduler_spec(train.task.scheduler)}
     given["frozen"] = {**train.task.frozen, **(brought(train.dataset, "frozen") or {})}

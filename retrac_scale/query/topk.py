@@ -42,7 +42,8 @@ class TopK:
             of the best of several views; `repeatability` says more. Of a group's sum or mean it is that of drawing its
             members anew, as a bootstrap over them would find it; None of the largest.
         resolved: whether a result stands more than two standard errors of the difference before the next one, bool
-            `[q, k]`. None where there are no errors.
+            `[q, k]`; half of that error's square is the mean over the list, as few timesteps tell it badly of one
+            pair. None where there are no errors.
         sketch_rank: after `rerank`, the rank (from 1) that the sketch gave to the result, `[q, k]`; where it is not
             the result's rank, the place has changed.
         shares: of groups, `[q, k]`: what of a group's scores is above zero (of opponents, below) as a part of all that

@@ -15,7 +15,7 @@ from retrac_scale.columns import check_ids
 from retrac_scale.sketching.request import Request
 from retrac_scale.sketching.sketch import sketched
 from retrac_scale.store import SketchStore, create_store, write_block
-from retrac_scale.store.part import plans_of
+from retrac_scale.store.part import measures_in, plans_of
 from retrac_scale.store.schema import Url
 from retrac_scale.task.checkpoints import Checkpoint
 from retrac_scale.task.diffusion import DiffusionTask
@@ -113,6 +113,10 @@ def sketch_journey(
         the store, float32, with one timestep per sampling step.
     """
     ids = check_ids(journey.ids, len(journey.images))  # type: ignore[arg-type]
+    if len(measures := measures_in(like.fingerprint)) > 1:
+        raise ValueError(
+            f"a journey is sketched by one function, not by {' and '.join(measures)}; open like= under one."
+        )
     stored = plans_of(like.fingerprint)
     noise: Noise = "common" if any(one.get("noise") == "common" for one in stored) else "own"
     plans = [of_queries(Explicit([timestep], draws, noise=noise), stored) for timestep in journey.timesteps]

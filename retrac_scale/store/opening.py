@@ -79,8 +79,10 @@ def of_measures(parts: Sequence[Part], measures: Sequence[str], url: Url) -> lis
     """Those of some measures, which then stand side by side like further timesteps, in the order of the measures.
 
     Raises:
-        ValueError: there is no such measure, or two of them were taken at other timesteps.
+        ValueError: none is named, there is no such measure, or two of them were taken at other timesteps.
     """
+    if not measures:
+        raise ValueError(f"name the measures to open {url} under, one or more.")
     own = {measure: [part for part in parts if measure_of(part) == measure] for measure in measures}
     for measure, some in own.items():
         if not some:
@@ -88,11 +90,11 @@ def of_measures(parts: Sequence[Part], measures: Sequence[str], url: Url) -> lis
     plans = {measure: list(dict.fromkeys(map(_plans, some))) for measure, some in own.items()}
     first, *others = plans
     for other in others:
-        if plans[other] != plans[first]:
+        if set(plans[other]) != set(plans[first]):
             raise ValueError(
                 f"{url} holds {first!r} and {other!r} at other timesteps, which cannot stand side by side."
             )
-    return [part for some in own.values() for part in some]
+    return [part for some in own.values() for plan in plans[first] for part in some if _plans(part) == plan]
 
 
 def _plans(part: Part) -> str:

@@ -21,7 +21,7 @@ from retrac_scale.task.encoding import Encoder, load_pipeline
 from retrac_scale.task.full_precision import in_float32
 from retrac_scale.task.identity import adapters_of, code_known, code_of, known_by
 from retrac_scale.task.items import CLASS_LABELS, Item
-from retrac_scale.task.measures import AnyMeasure, checked, measure_name, measured_values
+from retrac_scale.task.measures import OUTPUTS, AnyMeasure, checked, measure_name, measured_values
 from retrac_scale.task.memory_order import channels_last, takes_any_order
 from retrac_scale.task.noising import noising_of, table_digest
 from retrac_scale.task.regions import REGION, cell_weights
@@ -77,7 +77,7 @@ class DiffusionTask:
         self.scheduler = scheduler
         self.noising = noising_of(scheduler, model)
         self.weighting = weighting
-        for one in () if weighting is None else given:
+        for one in () if weighting is None else (one for one in given if one not in OUTPUTS):
             check_weighting(weighting, self.noising, one)  # type: ignore[arg-type]
         self.encoder = encoder
         self.call = call

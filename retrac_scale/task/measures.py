@@ -45,11 +45,11 @@ def measured_values(
         prediction: the model's, `[n, ...]`.
         target: what it should be.
         weights: of the entries, shaped like them.
-        factors: of the losses, `[n]`; None is 1.
+        factors: of the training losses, `[n]`, which functions of the prediction have none of; None is 1.
         other: the prediction that a concept is compared with; the concept's function is then the value.
     """
     losses = (_errors(measure, prediction - target) * weights).flatten(1).mean(1)
-    if factors is not None:
+    if factors is not None and measure not in OUTPUTS:
         losses = losses * factors.to(losses.dtype)
     if other is not None:
         return -((prediction - other).square() * weights).flatten(1).mean(1), losses
@@ -91,7 +91,7 @@ arXiv 2410.18639, "mean_output").
 
 def measure_name(measure: AnyMeasure, weighting: Weighting | None) -> str:
     """How the fingerprint of a store calls what was measured."""
-    if weighting is None:
+    if weighting is None or measure in OUTPUTS:  # which no weighting of losses changes
         return str(measure)
     return f"{measure} x {known_by(weighting) if ' at 0x' in repr(weighting) else weighting}"
 

@@ -55,7 +55,8 @@ def draw_noise(
     seeds = np.broadcast_to(on_host(seed).astype(np.int64), steps.shape)
     if ids is None:  # few timesteps, many pairs: each noise is drawn once
         (seeds, steps), places = np.unique(np.stack([seeds, steps]), axis=1, return_inverse=True)
-        return _drawn(shape, [0] * len(steps), steps, seeds, draw, COMMON)[torch.from_numpy(places)]
+        whose = torch.from_numpy(places.reshape(-1))  # NumPy 2.0.0 gives [1, n]
+        return _drawn(shape, [0] * len(steps), steps, seeds, draw, COMMON)[whose]
     return _drawn(shape, ids.tolist() if isinstance(ids, torch.Tensor) else ids, steps, seeds, draw, OWN)
 
 

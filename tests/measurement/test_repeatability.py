@@ -190,6 +190,17 @@ def test_a_run_of_eight_foretells_what_runs_of_eight_and_sixteen_share() -> None
         assert there.low - 0.05 < really < there.high + 0.05
 
 
+def test_the_interval_of_the_rank_correlation_is_over_splits_too() -> None:
+    apart = Repeatability(3, 4, {2: np.full((3, 5), 0.5)}, np.tile([[0.2], [0.5], [0.8]], (1, 5)))
+    assert apart.rank_correlation.low < 0.5 < apart.rank_correlation.value < 0.8 < apart.rank_correlation.high
+
+
+def test_an_index_is_not_asked_for_another_estimator() -> None:
+    index = rs.build_index(stored(noisy(4)), rs.ReTrac("matched"), dtype="float32")
+    with pytest.raises(ValueError, match="leave estimator out"):
+        rs.repeatability(index, None, rs.TRAK())
+
+
 def test_one_measurement_cannot_tell() -> None:
     for store in (stored(noisy(1, c=1)), sketched(1)):
         for estimator in (None, rs.TracIn(), rs.ReTracRidge()):

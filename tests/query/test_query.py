@@ -331,8 +331,8 @@ def test_errors_are_those_of_sums_of_measurements_and_tell_which_neighbours_stan
         parts = np.array([one.contributions.sum((0, 2)) for one in explained])  # [n, t]
         parts *= 2 * parts.sum(1, keepdims=True) if squared else 1
         np.testing.assert_allclose(answer.errors[q], np.sqrt(t) * parts.std(1, ddof=1), rtol=1e-6)
-        gaps, between = -np.diff(answer.scores[q]), np.sqrt(t) * np.diff(parts, axis=0).std(1, ddof=1)
-        np.testing.assert_array_equal(answer.resolved[q, :-1], gaps > 2 * between)
+        gaps, between = -np.diff(answer.scores[q]), t * np.diff(parts, axis=0).var(1, ddof=1)
+        np.testing.assert_array_equal(answer.resolved[q, :-1], gaps > 2 * np.sqrt((between + between.mean()) / 2))
     assert answer.resolved[:, :-1].any()
     assert not answer.resolved.all()
 

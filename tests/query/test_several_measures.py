@@ -68,6 +68,8 @@ def test_they_stand_side_by_side_like_further_timesteps(folder: Path) -> None:
         rs.build_index(apart[0]).query(queries, 3)
     with pytest.raises(ValueError, match="has no measure 'l1'"):
         opened(folder, ("mse", "l1"))
+    with pytest.raises(ValueError, match="name the measures to open"):
+        opened(folder, ())
 
 
 def test_scores_are_the_sum_of_those_of_each(folder: Path, tmp_path: Path) -> None:
@@ -123,6 +125,24 @@ def test_they_are_indexed_and_asked_by_commands(
         assert own["scores"] == pytest.approx(scores.tolist(), rel=1e-5)
 
 
+def test_plans_that_came_in_another_order_stand_side_by_side_all_the_same(tmp_path: Path) -> None:
+    model, images, out = tiny_unet(), random_images(4), tmp_path / "store.zarr"
+    options: dict[str, Any] = {"checkpoints": {"last": dict(model.state_dict())}, "projection": rs.CountSketch(16)}
+    plans: list[Any] = [rs.EvenlySpaced(2), rs.Explicit([7], noise="common")]
+    for measure, ordered in zip(BOTH, (plans, plans[::-1]), strict=True):
+        task = rs.DiffusionTask(model, DDPMScheduler(), measure=measure)
+        for plan in ordered:
+            rs.sketch(task, images, out, timesteps=plan, grow=out.exists(), progress=False, **options)
+    store = rs.open_store(out, measure=BOTH)
+    steps = store.timesteps("last")
+    np.testing.assert_array_equal(steps[:, :3], steps[:, 3:])
+    for place, measure in enumerate(BOTH):
+        one = rs.open_store(out, measure=measure)
+        order = [one.timesteps("last")[0].tolist().index(step) for step in steps[0, :3]]
+        expected = one.sketches("last")[:, order]
+        np.testing.assert_array_equal(store.sketches("last")[:, 3 * place : 3 * place + 3], expected)
+
+
 def test_measures_at_other_timesteps_do_not_stand_side_by_side(tmp_path: Path) -> None:
     model, out = tiny_unet(), tmp_path / "store.zarr"
     options: dict[str, Any] = {"checkpoints": {"last": dict(model.state_dict())}, "progress": False}
@@ -174,6 +194,10 @@ def test_samples_are_sketched_and_asked_like_several(folder: Path, tmp_path: Pat
     np.testing.assert_array_equal(answer.ids, index.query(queries, 3).ids)
     with pytest.raises(ValueError, match=r"holds mse and mean_squared_output side by side, and the task measures mse;"):
         rs.sketch(task.only("mse"), images, None, checkpoints=checkpoints, like=store)
+    samples = rs.Samples(images, task, checkpoints)
+    plain = rs.build_index(store, rs.ReTrac("matched"), tmp_path / "plain.zarr")
+    with pytest.raises(ValueError, match="rerank takes gradients of one function"):
+        plain.query(samples, 3, rerank=5, train=samples)
 
 
 def test_the_service_asks_each_index_for_its_own_store(folder: Path, tmp_path: Path) -> None:

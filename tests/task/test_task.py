@@ -333,6 +333,21 @@ def test_stores_measured_or_weighted_otherwise_do_not_mix() -> None:
     assert len(described) == 15
 
 
+def test_functions_of_the_output_are_what_they_are_whatever_weights_the_loss() -> None:
+    names: Any = ("mse", "mean_squared_output")
+    weighted = rs.DiffusionTask(tiny_unet(), ddpm(), measure=names, weighting=rs.MinSNR())
+    assert weighted.measures == ("mse x MinSNR(gamma=5.0)", "mean_squared_output")
+    options: dict[str, Any] = {"checkpoints": {"a": dict(weighted.model.state_dict())}, "timesteps": rs.EvenlySpaced(2)}
+    options |= {"projection": rs.CountSketch(16), "progress": False}
+    one, plain = (
+        rs.sketch(rs.DiffusionTask(tiny_unet(), ddpm(), measure=names[1], weighting=how), IMAGES[:2], None, **options)
+        for how in (rs.MinSNR(), None)
+    )
+    np.testing.assert_array_equal(one.sketches("a"), plain.sketches("a"))
+    np.testing.assert_array_equal(one.losses("a"), plain.losses("a"))  # mean squared errors, as DAS takes them
+    rs.build_index(one, rs.DTRAK(pairing="matched"))
+
+
 def test_labels_and_images_of_an_item_reach_the_model() -> None:
     task = rs.DiffusionTask(tiny_dit(), ddpm())
     image, given = task.check_item(0, (IMAGES[0], 3))
