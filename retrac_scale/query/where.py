@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import operator
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -134,6 +137,13 @@ _ARITHMETIC: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {  # no po
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
 }
+_FURTHEST: Mapping[Callable[[Any, Any], Any], Callable[[int, int], int]] = {  # from zero that results of integers are
+    operator.add: operator.add,
+    operator.sub: operator.sub,
+    operator.mul: operator.mul,
+    operator.floordiv: lambda one, other: one if other > 0 else -one,
+    operator.mod: lambda one, other: other,
+}
 
 
 class _Expression:
@@ -204,7 +214,7 @@ class _Expression:
         if isinstance(one, Texts) and isinstance(other, Texts):
             ranks = self._ranks(f"{ast.unparse(left)} {ast.unparse(right)}", one, other)
             return _COMPARED[type(op)](ranks[one.codes], 2 * other.codes)
-        return np.asarray(_COMPARED[type(op)](_beside(one, other), _beside(other, one)))
+        return np.asarray(self._worked_out(_COMPARED[type(op)], _beside(one, other), _beside(other, one)))
 
     def _ranks(self, names: str, one: Texts, other: Texts) -> Int64:
         """What the codes of a column stand for, to be compared with twice those of another; both by their names."""
@@ -246,14 +256,14 @@ class _Expression:
         return found
 
     def _calculated(self, operation: Callable[[Any, Any], Any], left: ast.expr, right: ast.expr) -> Any:
-        one, other = self._number(left), self._number(right)
-        if operation not in (operator.add, operator.sub):  # products leave the integers' range, quotients are none
-            one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+        return self._worked_out(partial(_result, operation), self._number(left), self._number(right))
+
+    def _worked_out(self, operation: Callable[[Any, Any], Any], one: Any, other: Any) -> Any:
         try:
             with np.errstate(all="ignore"):
                 return operation(one, other)
         except OverflowError as error:
-            raise self._error(f"calculates with a number that is too large: {error}") from None
+            raise self._error(f"holds a number that is too large: {error}") from None
 
     def _charge(self, terms: int) -> None:
         """Count operations that take as long as several."""
@@ -266,6 +276,36 @@ class _Expression:
 
     def _error(self, what: str) -> ValueError:
         return ValueError(f"where={self._text!r} {what}.")
+
+
+def _result(operation: Callable[[Any, Any], Any], one: Any, other: Any) -> Any:
+    """What is calculated: of constants by Python, of integers exactly where 64 bits hold it, else in float64."""
+    if not isinstance(one, np.ndarray) and not isinstance(other, np.ndarray):
+        with suppress(ZeroDivisionError):
+            return operation(one, other)
+    dtype = _holding(operation, one, other)
+    found = operation(np.asarray(one, dtype), np.asarray(other, dtype))
+    if dtype is np.float64 or operation not in (operator.floordiv, operator.mod) or np.all(other):
+        return found
+    by_zero = operation(np.asarray(one, np.float64), np.asarray(other, np.float64))  # no integer is infinite
+    return np.where(np.equal(other, 0), by_zero, found)[()]
+
+
+def _holding(operation: Callable[[Any, Any], Any], one: Any, other: Any) -> Any:
+    """The type of integers that holds two of them and what is calculated of them, or float64."""
+    some, others = _ends(one), _ends(other)
+    if operation not in _FURTHEST or not some or not others:
+        return np.float64
+    every = [*some, *others, *itertools.starmap(_FURTHEST[operation], itertools.product(some, others))]
+    ranges = ((dtype, np.iinfo(dtype)) for dtype in (np.int64, np.uint64))
+    return next((dtype for dtype, has in ranges if has.min <= min(every) and max(every) <= has.max), np.float64)
+
+
+def _ends(value: Any) -> tuple[int, ...]:
+    """The smallest and the largest of integers; none of other numbers."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
+        return (int(value.min()), int(value.max())) if value.size else (0,)
+    return (value,) if isinstance(value, int) else ()
 
 
 def _is_text(value: Any) -> bool:

@@ -24,6 +24,7 @@ COLUMNS: dict[str, Any] = {
     "studio": np.array(["artist 1", "artist 10", "", "artist 9", "zz", "artist ö"])[RNG.integers(0, 6, N)],
     "licence": np.array(["cc-by", "cc0", "ökonomisch"])[RNG.integers(0, 3, N)],
     "open": RNG.random(N) < 0.5,
+    "label": RNG.integers(0, 6, N).astype(np.uint8),
 }
 
 
@@ -35,10 +36,17 @@ def index(texts: bool = False) -> rs.Index:
 
 
 NUMBERS = st.one_of(
-    st.sampled_from(["id", "year", "rating"]), st.integers(-3, 2000).map(str), st.sampled_from(["0.5", "-1.5", "1e3"])
+    st.sampled_from(["id", "year", "rating", "label", "-label"]),
+    st.integers(-3, 2000).map(str),
+    st.sampled_from(["0.5", "-1.5", "1e3"]),
 )
 SUMS = st.recursive(
-    NUMBERS, lambda x: st.tuples(x, st.sampled_from("+-*"), x).map(lambda y: f"({' '.join(y)})"), max_leaves=3
+    NUMBERS,
+    lambda x: st.one_of(
+        st.tuples(x, st.sampled_from("+-*"), x).map(lambda y: f"({' '.join(y)})"),
+        st.tuples(x, st.sampled_from(["%", "//"]), st.sampled_from(["7", "-3", "2.5", "year"])).map(" ".join),
+    ),
+    max_leaves=3,
 )
 TEXTS = st.one_of(
     st.sampled_from(["artist", "licence"]), st.sampled_from(["artist 3", "artist 99", "", "cc0", "ö", "zz"]).map(repr)
@@ -85,6 +93,33 @@ def test_ids_that_are_texts_compare_as_texts() -> None:
 
 
 @pytest.mark.parametrize(
+    ("expression", "expected"),
+    [
+        ("label - 4 > 0", [5]),
+        ("-label < -3", [4, 5]),
+        ("label * 200 > 800", [5]),
+        ("id % 2 == 1", [1, 3, 5]),
+        ("id // 2 * 2 == id", [0, 2, 4]),
+        ("id * 1 == 9007199254740993", [1]),
+        ("id + id == 18014398509481986", [1]),
+        ("hashed % 2 == 1", [1, 3, 5]),
+        ("hashed - 9223372036854775808 == 3", [3]),
+        ("-hashed < 0", [0, 1, 2, 3, 4, 5]),
+        ("id * id > 9223372036854775807", [0, 1, 2, 3, 4, 5]),
+        ("id % label == 2", [3, 5]),
+        ("id // label > 9223372036854775807", [0]),
+        ("id % 0 == 0 or 1 // 0 < id or label in [4 // 2]", [2]),
+    ],
+)
+def test_integers_of_any_type_and_size_are_calculated_with_exactly(expression: str, expected: list[int]) -> None:
+    places = np.arange(6)
+    columns = {"label": places.astype(np.uint8), "hashed": 2**63 + places.astype(np.uint64)}
+    store = rs.write_store(None, {"c": np.ones((6, 1, 4))}, ids=2**53 + places, columns=columns)
+    found = which(expression, rs.build_index(store, rs.TracIn(), None))
+    assert np.flatnonzero(found).tolist() == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
     ("expression", "why"),
     [
         ("artist == 3", "compares artist with 3, a text with a number"),
@@ -99,8 +134,10 @@ def test_ids_that_are_texts_compare_as_texts() -> None:
         ("year and open", "takes year for a condition"),
         ("artist", "must say yes or no"),
         ("1 == 1", "must say yes or no"),
-        ("index == 5", "names 'index'; the columns are id, artist, licence, open, rating, studio, year"),
+        ("index == 5", "names 'index'; the columns are id, artist, label, licence, open, rating, studio, year"),
         ("year is 3", "compares by `is`"),
+        (f"rating * {'9' * 400} > 1", "holds a number that is too large"),
+        (f"rating < {'9' * 400}", "holds a number that is too large"),
         ("year ** 9 > 1", "use column names, values, comparisons"),
         ("year == None", "use column names, values, comparisons"),
         ("year ==", "is no expression"),
