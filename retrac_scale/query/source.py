@@ -12,7 +12,7 @@ import numpy as np
 
 from retrac_scale.arrays import Bools, Float32, Float64, Int64
 from retrac_scale.index.chunk import Chunk
-from retrac_scale.index.reader import IndexReader, complete_root
+from retrac_scale.index.reader import IndexReader, StaleIndexError, complete_root
 from retrac_scale.index.scan import scores
 from retrac_scale.runtime.graphs import delayed
 from retrac_scale.store import SketchStore
@@ -25,7 +25,7 @@ Source = IndexReader | tuple[str, str]
 """An index: here as it is, for workers its URL and description."""
 
 
-def for_workers(index: IndexReader) -> Source:
+def for_workers(index: IndexReader) -> tuple[str, str]:
     """What a worker opens the index by."""
     return whereabouts(index.url), json.dumps(index.meta, sort_keys=True)
 
@@ -38,7 +38,10 @@ def opened(source: Source) -> IndexReader:
 @functools.lru_cache(maxsize=4)
 def _open_on_worker(url: str, meta: str) -> IndexReader:
     """The index at a URL, kept open in this process while its description is the same: its maps outlive a task."""
-    return IndexReader(complete_root(url), url)
+    index = IndexReader(complete_root(url), url)
+    if for_workers(index)[1] != meta:  # of another, the chunks' numbers and the deletions are others
+        raise StaleIndexError(f"the index {url} was built again after it was opened; open it anew.")
+    return index
 
 
 def chunks_of(

@@ -11,6 +11,7 @@ import pytest
 from distributed import Client
 
 import retrac_scale as rs
+from retrac_scale.query.source import for_workers, opened
 from tests import oracle
 from tests.conftest import Labelled, random_images, tiny_unet
 from tests.query.test_query import ESTIMATORS
@@ -152,6 +153,21 @@ def test_workers_know_which_measure_self_influence_is_asked_of(tmp_path: Path) -
     with Client(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0") as client:
         there = rs.self_influence(store, rs.TracIn(), client=client)
     np.testing.assert_array_equal(there, rs.self_influence(store, rs.TracIn()))
+
+
+def test_workers_answer_from_no_other_index_than_the_callers(tmp_path: Path) -> None:
+    def extended(rows: slice) -> rs.Index:
+        sketches = np.random.default_rng(0).standard_normal((60, 1, 8))[rows]
+        with rs.StoreWriter(tmp_path / "s") as writer:
+            writer.append(np.arange(60)[rows], {"c": sketches}, timesteps=[3])
+        return rs.build_index(rs.open_store(tmp_path / "s"), rs.TracIn(), tmp_path / "i")
+
+    before = for_workers(extended(slice(0, 40)))
+    after = for_workers(extended(slice(40, 60)))
+    for _ in range(2):
+        with pytest.raises(rs.StaleIndexError, match="built again after it was opened"):
+            opened(before)
+    assert opened(after).shape[1] == 60
 
 
 def test_samples_are_taken_from_a_grown_store(tmp_path: Path) -> None:
