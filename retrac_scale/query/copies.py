@@ -49,10 +49,13 @@ def likeness(index: IndexReader, ids: npt.NDArray[Any]) -> Float32:
     asked = np.empty((len(ids), index.shape[0] * index.shape[2]), np.float32)
     for some, rows in rows_at(store, places[order], partial(index.rows_of, store)):
         asked[order[some]] = rows.swapaxes(0, 1).reshape(rows.shape[1], -1)
-    scores = index.rows_at(ids) @ asked.T
-    own = np.sqrt(np.maximum(np.diag(scores), np.finfo(np.float32).tiny))
-    found: Float32 = np.sign(scores) * np.sqrt(np.maximum(scores * scores.T, 0)) / own[:, None] / own
-    return found
+    rows = index.rows_at(ids)
+    for side in (rows, asked):  # by which no likeness changes; products of small or large gradients leave float32
+        side /= np.maximum(np.maximum(side.max(1), -side.min(1)), np.finfo(np.float32).tiny)[:, None]
+    scores = (rows @ asked.T).astype(np.float64)
+    own = np.sqrt(np.where(np.diag(scores) > 0, np.diag(scores), np.inf))  # what is nothing to itself is like nobody
+    found = np.sign(scores) * np.sqrt(np.maximum(scores * scores.T, 0)) / own[:, None] / own
+    return found.astype(np.float32)
 
 
 def families(alike: Bools, wanted: int | None = None) -> list[Int64]:

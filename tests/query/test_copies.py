@@ -79,6 +79,16 @@ def test_how_alike_samples_are_is_told_by_their_scores_for_each_other() -> None:
         np.testing.assert_allclose(likeness(index, index.ids[some]), expected[np.ix_(some, some)], atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1e-22, 1e-15, 1e15])
+def test_how_alike_samples_are_does_not_hang_on_how_large_gradients_are(scale: float) -> None:
+    rows = np.random.default_rng(1).standard_normal((30, 1, 16))
+    rows[3] = 0
+    stores = [rs.write_store(None, {"c": size * rows}, dtype="float32") for size in (1, scale)]
+    plain, scaled = (likeness(rs.build_index(store, rs.TracIn(), None), np.arange(30)) for store in stores)
+    np.testing.assert_allclose(scaled, plain, atol=1e-3)
+    assert not scaled[3].any()
+
+
 def test_both_sides_are_folded_and_a_list_does_not_depend_on_its_company() -> None:
     index, queries, scores, family = planted()
     both = index.query(queries, 5, side="both", duplicates="fold")
