@@ -48,7 +48,7 @@ def which(
     if where is None:
         return None
     if isinstance(where, str):
-        return _evaluate(where, index, wanted)
+        return satisfying(where, index, wanted)
     chosen, ids = as_ids(np.asarray(where)), index.ids
     if chosen.dtype == bool:
         if chosen.shape != ids.shape:
@@ -64,7 +64,8 @@ def which(
     return mask
 
 
-def _evaluate(expression: str, index: IndexReader, wanted: Callable[[], bool]) -> Bools:
+def satisfying(expression: str, index: IndexReader, wanted: Callable[[], bool] = lambda: True) -> Bools:
+    """The samples for which an expression holds, bool `[n]`; see `which`."""
     tree = _parsed(expression)
     named = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     names = ["id", *index.column_names]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Container, Mapping
 from dataclasses import asdict, replace
 from functools import lru_cache
@@ -19,7 +18,7 @@ from retrac_scale.query.explain import explain_lists
 from retrac_scale.query.index import Index
 from retrac_scale.query.question import Question
 from retrac_scale.query.topk import Side, TopK
-from retrac_scale.query.where import which
+from retrac_scale.query.where import satisfying
 from retrac_scale.report import Pictures, norm_curve
 from retrac_scale.report.content import (
     Json,
@@ -35,6 +34,7 @@ from retrac_scale.report.pictures import PictureFiles, data_uri
 from retrac_scale.report.shown import check_shown
 from retrac_scale.report.trust import Told, joined, repeatability_for_page, shared_by_halves, told
 from retrac_scale.serve.asked import Asked, Measured, Sketches, Source, Uploads
+from retrac_scale.serve.masks import Masks
 from retrac_scale.serve.named import Named
 from retrac_scale.serve.uploads import Upload, shape_of
 from retrac_scale.store import SketchStore
@@ -115,8 +115,7 @@ class Library:
         self._stored = stored if len(stored) == len(self.indexes) else {}  # a store that is gone has no samples to ask
         self.uploads = Uploads(kept_uploads)
         self._training_rows = lru_cache(CACHED_ROWS)(self._read_training_rows)
-        self._masks: OrderedDict[tuple[str, str], Bools | None] = OrderedDict()
-        self._kept_masks = max(1, min(CACHED_MASKS, MASK_BYTES // first.shape[1]))
+        self._masks = Masks(max(1, min(CACHED_MASKS, MASK_BYTES // first.shape[1])))
         self.sample = lru_cache(CACHED_PICTURES)(self._describe)
         self.query_picture = lru_cache(CACHED_PICTURES)(self._query_picture)
 
@@ -189,14 +188,9 @@ class Library:
         """Whether the samples that count for an expression need not be worked out."""
         return (name, where) in self._masks
 
-    def mask(self, name: str, where: str, wanted: Callable[[], bool] = lambda: True) -> Bools | None:
+    def mask(self, name: str, where: str, wanted: Callable[[], bool] = lambda: True) -> Bools:
         """The samples of an index that count for an expression; any thread may ask. Raises as `which`."""
-        key = name, where
-        if key not in self._masks:
-            self._masks[key] = which(where, self.indexes[name], wanted)
-            while len(self._masks) > self._kept_masks:
-                self._masks.popitem(last=False)
-        return self._masks.get(key)
+        return self._masks.get((name, where), lambda: satisfying(where, self.indexes[name], wanted))
 
     def explain(self, name: str, asked: Asked, sample: str, side: Side) -> Json:
         """A score of one index, taken apart, and of a query in views, in which of them it has that side's best."""

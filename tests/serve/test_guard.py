@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -114,6 +116,23 @@ def test_a_client_that_leaves_is_neither_an_error_nor_counted() -> None:
     asyncio.run(ask())
     assert sent == []
     assert "/api/query" not in TestClient(app).get("/metrics").text
+
+
+def test_masks_are_those_of_their_expressions_while_others_push_them_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("retrac_scale.serve.library.CACHED_MASKS", 2)
+    index = rs.build_index(rs.write_store(None, {"c": np.ones((8, 1, 4))}), rs.TracIn(), None)
+    library = Library({"TracIn": index}, Pictures(np.zeros((8, 2, 2)), index.ids, []))
+    for least in (0, 1, 0, 2):
+        library.mask("TracIn", f"id > {least}")
+    assert [library.knows("TracIn", f"id > {least}") for least in range(3)] == [True, False, True]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(lambda n: library.mask("TracIn", f"id > {n % 5}"), range(4000)))
+    finally:
+        sys.setswitchinterval(before)
+    assert all(mask is not None and mask.sum() == 7 - n % 5 for n, mask in enumerate(found))
 
 
 def test_an_expression_is_worked_out_for_as_long_as_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
