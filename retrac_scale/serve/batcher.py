@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,8 @@ from retrac_scale.query.question import Question
 from retrac_scale.report.content import Json, ranked
 from retrac_scale.serve.asked import Asked
 from retrac_scale.serve.library import Library
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 FILTERS = 16
@@ -59,6 +62,11 @@ class Batcher:
         self._filter = ThreadPoolExecutor(1, thread_name_prefix="where")
         self._turn = asyncio.Lock()
         self._task = asyncio.create_task(self._serve())
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether what is asked will be answered."""
+        return not self._task.done()
 
     async def ask(self, index: str, asked: Asked, question: Question) -> Json:
         """The lists of one query, as the page holds them."""
@@ -107,14 +115,26 @@ class Batcher:
                 continue
             batch = self._next()
             self._waiting = [one for one in self._waiting if one not in batch]
-            self.observe(sum(len(one.asked) for one in batch))
-            for one, answer in zip(batch, await self._compute(self._answers, batch), strict=True):
-                if one.answer.done():
-                    continue
-                if isinstance(answer, Exception):
-                    one.answer.set_exception(answer)
-                else:
-                    one.answer.set_result(answer)
+            try:
+                await self._answer(batch)
+            except Exception as error:  # whatever it is, the next batch is answered
+                logger.exception("a scan's answers were lost")
+                for one in batch:
+                    if not one.answer.done():
+                        one.answer.set_exception(RuntimeError(f"the scan's answers were lost: {error}"))
+            finally:
+                for one in batch:  # nobody waits on where the service ends
+                    one.answer.cancel()
+
+    async def _answer(self, batch: list[_Waiting]) -> None:
+        self.observe(sum(len(one.asked) for one in batch))
+        for one, answer in zip(batch, await self._compute(self._answers, batch), strict=True):
+            if one.answer.done():
+                continue
+            if isinstance(answer, Exception):
+                one.answer.set_exception(answer)
+            else:
+                one.answer.set_result(answer)
 
     def _next(self) -> list[_Waiting]:
         """Whoever has waited longest, and those who can share the scan."""
@@ -132,6 +152,6 @@ class Batcher:
         """One answer or error each; a batch that fails is asked one by one, so that each has its own error."""
         try:
             found = self.library.ask(batch[0].index, [one.asked for one in batch], [one.question for one in batch])
+            return [answer if isinstance(answer, Exception) else ranked(answer)[0] for answer in found]
         except Exception as error:  # goes to whoever asked
             return [error] if len(batch) == 1 else [answer for one in batch for answer in self._answers([one])]
-        return [answer if isinstance(answer, Exception) else ranked(answer)[0] for answer in found]

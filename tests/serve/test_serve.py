@@ -681,6 +681,72 @@ def test_a_query_that_cannot_be_answered_spoils_no_other(library: Library) -> No
     assert ids_of(second) == [3]  # on the side of its score
 
 
+class Failing(Library):
+    """Answers the first question with what no page can hold, and the others as ever, once each is `allowed`."""
+
+    asked = 0
+    allowed = threading.Semaphore(100)
+
+    def ask(self, *arguments: Any) -> Any:
+        """See `Library`."""
+        self.asked += 1
+        self.allowed.acquire(timeout=30)
+        return [object()] if self.asked == 1 else super().ask(*arguments)
+
+
+def test_an_answer_that_cannot_be_told_is_an_error_of_its_own_and_the_next_is_answered(library: Library) -> None:
+    failing = Failing(library.indexes, library.pictures, queries=library.queries)
+    ask = {"source": "queries", "ids": ["0"], "indexes": ["TracIn"]}
+    with TestClient(create_app(failing), raise_server_exceptions=False) as client:
+        assert [client.post("/api/query", json=ask).status_code for _ in range(2)] == [500, 200]
+
+
+def test_whatever_befalls_a_scan_the_next_one_is_made(library: Library, caplog: pytest.LogCaptureFixture) -> None:
+    sizes: list[int] = []
+
+    def observe(size: int) -> None:
+        sizes.append(size)
+        if len(sizes) == 1:
+            raise OSError("no room for a count")
+
+    async def ask_twice() -> list[Any]:
+        batcher = Batcher(library, 16, observe)
+        asked = Asked("queries", "0"), Question(2, "both", None, None, "sum", False)
+        found = [await asyncio.gather(batcher.ask("TracIn", *asked), return_exceptions=True) for _ in range(2)]
+        assert batcher.is_serving
+        await batcher.close()
+        assert not batcher.is_serving
+        return found
+
+    ((first,), (second,)) = asyncio.run(ask_twice())
+    assert "no room for a count" in str(first)
+    assert ids_of(second)
+    assert "answers were lost" in caplog.text
+
+
+def test_who_is_being_answered_when_the_service_ends_is_told_so(library: Library) -> None:
+    held = Failing(library.indexes, library.pictures, queries=library.queries)
+    held.asked, held.allowed = 1, threading.Semaphore(0)
+
+    async def end_amid_a_scan() -> Any:
+        batcher = Batcher(held, 16)
+        asking = [
+            asyncio.create_task(
+                batcher.ask("TracIn", Asked("queries", "0"), Question(k, "both", None, None, "sum", k > 1))
+            )
+            for k in (1, 2)  # which do not share a scan
+        ]
+        while held.asked == 1:
+            await asyncio.sleep(0.001)
+        closing = asyncio.create_task(batcher.close())
+        done, _ = await asyncio.wait(asking, timeout=10)
+        held.allowed.release(2)
+        await closing
+        return [task.cancelled() for task in done]
+
+    assert asyncio.run(end_amid_a_scan()) == [True, True]
+
+
 def halves_by_hand(library: Library, query: rs.SketchStore, k: int, samples: list[int]) -> float:
     """Names that the lists of two halves of four timesteps share, from each score's parts, over all three splits."""
     index = library.indexes["ReTracRidge"]
