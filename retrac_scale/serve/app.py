@@ -6,9 +6,10 @@ import asyncio
 import importlib
 import json
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib import resources
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import fastapi
 from fastapi import FastAPI, File, Form, HTTPException, Query, Request, Response, UploadFile
@@ -35,7 +36,12 @@ from retrac_scale.serve.limits import Limits
 from retrac_scale.serve.uploads import Upload, read_upload, region_asked
 from retrac_scale.store import DamagedStoreError
 
+if TYPE_CHECKING:
+    from retrac_scale.task.concepts import Concept
+
 MOST_IDS, MOST_PICTURES = 1000, 100
+DECODED_AT_ONCE = 2
+"""Uploads, each of which may take hundreds of megabytes meanwhile."""
 
 
 class Problem(BaseModel):
@@ -104,16 +110,19 @@ class Service:
         self._known: dict[str, Json] = {}
         self._telling = asyncio.Lock()
         self._batcher: Batcher
+        self._decoder: ThreadPoolExecutor
 
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         """Scans are made while the service is up."""
+        self._decoder = ThreadPoolExecutor(DECODED_AT_ONCE, thread_name_prefix="decode")
         self._batcher = Batcher(self.library, self.limits.batch, self.counters.scanned)
         loading = self._batcher.run(importlib.import_module, "retrac_scale.index.approximate")  # torch takes seconds
         beside = [asyncio.create_task(task) for task in (self._follower.follow(), loading)]
         yield
         for task in beside:
             task.cancel()
+        self._decoder.shutdown(wait=False, cancel_futures=True)
         await self._batcher.close()
 
     def _take(self, library: Library, about: Json) -> None:
@@ -181,10 +190,12 @@ class Service:
             raise HTTPException(404, "uploads are not served: the service was started without a model.")
         await self._check_measured(k, [], where or None, duplicates, views)
         asked_for = self.library.measured.task.told.concept(concept, against)
-        content = await file.read()
-        image = await asyncio.to_thread(
-            read_upload, content, self.library.image_shape, self.limits, self.library.background
-        )
+        shape, background = self.library.image_shape, self.library.background
+
+        def read() -> Upload:
+            return read_upload(file.file.read(), shape, self.limits, background)
+
+        image = await asyncio.get_running_loop().run_in_executor(self._decoder, read)
         if asked_for is not None or views:
             image = await asyncio.to_thread(image.part, None, asked_for, self.library.views if views else ())
         return await self._answer([await self._measured(image)], k, where or None, duplicates)
@@ -196,12 +207,16 @@ class Service:
         asked = Asked(ask.source, ask.id)
         await self._check_measured(ask.k, [asked], ask.where, ask.duplicates, ask.views)
         concept = self.library.measured.task.told.concept(ask.concept, ask.against)
-        region = await asyncio.to_thread(region_asked, ask.box, ask.mask, ask.rest, self.limits)
+        part = await self._batcher.run(self._part, asked, ask, concept)
+        return await self._answer([await self._measured(part)], ask.k, ask.where, ask.duplicates)
+
+    def _part(self, asked: Asked, ask: Part, concept: Concept | None) -> Upload:
+        """What is asked about, whose mask is small while others are answered: it is decoded here, not before."""
+        library = self.library
+        region = region_asked(ask.box, ask.mask, ask.rest, library.image_shape[1:])
         if concept is None and region is None and not ask.views:
             raise ValueError("give box, [x0, y0, x1, y1], or mask, a PNG in base64, or a concept, or views.")
-        views = self.library.views if ask.views else ()
-        part = await self._batcher.run(self.library.part, asked, region, concept, views)
-        return await self._answer([await self._measured(part)], ask.k, ask.where, ask.duplicates)
+        return library.part(asked, region, concept, library.views if ask.views else ())
 
     async def explain(self, ask: Explain) -> Json:
         """What each checkpoint and timestep adds to a score."""

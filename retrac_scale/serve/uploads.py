@@ -189,29 +189,34 @@ def _fitting(size: tuple[int, int], wanted: tuple[int, int]) -> str:
     return f"{how} from {size[0]} x {size[1]} to {wanted[0]} x {wanted[1]}"
 
 
-def painted(content: bytes, limits: Limits) -> npt.NDArray[np.float32]:
+def painted(content: bytes, size: tuple[int, int]) -> npt.NDArray[np.float32]:
     """A picture of a mask, white where it counts, in 0 .. 1.
 
+    Args:
+        content: the file.
+        size: (height, width) of what it is a mask of, compared before anything is decoded.
+
     Raises:
-        ValueError: it is no PNG, damaged, or too large.
+        ValueError: it is no PNG, damaged, or of another size.
     """
     try:
         with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
-            if image.size[0] * image.size[1] > limits.pixels:
-                raise ValueError(f"{image.size[0]} x {image.size[1]} pixels; {limits.pixels} are allowed")
+            if image.size != size[::-1]:
+                has, wanted = (f"{width} x {height}" for width, height in (image.size, size[::-1]))
+                raise ValueError(f"it has {has} pixels, and the picture {wanted}")
             return np.asarray(image.convert("L"), np.float32) / np.float32(255)
     except Exception as error:  # whatever a damaged file makes a decoder raise
-        raise ValueError(f"the mask is no PNG that can be read: {error}.") from error
+        raise ValueError(f"the mask is no PNG of the picture's size that can be read: {error}.") from error
 
 
-def region_asked(box: list[int] | None, mask: str | None, rest: bool, limits: Limits) -> Any:
+def region_asked(box: list[int] | None, mask: str | None, rest: bool, size: tuple[int, int]) -> Any:
     """What a request says of a region, as `Regions` takes it; None for all of a picture.
 
     Args:
         box: x0, y0, x1, y1.
         mask: a PNG, in base64.
         rest: whether all but it is meant.
-        limits: of the mask.
+        size: (height, width) of the picture.
 
     Raises:
         ValueError: there are both, or the mask cannot be read, or there is none and all but it is meant.
@@ -221,7 +226,7 @@ def region_asked(box: list[int] | None, mask: str | None, rest: bool, limits: Li
     if (box is None) == (mask is None):
         raise ValueError("give box, [x0, y0, x1, y1], or mask, a PNG in base64.")
     try:
-        found: Any = tuple(box) if box is not None else painted(base64.b64decode(mask or "", validate=True), limits)
+        found: Any = tuple(box) if box is not None else painted(base64.b64decode(mask or "", validate=True), size)
     except binascii.Error as error:
         raise ValueError(f"the mask is not in base64: {error}.") from None
     if not rest:

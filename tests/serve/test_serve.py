@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import schemathesis
 import torch
+from fastapi import UploadFile
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from schemathesis import GenerationMode
@@ -216,9 +217,9 @@ def test_a_part_of_a_query_of_a_training_sample_and_of_an_upload_is_asked_about(
     for body, why in (
         ({"box": [0, 0, 9, 8]}, "the box 0,0,9,8 reaches outside of dataset item"),
         ({"box": [3, 0, 3, 8]}, "which is empty"),
-        ({"mask": base64.b64encode(png((9, 9))).decode()}, "the mask of dataset item"),
+        ({"mask": base64.b64encode(png((9, 9))[:60]).decode()}, "it has 9 x 9 pixels, and the picture 8 x 8"),
         ({"mask": "white"}, "the mask is not in base64"),
-        ({"mask": base64.b64encode(b"x").decode()}, "the mask is no PNG that can be read"),
+        ({"mask": base64.b64encode(b"x").decode()}, "the mask is no PNG of the picture's size that can be read"),
         ({}, "give box, [x0, y0, x1, y1], or mask"),
         ({"concept": "3"}, "the concept '3' is a prompt, but the task's model is told nothing"),
     ):
@@ -505,6 +506,28 @@ def deep() -> bytes:
 def test_bad_uploads_are_refused(client: TestClient, content: bytes, status: int, why: str) -> None:
     response = client.post("/api/upload", files={"file": content})
     assert (response.status_code, why in response.json()["detail"]) == (status, True), response.text
+
+
+def test_few_uploads_are_decoded_at_a_time(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once, most, read = 0, 0, Image.open
+
+    def opened(*arguments: Any, **options: Any) -> Any:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        time.sleep(0.05)
+        at_once -= 1
+        return read(*arguments, **options)
+
+    async def upload_many() -> list[Any]:
+        service = Service(library, "", LIMITS)
+        async with service.lifespan(None):  # type: ignore[arg-type]
+            return await asyncio.gather(*(service.upload(UploadFile(io.BytesIO(png()))) for _ in range(8)))
+
+    monkeypatch.setattr(Image, "open", opened)
+    found = asyncio.run(upload_many())
+    assert all(one == found[0] for one in found)
+    assert most <= 2
 
 
 @pytest.mark.parametrize(
