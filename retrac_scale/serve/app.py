@@ -140,7 +140,7 @@ class Service:
         """Whether the service can answer, and whether each index is ready, behind its store, loading or refused."""
         if not self._batcher.is_serving:
             raise HTTPException(503, "queries are no longer answered; start the service again.")
-        states = await asyncio.to_thread(self._follower.state)
+        states = await self._follower.state()
         if set(states.values()) == {"refused"}:
             raise HTTPException(503, "the indexes no longer belong to their stores; build them again.")
         return {"status": "ok", "indexes": states}

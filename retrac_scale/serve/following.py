@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 
 from retrac_scale.index.reader import StaleIndexError
@@ -14,6 +15,8 @@ logger = logging.getLogger(__name__)
 
 LOOK, AFTER_FAILURE = 2.0, 30.0
 """Seconds between two looks at the indexes' places, and after one that could not be loaded."""
+KEPT = 2.0
+"""Seconds for which what was seen is told again."""
 
 
 class Follower:
@@ -30,9 +33,21 @@ class Follower:
     ) -> None:
         self._library, self._renew, self._take = library, renew, take
         self._failed = False
+        self._look: asyncio.Future[dict[str, str]] | None = None
+        self._looked = 0.0
 
-    def state(self) -> dict[str, str]:
-        """Of each index "ready", "behind" its store, with new samples, "loading", "not loaded", or "refused"."""
+    async def state(self) -> dict[str, str]:
+        """Of each index "ready", "behind" its store, with new samples, "loading", "not loaded", or "refused".
+
+        As it was a few seconds ago at most: a look reads all commits of a store elsewhere, and anybody may ask.
+        """
+        now = time.monotonic()
+        if self._look is None or (self._look.done() and now >= self._looked + KEPT):
+            self._looked = now
+            self._look = asyncio.ensure_future(asyncio.to_thread(self._states))
+        return await asyncio.shield(self._look)  # others wait for it too, when one of them leaves
+
+    def _states(self) -> dict[str, str]:
         return {name: self._state(name) for name in self._library.indexes}
 
     def _state(self, name: str) -> str:
@@ -58,7 +73,7 @@ class Follower:
                 self._failed = True
                 continue
             self._failed = False
-            self._library = found[0]
+            self._library, self._look = found[0], None
             self._take(*found)
 
     def _loaded(self) -> tuple[Library, Json]:

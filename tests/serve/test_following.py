@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,7 @@ from starlette.testclient import TestClient
 import retrac_scale as rs
 from retrac_scale.report.pictures import Pictures
 from retrac_scale.serve import create_app
+from retrac_scale.serve.following import Follower
 from retrac_scale.serve.library import Library
 
 RNG = np.random.default_rng(0)
@@ -49,6 +52,7 @@ def test_an_index_that_grew_is_taken_in_while_the_old_one_answers(
 ) -> None:
     monkeypatch.setattr("retrac_scale.serve.following.LOOK", 0.05)
     monkeypatch.setattr("retrac_scale.serve.following.AFTER_FAILURE", 0.05)
+    monkeypatch.setattr("retrac_scale.serve.following.KEPT", 0.0)
     place, loads = tmp_path / "i", [OSError("the pictures are late"), None]
 
     def renew() -> Library:
@@ -89,6 +93,34 @@ def test_an_index_that_grew_is_taken_in_while_the_old_one_answers(
         rs.build_index(store, rs.TracIn(), place)
         until(lambda: client.get("/health").status_code == 200 and state() == "ready")
         assert ids() == {str(i) for i in range(60)} - {"5"}
+
+
+def test_who_asks_how_the_service_is_waits_for_the_look_that_another_has_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rs.build_index(append(tmp_path / "s", slice(0, 40)), rs.TracIn(), tmp_path / "i")
+    served, looks, allowed = library(tmp_path / "i"), list[str](), threading.Event()
+
+    def is_current(index: rs.Index) -> bool:
+        looks.append(str(index.url))
+        return allowed.wait(30)
+
+    monkeypatch.setattr(rs.Index, "is_current", property(is_current))
+
+    async def ask_many() -> list[Any]:
+        follower = Follower(served, None, print)
+        left, *others = [asyncio.create_task(follower.state()) for _ in range(20)]
+        while not looks:
+            await asyncio.sleep(0.001)
+        left.cancel()
+        await asyncio.sleep(0)
+        later = asyncio.create_task(follower.state())
+        await asyncio.sleep(0)
+        allowed.set()
+        return [*await asyncio.gather(*others, later), await follower.state()]
+
+    assert asyncio.run(ask_many()) == [{"TracIn": "ready"}] * 21
+    assert len(looks) == 1
 
 
 CUT = """
