@@ -46,11 +46,9 @@ def run(
         ValueError: others could reach the service and no token is set.
         OSError: the address cannot be had.
     """
-    local = is_local(host)
-    if not local and token is None:
+    if token is None and not is_local(host):
         raise ValueError(f"--host {host} lets others in; set a token that they must send (--token-file).")
-    hosts = LOCAL_NAMES if local else None
-    app = create_app(library, title=title, token=token, limits=limits, hosts=hosts, renew=renew)
+    app = create_app(library, title=title, token=token, limits=limits, hosts=names_of(host), renew=renew)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE, server_header=False)
     server = uvicorn.Server(config)
 
@@ -79,6 +77,11 @@ def _listen(host: str, port: int) -> socket.socket:
         raise OSError(
             error.errno, f"cannot listen on {host}, port {port}: {why}; choose another --port or --host"
         ) from None
+
+
+def names_of(host: str) -> list[str] | None:
+    """What a service at an address may be called in requests; None for anything where others can reach it."""
+    return [*LOCAL_NAMES, host, f"[{host}]"] if is_local(host) else None
 
 
 def is_local(host: str) -> bool:

@@ -46,7 +46,7 @@ from retrac_scale.serve.asked import Asked, Sketches
 from retrac_scale.serve.batcher import Batcher
 from retrac_scale.serve.bodies import Ask, Part
 from retrac_scale.serve.library import Library
-from retrac_scale.serve.server import LOCAL_NAMES, is_local
+from retrac_scale.serve.server import is_local, names_of
 from retrac_scale.serve.uploads import Upload, read_upload
 from retrac_scale.task.views import VIEWS
 from tests.served import COPIED, COPIES, QUERIES, SAMPLES, build, of_classes, of_prompts, running, uploaded
@@ -605,9 +605,11 @@ def test_other_sites_and_other_names_are_kept_out(library: Library) -> None:
         assert client.post("/api/query", json=ask, headers={"sec-fetch-site": "cross-site"}).status_code == 403
         assert client.get("/health", headers={"host": "evil.example"}).status_code == 400
         assert client.get("/").headers["x-frame-options"] == "DENY"
-    with TestClient(create_app(library, hosts=LOCAL_NAMES)) as client:
-        for host in ("localhost:8000", "127.0.0.1", "[::1]:8000"):
+    with TestClient(create_app(library, hosts=names_of("127.0.0.2"))) as client:
+        for host in ("localhost:8000", "127.0.0.1", "[::1]:8000", "127.0.0.2:8000"):
             assert client.get("/health", headers={"host": host}).status_code == 200
+        assert client.get("/health", headers={"host": "127.0.0.3"}).status_code == 400
+    assert names_of("0.0.0.0") is None
 
 
 def test_more_requests_than_allowed_are_told_to_come_again(library: Library) -> None:
