@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from retrac_scale.evaluate.intervals import Interval
+from retrac_scale.index.reader import StaleIndexError
 from retrac_scale.measurement.halves import Repeatability, repeatability_of_rows
 from retrac_scale.measurement.repeatability import repeatability
 from retrac_scale.query.index import Index
-from retrac_scale.store import SketchStore
+from retrac_scale.store import DamagedStoreError, SketchStore
 from retrac_scale.store.schema import blocks
 
 SMALL = 2**28
@@ -32,6 +33,10 @@ def repeatability_for_page(index: Index, queries: SketchStore, k: int, small: in
     """How far the lists of these queries would come again, or a sentence why that is not told.
 
     Under matched pairing a few scans tell; under cross pairing the store, where it is `small`.
+
+    Raises:
+        StaleIndexError: the index no longer belongs to its store.
+        DamagedStoreError: one of them is damaged.
     """
     try:
         if index.estimator.pairing == "matched":
@@ -45,6 +50,8 @@ def repeatability_for_page(index: Index, queries: SketchStore, k: int, small: in
         if n * (t * width * len(store.checkpoints) + SCORES * len(queries.ids)) > small:
             return "not measured, because that would take an index for each part of a large store."
         return repeatability(store, queries, index.estimator, k)
+    except (StaleIndexError, DamagedStoreError):  # which says nothing of the lists, and may be otherwise soon
+        raise
     except ValueError as error:  # measured once, or a part that cannot be indexed: the page says so
         return str(error)
 

@@ -245,12 +245,13 @@ class Service:
     async def repeatability(self) -> Json:
         """How far each index's lists would come again, told from stored queries."""
         async with self._telling:
-            for name in self.library.queries:
-                if name not in self._known:
-                    groups = self.library.compared(name)
-                    found = [await self._batcher.run(self.library.repeatability, name, some) for some in groups]
-                    self._known[name] = self.library.told(name, found)
-        return self._known
+            library, known = self.library, self._known  # of which there are others once an index was built again
+            for name in library.queries:
+                if name not in known:
+                    groups = library.compared(name)
+                    found = [await self._batcher.run(library.repeatability, name, some) for some in groups]
+                    known[name] = library.told(name, found)
+        return known
 
     async def halves(self, ask: Halves) -> Json:
         """How many names of a query's list two halves of the measurements share."""

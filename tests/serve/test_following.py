@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,61 @@ def test_an_index_that_grew_is_taken_in_while_the_old_one_answers(
         rs.build_index(store, rs.TracIn(), place)
         until(lambda: client.get("/health").status_code == 200 and state() == "ready")
         assert ids() == {str(i) for i in range(60)} - {"5"}
+
+
+class Held(Library):
+    """Says how far its lists can be trusted once that is `allowed`."""
+
+    begun, allowed = threading.Event(), threading.Event()
+
+    def repeatability(self, name: str, ids: Any) -> Any:
+        """See `Library`."""
+        self.begun.set()
+        self.allowed.wait(30)
+        return super().repeatability(name, ids)
+
+
+def measured_twice(folder: Path, rows: slice, kind: type[Library] = Library) -> Library:
+    """A library of an index that each call builds again, of more samples of a store."""
+    sketches = np.random.default_rng(1).standard_normal((60, 2, 8))
+    with rs.StoreWriter(folder / "s") as writer:
+        writer.append(np.arange(60)[rows], {"c": sketches[rows]}, timesteps=[3, 7])
+    index = rs.build_index(rs.open_store(folder / "s"), rs.TracIn(), folder / "i")
+    queries = rs.write_store(None, {"c": sketches[:2]}, timesteps=[3, 7])
+    pictures = np.zeros((index.shape[1], 4, 4), np.uint8)
+    return kind({"TracIn": index}, Pictures(pictures, index.ids, pictures[:2]), queries=queries)
+
+
+def test_how_far_lists_can_be_trusted_is_told_of_the_index_that_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retrac_scale.serve.following.LOOK", 0.05)
+    monkeypatch.setattr("retrac_scale.serve.following.AFTER_FAILURE", 0.05)
+    held, after = measured_twice(tmp_path, slice(0, 40), Held), list[Library]()
+    app = create_app(held, renew=lambda: after[0])
+    with TestClient(app) as client, ThreadPoolExecutor(1) as thread:
+
+        def sentence() -> str:
+            return str(client.get("/api/repeatability").json()["TracIn"]["sentence"])
+
+        before = thread.submit(sentence)
+        assert Held.begun.wait(30)
+        after.append(measured_twice(tmp_path, slice(40, 60)))
+        until(lambda: client.get("/api/about").json()["samples"] == 60)
+        Held.allowed.set()
+        assert "among 40 samples" in before.result()
+        assert "among 60 samples" in sentence()
+
+
+def test_that_a_store_cannot_be_read_is_no_sentence_about_its_lists(tmp_path: Path) -> None:
+    served = measured_twice(tmp_path, slice(0, 40))
+    with TestClient(create_app(served), raise_server_exceptions=False) as client:
+        content = (tmp_path / "s" / "zarr.json").read_bytes()
+        (tmp_path / "s" / "zarr.json").unlink()
+        response = client.get("/api/repeatability")
+        assert (response.status_code, "which cannot be used" in response.json()["detail"]) == (503, True)
+        (tmp_path / "s" / "zarr.json").write_bytes(content)
+        assert client.get("/api/repeatability").json()["TracIn"]["measurements"] == 2
 
 
 def test_who_asks_how_the_service_is_waits_for_the_look_that_another_has_begun(
