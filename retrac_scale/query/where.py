@@ -238,6 +238,10 @@ class _Expression:
             places = [one.find(value) for value in values]
             return np.isin(one.codes, [code for code, there in places if there])
         if not _is_text(one):
+            if one.dtype.kind in "iu":  # NumPy would compare them in float64 beside what they cannot be
+                has = np.iinfo(one.dtype)
+                whole = [int(value) for value in values if value % 1 == 0 and has.min <= value <= has.max]
+                return np.isin(one, np.array(whole, one.dtype))
             return np.isin(one, np.array(values))
         self._charge(SEARCH_TERMS)
         texts = np.unique(np.array(["", *values], dtype=str))
