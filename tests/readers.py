@@ -195,7 +195,7 @@ BEFORE: Mapping[str, Mapping[int, Before]] = {
 INSTEAD: Mapping[str, Mapping[str, str]] = {
     # starting eight processes takes twenty seconds, and there is no bucket; tests/runtime has both
     "docs/cluster.md": {
-        "n_workers=8, threads_per_worker=1": "n_workers=1, processes=False, dashboard_address=None",
+        "n_workers=8, threads_per_worker=1": "n_workers=1, processes=False, dashboard_address=':0'",
         "s3://bucket/": "bucket/",
     },
     # the tiny model's images

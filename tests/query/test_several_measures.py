@@ -81,7 +81,7 @@ def test_scores_are_the_sum_of_those_of_each(folder: Path, tmp_path: Path) -> No
     index = rs.build_index(store, rs.ReTracRidge(), tmp_path / "index.zarr", dtype="float32")
     np.testing.assert_allclose(np.asarray(index.scores(queries)), expected, rtol=1e-4, atol=1e-5)
     with (
-        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0") as cluster,
         Client(cluster) as client,
     ):
         built = rs.build_index(store, rs.ReTracRidge(), tmp_path / "there.zarr", dtype="float32", client=client)

@@ -84,7 +84,7 @@ def client() -> Iterator[Client]:
             n_workers=2,
             threads_per_worker=1,
             worker_kwargs={"resources": {"GPU": 1}, "memory_limit": 0},
-            dashboard_address=None,
+            dashboard_address=":0",
         ) as cluster,
         Client(cluster) as client,
     ):

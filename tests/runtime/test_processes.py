@@ -27,7 +27,7 @@ def test_processes_are_there_inside_deaf_to_the_keyboard_and_gone_after() -> Non
 
 
 def test_a_scheduler_that_is_there_outlives_its_use() -> None:
-    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0") as cluster:
         with workers(cluster.scheduler_address) as client:
             assert client.submit(sum, [1, 2]).result() == 3
         with Client(cluster) as again:
