@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import zarr
@@ -49,19 +49,32 @@ def check_description(attribute: Any, what: str, place: Url) -> None:
 
 def open_parts(root: zarr.Group, url: Url) -> list[Part]:
     """The parts of the store at a zarr group, that at its root first, then those that were added, in their order."""
-    found = [_open_part(root, "", str(url))]
-    for name in objects.names(root, PARTS):
-        if name != ROOT:
-            found.append(_open_part(root, name, f"{url}/{PARTS}/{name}"))
-    parts = [part for part in found if part is not None]
+    parts = [part for _, part in _each(root, url) if part is not None]
     if not parts:
         raise ValueError(f"{url} was being created when its process ended; repeat the sketch(...) that began it.")
     return parts
 
 
+def begun_parts(root: zarr.Group, url: Url) -> list[str]:
+    """Names of the parts that are being laid out, or were when their process ended."""
+    return [name for name, part in _each(root, url) if part is None and name]
+
+
+def _each(root: zarr.Group, url: Url) -> Iterator[tuple[str, Part | None]]:
+    yield "", _open_part(root, "", str(url))
+    for name in objects.names(root, PARTS):
+        if name != ROOT:
+            yield name, _open_part(root, name, f"{url}/{PARTS}/{name}")
+
+
 def _open_part(root: zarr.Group, name: str, place: str) -> Part | None:
     """One part, None when it has not been laid out to the end."""
-    content = objects.read(root, f"{PARTS}/{name}/{ROOT}" if name else ROOT)
+    key = f"{PARTS}/{name}/{ROOT}" if name else ROOT
+    content = objects.read(root, key)
+    if content is None and name:
+        if all(file.endswith(".partial") for file in objects.names(root, f"{PARTS}/{name}")):
+            return None
+        content = objects.read(root, key)  # which may have come meanwhile
     if content is None:
         raise DamagedStoreError(f"{place}/{ROOT} is missing; run `retrac-scale verify` on the store.")
     try:

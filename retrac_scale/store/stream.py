@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import zarr
+from zarr.storage import StorePath
 
 from retrac_scale.columns import check_columns, check_ids, column_types
 from retrac_scale.store import commits, objects
@@ -28,7 +29,7 @@ from retrac_scale.store.given import (
     rows_of,
     timestep_tables,
 )
-from retrac_scale.store.opening import PARTS, WHAT, open_root
+from retrac_scale.store.opening import PARTS, WHAT, begun_parts, open_root
 from retrac_scale.store.part import ROOT, Part, check_root, group_json, lay_out
 from retrac_scale.store.reader import SketchStore, open_store
 from retrac_scale.store.schema import ATTRIBUTE, LIST_CHUNK, Layout, Url, choose_layout, differences, zarr_location
@@ -80,9 +81,7 @@ class StoreWriter:
         self._held = ExitStack()
         self._held.enter_context(alone(objects.place_of(zarr_location(out)), out, wait=False))
         try:
-            self._store = _existing(out)
-            if self._store is not None:
-                _check_stream(self._store, weights, dtype, layout)
+            self._store = _existing(out, weights, dtype, layout)
         except BaseException:
             self._held.close()
             raise
@@ -274,27 +273,38 @@ class _NewPart:
     def drop(self) -> None:
         """Remove what was written."""
         if self._prefix:
-            objects.delete_folder(self._place, self._prefix.rstrip("/"))
+            _remove(self._place, self._prefix.rstrip("/"))
         else:
             for name in self.meta["checkpoints"]:
                 objects.delete_folder(self._place, name)
 
 
-def _existing(out: Url) -> SketchStore | None:
+def _existing(
+    out: Url, weights: Mapping[str, float] | None, dtype: Dtype | None, layout: Layout | None
+) -> SketchStore | None:
     """The store at `out`; None where there is none, or one whose first part was being streamed when its process ended.
 
-    Parts that were being streamed then are removed.
+    Of a store that can be streamed into, parts that were being streamed then are removed; `alone` keeps others out.
     """
     try:
         root = open_root(out, WHAT, "r+")
     except FileNotFoundError:
         return None
-    for name in objects.names(root, PARTS):
-        content = objects.read(root, f"{PARTS}/{name}/{ROOT}")
-        if name != ROOT and (content is None or b'"creating": true' in content):
-            objects.delete_folder(root, f"{PARTS}/{name}")
     attribute: Any = root.attrs[ATTRIBUTE]
-    return None if attribute.get("creating") else open_store(out)
+    if attribute.get("creating"):
+        return None
+    store = open_store(out)
+    _check_stream(store, weights, dtype, layout)
+    for name in begun_parts(root, out):
+        _remove(root.store_path, f"{PARTS}/{name}")
+    return store
+
+
+def _remove(place: StorePath, folder: str) -> None:
+    """Remove a part that nobody sees; what says that it is none goes last, since this may be interrupted too."""
+    part = place / folder
+    objects.delete_all(part, [key for key in objects.all_keys(part) if key != ROOT])
+    objects.delete_folder(place, folder)
 
 
 def _check_stream(

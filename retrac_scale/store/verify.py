@@ -81,8 +81,9 @@ def verify_store(url: Url | zarr.Group) -> Verdict:
     keys = set(objects.all_keys(place))
     if not any(key.rpartition("/")[2] == ROOT for key in keys):
         raise FileNotFoundError(f"there is no {WHAT} at {url}.")
-    names = sorted({key.split("/")[1] for key in keys if key.startswith(f"{PARTS}/") and key.count("/") > 1})
-    known = {f"{PARTS}/{ROOT}"} if names else set()
+    inside = [key for key in keys if key.startswith(f"{PARTS}/") and key.count("/") > 1]
+    names = sorted({key.split("/")[1] for key in inside if not key.endswith(".partial")})  # alone, they are no part
+    known = {f"{PARTS}/{ROOT}"} if inside else set()
     findings, blocks = [], 0
     for name in ["", *names]:
         prefix = _prefix(name)

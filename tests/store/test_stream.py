@@ -89,6 +89,38 @@ def test_a_part_that_was_begun_is_not_seen_and_is_removed_by_the_next_writer(tmp
         assert rs.verify_store(tmp_path / "s").findings == []
 
 
+@pytest.mark.parametrize("there", ["damaged", "begun"])
+def test_a_writer_that_is_refused_removes_nothing(there: str, tmp_path: Path) -> None:
+    for start in (0, 400):
+        stream(tmp_path / "s", [slice(start, start + 200)])
+    begun = rs.StoreWriter(tmp_path / "s")
+    add(begun, slice(600, 700))
+    begun._held.close()  # killed
+    (described,) = (file for file in tmp_path.glob("s/parts/*/zarr.json") if "digest" in file.read_text())
+    if there == "damaged":
+        described.unlink()
+    files = sorted(tmp_path.rglob("*"))
+    refusals = {
+        "damaged": (rs.store.DamagedStoreError, "zarr.json is missing; run `retrac-scale verify`"),
+        "begun": (ValueError, "has dtype int8"),
+    }
+    with pytest.raises(refusals[there][0], match=refusals[there][1]):
+        rs.StoreWriter(tmp_path / "s", dtype="float32")
+    assert sorted(tmp_path.rglob("*")) == files
+
+
+def test_a_part_whose_description_was_not_even_begun_is_none(tmp_path: Path) -> None:
+    stream(tmp_path / "s", [slice(0, 200)])
+    part = tmp_path / "s/parts/0001-01234567"
+    part.mkdir(parents=True)
+    (part / "zarr.json.0a.partial").write_text("{")
+    assert rs.open_store(tmp_path / "s").shape[0] == 200
+    assert [finding.kind for finding in rs.verify_store(tmp_path / "s").findings] == ["stray"]
+    stream(tmp_path / "s", [slice(0, 300)])
+    assert not part.exists()
+    assert_holds(rs.open_store(tmp_path / "s"), slice(300))
+
+
 def test_the_description_comes_last_and_all_that_it_vouches_for_is_on_the_disk_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
