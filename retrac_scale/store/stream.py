@@ -105,8 +105,8 @@ class StoreWriter:
         """Take in some samples; arguments as for `write_store`, the same ones at every call.
 
         Raises:
-            ValueError: they do not fit each other or those that came before, or a sample is in the store with other
-                sketches.
+            ValueError: they do not fit each other or those that came before, a sample is in the store with other
+                sketches, or it came already since the last flush. None of them is taken in then.
         """
         arrays, shape = given_arrays(sketches, "append")
         n = shape[0]
@@ -213,6 +213,7 @@ class _NewPart:
         }
         self._scratch = _in_memory(self.meta, blank.pop("id"), blank)
         self._ids: list[npt.NDArray[Any]] = []
+        self._came: set[Any] = set()
         self._columns: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in blank}
         self._waiting: dict[str, list[Rows]] = {name: [] for name in self.meta["checkpoints"]}
         self._written: dict[str, list[dict[str, int]]] = {name: [] for name in self.meta["checkpoints"]}
@@ -220,6 +221,11 @@ class _NewPart:
 
     def append(self, ids: npt.NDArray[Any], rows: Mapping[str, Rows], columns: Mapping[str, npt.NDArray[Any]]) -> None:
         """Take in some samples, and write the blocks that are full."""
+        samples = ids.tolist()
+        if not self._came.isdisjoint(samples):
+            twice = next(sample for sample in samples if sample in self._came)
+            raise ValueError(f"id {twice!r} is given twice, by two calls; give every sample an id of its own.")
+        self._came.update(samples)
         self._ids.append(ids)
         for name, values in columns.items():
             self._columns[name].append(values)

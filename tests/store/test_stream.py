@@ -176,6 +176,15 @@ def test_rows_that_do_not_belong_to_the_store_are_refused(change: dict[str, Any]
     assert rs.verify_store(tmp_path / "s").findings == []
 
 
+def test_an_id_that_came_before_is_refused_at_once_and_the_others_stand(tmp_path: Path) -> None:
+    with rs.StoreWriter(tmp_path / "s", layout=LAYOUT) as writer:
+        add(writer, slice(0, 100))
+        with pytest.raises(ValueError, match=f"id '{IDS[99]}' is given twice, by two calls"):
+            add(writer, slice(99, 200))
+        add(writer, slice(100, 200))
+    assert_holds(rs.open_store(tmp_path / "s"), slice(200))
+
+
 def test_one_writer_at_a_time_and_no_other_kind_of_store(tmp_path: Path) -> None:
     with rs.StoreWriter(tmp_path / "s") as writer:
         with pytest.raises(ValueError, match="somebody else is writing to"):
