@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import uuid
@@ -177,13 +178,14 @@ def _write_files(root: Path, contents: Mapping[str, Content], durable: bool) -> 
             if durable:
                 force(partial)
             os.replace(partial, file)
-    except Exception:
+    except BaseException:  # an interruption leaves nothing either
         for partial in unnamed.values():
             Path(partial).unlink(missing_ok=True)
         raise
-    every = [*sorted((f"{root}/{folder}" for folder in folders), reverse=True), str(root.parent)]
-    for folder in every if durable else ():
-        force(folder)
+    if durable:
+        for folder in sorted((f"{root}/{folder}" for folder in folders), reverse=True):
+            force(folder)
+        force_above(root)
 
 
 def _write(content: Content, path: str) -> None:
@@ -207,7 +209,7 @@ def force_all(group: Place) -> None:
             for file in files:
                 force(f"{folder}/{file}")
             force(folder)
-        force(root.parent)
+        force_above(root)
 
 
 def force(path: str | os.PathLike[str]) -> None:
@@ -217,3 +219,9 @@ def force(path: str | os.PathLike[str]) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def force_above(folder: Path) -> None:
+    """Have the folder that names another on the disk; one that is not for us to read is left to its owner."""
+    with contextlib.suppress(PermissionError):
+        force(folder.parent)

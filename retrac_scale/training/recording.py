@@ -191,8 +191,8 @@ class Recording:
                 os.replace(self.path / f"partial-{IDS}", self.path / IDS)
             run = {"run": number, "after": self.steps, "processes": self.processes, "n_samples": self.n_samples}
             append(self.path, run)
-        for folder in (self.path, self.path.parent):  # they name what was made, which a power cut would lose otherwise
-            objects.force(folder)
+        objects.force(self.path)  # it names what was made, which a power cut would lose otherwise
+        objects.force_above(self.path)
         return file
 
     def _check_record(self) -> None:

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pytest
 
 import retrac_scale as rs
 from retrac_scale.cli import main
-from retrac_scale.store import Layout, create_store, open_store, verify_store, write_block
+from retrac_scale.store import Layout, create_store, objects, open_store, verify_store, write_block
 from tests.torture import BLOCK, WEIGHTS, N, contents, fill
 
 FORK: Any = multiprocessing.get_context("fork")
@@ -83,6 +83,36 @@ def test_a_forbidden_place_is_told(tmp_path: Path) -> None:
     assert [name for name, *_ in told] == ["write", "delete", "create"]
     assert {kind for _, kind, _ in told} == {"PermissionError"}
     assert open_store(tmp_path / "s").committed("c").tolist() == [True, False]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
+def test_a_store_is_written_below_a_folder_that_can_be_entered_but_not_listed(tmp_path: Path) -> None:
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    begin(tmp_path / "own/s")
+    for place in [tmp_path / "own/s", *(tmp_path / "own/s").rglob("*")]:
+        os.chown(place, 65534, 65534)
+    (tmp_path / "own").chmod(0o711)
+
+    def as_nobody() -> None:
+        os.setuid(65534)
+        write(open_store(tmp_path / "own/s", mode="r+"), 1)
+
+    child = FORK.Process(target=as_nobody)
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    assert open_store(tmp_path / "own/s").committed("c").tolist() == [False, True]
+
+
+def test_an_interruption_leaves_no_file_that_was_begun(tmp_path: Path) -> None:
+    def pieces() -> Iterator[Any]:
+        yield np.zeros(8, np.uint8)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        objects.write_all(objects.place_of(str(tmp_path)), {"a": b"1", "b": pieces()})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_store_opened_for_reading_is_not_written(tmp_path: Path) -> None:
