@@ -135,7 +135,8 @@ def mark_deleted(root: zarr.Group, segments: Sequence[Segment], deleted: Bools) 
     gone, _ = _changed(segments, deleted)
     if not gone.any():
         return None
-    name = digest_of(np.packbits(gone).tobytes())[:8]
+    # of other rows, another mark: that of the index that readers have open stays as it is
+    name = digest_of(f"{len(gone)} ".encode() + np.packbits(gone).tobytes())[:8]
     write_packed(root, f"{DELETED}/{name}", gone)
     return name
 

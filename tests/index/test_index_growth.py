@@ -130,6 +130,26 @@ def test_readers_keep_the_old_index_until_the_new_one_is_complete_and_are_told_t
     assert verify_index(tmp_path / "i") == []  # the old one is gone
 
 
+def test_the_mark_of_the_index_that_is_open_is_left_alone_while_the_next_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = store_of(tmp_path / "s", slice(0, 10))
+    rs.build_index(store, rs.TracIn(), tmp_path / "i")
+    store.delete(IDS[[3]])
+    rs.build_index(store, rs.TracIn(), tmp_path / "i")
+    before = files(tmp_path / "i" / "deleted")
+    store = append(tmp_path / "s", slice(10, 14))  # so few that the bits of the marks are the same
+
+    def seal(*arguments: Any) -> Any:
+        now = files(tmp_path / "i" / "deleted")
+        assert {name: now.get(name) for name in before} == before
+        return sealing(*arguments)
+
+    sealing = seals.seal
+    monkeypatch.setattr(seals, "seal", seal)
+    assert rs.build_index(store, rs.TracIn(), tmp_path / "i").ids.tolist() == np.delete(IDS[:14], 3).tolist()
+
+
 def test_what_a_killed_build_left_is_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = store_of(tmp_path / "s", slice(0, N))
     rs.build_index(store, rs.TracIn(), tmp_path / "i")
