@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -158,7 +159,8 @@ def product_of(queries: Float64, norm: Float64, dtype: np.dtype[Any], checkpoint
         rounded = torch.from_numpy(queries).bfloat16().T.contiguous().cuda()
         return TorchProduct(rounded, arithmetic + 2.0**-6 * norm, LARGEST_TILE)
     if dtype == np.int8 and k <= WIDEST:
-        way = _fastest(min(256, 2 ** (q - 1).bit_length()), k, torch.get_num_threads())
+        with _measuring:
+            way = _fastest(min(256, 2 ** (q - 1).bit_length()), k, torch.get_num_threads())
         return way(queries, 1.1 * arithmetic, tile)
     summed = summation(norm, k)
     if torch.cpu._is_avx512_bf16_supported() and q >= 16:  # queries, rows and result round to 8 bits
@@ -182,6 +184,10 @@ def _ways(queries: int, entries: int) -> list[Way]:
     if paired.AVAILABLE and queries > 1 and entries <= paired.WIDEST:
         return [by_pairs]  # of two queries on as fast as integers, and of more faster
     return [by_integers]
+
+
+_measuring = threading.Lock()
+"""Held by who asks for the fastest, since products that are timed beside each other are timed badly."""
 
 
 @functools.lru_cache(maxsize=256)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -143,6 +146,23 @@ def test_cpus_without_int8_and_bfloat16_products_give_the_same_answer(
     for other in others:
         np.testing.assert_array_equal(other.ids, here.ids)
         np.testing.assert_array_equal(other.scores, here.scores)
+
+
+def test_products_are_timed_by_one_query_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[int] = []
+
+    class Slow:
+        def weighted(self, rows: Any, scale: Any) -> None:
+            timed.append(threading.get_ident())
+            time.sleep(0.01)
+
+    monkeypatch.setattr(approximate, "_ways", lambda *_: [lambda *_: Slow()] * 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    asked = np.ones((2, 991)), np.ones(2), np.dtype("int8"), 1  # of a width that no other test has
+    with ThreadPoolExecutor(4) as threads:
+        made = [threads.submit(product_of, *asked) for _ in range(4)]
+    assert all(isinstance(one.result(), Slow) for one in made)
+    assert len({*timed}) == 1
 
 
 def test_rows_too_wide_for_int32_sums_at_full_precision_are_still_exact() -> None:
