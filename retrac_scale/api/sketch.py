@@ -66,7 +66,7 @@ def sketch(
             there is neither, four timesteps under common noise.
         projection: `CountSketch(dim)`, `LowRank(rank, dim)`, ...; None takes that of `like` or of the store at `out`,
             else `LowRank` with 2048 entries for all timesteps of a sample together, but at least 512 for each.
-        dtype: how rows are stored, "int8", "float16" or "float32".
+        dtype: how rows are stored, "int8", "float16", "bfloat16" or "float32".
         batch_size: rows (pairs x noise draws) per backward pass; "auto" measures which is fastest in a quarter of the
             free memory, and whether one thread of torch is faster than all, as on a busy machine. Both stand in the
             store's plan, and a resumed run or a worker obeys it; a few queries `like` a store take the store's.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from retrac_scale.cli import check
 from retrac_scale.cli.indexes import open_sketches
+from retrac_scale.cli.info import BYTES
 from retrac_scale.cli.measured import project_images, project_task
 from retrac_scale.cli.project import FILE, RECORDED, Project, add_options, find, need, overruled, projection_of
 from retrac_scale.cli.repeated import as_json
@@ -198,9 +199,9 @@ def _there(url: str) -> SketchStore | None:
 def _told(store: SketchStore) -> str:
     n, t, k = store.shape
     c = len(store.checkpoints)
-    entries = {"int8": 1, "float16": 2, "float32": 4}[store.meta["dtype"]]
+    size = c * n * t * k * BYTES[store.meta["dtype"]]
     checkpoints = f", {c} checkpoints" if c > 1 else ""
-    return f"{n:,} images at {t} timesteps{checkpoints} in {store.url}, {in_bytes(c * n * t * k * entries)}"
+    return f"{n:,} images at {t} timesteps{checkpoints} in {store.url}, {in_bytes(size)}"
 
 
 def _measured(project: Project) -> dict[str, Any]:
