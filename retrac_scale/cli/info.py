@@ -12,6 +12,8 @@ from retrac_scale.cli.sizes import in_bytes
 from retrac_scale.cli.verb import Answer, Verb
 
 if TYPE_CHECKING:
+    import zarr
+
     from retrac_scale.store import SketchStore
 
 BYTES = {"int8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
@@ -30,17 +32,18 @@ def _run(arguments: argparse.Namespace) -> Answer:
     import zarr
 
     from retrac_scale.store import open_store
-    from retrac_scale.store.schema import ATTRIBUTE
+    from retrac_scale.store.schema import ATTRIBUTE, zarr_location
 
     project = find(arguments.config)
     url = arguments.url or project.store
     try:
-        meta = zarr.open_group(url, mode="r").attrs.get(ATTRIBUTE)
+        root = zarr.open_group(zarr_location(url), mode="r")
     except FileNotFoundError:
         said = f"there is no store or index at {url}." if arguments.url else project.missing(url)
         raise FileNotFoundError(said) from None
+    meta = root.attrs.get(ATTRIBUTE)
     if isinstance(meta, dict) and meta.get("what") == "index":
-        return _of_index(url, meta, arguments.repeatability)
+        return _of_index(url, root, meta, arguments.repeatability)
     stores = [open_store(url, measure=measure) for measure in open_store(url).measurements]
     how = f"to query it: retrac-scale index {url} index.zarr, then retrac-scale query index.zarr QUERIES"
     if not arguments.url:
@@ -49,13 +52,11 @@ def _run(arguments: argparse.Namespace) -> Answer:
     return Answer("\n".join(text for text, _ in every), {"what": "store", "measurements": [data for _, data in every]})
 
 
-def _of_index(url: str, meta: dict[str, Any], repeatability: bool) -> Answer:
+def _of_index(url: str, root: zarr.Group, meta: dict[str, Any], repeatability: bool) -> Answer:
     """Read from its description alone: opening it for queries would take the libraries that answer them."""
-    import zarr
-
     from retrac_scale.index.segments import segments_of
 
-    segments = segments_of(zarr.open_group(url, mode="r"), meta)
+    segments = segments_of(root, meta)
     c, n, k = segments[0].shape[0], sum(one.shape[1] for one in segments), segments[0].shape[2]
     kept = {name: meta[name] for name in ("estimator", "dtype", "store")}
     lines = [

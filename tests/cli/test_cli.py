@@ -149,6 +149,15 @@ def test_info_describes_stores_and_indexes(folder: Path, capsys: pytest.CaptureF
     assert "index of ReTrac" in capsys.readouterr().out
 
 
+def test_info_finds_what_begins_at_home(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    for name, told in (("s", "6 samples at 1 timesteps"), ("retrac", "index of ReTrac")):
+        assert main(["info", f"~/{name}.zarr"]) == 0
+        assert told in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("what", ["s.zarr", "retrac.zarr"])
 def test_info_is_json_when_asked(folder: Path, capsys: pytest.CaptureFixture[str], what: str) -> None:
     assert main(["info", str(folder / what), "--json"]) == 0
