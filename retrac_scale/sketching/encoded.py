@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import zarr
 from torch import Tensor
@@ -17,8 +19,11 @@ from tqdm.auto import tqdm
 from retrac_scale.arrays import Ids
 from retrac_scale.columns import check_ids
 from retrac_scale.sketching.content import ITEM, STAMP, changed_items, look_through, read_again, refuse, stamps_of
+from retrac_scale.store import DamagedStoreError, objects
+from retrac_scale.store.mapping import fetch_chunk, is_plain
+from retrac_scale.store.part import NewChunk
 from retrac_scale.store.reader import Words
-from retrac_scale.store.schema import CONTENT_WORDS, Url
+from retrac_scale.store.schema import CONTENT_WORDS, Url, new_array
 from retrac_scale.task.diffusion import DiffusionTask
 from retrac_scale.task.items import LATENTS, brought, dataset_ids
 
@@ -53,10 +58,21 @@ class EncodedDataset:
         row = range(len(self))[row]
         number, values = self._block  # samples are asked for in order: a chunk is read once, not once a sample
         if number != row // BLOCK:
-            start = row // BLOCK * BLOCK
-            values = {name: np.asarray(array[start : start + BLOCK]) for name, array in self._arrays.items()}
+            values = {name: self._read(name, row // BLOCK) for name in self._arrays}
             self._block = row // BLOCK, values
         return {name: torch.as_tensor(np.array(value[row % BLOCK])) for name, value in values.items()}
+
+    def _read(self, name: str, block: int) -> npt.NDArray[Any]:
+        array, values = self._arrays[name], None
+        with contextlib.suppress(DamagedStoreError):
+            values = fetch_chunk(array, _place(array, block))
+        zeros = values is not None and name == LATENTS and not is_plain(array) and not values.any()
+        if values is None or zeros or np.isnan(values).any():
+            raise DamagedStoreError(
+                f"{self.url}/{_key(array, block)} is missing or not what was written; remove it where it is "
+                "damaged, and repeat encode(...), which encodes its samples again."
+            )
+        return values
 
 
 def encode(
@@ -83,7 +99,8 @@ def encode(
 
     Raises:
         ChangedItemsError: images or prompts are others than those that were encoded under the same ids.
-        ValueError: a bad item, or `out` holds samples that the dataset lacks, or what another pipeline encoded.
+        ValueError: a bad item, or one that is encoded to NaN, or `out` holds samples that the dataset lacks, or what
+            another pipeline encoded.
     """
     if brought(dataset, "region") or brought(dataset, "concept"):
         raise ValueError(
@@ -94,28 +111,28 @@ def encode(
     if order != list(range(len(ids))):
         dataset, ids = Subset(dataset, order), ids[order]
     names: Any = group.attrs["names"]
-    arrays: dict[str, Any] = {name: group[name] for name in names}
+    arrays: dict[str, Any] = {name: group[name] for name in (*names, WORDS) if name in group}
     done = arrays[LATENTS].attrs  # whose file is small: the group's holds all ids
     count: Any = done.get("rows", group.attrs.get("rows_done", 0))
-    known: Any = group.get(WORDS)
     seen = np.zeros((len(ids), CONTENT_WORDS), np.uint64)
     seen[:, STAMP] = stamps_of(dataset)
-    again: list[int] = []
-    if known is None:
+    todo = {*range(count // BLOCK, -(-len(ids) // BLOCK))} if count < len(ids) else set[int]()
+    todo |= _absent(group, arrays, count)
+    if WORDS not in arrays:
         logger.warning("%s was encoded by an earlier release: whether its items are the same cannot be told.", out)
     elif count:
-        there = np.asarray(known[:count])
+        there = np.asarray(arrays[WORDS][:count])
         seen[:count], _ = look_through(task, dataset, ids[:count], there, every=check_all or replace)
         changed = changed_items(task, dataset, ids[:count], seen[:count], there)
         if changed and not replace:
             refuse(out, "encode them anew with replace=True (--replace)", changed, seen)
         outdated = np.isin(ids[:count], np.asarray(changed)) | (there[:, ITEM] == 0)
-        again = (np.unique(np.flatnonzero(outdated) // BLOCK) * BLOCK).tolist()
-    starts = [*again, *range(count, len(ids), BLOCK)]
-    for start in tqdm(starts, desc="encode", unit="block", disable=not progress):
-        rows = range(start, min(start + BLOCK, len(ids)))
+        todo |= {*(np.flatnonzero(outdated) // BLOCK).tolist()}
+    for block in tqdm(sorted(todo), desc="encode", unit="block", disable=not progress):
+        rows = range(block * BLOCK, min((block + 1) * BLOCK, len(ids)))
         read = [read_again(task, ids[row], dataset[row], seen[row]) for row in rows]
-        _write_rows(arrays, known, rows, [task.encoded(item) for item, _ in read], [words for _, words in read])
+        values = _stacked(arrays, ids[rows.start :], [task.encoded(item) for item, _ in read])
+        _write(group, arrays, block, values, np.stack([words for _, words in read]))
         count = done["rows"] = max(count, rows.stop)
     return EncodedDataset(out, group, ids, brought(dataset, "columns"))
 
@@ -145,11 +162,8 @@ def _opened(task: DiffusionTask, dataset: Any, out: Url, ids: Ids) -> tuple[zarr
         first, conditioning = task.check_item(ids[0], dataset[0])
         example = {LATENTS: first, **conditioning}
         for name, value in example.items():
-            shape = tuple(value.shape)
-            dtype = value.numpy().dtype
-            group.create_array(name, shape=(len(ids), *shape), chunks=(BLOCK, *shape), dtype=dtype, overwrite=True)
-        shape, chunks = (len(ids), CONTENT_WORDS), (BLOCK, CONTENT_WORDS)
-        group.create_array(WORDS, shape=shape, chunks=chunks, dtype="uint64", overwrite=True)
+            _new(group, name, len(ids), value.numpy())
+        _new(group, WORDS, len(ids), np.zeros(CONTENT_WORDS, np.uint64))
         group.attrs.update({"names": list(example)})
     if len(order) > len(there):
         for _, array in group.arrays():
@@ -158,12 +172,60 @@ def _opened(task: DiffusionTask, dataset: Any, out: Url, ids: Ids) -> tuple[zarr
     return group, order
 
 
-def _write_rows(arrays: dict[str, Any], known: Any, rows: range, items: list[Any], words: list[Words]) -> None:
-    """Rows of a block, which count as not encoded until all of them stand."""
-    if known is not None:
-        known[rows.start : rows.stop] = 0
-    for name, array in arrays.items():
-        values = [latents if name == LATENTS else conditioning[name] for latents, conditioning in items]
-        array[rows.start : rows.stop] = torch.stack(values).numpy()
-    if known is not None:
-        known[rows.start : rows.stop] = np.stack(words)
+def _new(group: zarr.Group, name: str, n: int, example: npt.NDArray[Any]) -> None:
+    shape, fill = example.shape, np.nan if example.dtype.kind == "f" else 0
+    dims = ["sample", *(f"axis {axis}" for axis in range(1, 1 + len(shape)))]
+    new_array(group, name, shape=(n, *shape), chunks=(BLOCK, *shape), dtype=example.dtype, dims=dims, fill_value=fill)
+
+
+def _place(array: zarr.Array[Any], block: int) -> tuple[int, ...]:
+    return (block, *[0] * (array.ndim - 1))
+
+
+def _key(array: zarr.Array[Any], block: int) -> str:
+    """The object that holds a block of an array."""
+    return f"{array.basename}/{array.metadata.encode_chunk_key(_place(array, block))}"
+
+
+def _tells(array: zarr.Array[Any]) -> bool:
+    """Whether an array has all of its chunks: earlier releases left out those of zeros, which no latents are."""
+    return is_plain(array) or array.basename == LATENTS
+
+
+def _absent(group: zarr.Group, arrays: Mapping[str, zarr.Array[Any]], count: int) -> set[int]:
+    """Blocks of so many samples of which an object is missing."""
+    there, told = {*objects.all_keys(group)}, [array for array in arrays.values() if _tells(array)]
+    return {block for block in range(-(-count // BLOCK)) if any(_key(array, block) not in there for array in told)}
+
+
+def _stacked(
+    arrays: Mapping[str, zarr.Array[Any]], ids: Ids, items: Sequence[tuple[Tensor, Mapping[str, Tensor]]]
+) -> dict[str, npt.NDArray[Any]]:
+    """What some items were encoded to, by array; ValueError where one is NaN, or shaped unlike the first of all."""
+    each = [{LATENTS: latents, **conditioning} for latents, conditioning in items]
+    values = {name: torch.stack([item[name] for item in each]).numpy() for name in arrays if name != WORDS}
+    for name, rows in values.items():
+        if rows.shape[1:] != arrays[name].shape[1:]:
+            raise ValueError(
+                f"dataset item {ids[0]} is encoded to {name} of shape {rows.shape[1:]}, the first one to "
+                f"{arrays[name].shape[1:]}; give items of one shape."
+            )
+        bad = np.isnan(rows).reshape(len(rows), -1).any(1)
+        if bad.any():
+            raise ValueError(f"dataset item {ids[np.argmax(bad)]} is encoded to NaN ({name}); leave it out.")
+    return values
+
+
+def _write(
+    group: zarr.Group,
+    arrays: Mapping[str, zarr.Array[Any]],
+    block: int,
+    values: Mapping[str, npt.NDArray[Any]],
+    words: Words,
+) -> None:
+    """Write a block to the disk, whose rows count as not encoded until all of them stand."""
+    for some in ({WORDS: np.zeros_like(words)}, values, {WORDS: words}):
+        held = {name: rows for name, rows in some.items() if name in arrays}
+        objects.write_all(
+            group, {_key(arrays[name], block): NewChunk(arrays[name], block, [x]) for name, x in held.items()}
+        )
