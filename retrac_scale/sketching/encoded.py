@@ -23,7 +23,7 @@ from retrac_scale.store import DamagedStoreError, objects
 from retrac_scale.store.mapping import fetch_chunk, is_plain
 from retrac_scale.store.part import NewChunk
 from retrac_scale.store.reader import Words
-from retrac_scale.store.schema import CONTENT_WORDS, Url, new_array
+from retrac_scale.store.schema import CONTENT_WORDS, Url, new_array, zarr_location
 from retrac_scale.task.diffusion import DiffusionTask
 from retrac_scale.task.items import LATENTS, brought, dataset_ids
 
@@ -144,7 +144,7 @@ def _opened(task: DiffusionTask, dataset: Any, out: Url, ids: Ids) -> tuple[zarr
         ValueError: something else is there.
     """
     encoder: Any = task.encoder.digests if task.encoder else {}
-    group = zarr.open_group(out, mode="a")
+    group = zarr.open_group(zarr_location(out), mode="a")
     if "encoder" not in group.attrs:
         if group.attrs or group.nmembers():
             raise ValueError(f"{out} holds something that is no encoded dataset; give another path.")

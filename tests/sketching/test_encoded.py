@@ -108,6 +108,14 @@ def test_what_an_earlier_release_encoded_is_read_and_goes_on(
         encoded[0]
 
 
+def test_a_path_that_begins_at_home_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    encode(Items(3), "~/e.zarr")
+    assert (tmp_path / "home/e.zarr/latents").exists()
+    assert not (tmp_path / "~").exists()
+
+
 def test_an_item_that_is_encoded_to_nan_is_named(tmp_path: Path) -> None:
     dataset = Items(5)
     dataset.words[3, 1] = np.nan
