@@ -43,9 +43,9 @@ def compute(tasks: list[Any], client: Client | None, ended: Callable[[str], obje
 
     threads = threads_here()
     tell = None if ended is None else lambda key, *_: ended(key)
-    with Callback(posttask=tell), one_thread_each():
+    with Callback(posttask=tell), one_thread_each(threads) as pool:
         # not "threads": for a name, dask loads distributed to see whether there is a client
-        return list(dask.compute(*tasks, scheduler=dask.threaded.get, num_workers=threads))
+        return list(dask.compute(*tasks, scheduler=dask.threaded.get, pool=pool))
 
 
 def _compute_there(tasks: list[Any], client: Client) -> list[Any]:

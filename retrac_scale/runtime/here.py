@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
@@ -23,8 +25,7 @@ class Here:
         self._finished: SimpleQueue[Future[Any]] = SimpleQueue()
         self._cleanup = contextlib.ExitStack()
         if self._threads > 1:
-            self._cleanup.enter_context(one_thread_each())
-            self._pool = self._cleanup.enter_context(ThreadPoolExecutor(self._threads))
+            self._pool = self._cleanup.enter_context(one_thread_each(self._threads))
 
     def room(self) -> int:
         """Tasks that may be under way at a time."""
@@ -74,15 +75,58 @@ def _libraries() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-@contextlib.contextmanager
-def one_thread_each() -> Iterator[None]:
-    """torch and BLAS on one thread per calling thread, so that theirs and ours do not compete; set back after."""
+class _BlasAlone:
+    """BLAS, whose threads all of the process share, on one for as long as anybody asks for that."""
+
+    def __init__(self) -> None:
+        self._lock, self._asking = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._asking == 0:
+                self._limit = _libraries().limit(limits=1, user_api="blas")
+            self._asking += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._asking -= 1
+            if self._asking == 0:
+                self._limit.restore_original_limits()
+
+
+_blas_alone = _BlasAlone()
+
+
+@functools.cache
+def _setters() -> list[Callable[[int], Any]]:
+    """What sets how many threads torch has in the calling thread; `torch.set_num_threads` tells those to come too."""
     import torch
 
-    threads = torch.get_num_threads()
-    with _libraries().limit(limits=1):
-        torch.set_num_threads(1)
+    with contextlib.suppress(AttributeError, OSError):
+        library = ctypes.CDLL(torch._C.__file__)
+        mkl = [library.MKL_Set_Num_Threads_Local] if hasattr(library, "MKL_Set_Num_Threads_Local") else []
+        return [library.omp_set_num_threads, *mkl]
+    return [torch.set_num_threads]
+
+
+def _set_here(threads: int) -> None:
+    """torch on so many threads in the calling thread alone."""
+    threads_here()  # at its first call in a thread, torch takes what it is set to
+    for setter in _setters():
+        setter(threads)
+
+
+@contextlib.contextmanager
+def one_thread_each(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """So many threads; in each, and in the calling one, torch and BLAS have one: theirs and ours would compete.
+
+    Other threads of the process keep those of torch, whatever they begin or end meanwhile.
+    """
+    before = threads_here()
+    with _blas_alone:
+        _set_here(1)
         try:
-            yield
+            with ThreadPoolExecutor(threads, initializer=_set_here, initargs=(1,)) as pool:
+                yield pool
         finally:
-            torch.set_num_threads(threads)
+            _set_here(before)

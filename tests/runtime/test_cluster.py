@@ -21,6 +21,7 @@ import torch
 from diffusers import DDPMScheduler
 from distributed import Client
 from distributed.deploy.subprocess import SubprocessCluster
+from threadpoolctl import threadpool_info
 
 import retrac_scale as rs
 from retrac_scale.runtime.graphs import compute, constant, delayed
@@ -268,6 +269,32 @@ def test_on_threads_torch_has_one_each_and_is_set_back() -> None:
     seen = {(result, task.name) for task, result in run(_torch_threads, [Task("a", ()), Task("b", ())], threads=2)}
     assert seen == {(1, "a"), (1, "b")}
     assert torch.get_num_threads() == before
+
+
+def test_whatever_runs_meanwhile_threads_keep_as_many_of_torch_and_blas_as_they_had() -> None:
+    before, blas = torch.get_num_threads(), _blas_threads()
+    torch.set_num_threads(3)
+
+    def asks() -> list[int]:
+        born = torch.get_num_threads()
+        ((_, within),) = run(_torch_threads, [Task("b", ())], threads=2)
+        return [born, within, *compute([delayed(_torch_threads)(None)], None), torch.get_num_threads()]
+
+    try:
+        under_way: Any = run(_torch_threads, [Task("a", ()), Task("b", ())], threads=2)
+        assert next(under_way)[1] == 1
+        with ThreadPoolExecutor(1) as other, ThreadPoolExecutor(1) as later:
+            assert other.submit(asks).result() == [3, 1, 1, 3]
+            assert set(_blas_threads()) <= {1}
+            under_way.close()
+            assert [torch.get_num_threads(), *later.submit(asks).result()] == [3, 3, 1, 1, 3]
+        assert _blas_threads() == blas
+    finally:
+        torch.set_num_threads(before)
+
+
+def _blas_threads() -> list[int]:
+    return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
 
 
 def _torch_threads(_: None) -> int:
