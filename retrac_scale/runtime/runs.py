@@ -28,8 +28,8 @@ def run(
     """Results of `function(shared, *task.args)`, as they come.
 
     Tasks are taken from their iterable no faster than they are done, so that a million of them fills neither this
-    process nor the scheduler. A failure that may pass is tried again; any other is kept for the end. Workers may die at
-    any instant, and others come; while there are none, it waits.
+    process nor the scheduler. A failure that may pass is tried again, before further tasks once there are many; any
+    other is kept for the end. Workers may die at any instant, and others come; while there are none, it waits.
 
     Args:
         function: of a module, so that a worker can import it.
@@ -42,35 +42,52 @@ def run(
         fatal: exceptions that end the run at once.
 
     Raises:
-        FailedTasksError: when all others are done, or after many failures in a row.
+        FailedTasksError: when all others are done, or after many failures in a row that do not pass.
         ConnectionError: the scheduler is gone.
     """
     pool = Here(function, shared, threads) if client is None else There(function, shared, client, resources)
-    failures: list[tuple[Task, BaseException]] = []
-    again: list[Task] = []
+    failed: dict[Task, BaseException] = {}
     in_a_row = 0
     with contextlib.closing(pool):
-        for attempt in range(1, ATTEMPTS + 1):
-            for task, result, error in _round(pool, tasks, alone=attempt == ATTEMPTS):
-                if error is None:
-                    in_a_row = 0
-                    yield task, result
-                    continue
-                if isinstance(error, fatal):
-                    raise error
-                in_a_row += 1
-                if attempt < ATTEMPTS and may_pass(error):
-                    again.append(task)
-                else:
-                    failures.append((task, error))
-                if in_a_row == GIVE_UP:
-                    again, failures = [], [*failures, *((task, error) for task in again)]
-                    break
-            tasks, again = again, []
-    if failures:
+        for (task, result, error), is_last in _attempts(pool, tasks):
+            if error is None:
+                in_a_row = 0
+                failed.pop(task, None)
+                yield task, result
+                continue
+            if isinstance(error, fatal):
+                raise error
+            failed[task] = error
+            in_a_row += is_last
+            if in_a_row == GIVE_UP:
+                break
+    if failed:
+        failures = [*failed.items()]
         message = f"{len(failures)} task{'s' * (len(failures) > 1)} failed, "
         message += f"the last {GIVE_UP} in a row, the rest was left" if in_a_row == GIVE_UP else "all others are done"
         raise FailedTasksError(f"{message}; repeat the call once that is repaired:", failures) from failures[0][1]
+
+
+def _attempts(pool: Here | There, tasks: Iterable[Task]) -> Iterator[tuple[Outcome, bool]]:
+    """How each attempt at a task ended, and whether it was the last: it succeeded, or fails for good."""
+    rest, is_more = iter(tasks), True
+    while is_more:
+        again: list[Task] = []
+        todo: Iterable[Task] = _while_few_wait(rest, again)
+        for attempt in range(1, ATTEMPTS + 1):
+            for task, result, error in _round(pool, todo, alone=attempt == ATTEMPTS):
+                is_last = error is None or attempt == ATTEMPTS or not may_pass(error)
+                again += [] if is_last else [task]
+                yield (task, result, error), is_last
+            if attempt == 1:
+                is_more = len(again) >= GIVE_UP
+            todo, again = again, []
+
+
+def _while_few_wait(rest: Iterator[Task], again: list[Task]) -> Iterator[Task]:
+    """Tasks that were not begun, until so many wait for another try that these are better tried first."""
+    while len(again) < GIVE_UP and (task := next(rest, None)) is not None:
+        yield task
 
 
 def _round(pool: Here | There, tasks: Iterable[Task], *, alone: bool) -> Iterator[Outcome]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -249,6 +250,28 @@ def test_when_all_fail_alike_the_rest_is_left() -> None:
     with pytest.raises(rs.FailedTasksError, match=f"the last {GIVE_UP} in a row"):
         list(run(fail, (Task(f"fail-{i}", (i,)) for i in range(1000)), threads=1))
     assert len(begun) == GIVE_UP
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_many_failures_that_may_pass_are_all_tried_again(threads: int, tmp_path: Path) -> None:
+    tasks = [Task(f"flaky-{i}", (i,)) for i in range(5 * GIVE_UP)]
+    found = [result for _, result in run(_flaky, tasks, shared=tmp_path, threads=threads)]
+    assert sorted(found) == list(range(5 * GIVE_UP))
+
+
+def test_a_disk_that_stays_broken_is_given_up_and_each_task_keeps_its_own_error() -> None:
+    begun = set()
+
+    def fail(_: None, number: int) -> None:
+        begun.add(number)
+        raise OSError(errno.EIO, f"no disk for {number}")
+
+    with pytest.raises(rs.FailedTasksError, match="in a row, the rest was left") as raised:
+        list(run(fail, (Task(f"fail-{i}", (i,)) for i in range(1000)), threads=1))
+    assert [str(error) for _, error in raised.value.failures] == [
+        f"[Errno {errno.EIO}] no disk for {task.args[0]}" for task, _ in raised.value.failures
+    ]
+    assert {task.args[0] for task, _ in raised.value.failures} == begun == {*range(GIVE_UP)}
 
 
 def test_tasks_are_taken_no_faster_than_they_are_done() -> None:
