@@ -6,7 +6,7 @@ import platform
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -75,7 +75,7 @@ def fill(
                     _sketch_there,
                     blocks,
                     client,
-                    shared=(own, whereabouts(str(stores[0].url)), tuple(store.only_part.name for store in stores)),
+                    shared=_There(own, whereabouts(str(stores[0].url)), [store.only_part.name for store in stores]),
                     resources=resources,
                     fatal=FATAL,
                 )
@@ -268,17 +268,24 @@ class _Rows:
         return same
 
 
-@lru_cache(maxsize=1)
-def _share(job: Job, url: str, parts: tuple[str, ...]) -> _Share:
-    """One per worker process and run: the random signs are as large as the model."""
-    stores = [open_store(url, mode="r+", part=part) for part in parts]
-    return _Share(job, stores, job.sketcher(), advance=lambda pairs: None)
+@dataclass(frozen=True, eq=False)
+class _There:
+    """A job as a worker process gets it once, and loses it with the run's end."""
+
+    job: Job
+    url: str
+    parts: Sequence[str]
+
+    @cached_property
+    def share(self) -> _Share:
+        """One for all blocks of a process: the random signs are as large as the model."""
+        stores = [open_store(self.url, mode="r+", part=part) for part in self.parts]
+        return _Share(self.job, stores, self.job.sketcher(), advance=lambda pairs: None)
 
 
-def _sketch_there(shared: tuple[Job, str, tuple[str, ...]], checkpoint: str, block: int, lacking: Sequence[str]) -> int:
+def _sketch_there(there: _There, checkpoint: str, block: int, lacking: Sequence[str]) -> int:
     with _model_in_use:
-        job, url, parts = shared
-        share = _share(job, url, parts)
+        share = there.share
         # a task runs again when the worker that holds its result dies: what it committed stands
         return share.pairs_if_committed(checkpoint, block, lacking) or share.sketch(checkpoint, block, lacking)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import signal
 import sys
@@ -119,6 +120,21 @@ def test_store_and_index_are_bit_identical_and_answers_equal(client: Client, who
     trak = rs.build_index(store, rs.TRAK(damping=0.1), tmp_path / "trak", client=client)
     assert trak.query(queries, 4, client=client).ids.shape == (2, 4)
     assert not client.run_on_scheduler(lambda: "torch" in sys.modules), "tasks made the scheduler import torch"
+
+
+def test_workers_keep_neither_model_nor_sketcher_of_a_run_that_ended(client: Client, tmp_path: Path) -> None:
+    def held() -> int:
+        gc.collect()
+        return sum(isinstance(one, (torch.nn.Module, rs.GradientSketcher)) for one in gc.get_objects())
+
+    client.wait_for_workers(2)
+    before = client.run(held)
+    sketch(Logged(tmp_path / "log"), tmp_path / "s", client)
+    for _ in range(100):  # workers are told a moment later
+        if (after := client.run(held)) == before:
+            break
+        time.sleep(0.1)
+    assert after == before
 
 
 @pytest.mark.slow
