@@ -198,10 +198,10 @@ def _there(url: str) -> SketchStore | None:
 
 def _told(store: SketchStore) -> str:
     n, t, k = store.shape
-    c = len(store.checkpoints)
-    size = c * n * t * k * BYTES[store.meta["dtype"]]
-    checkpoints = f", {c} checkpoints" if c > 1 else ""
-    return f"{n:,} images at {t} timesteps{checkpoints} in {store.url}, {in_bytes(size)}"
+    c, m = len(store.checkpoints), len(store.measurements)
+    size = c * n * t * k * m * BYTES[store.meta["dtype"]]
+    more = (f", {c} checkpoints" if c > 1 else "") + (f", {m} measures" if m > 1 else "")
+    return f"{n:,} images at {t} timesteps{more} in {store.url}, {in_bytes(size)}"
 
 
 def _measured(project: Project) -> dict[str, Any]:

@@ -350,6 +350,7 @@ def test_the_loss_and_the_output_are_added_up_where_the_file_says_so(
     assert main(["report"]) == 1
     assert "was not measured by mean_squared_output yet" in capsys.readouterr().err
     assert main(["sketch", "--until", "0.01"]) == 0
+    assert "9 images at 2 timesteps, 2 measures in attribution/sketches.zarr, 2.3 kB" in capsys.readouterr().out
     assert main(["report", "-k", "3"]) == 0
     assert main(["query", "-k", "3", "--json"]) == 0
     sides = [rs.open_store(f"attribution/{name}.zarr", measure=both.split(",")) for name in ("sketches", "queries")]
