@@ -90,6 +90,7 @@ class Recording:
             logger.warning("%s: goes on after step %d; checkpoints %s count no more", self.path, self.steps, late)
         kept = [(name, step) for name, step in self.known.items() if step <= self.steps]
         self._last_checkpoint = kept[-1] if kept else ("", self.steps)
+        self._used = {name for name, _ in kept}
         self._seen = self._seen_before() // self.processes
 
     def batch(self, ids: Any, timesteps: Any, noise_seed: int | None, loss: Tensor | None = None) -> int:
@@ -140,7 +141,6 @@ class Recording:
             return
         self.force()
         if self.process == 0:
-            self.check_unused(name)
             self.mark(name)
         self.pass_by(name)
 
@@ -152,18 +152,14 @@ class Recording:
             return True
         if self.steps == self._last_checkpoint[1]:
             raise ValueError(f"checkpoint {name!r} has no step before it; call step() in the training loop.")
+        if name in self._used:  # which each process knows of itself, so that all of them raise
+            raise ValueError(f"{self.path} has a checkpoint {name!r} already; give every checkpoint its own name.")
         return False
 
     def force(self) -> None:
         """Have what was recorded outlive a power cut."""
         if self._file is not None:
             os.fsync(self._file)
-
-    def check_unused(self, name: str) -> None:
-        """Raise ValueError when the record has a checkpoint of this name."""
-        record = read_record(self.path)
-        if record is not None and name in record.checkpoints:
-            raise ValueError(f"{self.path} has a checkpoint {name!r} already; give every checkpoint its own name.")
 
     def mark(self, name: str) -> None:
         """Write a checkpoint into the log."""
@@ -172,6 +168,7 @@ class Recording:
     def pass_by(self, name: str) -> None:
         """Await steps after a checkpoint."""
         self._last_checkpoint = name, self.steps
+        self._used.add(name)
 
     def close(self) -> None:
         """Leave the file alone."""

@@ -81,17 +81,7 @@ class SketchedRecording:
         recording.force()
         self._sketches.flush()
         wait_for_all()
-        failure: Exception | None = None
-        if recording.process == 0:
-            try:
-                self._write(name, weights)
-            except Exception as error:
-                failure = error
-        told = from_first(lambda: "" if failure is None else f"{type(failure).__name__}: {failure}")
-        if failure is not None:
-            raise failure
-        if told:
-            raise RuntimeError(f"the first process could not write checkpoint {name!r}: {told}")
+        from_first(lambda: self._write(name, weights))
         self._sketches.clear()
         self._gathered_after = recording.steps
         recording.pass_by(name)
@@ -103,7 +93,6 @@ class SketchedRecording:
 
     def _write(self, name: str, weights: StateDict | None) -> None:
         recording = self._recording
-        recording.check_unused(name)
         record = read_record(recording.path)
         assert record is not None  # a step was made
         rows = record.rows(self._gathered_after, recording.steps)

@@ -30,6 +30,8 @@ def wait_for_all() -> None:
 def from_first(read: Callable[[], T]) -> T:
     """What the first process reads, on all of them, so that none sees what another has begun to write.
 
+    What it raises is raised on all of them: otherwise the others would wait for it until the group gives up.
+
     It goes through the group's key-value store. Tensors that Python made are freed by gloo's threads, which need the
     interpreter's lock for it; a process that ends meanwhile holds that lock and waits for those threads, for ever.
     """
@@ -37,9 +39,26 @@ def from_first(read: Callable[[], T]) -> T:
     if processes == 1:
         return read()
     store: Any = distributed.distributed_c10d._get_default_store()
+    failure: Exception | None = None
     if process == 0:
-        store.set(SAID, pickle.dumps(read()))
+        try:
+            store.set(SAID, pickle.dumps((read(), None)))
+        except Exception as error:
+            failure = error
+            store.set(SAID, pickle.dumps((None, _sendable(error))))
     distributed.barrier()
-    said: T = pickle.loads(store.get(SAID))
+    answer = store.get(SAID)
     distributed.barrier()  # all have it, and the first may say something else
-    return said
+    said, told = pickle.loads(answer)
+    if told is not None:
+        raise failure or told
+    return said  # type: ignore[no-any-return]
+
+
+def _sendable(error: Exception) -> Exception:
+    """An exception, or what it says where it cannot be pickled and opened again."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

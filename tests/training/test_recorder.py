@@ -52,10 +52,9 @@ def test_two_accelerate_processes_record_and_sketch_every_step_whole_and_it_is_r
     record = rs.read_record(tmp_path / "recorded")
     assert record is not None
     assert record.checkpoints == {"last": 6}
-    assert (
-        (tmp_path / "refused-0").read_text().startswith(f"ValueError: {tmp_path / 'recorded'} has a checkpoint 'last'")
-    )
-    assert "first process could not write checkpoint 'last': ValueError" in (tmp_path / "refused-1").read_text()
+    for process in range(2):
+        refused = (tmp_path / f"refused-{process}").read_text()
+        assert refused.startswith(f"ValueError: {tmp_path / 'recorded'} has a checkpoint 'last'")
     rows = record.rows(0, 6)
     assert np.bincount(rows["step"]).tolist() == [0] + [16] * 6  # 2 processes x 2 accumulated batches x 4
     for epoch in range(3):  # two steps each
