@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from retrac_scale.evaluate.learnt import unlearnt
+
 if TYPE_CHECKING:
     from retrac_scale.query.index import Index
     from retrac_scale.store import SketchStore
@@ -26,8 +28,6 @@ MOVED = 64
 IMAGES = 12
 PLAIN_FIRST, ALTERED_FIRST = 0.95, 0.9
 """Shares of queries whose original stands first from which all is well."""
-UNLEARNT = 0.5
-"""Mean loss of a model that foretells the noise, from which it has learnt little: one that foretells nothing has 1."""
 
 
 class Altered:
@@ -81,7 +81,8 @@ class Originals:
         altered: how each query was altered `[q]`, "plain" where it was not.
         ranks: place of the original among all samples `[q]`, 1 is first.
         samples: how many there are.
-        causes: what is likely wrong where originals do not come first, sentences.
+        causes: what is likely wrong where not all is well, sentences.
+        learnt: whether nothing in the losses says that the model predicts no better than zeros.
     """
 
     originals: npt.NDArray[Any]
@@ -89,6 +90,7 @@ class Originals:
     ranks: npt.NDArray[np.int64]
     samples: int
     causes: tuple[str, ...] = ()
+    learnt: bool = True
 
     @property
     def plain(self) -> float:
@@ -101,9 +103,14 @@ class Originals:
         return float((self.ranks[self.altered != PLAIN] == 1).mean())
 
     @property
-    def is_well(self) -> bool:
+    def are_first(self) -> bool:
         """Whether originals come first as they should: plain ones 95 % of the time, altered ones 90 %."""
         return self.plain >= PLAIN_FIRST and self.copies >= ALTERED_FIRST
+
+    @property
+    def is_well(self) -> bool:
+        """Whether they do, and by a model that has learnt something."""
+        return self.are_first and self.learnt
 
     @property
     def counts(self) -> dict[str, tuple[int, int]]:
@@ -116,6 +123,8 @@ class Originals:
         """One line on what the figures mean."""
         if self.is_well:
             return f"a training image is found among {self.samples:,}, also where it was altered a little."
+        if self.are_first:
+            return "a training image is found, but by a model that predicts nothing: these lists say nothing yet."
         if self.plain >= PLAIN_FIRST:
             return "a training image is found as it is, but not where it was altered a little: read lists with care."
         return "not even a training image itself is found: these lists say nothing yet."
@@ -149,12 +158,15 @@ def find_originals(index: Index, queries: SketchStore) -> Originals:
     scores = index.scores(queries)
     own = scores.vindex[np.arange(len(places)), places]
     ranks = (1 + (scores > own[:, None]).sum(axis=1)).compute()
-    found = Originals(originals, queries.columns["altered"], ranks, index.shape[1])
-    return found if found.is_well else replace(found, causes=_causes(found, index, queries))
+    said = unlearnt(queries)  # always: gradients of any weights find copies
+    found = Originals(originals, queries.columns["altered"], ranks, index.shape[1], learnt=not said)
+    return found if found.is_well else replace(found, causes=_causes(found, index, queries, said))
 
 
-def _causes(found: Originals, index: Index, queries: SketchStore) -> tuple[str, ...]:
-    """What is likely wrong, the likeliest first."""
+def _causes(found: Originals, index: Index, queries: SketchStore, said: str) -> tuple[str, ...]:
+    """What is likely wrong, the likeliest first; what was said of the losses among it."""
+    if found.are_first:
+        return (said,)
     plans = queries.fingerprint.get("timesteps", {})
     common = "common" in str(plans)
     causes = []
@@ -163,15 +175,8 @@ def _causes(found: Originals, index: Index, queries: SketchStore) -> tuple[str, 
             "the query and its original were measured under different noise, and most of a gradient is the luck of its "
             'noise: measure anew with noise = "common"'
         )
-    losses = [queries.losses(name).mean() for name in queries.checkpoints] if queries.has("loss") else []
-    foretold = queries.fingerprint.get("scheduler", {}).get("prediction_type") == "epsilon"
-    if losses and foretold and queries.fingerprint.get("measure") == "mse":
-        name, worst = max(zip(queries.checkpoints, losses, strict=True), key=lambda one: one[1])
-        if worst > UNLEARNT:
-            causes.append(
-                f"checkpoint {name} has learnt little: its mean loss on these images is {worst:.2g}, where a model "
-                "that foretells nothing has 1; give the weights that the training ended with, averaged if it kept such"
-            )
+    if said:
+        causes.append(said)
     if common and found.plain < PLAIN_FIRST:
         causes.append("the model, its weights or the images are others than those that the sketches were made of")
     if index.estimator.pairing == "cross" and common:

@@ -1,0 +1,91 @@
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from torch import Tensor, nn
+
+import retrac_scale as rs
+from retrac_scale.evaluate.learnt import unlearnt
+from tests.conftest import random_images, tiny_unet
+
+SPREAD = 0.2
+"""Mean square of the images, whose pixels have nothing to do with each other."""
+KINDS = ("epsilon", "v_prediction", "sample", "flow")
+
+
+class BestLine(nn.Module):
+    """What predicts best as a multiple of the noisy image, for independent pixels of mean square `SPREAD`."""
+
+    def __init__(self, scheduler: Any, kind: str, scale: float) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(1, 1, 1, bias=False)
+        nn.init.constant_(self.layer.weight, scale)
+        steps = torch.arange(1, 1001) / 1000
+        signal = 1 - steps if kind == "flow" else scheduler.alphas_cumprod**0.5
+        noise = steps if kind == "flow" else (1 - scheduler.alphas_cumprod) ** 0.5
+        of_image, of_noise = {
+            "epsilon": (0 * signal, 1 + 0 * signal),
+            "v_prediction": (-noise, signal),
+            "sample": (1 + 0 * signal, 0 * signal),
+            "flow": (-1 + 0 * signal, 1 + 0 * signal),
+        }[kind]
+        best = (of_image * signal * SPREAD + of_noise * noise) / (signal**2 * SPREAD + noise**2)
+        self.register_buffer("best", best)
+
+    def forward(self, noisy: Tensor, time: Tensor) -> Tensor:
+        factors: Tensor = self.get_buffer("best")[(time - 1 if time.is_floating_point() else time).long()]
+        predicted: Tensor = self.layer(noisy * factors.reshape(-1, 1, 1, 1))
+        return predicted
+
+
+def measured(kind: str, told: str, scale: float = 1.0, measure: Any = "mse") -> rs.SketchStore:
+    """Images measured by the best line of a kind, with a scheduler that tells another, or the same."""
+    scheduler = FlowMatchEulerDiscreteScheduler() if told == "flow" else DDPMScheduler(prediction_type=told)
+    model = BestLine(DDPMScheduler(), kind, scale)
+    task = rs.DiffusionTask(model, scheduler, measure=measure)
+    images = SPREAD**0.5 * torch.randn(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    return rs.sketch(task, images, None, checkpoints={"only": model.state_dict()}, progress=False)
+
+
+@pytest.mark.parametrize("measure", ["mse", "l1", "mean_squared_output"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_tell_a_model_that_predicts_from_one_that_does_not(kind: str, measure: Any) -> None:
+    assert unlearnt(measured(kind, kind, measure=measure)) == ""
+    assert "checkpoint only has learnt little" in unlearnt(measured(kind, kind, 0.0, measure))
+
+
+@pytest.mark.parametrize("other", ["v_prediction", "sample"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_losses_tell_a_scheduler_of_another_prediction(other: str, turned: bool) -> None:
+    kind, told = (other, "epsilon") if turned else ("epsilon", other)
+    assert f"to predict something else than {told}" in unlearnt(measured(kind, told))
+
+
+def test_losses_without_a_kind_or_scale_say_nothing() -> None:
+    given = rs.write_store(None, {"a": np.ones((2, 2, 4))}, losses={"a": np.ones((2, 2))}, timesteps=[1, 9])
+    assert unlearnt(given) == ""
+    assert unlearnt(measured("epsilon", "epsilon", 0.0, rs.Huber())) == ""
+
+
+def asked(dataset: Any, altered: Any = None, **task: Any) -> rs.evaluate.Originals:
+    """What a dataset's altered images find, by a U-Net that nobody trained."""
+    model = tiny_unet()
+    scheduler = DDPMScheduler(num_train_timesteps=100, beta_schedule="squaredcos_cap_v2")
+    diffusion = rs.DiffusionTask(model, scheduler, **task)
+    options: Mapping[str, Any] = {"checkpoints": {"only": model.state_dict()}, "progress": False}
+    store = rs.sketch(diffusion, dataset, None, **options)
+    queries = rs.sketch(diffusion, altered or rs.evaluate.Altered(dataset), None, like=store, **options)
+    return rs.evaluate.find_originals(rs.build_index(store), queries)
+
+
+def test_all_is_not_well_where_nobody_trained_the_model_though_copies_are_found() -> None:
+    found = asked(random_images(12))
+    assert found.are_first
+    assert not found.learnt
+    assert not found.is_well
+    assert "by a model that predicts nothing" in str(found)
+    (cause,) = found.causes
+    assert "checkpoint only has learnt little" in cause
