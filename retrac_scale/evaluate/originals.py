@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from retrac_scale.columns import check_ids
 from retrac_scale.evaluate.learnt import unlearnt
+from retrac_scale.task.items import LATENTS, dataset_ids, with_sample
 
 if TYPE_CHECKING:
     from retrac_scale.query.index import Index
@@ -34,7 +36,7 @@ class Altered:
     """Training images as queries, each plain and in four ways altered; what `sketch(..., like=store)` takes.
 
     Args:
-        dataset: map-style, of tensors `[c, h, w]` in -1 .. 1, or of dicts with such an "image".
+        dataset: map-style, as for `sketch`, of images `[c, h, w]` in -1 .. 1.
         ids: of the training images to ask about; None for a dozen, evenly spaced.
 
     Raises:
@@ -47,7 +49,7 @@ class Altered:
 
     def __init__(self, dataset: Any, ids: Sequence[Any] | npt.NDArray[Any] | None = None) -> None:
         self._dataset = dataset
-        own = np.asarray(getattr(dataset, "ids", np.arange(len(dataset))))
+        own = check_ids(dataset_ids(dataset), len(dataset))
         rows = {sample: row for row, sample in enumerate(own.tolist())}
         few = np.unique(np.linspace(0, len(own) - 1, min(IMAGES, len(own))).astype(int))
         chosen = own[few] if ids is None else np.asarray(ids)
@@ -64,12 +66,13 @@ class Altered:
 
     def __getitem__(self, place: int) -> Any:
         row, how = self._asked[place]
-        item = self._dataset[row]
-        image = item["image"] if isinstance(item, Mapping) else item
-        if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] not in (1, 3):
-            raise ValueError(f"item {self.ids[place]} is no image of 1 or 3 channels, so it cannot be altered.")
-        changed = image if how == PLAIN else alter(image[None], how)[0]
-        return {**item, "image": changed} if isinstance(item, Mapping) else changed
+
+        def altered(key: str, image: Any) -> Tensor:
+            if key == LATENTS or not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] not in (1, 3):
+                raise ValueError(f"item {self.ids[place]} is no image of 1 or 3 channels, so it cannot be altered.")
+            return image if how == PLAIN else alter(image[None], how)[0]
+
+        return with_sample(self.ids[place], self._dataset[row], altered)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +138,7 @@ class Originals:
 
 
 def find_originals(index: Index, queries: SketchStore) -> Originals:
-    """Where the originals of queries stand, among all samples.
+    """Where the originals of queries stand, among all samples; queries whose original was deleted do not count.
 
     Plain queries saw what their rows saw, under common noise to the last bit, so that another place than the first
     means that something is wrong; altered ones tell more.
@@ -145,21 +148,22 @@ def find_originals(index: Index, queries: SketchStore) -> Originals:
         queries: sketches of an `Altered` data set.
 
     Raises:
-        ValueError: the queries are others, or the index lacks an original.
+        ValueError: the queries are others, or the index has no original of one.
     """
     if not {"original", "altered"} <= set(queries.columns):
         raise ValueError("give sketches of rs.evaluate.Altered(dataset), which know their originals.")
-    originals = queries.columns["original"]
+    originals, altered = queries.columns["original"], queries.columns["altered"]
     places = index.places.find(originals)
-    if (places < 0).any():
+    here = np.flatnonzero(places >= 0)
+    if not len(here):
         raise ValueError(
-            f"the index has no sample {originals[places < 0].tolist()[0]!r}, of which a query is an altered copy."
+            f"the index has no sample {originals.tolist()[0]!r}, of which a query is a copy, nor one of another query."
         )
-    scores = index.scores(queries)
-    own = scores.vindex[np.arange(len(places)), places]
+    scores = index.scores(queries)[here]
+    own = scores.vindex[np.arange(len(here)), places[here]]
     ranks = (1 + (scores > own[:, None]).sum(axis=1)).compute()
     said = unlearnt(queries)  # always: gradients of any weights find copies
-    found = Originals(originals, queries.columns["altered"], ranks, index.shape[1], learnt=not said)
+    found = Originals(originals[here], altered[here], ranks, index.shape[1], learnt=not said)
     return found if found.is_well else replace(found, causes=_causes(found, index, queries, said))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -114,6 +114,17 @@ def take_apart(number: Any, item: Any) -> Item:
     conditioning = {name: _as_tensor(number, name, value) for name, value in flat.items()}
     label = None if label is None else _as_tensor(number, "label", label)
     return Item(sample, conditioning, label, prompt, key == LATENTS)
+
+
+def with_sample(number: Any, item: Any, change: Callable[[str, Any], Tensor]) -> Any:
+    """An item, as `take_apart` reads it, with another sample in its place: what `change` makes of its key and it."""
+    if isinstance(item, (Within, About)):
+        return replace(item, item=with_sample(number, item.item, change))
+    key, sample, _ = _parts(number, item)
+    changed = change(key, sample)
+    if isinstance(item, Mapping):
+        return {**item, key: changed}
+    return (changed, *item[1:]) if isinstance(item, (tuple, list)) else changed
 
 
 def _parts(number: Any, item: Any) -> tuple[str, Any, Any]:

@@ -6,9 +6,11 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 import retrac_scale as rs
 from retrac_scale.evaluate.learnt import unlearnt
+from retrac_scale.task.items import take_apart
 from tests.conftest import random_images, tiny_unet
 
 SPREAD = 0.2
@@ -89,3 +91,55 @@ def test_all_is_not_well_where_nobody_trained_the_model_though_copies_are_found(
     assert "by a model that predicts nothing" in str(found)
     (cause,) = found.causes
     assert "checkpoint only has learnt little" in cause
+
+
+class Images:
+    """Images in an order of their own, in items of some form."""
+
+    def __init__(self, form: Any = lambda image: image) -> None:
+        self.images, self.form, self.ids = random_images(12), form, np.arange(12)[::-1]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> Any:
+        return self.form(self.images[row])
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda image: (image, 3),
+        lambda image: {"pixel_values": image, "label": 3},
+        lambda image: {"image": image, "id": "any"},
+    ],
+)
+def test_images_are_altered_in_whatever_items_they_come(form: Any) -> None:
+    plain, altered = Images(form), rs.evaluate.Altered(Images(form))
+    both = [take_apart(0, one) for one in (plain[11], altered[len(altered) - 3])]
+    assert altered.ids[-3] == "0, darker"
+    torch.testing.assert_close(both[1].sample, (both[0].sample + 1) * 0.9 - 1)
+    assert both[0].label == both[1].label
+    with pytest.raises(ValueError, match="item 11, plain is no image"):
+        rs.evaluate.Altered(Images(lambda image: {"latents": image}))[0]
+
+
+def test_originals_of_a_subset_are_known_by_the_ids_of_its_samples() -> None:
+    part = Subset(Images(), [9, 3, 5])  # type: ignore[arg-type]
+    assert rs.evaluate.Altered(part).columns["original"][::5].tolist() == [2, 8, 6]
+    assert asked(part).plain == 1
+
+
+def test_queries_whose_original_was_deleted_do_not_count() -> None:
+    model = tiny_unet()
+    task = rs.DiffusionTask(model, DDPMScheduler(num_train_timesteps=100))
+    options: Mapping[str, Any] = {"checkpoints": {"only": model.state_dict()}, "progress": False}
+    store = rs.sketch(task, Images(), None, **options)
+    queries = rs.sketch(task, rs.evaluate.Altered(Images(), [3, 7]), None, like=store, **options)
+    store.delete([3])
+    found = rs.evaluate.find_originals(rs.build_index(store), queries)
+    assert found.counts["plain"] == (1, 1)
+    assert set(found.originals.tolist()) == {7}
+    store.delete([7])
+    with pytest.raises(ValueError, match="the index has no sample 3"):
+        rs.evaluate.find_originals(rs.build_index(store), queries)
