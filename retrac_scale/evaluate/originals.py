@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from retrac_scale.columns import check_ids
+from retrac_scale.estimators import GradDot, ReTrac, TracIn
 from retrac_scale.evaluate.learnt import unlearnt
 from retrac_scale.task.items import LATENTS, dataset_ids, with_sample
 
@@ -181,9 +182,16 @@ def _causes(found: Originals, index: Index, queries: SketchStore, said: str) -> 
         )
     if said:
         causes.append(said)
-    if common and found.plain < PLAIN_FIRST:
+    estimator, name = index.estimator, type(index.estimator).__name__
+    finds_itself = estimator.damping is not None or (isinstance(estimator, ReTrac) and estimator.pairing == "matched")
+    if common and found.plain < PLAIN_FIRST and finds_itself:
         causes.append("the model, its weights or the images are others than those that the sketches were made of")
-    if index.estimator.pairing == "cross" and common:
+    if isinstance(estimator, (TracIn, GradDot)):
+        causes.append(
+            f"{name} multiplies whole gradients, so that samples with long ones come before the original, whatever the "
+            "weights are: take ReTracRidge"
+        )
+    elif estimator.pairing == "cross" and common:
         causes.append("under cross pairing the noise of one timestep meets that of another: take ReTracRidge")
     causes.append(f"{queries.shape[1]} timesteps are too few: measure at more, up to where answers repeat")
     if len(queries.checkpoints) == 1:

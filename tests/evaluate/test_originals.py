@@ -72,15 +72,15 @@ def test_losses_without_a_kind_or_scale_say_nothing() -> None:
     assert unlearnt(measured("epsilon", "epsilon", 0.0, rs.Huber())) == ""
 
 
-def asked(dataset: Any, altered: Any = None, **task: Any) -> rs.evaluate.Originals:
+def asked(dataset: Any, altered: Any = None, estimator: rs.Estimator | None = None) -> rs.evaluate.Originals:
     """What a dataset's altered images find, by a U-Net that nobody trained."""
     model = tiny_unet()
     scheduler = DDPMScheduler(num_train_timesteps=100, beta_schedule="squaredcos_cap_v2")
-    diffusion = rs.DiffusionTask(model, scheduler, **task)
+    diffusion = rs.DiffusionTask(model, scheduler)
     options: Mapping[str, Any] = {"checkpoints": {"only": model.state_dict()}, "progress": False}
     store = rs.sketch(diffusion, dataset, None, **options)
     queries = rs.sketch(diffusion, altered or rs.evaluate.Altered(dataset), None, like=store, **options)
-    return rs.evaluate.find_originals(rs.build_index(store), queries)
+    return rs.evaluate.find_originals(rs.build_index(store, estimator), queries)
 
 
 def test_all_is_not_well_where_nobody_trained_the_model_though_copies_are_found() -> None:
@@ -125,7 +125,7 @@ def test_images_are_altered_in_whatever_items_they_come(form: Any) -> None:
 
 
 def test_originals_of_a_subset_are_known_by_the_ids_of_its_samples() -> None:
-    part = Subset(Images(), [9, 3, 5])  # type: ignore[arg-type]
+    part: Any = Subset(Images(), [9, 3, 5])  # type: ignore[arg-type]
     assert rs.evaluate.Altered(part).columns["original"][::5].tolist() == [2, 8, 6]
     assert asked(part).plain == 1
 
@@ -143,3 +143,22 @@ def test_queries_whose_original_was_deleted_do_not_count() -> None:
     store.delete([7])
     with pytest.raises(ValueError, match="the index has no sample 3"):
         rs.evaluate.find_originals(rs.build_index(store), queries)
+
+
+class Uneven(Images):
+    """Images of which the later ones have longer gradients."""
+
+    def __getitem__(self, row: int) -> Any:
+        return (1 + row) / 4 * self.images[0] + 0.5 * self.images[row]
+
+
+def test_inner_products_that_go_with_length_are_not_laid_to_the_weights() -> None:
+    others = "the model, its weights or the images are others"
+    found = asked(Uneven(), estimator=rs.GradDot())
+    assert found.plain < 1
+    assert not any(others in cause for cause in found.causes)
+    assert any("GradDot multiplies whole gradients" in cause for cause in found.causes)
+    assert asked(Uneven()).plain == 1
+    swapped = rs.evaluate.Altered(Images(), [0, 3, 8])
+    swapped.columns["original"] = swapped.columns["original"][::-1]
+    assert any(others in cause for cause in asked(Images(), swapped).causes)
