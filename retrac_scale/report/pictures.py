@@ -16,6 +16,8 @@ from retrac_scale.columns import Column, Places, Texts
 from retrac_scale.datasets.base import opaque
 
 TINY, SMALL, LARGEST = 12, 64, 160
+SLACK = 0.05
+"""By how much floats may lie outside 0 .. 1, as sharp edges do that were resized."""
 Images = npt.NDArray[Any] | Sequence[npt.NDArray[Any]]
 """`[n, h, w(, 3)]`, floats 0 .. 1 or integers 0 .. 255; or as many arrays, read when they are asked for."""
 
@@ -99,9 +101,18 @@ class Pictures:
 
 
 def to_uint8(image: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """Floats 0 .. 1 to 0 .. 255, integers as they are; what lies outside is cut off."""
+    """Floats 0 .. 1 to 0 .. 255, integers as they are.
+
+    Raises:
+        ValueError: floats lie outside by more than what rounds or resizes them makes.
+    """
     if image.dtype == np.uint8:
         return image
+    if image.dtype.kind == "f" and not -SLACK <= image.min() <= image.max() <= 1 + SLACK:
+        raise ValueError(
+            f"a picture has floats from {image.min():.3g} to {image.max():.3g}, where 0 .. 1 are shown: give "
+            "(images + 1) / 2 of a model's -1 .. 1, images / 255 of 0 .. 255, or uint8."
+        )
     values = np.clip(image, 0, 255) if image.dtype.kind in "iu" else (np.clip(image, 0, 1) * 255).round()
     grey: npt.NDArray[np.uint8] = values.astype(np.uint8)
     return grey

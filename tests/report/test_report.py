@@ -331,6 +331,17 @@ def test_pictures_are_bytes_or_shares(dtype: Any) -> None:
     assert (Pictures(given, np.arange(1), []).image(0) == 51).all()
 
 
+@pytest.mark.parametrize(("factor", "offset"), [(2, -1), (255, 0)])
+def test_pictures_in_another_range_are_refused(factor: float, offset: float, tmp_path: Path) -> None:
+    store = rs.write_store(None, {"a": np.eye(3, dtype=np.float32)[:, None]})
+    answer = rs.build_index(store, rs.TracIn()).query(store, 2)
+    shares = np.linspace(-0.01, 1.01, 12, dtype=np.float32).reshape(3, 2, 2)
+    answer.report(tmp_path / "page.html", shares, shares, ids=store.ids)
+    with pytest.raises(ValueError, match=r"a picture has floats from .* where 0 \.\. 1 are shown: give \(images \+ 1"):
+        answer.report(tmp_path / "other.html", factor * shares + offset, shares, ids=store.ids)
+    assert not (tmp_path / "other.html").exists()
+
+
 @pytest.mark.parametrize(("size", "shown"), [(8, 64), (12, 60), (16, 16)])
 def test_pictures_of_a_few_pixels_are_shown_smoothly(size: int, shown: int) -> None:
     steps = np.linspace(0, 255, size).astype(np.uint8)
