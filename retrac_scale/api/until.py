@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 from retrac_scale.measurement.repeatability import repeatability
@@ -9,6 +10,8 @@ from retrac_scale.store import SketchStore
 from retrac_scale.store.part import plans_of
 from retrac_scale.store.schema import Url
 from retrac_scale.task.timesteps import Grid, TimestepPlan, grid_from_spec
+
+logger = logging.getLogger(__name__)
 
 
 def check_until(until: float, at_most: int, plans: Sequence[TimestepPlan], out: Url, like: SketchStore | None) -> None:
@@ -36,8 +39,7 @@ def grown_until(
     again: Callable[[int], Grid],
     measured: Callable[[TimestepPlan], SketchStore],
 ) -> SketchStore:
-    """Measure a store again and again until its answers repeat."""
-
+    """Measure a store again and again until its answers repeat; warns where the budget ends before."""
     stored = plans_of(store.fingerprint)
     if not store.is_complete:  # a call that was interrupted
         for begun in map(grid_from_spec, stored[1:]):
@@ -45,10 +47,13 @@ def grown_until(
     each, number = store.parts[0].shape[1], 1
     while True:
         times, room = len(stored), (at_most - store.shape[1]) // each
-        wanted = 2 if store.shape[1] == 1 else repeatability(store).needed(until)
+        told = None if store.shape[1] == 1 else repeatability(store)
+        wanted = 2 if told is None else told.needed(until)
         # no more than double: what is foretold is measured on the way
         more = min(room, max(0, -(-(wanted - store.shape[1]) // each)), times)
         if more <= 0:
+            if wanted > store.shape[1]:
+                logger.warning("%s: %s: not %g; raise at_most=%d to go on.", store.url, told, until, at_most)
             return store
         while len(stored) < times + more:
             number += 1

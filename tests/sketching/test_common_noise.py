@@ -282,7 +282,7 @@ def until(out: Any, share: float, at_most: int = 32, of: Any = None, **options: 
     return sketched(images(40) if of is None else of, out, **{**arguments, **options})
 
 
-def test_until_ends_at_the_share_or_at_the_budget(tmp_path: Path) -> None:
+def test_until_ends_at_the_share_or_at_the_budget(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = until(tmp_path / "s", 0.5, 16)
     t = store.shape[1]
     reached = rs.repeatability(store).overlap.value
@@ -290,7 +290,10 @@ def test_until_ends_at_the_share_or_at_the_budget(tmp_path: Path) -> None:
     added = [further(rs.EvenlySpaced(2), number, 100) for number in range(2, t // 2 + 1)]
     assert plans_of(store.fingerprint)[1:] == [plan.spec() for plan in added]
     assert until(tmp_path / "s", min(0.5, reached)).shape[1] == t  # nothing is left to do
+    assert ("raise at_most=16" in caplog.text) == (reached < 0.5)
+    caplog.clear()
     assert until(tmp_path / "s", 0.99999, t + 3).shape[1] == t + 2  # whole rounds, within the budget
+    assert f"not 0.99999; raise at_most={t + 3} to go on" in caplog.text
     # as if it had been sketched so at once
     plans = [further(rs.EvenlySpaced(2), number, 100) for number in range(1, t // 2 + 2)]
     whole = sketched(images(40), None, timesteps=plans, checkpoints={"c": STATES["late"]})
