@@ -49,6 +49,8 @@ class Estimator(ABC):
 
     def check(self, store: SketchStore) -> None:
         """Raise ValueError, saying what to do, unless a store of either side was measured as the estimator wants it."""
+        if not store.shape[0]:
+            raise ValueError(f"{store.url or 'the store'} has no sample to ask about; give one or more.")
         measure = store.fingerprint.get("measure")
         if self.measures and measure is not None and measure not in self.measures:
             raise ValueError(

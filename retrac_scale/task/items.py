@@ -161,8 +161,8 @@ def check_label(number: Any, label: Tensor, config: Mapping[str, Any]) -> None:
     """Raise ValueError for a label that cannot be looked up in a model's table of classes, by its configuration."""
     classes = config.get("num_class_embeds")
     looked_up = config.get("class_embed_type") is None and (classes or config.get("num_embeds_ada_norm"))
-    if looked_up and label.is_floating_point():
-        raise ValueError(f"dataset item {number} has label {label.tolist()}; give the number of a class, an integer.")
+    if looked_up and (label.is_floating_point() or label.ndim):
+        raise ValueError(f"dataset item {number} has label {label.tolist()}; give the number of a class, one integer.")
     if looked_up and classes and not 0 <= int(label.min()) <= int(label.max()) < classes:
         raise ValueError(f"dataset item {number} has label {label.tolist()}, but the model knows {classes} classes.")
 

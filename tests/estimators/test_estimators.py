@@ -340,3 +340,10 @@ def test_damping_may_be_a_number_of_numpy(damping: Any, tmp_path: Path) -> None:
 def test_what_is_no_damping_is_refused(damping: Any) -> None:
     with pytest.raises(ValueError, match='damping must be "auto" or a number of 0 or more'):
         rs.TRAK(damping)
+
+
+@pytest.mark.parametrize("estimator", [rs.ReTracRidge(), rs.TracIn(), rs.TRAK()])
+def test_no_queries_are_told_as_such(estimator: rs.Estimator) -> None:
+    store = rs.write_store(None, {"a": np.random.default_rng(0).standard_normal((4, 2, 8))}, timesteps=[1, 5])
+    with pytest.raises(ValueError, match="the store has no sample to ask about"):
+        rs.build_index(store, estimator).query(rs.take(store, []), 2)

@@ -247,7 +247,14 @@ def test_a_prediction_of_another_shape_is_not_broadcast() -> None:
         task.losses(IMAGES, torch.full((N,), STEP), IMAGES, {})
 
 
-@pytest.mark.parametrize(("label", "message"), [(1.0, "label 1.0; give the number of a class"), (4, "knows 4 classes")])
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (1.0, "label 1.0; give the number of a class"),
+        (torch.tensor([1]), r"item 0 has label \[1\]; give the number of a class, one integer"),
+        (4, "knows 4 classes"),
+    ],
+)
 def test_labels_that_are_no_class_are_named(label: Any, message: str) -> None:
     model = UNet2DModel.from_config(tiny_unet().config, num_class_embeds=4)
     with pytest.raises(ValueError, match=message):
