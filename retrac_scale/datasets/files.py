@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,12 +13,14 @@ from PIL import Image
 from retrac_scale.datasets.base import Corrupt, ImageDataset, Paths, check_channels, listed, local
 from retrac_scale.datasets.metadata import KINDS, columns_beside, texts_beside
 
+logger = logging.getLogger(__name__)
+
 
 class ImageFiles(ImageDataset):
     """Image files, and all those in folders; their ids are their paths, column "folder" is the folder's name.
 
     Further columns are those of metadata.jsonl, .csv or .parquet in the folders that have one text, number or boolean
-    for every file.
+    for every file; which others there are is warned of.
 
     Of a folder count the files that Hugging Face's `imagefolder` takes: whatever Pillow opens, by its suffix, in no
     folder and under no name that begins with a dot, as copies of editors and of macOS do.
@@ -70,8 +73,7 @@ class ImageFiles(ImageDataset):
         super().__init__(
             self.source,
             ids=[str(file) for file in files],
-            columns={"folder": [file.parent.name for file in files]}
-            | {name: values for name, values in columns.items() if all(isinstance(one, KINDS) for one in values)},
+            columns={"folder": [file.parent.name for file in files]} | _whole(self.source, files, columns),
             given={name: self.told(origin) for name, origin in (given or {}).items()},
             channels=channels,
             size=size,
@@ -107,6 +109,26 @@ class ImageFiles(ImageDataset):
     def raw(self, row: int) -> Any:
         """See `ImageDataset.raw`."""
         return Path(self._files[row]).read_bytes()
+
+
+def _whole(source: str, files: list[Path], columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """The columns that have a value for every file; warns of the others, which nobody could filter by."""
+    whole = {}
+    for name, values in columns.items():
+        lacking = [file for file, value in zip(files, values, strict=True) if not isinstance(value, KINDS)]
+        if not lacking:
+            whole[name] = values
+            continue
+        logger.warning(
+            "%s: the metadata's column %r is left out, as %d of %d images have no text, number or boolean in it, such "
+            "as %s; fill it in to filter or group by it.",
+            source,
+            name,
+            len(lacking),
+            len(files),
+            lacking[0],
+        )
+    return whole
 
 
 def _inside(folder: Path) -> Iterator[Path]:

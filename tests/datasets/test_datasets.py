@@ -446,6 +446,25 @@ def test_a_folder_says_more_of_its_images_as_imagefolder_has_it(tmp_path: Path) 
         ImageFiles([tmp_path])
 
 
+@pytest.mark.parametrize("file", ["metadata.jsonl", "metadata.csv"])
+def test_a_column_of_the_metadata_that_lacks_a_value_is_left_out_and_named(
+    file: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(3):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{number}.png")
+    rows = [("0.png", "a", 1999), ("1.png", "", None), ("2.png", "b", 2001)]
+    if file.endswith("csv"):
+        (tmp_path / file).write_text("file_name,kind,year\n0.png,a,1999\n1.png,,\n2.png,b,2001\n")
+    else:
+        named = [dict(zip(("file_name", "kind", "year"), row, strict=True)) for row in rows]
+        (tmp_path / file).write_text("\n".join(map(json.dumps, named)))
+    columns = ImageFiles(tmp_path).columns
+    assert {name: values.tolist() for name, values in columns.items() if name != "folder"} == {"kind": ["a", "", "b"]}
+    (record,) = caplog.records
+    assert "column 'year' is left out, as 1 of 3 images have no text, number" in record.getMessage()
+    assert "1.png; fill it in" in record.getMessage()
+
+
 def test_a_folder_gives_images_their_captions_by_a_column_or_by_texts_beside_them(tmp_path: Path) -> None:
     for name in ("1", "2"):
         Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
