@@ -16,7 +16,7 @@ from torch import Tensor
 from retrac_scale.store.reader import Words
 from retrac_scale.store.schema import CONTENT_WORDS
 from retrac_scale.task.diffusion import DiffusionTask
-from retrac_scale.task.items import Item, brought
+from retrac_scale.task.items import Item, brought, seems_unit, warn_of_unit_range
 from retrac_scale.task.regions import REGION
 
 if TYPE_CHECKING:
@@ -124,6 +124,8 @@ def look_through(
 ) -> tuple[Words, dict[str, Any]]:
     """Read and check all items of a small dataset, an even sample of a large one, and those whose file has changed.
 
+    Warns where all pictures seem to be in 0 .. 1.
+
     Args:
         task: that the items are for.
         dataset: map-style.
@@ -146,7 +148,7 @@ def look_through(
         touched = (words[:, STAMP] != stored[:, STAMP]) & (words[:, STAMP] > 0) & (stored[:, ITEM] > 0)
         wanted |= touched | (stored[:, ITEM] == SEVERAL)
     shape: tuple[int, ...] = ()
-    is_picture = False
+    is_picture, unit = False, set()
     for row in np.flatnonzero(wanted).tolist():
         item = task.read_item(ids[row], dataset[row])
         if not shape:
@@ -157,6 +159,9 @@ def look_through(
                 "resize or crop all items to one shape in the dataset."
             )
         words[row, :STAMP] = content_of(item)[:STAMP]
+        unit.add(seems_unit(item))
+    if True in unit and False not in unit:
+        warn_of_unit_range()
     return words, {"sample": list(shape), "pictures": is_picture}
 
 

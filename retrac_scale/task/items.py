@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +20,10 @@ PROMPT_KEYS = ("prompt", "text", "caption")
 LABEL_KEYS = ("label", "labels")
 OF_ALL = ("frozen", "region", "concept")
 """What a dataset brings for all of its samples at once."""
+LARGEST_PIXEL = 8.0
+"""More than whitened pictures hold, and less than most of 0 .. 255."""
+OFF_LEVEL = 0.05
+"""Of levels of 8 bits, by which rounding does not miss one."""
 CLASS_LABELS = "class_labels"
 """What diffusers' models call the argument that takes a label."""
 
@@ -91,8 +96,8 @@ def take_apart(number: Any, item: Any) -> Item:
     Any of them may come `Within` a region, or `About` a concept.
 
     Raises:
-        ValueError: there is no sample in it, or it is not a finite floating point tensor, or it says something twice or
-            in a place that nothing is read from; names the item.
+        ValueError: there is no sample in it, or it is not a finite floating point tensor, or a picture in 0 .. 255, or
+            it says something twice or in a place that nothing is read from; names the item.
     """
     if isinstance(item, Within):
         return replace(take_apart(number, item.item), region=item.region)
@@ -100,6 +105,11 @@ def take_apart(number: Any, item: Any) -> Item:
         return replace(take_apart(number, item.item), concept=item.concept)
     key, sample, extra = _parts(number, item)
     _check_sample(number, sample)
+    if _is_picture(key, sample) and sample.numel() and sample.max() > LARGEST_PIXEL:
+        raise ValueError(
+            f"dataset item {number} has pixels up to {sample.max():.4g}; give them in the range that the model was "
+            f"trained on, usually -1 .. 1: images / 127.5 - 1 of 0 .. 255. What is no picture goes under {LATENTS!r}."
+        )
     if isinstance(extra, str):
         extra = {PROMPT_KEYS[0]: extra}
     elif extra is not None and not isinstance(extra, Mapping):
@@ -155,6 +165,33 @@ def _check_sample(number: Any, sample: Any) -> None:
         )
     if not torch.isfinite(sample).all():
         raise ValueError(f"dataset item {number} has NaN or infinite entries; repair it or leave it out.")
+
+
+def _is_picture(key: str, sample: Tensor) -> bool:
+    """Whether a sample has the shape of pixels, and is not said to be anything else."""
+    return key != LATENTS and sample.ndim == 3 and sample.shape[0] in (1, 3)
+
+
+def seems_unit(item: Item) -> bool | None:
+    """Whether a picture's range seems to be 0 .. 1 and not -1 .. 1; None where that cannot be told.
+
+    A bright picture of 8 bits is known by the levels that it has in -1 .. 1.
+    """
+    sample = item.sample.float()
+    if not _is_picture(LATENTS if item.encoded else "", sample) or not sample.numel() or sample.min() == sample.max():
+        return None
+    levels = (sample + 1) * 127.5
+    return bool(sample.min() >= 0 and (levels - levels.round()).abs().max() > OFF_LEVEL)
+
+
+def warn_of_unit_range() -> None:
+    """Warn that pictures seem to be in 0 .. 1; Python says it once."""
+    warnings.warn(
+        "no picture has a pixel below 0: they seem to be in 0 .. 1, where most models are trained on -1 .. 1. Give "
+        "2 * images - 1; or, if this model was trained on 0 .. 1, say warnings.filterwarnings('ignore', 'no picture "
+        "has a pixel below 0').",
+        stacklevel=2,
+    )
 
 
 def check_label(number: Any, label: Tensor, config: Mapping[str, Any]) -> None:
