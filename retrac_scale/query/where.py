@@ -55,6 +55,8 @@ def which(
             raise ValueError(f"where= is a mask of shape {chosen.shape}; the index has {len(ids)} samples.")
         mask = chosen
     else:
+        if len(np.unique(chosen)) < chosen.size:  # as 0 and 1 for each sample, which would be two ids
+            raise ValueError("where= names an id more than once; is it a mask? Give booleans, or each id once.")
         unknown = ~np.isin(chosen, ids)
         if unknown.any():
             raise ValueError(f"where= names the id {chosen[unknown].tolist()[0]!r}, which is not in the index.")

@@ -163,6 +163,8 @@ def test_where_takes_a_mask_ids_or_an_expression() -> None:
         ("label == 9", "leaves no sample"),
         (np.zeros(90, bool), "leaves no sample"),
         (np.ones(3, bool), "the index has 90 samples"),
+        (np.arange(90) % 2, r"names an id more than once; is it a mask\? Give booleans"),
+        ((np.arange(90) % 2).astype(float), r"is it a mask\? Give booleans"),
         ("painter == 1", "the columns are id, artist, label, open"),
         ("label + 1", "must say yes or no"),
     ):
