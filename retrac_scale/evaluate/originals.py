@@ -128,7 +128,9 @@ class Originals:
         if self.is_well:
             return f"a training image is found among {self.samples:,}, also where it was altered a little."
         if self.are_first:
-            return "a training image is found, but by a model that predicts nothing: these lists say nothing yet."
+            return (
+                "a training image is found, but losses are as of a model that predicts nothing: lists say nothing yet."
+            )
         if self.plain >= PLAIN_FIRST:
             return "a training image is found as it is, but not where it was altered a little: read lists with care."
         return "not even a training image itself is found: these lists say nothing yet."
@@ -182,16 +184,17 @@ def _causes(found: Originals, index: Index, queries: SketchStore, said: str) -> 
         )
     if said:
         causes.append(said)
-    estimator, name = index.estimator, type(index.estimator).__name__
+    estimator = index.estimator
     finds_itself = estimator.damping is not None or (isinstance(estimator, ReTrac) and estimator.pairing == "matched")
     if common and found.plain < PLAIN_FIRST and finds_itself:
         causes.append("the model, its weights or the images are others than those that the sketches were made of")
     if isinstance(estimator, (TracIn, GradDot)):
         causes.append(
-            f"{name} multiplies whole gradients, so that samples with long ones come before the original, whatever the "
-            "weights are: take ReTracRidge"
+            f"{type(estimator).__name__} multiplies whole gradients, so that samples with long ones come before the "
+            "original, whatever the weights are: take ReTracRidge"
         )
-    elif estimator.pairing == "cross" and common:
+        return tuple(causes)
+    if estimator.pairing == "cross" and common:
         causes.append("under cross pairing the noise of one timestep meets that of another: take ReTracRidge")
     causes.append(f"{queries.shape[1]} timesteps are too few: measure at more, up to where answers repeat")
     if len(queries.checkpoints) == 1:

@@ -88,7 +88,7 @@ def test_all_is_not_well_where_nobody_trained_the_model_though_copies_are_found(
     assert found.are_first
     assert not found.learnt
     assert not found.is_well
-    assert "by a model that predicts nothing" in str(found)
+    assert "losses are as of a model that predicts nothing" in str(found)
     (cause,) = found.causes
     assert "checkpoint only has learnt little" in cause
 
@@ -156,8 +156,8 @@ def test_inner_products_that_go_with_length_are_not_laid_to_the_weights() -> Non
     others = "the model, its weights or the images are others"
     found = asked(Uneven(), estimator=rs.GradDot())
     assert found.plain < 1
+    assert "GradDot multiplies whole gradients" in found.causes[-1]
     assert not any(others in cause for cause in found.causes)
-    assert any("GradDot multiplies whole gradients" in cause for cause in found.causes)
     assert asked(Uneven()).plain == 1
     swapped = rs.evaluate.Altered(Images(), [0, 3, 8])
     swapped.columns["original"] = swapped.columns["original"][::-1]
