@@ -37,7 +37,8 @@ def street() -> tuple[str, ...]:
 def modules() -> dict[str, Path]:
     """Module, without the package's name -> file."""
     found = {}
-    for file in sorted((ROOT / PACKAGE).rglob("*.py")):
+    front = ROOT / PACKAGE / "__main__.py"  # which is no room
+    for file in sorted({*(ROOT / PACKAGE).rglob("*.py")} - {front}):
         name = ".".join(file.relative_to(ROOT / PACKAGE).with_suffix("").parts)
         found[name.removesuffix("__init__").rstrip(".")] = file
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -170,3 +171,12 @@ def test_failures_are_one_line_and_exit_status_one(folder: Path, capsys: pytest.
     assert main(["query", str(folder / "s.zarr"), str(folder / "q.zarr")]) == 1
     error = capsys.readouterr().err.splitlines()
     assert [line.split(":")[0] for line in error] == ["retrac-scale"] * 2
+
+
+def test_python_runs_the_package_as_the_command(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["retrac_scale", "info", str(folder / "s.zarr")])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("retrac_scale", run_name="__main__")
+    assert "6 samples" in capsys.readouterr().out
