@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from retrac_scale.cli.indexes import build_indexes, make_estimator, of_measure, open_sketches, place_of, with_options
-from retrac_scale.cli.project import find
+from retrac_scale.cli.project import find, parted
 from retrac_scale.cli.verb import Answer, Verb
 
 DAMPING_HELP = """of ReTracRidge, TRAK, RelatIF, RenormIF, DTRAK, DAS: what is added to a Gram matrix before it is
@@ -27,7 +27,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--measure",
-        type=lambda given: given.split(","),
+        type=parted,
         metavar="MEASURE[,MEASURE]",
         help="of a store that was measured in several ways (default: its first); scores of several are added up",
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import textwrap
 import tomllib
 from collections.abc import Mapping
@@ -33,6 +34,11 @@ def timesteps_of(given: str) -> int | str:
     if given == RECORDED or given.removeprefix("-").isdecimal():
         return given if given == RECORDED else int(given)
     raise argparse.ArgumentTypeError(f"give a number or {RECORDED}, not {given!r}")
+
+
+def parted(told: str) -> tuple[str, ...]:
+    """Names of measures with commas between them; a comma within parentheses parts none."""
+    return tuple(one.strip() for one in re.split(r",(?![^(]*\))", told))
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ class Project:
     @property
     def measures(self) -> tuple[str, ...]:
         """The entry `measure`, apart."""
-        return tuple(one.strip() for one in self.measure.split(","))
+        return parted(self.measure)
 
     @property
     def store(self) -> str:

@@ -16,6 +16,7 @@ from PIL import Image
 import retrac_scale as rs
 from retrac_scale import planner
 from retrac_scale.cli import main
+from retrac_scale.cli.project import Project
 from retrac_scale.cli.sizes import in_bytes
 from retrac_scale.datasets import ImageFiles
 from tests.conftest import Labelled, random_images, tiny_dit, tiny_unet
@@ -168,6 +169,10 @@ def test_index_takes_a_damping_as_the_estimators_do(folder: Path, capsys: pytest
 def test_index_of_a_measure_and_options_without_a_store(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["index", str(folder / "s"), str(folder / "other"), "--measure", "l1"]) == 1
     assert "has no measure 'l1'" in capsys.readouterr().err
+    weighted = "mse x SD3Weighting(scheme='cosmap', precondition_outputs=True)"
+    assert main(["index", str(folder / "s"), str(folder / "other"), "--measure", f"{weighted}, l1"]) == 1
+    assert f'has no measure "{weighted}"' in capsys.readouterr().err
+    assert Project(measure=f"Huber(delta=0.5), {weighted},l1").measures == ("Huber(delta=0.5)", weighted, "l1")
     assert main(["index", "--damping", "0"]) == 1
     assert "--damping is for one index: say of which --estimator" in capsys.readouterr().err
 
