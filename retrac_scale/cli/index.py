@@ -71,8 +71,9 @@ def _run(arguments: argparse.Namespace) -> Answer:
             store, plain = of_measure(arguments.estimator, store)
         else:
             plain = make_estimator(arguments.estimator)
+            plain = recommended(store) if store.fingerprint.get("measure") in plain.measures else plain
         estimator = with_options(plain, options)
-        place = arguments.out or place_of(project, estimator, measures or ())
+        place = arguments.out or place_of(project, estimator, store)
         name = type(estimator).__name__
         shown: dict[str, Any] = {"dtype": arguments.dtype or "int8", "progress": f"index of {name}"}
         indexes = {name: build_index(store, estimator, place, **shown)}

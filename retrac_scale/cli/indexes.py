@@ -36,7 +36,6 @@ def build_indexes(project: Project) -> dict[str, Index]:
     """The project's indexes; what stands already is kept. Of a store alone, that of the recommended estimator."""
     from retrac_scale.api.index import build_index
     from retrac_scale.estimators import recommended
-    from retrac_scale.store.part import measures_in
 
     store = open_sketches(project)
     wanted = [of_measure(name, store) for name in project.estimators]
@@ -44,7 +43,7 @@ def build_indexes(project: Project) -> dict[str, Index]:
         wanted = [(store, recommended(store))]
     named = {type(estimator).__name__: (own, estimator) for own, estimator in wanted}
     return {
-        name: build_index(own, one, place_of(project, one, measures_in(own.fingerprint)), progress=f"index of {name}")
+        name: build_index(own, one, place_of(project, one, own), progress=f"index of {name}")
         for name, (own, one) in named.items()
     }
 
@@ -121,10 +120,20 @@ def open_sketches(project: Project, measures: Sequence[str] | None = None) -> Sk
     return store.under(*project.measures)
 
 
-def place_of(project: Project, estimator: Estimator, measures: Sequence[str] = ()) -> str:
-    """Where a project's index of an estimator stands; of several measures, with their names."""
-    several = measures if len(measures) > 1 else ()
-    return project.place("-".join([type(estimator).__name__.lower(), *several]) + ".zarr")
+def place_of(project: Project, estimator: Estimator, store: SketchStore) -> str:
+    """Where a project's index of an estimator stands; with the names of measures that are not what it is of by itself.
+
+    Args:
+        project: whose output folder it is in.
+        estimator: of the index.
+        store: under the measures of the index.
+    """
+    from retrac_scale.store.part import measures_in
+
+    measures, every = measures_in(store.fingerprint), store.measurements
+    own = next((one for one in every if one in estimator.measures), every[0])
+    further = measures if measures not in ([own], [None]) else []  # a store of arrays names none
+    return project.place("-".join([type(estimator).__name__.lower(), *further]) + ".zarr")
 
 
 def picture_names(index: Index) -> Column:

@@ -1,0 +1,57 @@
+"""A project that is sketched already: asked by files, checked, and its indexes built again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from diffusers import DDPMScheduler
+from PIL import Image
+
+import retrac_scale as rs
+from retrac_scale.cli import main
+from tests.conftest import tiny_unet
+
+BOTH = "mse,mean_squared_output"
+
+
+def draw(file: Path, seed: int) -> None:
+    file.parent.mkdir(exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (8, 8), dtype=np.uint8)).save(file)
+
+
+@pytest.fixture(scope="module")
+def sketched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nine training images, three to ask about, white grounds, two measures."""
+    folder = tmp_path_factory.mktemp("standing")
+    for number in range(9):
+        draw(folder / "train" / f"{number}.png", number)
+    for number in range(3):
+        draw(folder / "gen" / f"q{number}.png", 20 + number)
+    tiny_unet().save_pretrained(folder / "model" / "unet")  # type: ignore[operator]
+    DDPMScheduler(num_train_timesteps=50).save_pretrained(folder / "model" / "scheduler")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        given = ["--model", "model", "--images", "train", "--query-images", "gen", "--background", "white"]
+        assert main(["init", *given, "--timesteps", "2", "--dim", "64", "--rank", "0", "--size", "8"]) == 0
+        assert main(["sketch", "--measure", BOTH]) == 0
+        assert main(["index"]) == 0
+    return folder
+
+
+@pytest.fixture
+def folder(sketched: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(sketched)
+    return sketched
+
+
+def test_an_index_of_another_measure_leaves_the_estimators_own_place_free(folder: Path) -> None:
+    given = ["--measure", "mean_squared_output"]
+    assert main(["index", "--estimator", "GradDot", *given]) == 0
+    assert rs.open_index("attribution/graddot-mean_squared_output.zarr").meta["measure"] == given[1]
+    for estimator, measure in (("GradDot", "mse"), ("DTRAK", given[1])):
+        assert main(["index", "--estimator", estimator, "--measure", measure]) == 0
+        assert main(["index", "--estimator", estimator]) == 0  # the same one
+        assert rs.open_index(f"attribution/{estimator.lower()}.zarr").meta["measure"] == measure
