@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from retrac_scale.cli.indexes import build_indexes, make_estimator, of_measure, open_sketches, place_of, with_options
+from retrac_scale.cli.indexes import (
+    build_indexes,
+    make_estimator,
+    of_measure,
+    open_sketches,
+    place_of,
+    refresh_beside,
+    with_options,
+)
 from retrac_scale.cli.project import find, parted
 from retrac_scale.cli.verb import Answer, Verb
 
@@ -52,9 +60,11 @@ def _run(arguments: argparse.Namespace) -> Answer:
     options = {name: getattr(arguments, name) for name in OPTIONS}
     every = ("estimator", "measure", *OPTIONS, "dtype")
     given = [name for name in every if getattr(arguments, name) is not None]
-    project = find(arguments.config)
+    project, notes = find(arguments.config), list[str]()
     if arguments.store is None and not given:
         indexes = build_indexes(project)
+        beside, notes = refresh_beside(project, indexes)
+        indexes |= beside
     elif arguments.store is not None and arguments.out is None:
         raise ValueError("say where the index shall be made: index STORE OUT.")
     elif arguments.store is None and arguments.estimator is None:
@@ -79,13 +89,13 @@ def _run(arguments: argparse.Namespace) -> Answer:
         indexes = {name: build_index(store, estimator, place, **shown)}
     places = {name: str(index.url) for name, index in indexes.items()}
     lines = [f"{name}: {index.shape[1]:,} samples in {index.url}" for name, index in indexes.items()]
-    return Answer("\n".join(lines), {"indexes": places})
+    return Answer("\n".join([*lines, *(f"note: {note}" for note in notes)]), {"indexes": places})
 
 
 VERB = Verb(
     "index",
     "Collapse a store for one estimator, ready for queries.",
-    """  retrac-scale index                                                 those of retrac-scale.toml
+    """  retrac-scale index                                                 those of retrac-scale.toml and beside them
   retrac-scale index --estimator trak                                of its store, beside them
   retrac-scale index --estimator ReTracRidge --measure mse,mean_squared_output    scores of both, added up
   retrac-scale index sketches.zarr index.zarr                        by the estimator recommended for the store

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrac_scale.cli.project import FILE, Project
@@ -46,6 +47,36 @@ def build_indexes(project: Project) -> dict[str, Index]:
         name: build_index(own, one, place_of(project, one, own), progress=f"index of {name}")
         for name, (own, one) in named.items()
     }
+
+
+def refresh_beside(project: Project, built: Mapping[str, Index]) -> tuple[dict[str, Index], list[str]]:
+    """Further indexes of the project's store in its output folder, built again as they were where it has changed.
+
+    Returns:
+        the indexes, and a sentence on each that cannot be built now.
+    """
+    from retrac_scale.api.index import build_index
+    from retrac_scale.query.index import open_index
+    from retrac_scale.store import open_store
+    from retrac_scale.store.schema import whereabouts
+
+    known, found, notes = {str(index.url) for index in built.values()}, {}, []
+    for url in sorted(map(str, Path(project.place("")).glob("*.zarr"))):
+        try:
+            index = open_index(url)
+        except (FileNotFoundError, ValueError):  # a store, or an index that nobody finished
+            continue
+        if url in known or index.meta["store"] != whereabouts(project.store):
+            continue
+        name, measure = type(index.estimator).__name__, index.meta["measure"]
+        store = open_store(project.store, measure=measure)
+        if store.is_complete:
+            shown: dict[str, Any] = {"dtype": index.meta["dtype"], "progress": f"index of {name}"}
+            found[f"{name} ({url})"] = build_index(store, index.estimator, url, **shown)
+        else:  # it grew under the measures of the file alone
+            told = measure if isinstance(measure, str) else ",".join(measure)
+            notes.append(f"{url} stays as it was: run `retrac-scale sketch --measure {told}` first")
+    return found, notes
 
 
 def measures_of(project: Project) -> tuple[str, ...]:

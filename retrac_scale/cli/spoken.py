@@ -8,7 +8,9 @@ SPOKEN = {
     r"(run (its|the same)|repeat the) sketch\(\.\.\.\)( again| that began it)?": "run `retrac-scale sketch` again",
     r"by the next sketch\(\.\.\.\)": "by the next `retrac-scale sketch`",
     r"run its build_index\(\.\.\.\) again": "run `retrac-scale index` again",
-    r"build the index again( at another path)?": r"build the index again\1 by `retrac-scale index`",
+    r"build the index again at another path": "build the index at another path by `retrac-scale index STORE OUT`",
+    r"build the index again": "build the index again by `retrac-scale index`, outside of a project by the "
+    "`retrac-scale index STORE OUT` that built it",
     r"\bsketch (them|the queries) with like=store[^.;]*": r"sketch \1 by `retrac-scale sketch`",
     r"with replace=True \(--replace\)": "with --replace",
     r"with sketch\(\.\.\., grow=True\) or until=": "with `retrac-scale sketch --until 0.9`",

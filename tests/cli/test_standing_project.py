@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +41,7 @@ def sketched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def folder(sketched: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def folder(sketched: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(sketched)
     return sketched
 
@@ -55,3 +54,26 @@ def test_an_index_of_another_measure_leaves_the_estimators_own_place_free(folder
         assert main(["index", "--estimator", estimator, "--measure", measure]) == 0
         assert main(["index", "--estimator", estimator]) == 0  # the same one
         assert rs.open_index(f"attribution/{estimator.lower()}.zarr").meta["measure"] == measure
+
+
+def test_indexes_beside_those_of_the_file_are_refreshed_with_them(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trak = "attribution/trak-mse-mean_squared_output.zarr"
+    given = ["--estimator", "trak", "--measure", BOTH, "--pairing", "matched", "--dtype", "float32"]
+    assert main(["index", *given]) == 0
+    before = rs.open_index(trak)
+    draw(folder / "train" / "z.png", 9)
+    assert main(["sketch"]) == 0
+    query = ["query", trak, "attribution/queries.zarr", "-k", "1"]
+    capsys.readouterr()
+    assert main(query) == 1
+    assert "build the index again by `retrac-scale index`, outside of a project" in capsys.readouterr().err
+    assert main(["index"]) == 0
+    assert f"{trak} stays as it was: run `retrac-scale sketch --measure {BOTH}` first" in capsys.readouterr().out
+    assert main(["sketch", "--measure", BOTH]) == 0
+    assert main(["index"]) == 0
+    assert f"TRAK ({trak}): 10 samples in {trak}" in capsys.readouterr().out
+    assert main(query) == 0
+    now = rs.open_index(trak)
+    assert (now.estimator, now.meta["dtype"], now.meta["measure"]) == (before.estimator, "float32", BOTH.split(","))
