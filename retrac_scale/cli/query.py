@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from retrac_scale.store import SketchStore
     from retrac_scale.task.diffusion import DiffusionTask
 
+MEASURING = ("model", "checkpoint", "timesteps", "device")
+"""Options that say how images are measured."""
+
 
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("index", nargs="?", help="path or URL of an index")
@@ -195,7 +198,7 @@ def _may_be_pictures(place: str) -> bool:
 
 
 def _refuse_new(arguments: argparse.Namespace, region: Any, why: str) -> None:
-    """ValueError for a part, views or a concept, which have to be measured."""
+    """ValueError for a part, views or a concept, which have to be measured, and for how it would be done."""
     advice = "ask about image files, with --model where no project says it."
     if region is not None:
         raise ValueError(f"{why}, which have no parts; {advice}")
@@ -205,6 +208,9 @@ def _refuse_new(arguments: argparse.Namespace, region: Any, why: str) -> None:
         raise ValueError(f"{why}, which were measured without a concept; {advice}")
     if arguments.prompt is not None:
         raise ValueError(f"{why}, which were measured under prompts of their own; {advice}")
+    for name in MEASURING:
+        if getattr(arguments, name) not in (None, []):
+            raise ValueError(f"{why}, which were measured already, so that --{name} changes nothing; {advice}")
 
 
 VERB = Verb(

@@ -77,3 +77,16 @@ def test_indexes_beside_those_of_the_file_are_refreshed_with_them(
     assert main(query) == 0
     now = rs.open_index(trak)
     assert (now.estimator, now.meta["dtype"], now.meta["measure"]) == (before.estimator, "float32", BOTH.split(","))
+
+
+def test_what_measures_images_is_refused_of_stored_sketches(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for asked, why in (
+        (["--ids", "3"], "--ids are answered from stored sketches"),
+        (["attribution/retracridge.zarr", "attribution/queries.zarr"], "queries.zarr holds sketches of whole images"),
+        ([], "queries.zarr holds sketches of whole images"),
+    ):
+        for option in (["--model", "nowhere"], ["--checkpoint", "a=b"], ["--timesteps", "9"], ["--device", "tpu"]):
+            assert main(["query", *asked, *option]) == 1
+            told = capsys.readouterr().err
+            assert why in told
+            assert f"so that {option[0]} changes nothing" in told
