@@ -84,7 +84,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
     queries_of_project = not arguments.queries and arguments.ids is None
     index = next(iter(open_indexes([arguments.index] if arguments.index else [], project).values()))
     if queries_of_project:
-        arguments.queries = [project_queries(project)]
+        arguments.queries = [project_queries(project, "query INDEX STORE, or query INDEX and image files")]
     notes: list[str] = []
     queries = _queries(index, arguments, project, notes)
     if queries_of_project:

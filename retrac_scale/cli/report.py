@@ -50,8 +50,12 @@ def open_queries(urls: Sequence[str], indexes: Mapping[str, Index]) -> dict[str,
     return {name: open_asked(url, index) for url, (name, index) in zip(each, indexes.items(), strict=False)}
 
 
-def project_queries(project: Project) -> str:
+def project_queries(project: Project, given: str = "--queries STORE") -> str:
     """The project's store of queries.
+
+    Args:
+        project: that is asked.
+        given: how a command is told of others.
 
     Raises:
         FileNotFoundError: there is none; says what to do.
@@ -62,7 +66,7 @@ def project_queries(project: Project) -> str:
         open_store(project.queries)
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"there are no queries at {project.queries}: say what is asked by --queries STORE, or name the folder of "
+            f"there are no queries at {project.queries}: say what is asked by {given}, or name the folder of "
             "images to ask about (query_images, --query-images) and run `retrac-scale sketch`."
         ) from None
     return project.queries

@@ -90,3 +90,12 @@ def test_what_measures_images_is_refused_of_stored_sketches(folder: Path, capsys
             told = capsys.readouterr().err
             assert why in told
             assert f"so that {option[0]} changes nothing" in told
+
+
+def test_the_advice_of_query_names_no_option_that_it_lacks(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    queries, away = Path("attribution/queries.zarr"), Path("queries.away")
+    queries.rename(away)
+    for verb, how in (("query", "by query INDEX STORE, or"), ("report", "by --queries STORE, or")):
+        assert main([verb]) == 1
+        assert how in capsys.readouterr().err
+    away.rename(queries)
