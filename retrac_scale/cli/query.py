@@ -28,7 +28,7 @@ MEASURING = ("model", "checkpoint", "timesteps", "device")
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("index", nargs="?", help="path or URL of an index")
+    parser.add_argument("index", nargs="?", help="path or URL of an index (default: the project's)")
     parser.add_argument("queries", nargs="*", help="a store of query sketches, or image files and folders of them")
     parser.add_argument(
         "--ids", nargs="+", help="training samples to query with, by any short form: google/pear.png, pear"
@@ -81,6 +81,9 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> Answer:
     project = find(arguments.config)
+    asked = [*filter(None, [arguments.index]), *arguments.queries]
+    if project.stated and arguments.ids is None and all(map(_may_be_pictures, asked)):
+        arguments.index, arguments.queries = None, asked
     queries_of_project = not arguments.queries and arguments.ids is None
     index = next(iter(open_indexes([arguments.index] if arguments.index else [], project).values()))
     if queries_of_project:
@@ -162,7 +165,7 @@ def _queries(index: Index, arguments: argparse.Namespace, project: Project, note
             raise ValueError("the store that the index was built from is needed for --ids; it was in memory.")
         return take(store, in_full(arguments.ids, store.ids.tolist()))
     first = arguments.queries[0]
-    if len(arguments.queries) == 1 and (Path(first, "zarr.json").exists() or not _may_be_pictures(first)):
+    if len(arguments.queries) == 1 and not _may_be_pictures(first):
         _refuse_new(arguments, region, f"{first} holds sketches of whole images")
         return open_asked(first, index)
     model = arguments.model or (project.path(project.model) if project.model else None)
@@ -192,9 +195,11 @@ def _prompted(files: ImageFiles, task: DiffusionTask, arguments: argparse.Namesp
 
 
 def _may_be_pictures(place: str) -> bool:
+    if "://" in place or Path(place, "zarr.json").exists():
+        return False
     from retrac_scale.datasets.base import SUFFIXES  # needs torch
 
-    return "://" not in place and (Path(place).is_dir() or place.lower().endswith(SUFFIXES))
+    return Path(place).is_dir() or place.lower().endswith(SUFFIXES)
 
 
 def _refuse_new(arguments: argparse.Namespace, region: Any, why: str) -> None:
@@ -218,6 +223,7 @@ VERB = Verb(
     "Print the training samples that influenced each query most.",
     """  retrac-scale query                                             the queries of retrac-scale.toml
   retrac-scale query --ids google/pear                           a training image of it as a query
+  retrac-scale query a.png folder/                               image files, sketched here as its images were
   retrac-scale query demo/retrac.zarr demo/queries.zarr           the top 10 of every query
   retrac-scale query demo/retrac.zarr demo/queries.zarr -k 3 --side both --where "id < 1000"
   retrac-scale query demo/retrac.zarr --ids 3 1800                training samples as queries, themselves left out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -99,3 +100,16 @@ def test_the_advice_of_query_names_no_option_that_it_lacks(folder: Path, capsys:
         assert main([verb]) == 1
         assert how in capsys.readouterr().err
     away.rename(queries)
+
+
+def test_pictures_alone_are_asked_of_the_projects_index(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = (["attribution/retracridge.zarr", "gen"], ["gen"], ["gen/q0.png", "gen/q1.png", "gen/q2.png"])
+    answers = []
+    for given in asked:
+        capsys.readouterr()
+        assert main(["query", *given, "-k", "2", "--json"]) == 0
+        answers.append(json.loads(capsys.readouterr().out))
+    assert answers[0]["results"][0]["query"] == "gen/q0.png"
+    assert answers == [answers[0]] * 3
+    assert main(["query", "gen/none.png"]) == 1
+    assert "there is no file or folder gen/none.png" in capsys.readouterr().err
