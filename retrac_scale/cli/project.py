@@ -218,6 +218,14 @@ def find(config: str | None) -> Project:
     return Project(**found, estimators=estimators, folder=folder, stated=stated)
 
 
+def owner(store: str | None, here: Project) -> Project:
+    """The project that a store belongs to: the one here, or that of a file in a folder above it; else the one here."""
+    if store is None or os.path.abspath(here.store) == store:
+        return here
+    above = [find(str(folder / FILE)) for folder in Path(store).parents if (folder / FILE).is_file()]
+    return next((one for one in above if os.path.abspath(one.store) == store), here)
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options that stand for entries of the file."""
     for one in fields(Project):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from retrac_scale.cli.indexes import open_asked, open_indexes
 from retrac_scale.cli.measured import image_files, measured_like, region_told
-from retrac_scale.cli.project import Project, find, parse_checkpoints
+from retrac_scale.cli.project import Project, find, owner, parse_checkpoints, told_entries
 from retrac_scale.cli.report import project_queries, unsketched
 from retrac_scale.cli.told import tell
 from retrac_scale.cli.verb import Answer, Verb
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from retrac_scale.store import SketchStore
     from retrac_scale.task.diffusion import DiffusionTask
 
-MEASURING = ("model", "checkpoint", "timesteps", "device")
+MEASURING = ("model", "checkpoint", "timesteps", "device", "size", "background")
 """Options that say how images are measured."""
 
 
@@ -33,10 +34,13 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ids", nargs="+", help="training samples to query with, by any short form: google/pear.png, pear"
     )
-    parser.add_argument("--model", help="for images: diffusers folder or hub name")
+    parser.add_argument("--model", help="for images: diffusers folder or hub name (default: the project's)")
     parser.add_argument("--checkpoint", action="append", default=[], help="for images: NAME=weights, for each")
     parser.add_argument("--timesteps", type=int, help="for images: evenly spaced (default: those of the store)")
     parser.add_argument("--device", help="for images: where to sketch (default: the project's, or cpu)")
+    told = {name: f"for images: {told_entries()[name]} (default: the project's)" for name in ("size", "background")}
+    parser.add_argument("--size", type=int, metavar="PIXELS", help=told["size"])
+    parser.add_argument("--background", help=told["background"])
     parser.add_argument(
         "--prompt",
         metavar="WORDS",
@@ -168,18 +172,45 @@ def _queries(index: Index, arguments: argparse.Namespace, project: Project, note
     if len(arguments.queries) == 1 and not _may_be_pictures(first):
         _refuse_new(arguments, region, f"{first} holds sketches of whole images")
         return open_asked(first, index)
+    whose = project if arguments.config else owner(index.meta["store"], project)
+    return _pictures(index, arguments, whose, region, notes)
+
+
+def _pictures(index: Index, arguments: argparse.Namespace, project: Project, region: Any, notes: list[str]) -> Samples:
+    """Image files as queries, measured, cut and put onto a ground as the project's images were; notes are added."""
     model = arguments.model or (project.path(project.model) if project.model else None)
     checkpoints = parse_checkpoints(arguments.checkpoint) or (project.weights if project.model else {})
     if model is None or not checkpoints:
         raise ValueError("to query with images give --model and a --checkpoint NAME=weights for each checkpoint.")
     measured = measured_like(index, model, checkpoints, arguments.timesteps, arguments.device or project.device)
-    concept = measured.task.told.concept(arguments.concept, arguments.against)
-    store = index.check_store()
-    shape = None if store is None else measured.task.picture_of(store.plan.get("sample", ()))
-    files = image_files(arguments.queries, measured.task, shape=shape)
-    files.background = project.background
-    notes += filter(None, [_prompted(files, measured.task, arguments)])
+    task, store = measured.task, index.check_store()
+    concept = task.told.concept(arguments.concept, arguments.against)
+    shape = None if store is None else task.picture_of(store.plan.get("sample", ()))
+    latent = task.encoder is not None and task.encoder.vae is not None  # whose store tells the size
+    size = (0 if latent else project.size) if arguments.size is None else arguments.size
+    files = image_files(arguments.queries, task, size, shape)
+    files.background = project.background if arguments.background is None else arguments.background
+    notes += filter(None, [_prompted(files, task, arguments), _dropped(files)])
     return replace(measured, dataset=files, region=region, concept=concept, views=arguments.views)
+
+
+def _dropped(files: ImageFiles) -> str:
+    """What is to be said of the transparency of images that are put onto no ground."""
+    from PIL import Image
+
+    from retrac_scale.datasets.base import UNREADABLE, is_transparent
+
+    if files.background:
+        return ""
+
+    clear = []
+    for sample, file in zip(files.ids.tolist(), files.files(), strict=True):
+        with contextlib.suppress(*UNREADABLE), Image.open(file) as picture:  # reading it tells what is wrong with it
+            clear += [sample] if is_transparent(picture) else []
+    if not clear:
+        return ""
+    which = f"{clear[0]} is" if len(clear) == 1 else f"{len(clear)} of {len(files)} images, such as {clear[0]}, are"
+    return f"{which} transparent, which is dropped; --background puts it onto a colour"
 
 
 def _prompted(files: ImageFiles, task: DiffusionTask, arguments: argparse.Namespace) -> str:
@@ -229,6 +260,7 @@ VERB = Verb(
   retrac-scale query demo/retrac.zarr --ids 3 1800                training samples as queries, themselves left out
   retrac-scale query retrac.zarr a.png folder/ --model google/ddpm-cifar10-32 \\
       --checkpoint final=google/ddpm-cifar10-32                   image files, sketched here as the store was
+  retrac-scale query retrac.zarr a.png --background white --size 64       where no project says it
   retrac-scale query retrac.zarr a.png --region 0,0,16,8          a part of it: a box, or --mask white.png; --all-but
   retrac-scale query retrac.zarr a.png --region 0,0,16,8 --views  the same where it may have been moved or enlarged
   retrac-scale query retrac.zarr a.png --model sd/ --checkpoint final=sd/unet --concept "a red car" --against "a car"

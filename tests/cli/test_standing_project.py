@@ -12,6 +12,8 @@ from PIL import Image
 
 import retrac_scale as rs
 from retrac_scale.cli import main
+from retrac_scale.cli.project import FILE
+from retrac_scale.datasets import ImageFiles
 from tests.conftest import tiny_unet
 
 BOTH = "mse,mean_squared_output"
@@ -86,11 +88,11 @@ def test_what_measures_images_is_refused_of_stored_sketches(folder: Path, capsys
         (["attribution/retracridge.zarr", "attribution/queries.zarr"], "queries.zarr holds sketches of whole images"),
         ([], "queries.zarr holds sketches of whole images"),
     ):
-        for option in (["--model", "nowhere"], ["--checkpoint", "a=b"], ["--timesteps", "9"], ["--device", "tpu"]):
-            assert main(["query", *asked, *option]) == 1
+        for option in ("--model nowhere", "--checkpoint a=b", "--timesteps 9", "--device tpu", "--size 9"):
+            assert main(["query", *asked, *option.split()]) == 1
             told = capsys.readouterr().err
             assert why in told
-            assert f"so that {option[0]} changes nothing" in told
+            assert f"so that {option.split()[0]} changes nothing" in told
 
 
 def test_the_advice_of_query_names_no_option_that_it_lacks(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,3 +115,38 @@ def test_pictures_alone_are_asked_of_the_projects_index(folder: Path, capsys: py
     assert answers == [answers[0]] * 3
     assert main(["query", "gen/none.png"]) == 1
     assert "there is no file or folder gen/none.png" in capsys.readouterr().err
+
+
+def test_image_files_are_read_as_those_of_the_project_that_an_index_belongs_to(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pixels = np.random.default_rng(3).integers(0, 255, (12, 9, 4), dtype=np.uint8)
+    Image.fromarray(pixels, "RGBA").save(tmp_path / "clear.png")
+    index = folder / "attribution" / "retracridge.zarr"
+    task = rs.DiffusionTask(tiny_unet(), DDPMScheduler(num_train_timesteps=50))
+    file = ImageFiles([tmp_path / "clear.png"], channels=1, size=8)
+
+    def answered(*given: str) -> tuple[list[float], str]:
+        capsys.readouterr()
+        query = ["query", str(index), str(tmp_path / "clear.png"), "-k", "9", *given]
+        assert main([*query, "--json"]) == 0, capsys.readouterr().err
+        scores: list[float] = json.loads(capsys.readouterr().out)["results"][0]["scores"]
+        assert main(query) == 0
+        return scores, capsys.readouterr().out
+
+    def expected(background: str) -> list[float]:
+        file.background = background
+        samples = rs.Samples(file, task, {"final": str(folder / "model" / "unet")})
+        scores: list[float] = json.loads(rs.open_index(index).query(samples, 9).to_json())["results"][0]["scores"]
+        return scores
+
+    white, dropped = expected("white"), expected("")
+    assert white[0] != pytest.approx(dropped[0], rel=1e-3)
+    monkeypatch.chdir(tmp_path)
+    for given in ((), ("--config", str(folder / FILE)), ("--size", "8")):
+        scores, told = answered(*given)
+        np.testing.assert_allclose(scores, white, rtol=1e-4)
+        assert "transparent" not in told
+    scores, told = answered("--background", "")
+    np.testing.assert_allclose(scores, dropped, rtol=1e-4)
+    assert f"note: {tmp_path / 'clear.png'} is transparent, which is dropped; --background" in told
