@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from retrac_scale.cli.indexes import measures_of
 from retrac_scale.cli.project import RECORDED, Project
+from retrac_scale.cli.told import look_beside
 
 if TYPE_CHECKING:
     from retrac_scale.datasets import ImageFiles
@@ -225,6 +226,7 @@ def image_files(
             "pipeline, the folder with model_index.json."
         )
     files = ImageFiles(paths, channels, size=size or None)
+    look_beside(files, paths)
     files.advice = "repair it, or take it away"
     return files
 

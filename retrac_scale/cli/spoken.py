@@ -16,6 +16,8 @@ SPOKEN = {
     r"with sketch\(\.\.\., grow=True\) or until=": "with `retrac-scale sketch --until 0.9`",
     r"where sketch\(\.\.\.\) was called": "where `retrac-scale sketch` was called",
     r"\bsketch\(\.\.\.\) made": "`retrac-scale sketch` made",
+    r"give it in the items, as a label": "give its number in a column label of metadata.jsonl, .csv or .parquet beside "
+    "it",
     r"\bwhere=(?=['\"])": "--where ",
     r"\bwhere=": "--where",
     r"\bgroup_by=(?=['\"])": "--group-by ",

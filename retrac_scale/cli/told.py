@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,16 @@ def tell(images: ImageFiles, task: DiffusionTask, captions: str = "", *, needed:
             "own are sketched in Python, with embeddings in the items."
         )
     return ""
+
+
+def look_beside(images: ImageFiles, paths: Sequence[str]) -> None:
+    """Describe files that are named one by one as the metadata of their folders does, where it speaks of them."""
+    from retrac_scale.datasets.metadata import columns_beside
+
+    for path in (path for one in paths if (path := Path(one).expanduser()).is_file()):
+        with contextlib.suppress(ValueError):
+            for name, (value,) in columns_beside(path.parent, [path]).items():
+                images.described.setdefault(name, [None] * len(images))[images.ids.tolist().index(str(path))] = value
 
 
 def prompts(images: ImageFiles, captions: str = "", *, needed: bool = True, encoder: Encoder | None = None) -> str:

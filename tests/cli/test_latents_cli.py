@@ -208,8 +208,12 @@ def test_the_empty_prompt_is_said_where_it_stands_for_captions(
     queries, store = (rs.open_store(f"attribution/{name}.zarr") for name in ("queries", "sketches"))
     asked, same = (np.asarray(one.sketches("final"))[0] for one in (queries, store))
     np.testing.assert_allclose(asked, same, rtol=1e-5)
-    assert main(["query", "attribution/retracridge.zarr", "images/0.png", "-k", "1"]) == 0
-    assert "note: images/0.png: the model is told the empty prompt of all" in capsys.readouterr().out
+    for file, note in (
+        ("asked/a.png", "the model is told the empty prompt of all"),
+        ("images/0.png", "captions are in"),
+    ):
+        assert main(["query", "attribution/retracridge.zarr", file, "-k", "1"]) == 0
+        assert f"note: {file}: {note}" in capsys.readouterr().out
     item = planner.example_item(rs.DiffusionTask.from_pretrained("sd"))
     assert {name: value.shape for name, value in item.items()} == {
         "latents": (4, 8, 8),

@@ -324,6 +324,12 @@ def test_a_class_is_asked_about_for_image_files(tmp_path: Path, capsys: pytest.C
     ):
         samples = rs.Samples(file, task, checkpoints, region=region, concept=concept)
         check_asked(index, [*query, *given], samples, capsys)
+    assert main(query) == 1
+    told = "brings no 'class_labels', which the model's forward needs; give its number in a column label of metadata"
+    assert told in capsys.readouterr().err
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "label": 3}')
+    labelled = ImageFiles([tmp_path], 1, given={"label": "label"})
+    check_asked(index, query, rs.Samples(labelled, task, checkpoints), capsys)
     for wrong, why in (
         ([*query, "--concept", "red"], "the concept 'red' is a prompt, but the task's model is told classes"),
         ([*query, "--concept", "11"], "the concept 11 is no class: the model knows 10, from 0"),
