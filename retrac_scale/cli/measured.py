@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from retrac_scale.cli.indexes import measures_of
-from retrac_scale.cli.project import RECORDED, Project
+from retrac_scale.cli.project import FILE, RECORDED, Project
 from retrac_scale.cli.told import look_beside
 
 if TYPE_CHECKING:
@@ -34,10 +34,24 @@ def refuse_no_model(place: str) -> None:
         raise ValueError(f"there is no folder {place}, and no model on the hub is called so; give owner/name for one.")
 
 
+def refuse_no_device(device: str) -> None:
+    """ValueError unless torch can compute there."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        said = str(error).splitlines()[0].partition(". ")[0].rstrip(".")
+        raise ValueError(
+            f"device is {device!r}, by {FILE} or --device, and torch has none such here: {said}."
+        ) from None
+
+
 def project_task(project: Project) -> DiffusionTask:
     """The task of a project: its model, loaded, and its scheduler."""
     from retrac_scale.task.diffusion import DiffusionTask
 
+    refuse_no_device(project.device)
     refuse_no_model(project.denoiser)
     measures: Any = measures_of(project)
     scheduler = load_scheduler(project.scheduler)
@@ -306,6 +320,7 @@ def measured_like(
     from retrac_scale.task.measures import OUTPUTS, measure_named
     from retrac_scale.task.timesteps import EvenlySpaced
 
+    refuse_no_device(device)
     store = index.check_store()
     if store is None or "scheduler" not in store.fingerprint:
         raise ValueError(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from retrac_scale.cli.indexes import make_estimator, measures_of, open_sketches, with_options
 from retrac_scale.cli.info import in_words
-from retrac_scale.cli.measured import load_adapted
+from retrac_scale.cli.measured import load_adapted, refuse_no_device
 from retrac_scale.cli.project import RECORDED, Project, find, projection_of, told_entries
 from retrac_scale.cli.repeated import as_json
 from retrac_scale.cli.sizes import in_bytes, in_time
@@ -206,6 +206,7 @@ def _example_task(model: str, checkpoints: Mapping[str, str], device: str) -> Di
 
     from retrac_scale.task.diffusion import DiffusionTask
 
+    refuse_no_device(device)
     if model == "demo":
         from retrac_scale.demo import build_model
 

@@ -36,6 +36,18 @@ def timesteps_of(given: str) -> int | str:
     raise argparse.ArgumentTypeError(f"give a number or {RECORDED}, not {given!r}")
 
 
+def colour(given: str) -> str:
+    """What --background says; empty for none."""
+    if given:
+        from PIL import ImageColor
+
+        try:
+            ImageColor.getrgb(given)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"give a colour such as white or #808080, not {given!r}") from None
+    return given
+
+
 def parted(told: str) -> tuple[str, ...]:
     """Names of measures with commas between them; a comma within parentheses parts none."""
     return tuple(one.strip() for one in re.split(r",(?![^(]*\))", told))
@@ -80,6 +92,7 @@ class Project:
         "",
         "what transparent pictures are put onto, such as white or #808080; with none their transparency is dropped, as "
         "diffusers' training examples do",
+        type=colour,
     )
     captions: str = _entry(
         "",
@@ -289,6 +302,10 @@ def _check(found: Mapping[str, Any], file: Path) -> None:
         inner = value if isinstance(value, list) else value.values() if isinstance(value, dict) else ()
         if type(value) is not kind or not all(isinstance(one, str) for one in inner):
             raise ValueError(f"{file}: {name} must be like {getattr(default, name)!r}, got {value!r}.")
+    try:
+        colour(found.get("background", ""))
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"{file}: background: {error}.") from None
 
 
 def _toml(value: str | int | list[str]) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from retrac_scale.cli.indexes import open_asked, open_indexes
 from retrac_scale.cli.measured import image_files, measured_like, region_told
-from retrac_scale.cli.project import Project, find, owner, parse_checkpoints, told_entries
+from retrac_scale.cli.project import Project, colour, find, owner, parse_checkpoints, told_entries
 from retrac_scale.cli.report import project_queries, unsketched
 from retrac_scale.cli.told import tell
 from retrac_scale.cli.verb import Answer, Verb
@@ -40,7 +40,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="for images: where to sketch (default: the project's, or cpu)")
     told = {name: f"for images: {told_entries()[name]} (default: the project's)" for name in ("size", "background")}
     parser.add_argument("--size", type=int, metavar="PIXELS", help=told["size"])
-    parser.add_argument("--background", help=told["background"])
+    parser.add_argument("--background", type=colour, help=told["background"])
     parser.add_argument(
         "--prompt",
         metavar="WORDS",

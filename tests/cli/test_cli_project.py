@@ -438,6 +438,11 @@ def test_init_asks_for_what_it_is_not_told(folder: Path, monkeypatch: pytest.Mon
         ("checkpoints = ['a']", "checkpoints must be like {}"),
         ("estimators = [1]", "estimators must be like"),
         ("estimators = []", "names no estimator"),
+        ("background = 'whit'", "retrac-scale.toml: background: give a colour such as white or #808080, not 'whit'"),
+        (
+            "model = 'model'\nimages = 'training-images'\ndevice = 'cudas'",
+            "device is 'cudas', by retrac-scale.toml or --device, and torch has none such here: ",
+        ),
         ("images = 'i'", "give --model, or run `retrac-scale init` first"),
         ("model = 'training-images'\nimages = 'training-images'", "no diffusers model"),
         ("model = 'model/unet'\nimages = 'model'", "no image and holds none"),
