@@ -34,7 +34,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
         store = open_sketches(project)
         if not _is_asked(project, store):
             task = project_task(project)
-            images = project_images(project, project.images, task)
+            images = project_images(project, project.images, task, project.store)
             tell(images, task, project.captions)
             ask(project, task, images, store)
         found = find_each(project)

@@ -60,10 +60,16 @@ def project_task(project: Project) -> DiffusionTask:
     return DiffusionTask(denoiser, scheduler, encoder=encoder, **measured)
 
 
-def project_images(project: Project, folder: str, task: DiffusionTask) -> ImageFiles:
+def project_images(project: Project, folder: str, task: DiffusionTask, store: str) -> ImageFiles:
     """The images in a folder of the project; their ids do not depend on where the command is run.
 
     Training images that are measured where they were trained have the record's ids, which their noise was drawn by.
+
+    Args:
+        project: whose folder it is.
+        folder: as the project names it.
+        task: that the images are for.
+        store: URL of the store that they are, or were, sketched into.
     """
     import numpy as np
 
@@ -71,13 +77,39 @@ def project_images(project: Project, folder: str, task: DiffusionTask) -> ImageF
 
     files = image_files([project.path(folder)], task, project.size)
     files.background = project.background
-    names = files.ids.tolist() if os.path.isabs(folder) else [project.own_name(file) for file in files.ids.tolist()]
+    names = names_of(project, folder, files.ids.tolist(), store)
     if project.timesteps == RECORDED and folder == project.images:
         files.columns = {**files.columns, "path": as_column(names)}
         files.ids = recorded_ids(project, names)
     else:
         files.ids = np.array(names)
     return files
+
+
+def names_of(project: Project, folder: str, files: Sequence[str], store: str) -> list[str]:
+    """What a project calls files of a folder, however that is spelled: as a store of them does, if there is one.
+
+    A store that was begun with an absolute folder has absolute names; others are relative to the project.
+    """
+    known = _known(store)
+    absolute = os.path.isabs(next(iter(known), folder))
+    names = [os.path.abspath(file) if absolute else project.own_name(file) for file in files]
+    if others := set(known) - set(names):  # the store's are spelled otherwise, or gone
+        spelled = {os.path.abspath(os.path.join(project.folder, name)): name for name in others}
+        names = [spelled.get(os.path.abspath(file), name) for file, name in zip(files, names, strict=True)]
+    return names
+
+
+def _known(url: str) -> list[str]:
+    """The names of the files that a store was made of; none where there is no store, or none of files."""
+    from retrac_scale.store import open_store
+
+    try:
+        store = open_store(url)
+    except (FileNotFoundError, ValueError):  # whatever else is there, sketch names it
+        return []
+    names = store.columns.get("path", store.ids)
+    return [] if names.dtype.kind in "iu" else [str(name) for name in names.tolist()]
 
 
 def recorded_ids(project: Project, names: Sequence[str]) -> Any:

@@ -124,7 +124,7 @@ class Project:
 
     def own_name(self, file: str) -> str:
         """A file as a command that is run in the project's folder names it."""
-        return file.removeprefix(os.path.join(self.folder, "")) if self.folder else file
+        return os.path.relpath(file, self.folder or os.curdir)
 
     def place(self, name: str) -> str:
         """Where something stands in the output folder."""

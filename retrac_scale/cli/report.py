@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from retrac_scale.cli.check import find_each
 from retrac_scale.cli.indexes import open_asked, open_indexes, picture_names
+from retrac_scale.cli.measured import names_of
 from retrac_scale.cli.project import Project, find
 from retrac_scale.cli.verb import Answer, Verb
 
@@ -80,7 +81,7 @@ def unsketched(project: Project, asked: npt.NDArray[Any]) -> list[str]:
     if not project.query_images or not os.path.isdir(folder):
         return []
     names = ImageFiles([folder]).ids.tolist()
-    own = names if os.path.isabs(project.query_images) else [project.own_name(name) for name in names]
+    own = names_of(project, project.query_images, names, project.queries)
     new = sorted(set(own) - set(asked.tolist()))
     if not new:
         return []

@@ -70,9 +70,11 @@ def _run(arguments: argparse.Namespace) -> Answer:
     measured = _measured(project)
     at_work = _workers(arguments.workers, project.device)
     task = project_task(project)
-    training = project_images(project, project.images, task)
+    training = project_images(project, project.images, task, project.store)
     prompts = [tell(training, task, project.captions)]
-    asked = project_images(project, project.query_images, task) if project.query_images else None
+    asked = None
+    if project.query_images:
+        asked = project_images(project, project.query_images, task, project.queries)
     if asked is not None:
         prompts.append(tell(asked, task, needed=False))
     new = _added(project.store, training, project.images)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from PIL import Image
 
 import retrac_scale as rs
 from retrac_scale.cli import main
-from retrac_scale.cli.project import FILE
+from retrac_scale.cli.measured import names_of
+from retrac_scale.cli.project import FILE, find
 from retrac_scale.datasets import ImageFiles
 from tests.conftest import tiny_unet
 
@@ -150,3 +152,20 @@ def test_image_files_are_read_as_those_of_the_project_that_an_index_belongs_to(
     scores, told = answered("--background", "")
     np.testing.assert_allclose(scores, dropped, rtol=1e-4)
     assert f"note: {tmp_path / 'clear.png'} is transparent, which is dropped; --background" in told
+
+
+def test_one_folder_by_any_spelling_holds_the_same_images(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {name: rs.open_store(f"attribution/{name}.zarr").ids.tolist() for name in ("sketches", "queries")}
+    for train, gen in ((str(folder / "train"), str(folder / "gen")), ("gen/../train", "./train/../gen/")):
+        assert main(["sketch", "--images", train, "--query-images", gen]) == 0, capsys.readouterr().err
+    for name, ids in before.items():
+        assert rs.open_store(f"attribution/{name}.zarr").ids.tolist() == ids
+    given = find(None), "gen/../train", ["gen/../train/0.png", "gen/../train/1.png"]
+    assert names_of(*given, "nowhere.zarr") == ["train/0.png", "train/1.png"]
+    for held in (str(folder / "train" / "0.png"), "./model/../train/0.png"):  # as stores were begun before
+        rs.write_store(tmp_path / "s.zarr", {"c": np.ones((1, 1, 8))}, ids=[held])
+        new = str(folder / "train" / "1.png") if held.startswith("/") else "train/1.png"
+        assert names_of(*given, str(tmp_path / "s.zarr")) == [held, new]
+        shutil.rmtree(tmp_path / "s.zarr")
