@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from retrac_scale.cli.indexes import open_asked, open_indexes
 from retrac_scale.cli.measured import image_files, measured_like, region_told
 from retrac_scale.cli.project import Project, colour, find, owner, parse_checkpoints, told_entries
-from retrac_scale.cli.report import project_queries, unsketched
+from retrac_scale.cli.report import project_queries, still_there, unsketched
 from retrac_scale.cli.told import tell
 from retrac_scale.cli.verb import Answer, Verb
 
@@ -95,7 +95,8 @@ def _run(arguments: argparse.Namespace) -> Answer:
     notes: list[str] = []
     queries = _queries(index, arguments, project, notes)
     if queries_of_project:
-        _check_pictures(queries, project)  # type: ignore[arg-type]
+        queries, notes = still_there(project, queries)  # type: ignore[arg-type]
+        _check_pictures(queries, project)
         notes += unsketched(project, queries.ids)
     answer = index.query(
         queries,

@@ -73,6 +73,19 @@ def project_queries(project: Project, given: str = "--queries STORE") -> str:
     return project.queries
 
 
+def still_there(project: Project, asked: SketchStore) -> tuple[SketchStore, list[str]]:
+    """The project's queries without those whose pictures are gone, if not all are, and a sentence on these."""
+    from retrac_scale.store.taking import take
+
+    ids = asked.ids.tolist()
+    kept = [name for name in ids if any(os.path.isfile(os.path.join(at, str(name))) for at in (project.folder, ""))]
+    if not kept or len(kept) == len(ids):
+        return asked, []
+    gone = sorted(set(ids) - set(kept))
+    told = f"{len(gone)} of {len(ids)} pictures that were asked about are gone, such as {gone[0]}, and left out"
+    return take(asked, kept), [f"{told}; `retrac-scale sketch` forgets them"]
+
+
 def unsketched(project: Project, asked: npt.NDArray[Any]) -> list[str]:
     """A sentence on files that came to the folder of images to ask about after it was sketched, if any did."""
     from retrac_scale.datasets import ImageFiles
@@ -96,6 +109,10 @@ def _run(arguments: argparse.Namespace) -> Answer:
     project = find(arguments.config)
     indexes = open_indexes(arguments.index, project)
     queries = open_queries(arguments.queries or [project_queries(project)], indexes)
+    notes: list[str] = []
+    if not arguments.queries:
+        found = {name: still_there(project, one) for name, one in queries.items()}
+        queries, notes = {name: one for name, (one, _) in found.items()}, next(iter(found.values()))[1]
     first = next(iter(indexes.values()))
     store = first.check_store()
     images = read_images(arguments.images, picture_names(first), project.folder, project.background)
@@ -108,7 +125,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
     common = {"title": arguments.title, "curve": curve, "indexes": indexes, "queries": queries}
     checked = {} if arguments.index else find_each(project)
     write_report(out, answers, pictures, check=checked or None, **common)
-    notes = [] if arguments.queries else unsketched(project, asked)
+    notes += [] if arguments.queries else unsketched(project, asked)
     lines = [out, *(f"note: {note}" for note in notes)]
     return Answer("\n".join(lines), {"report": out})
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from retrac_scale.cli.indexes import open_indexes, picture_names
 from retrac_scale.cli.measured import measured_like
 from retrac_scale.cli.project import Project, find, parse_checkpoints
-from retrac_scale.cli.report import add_sources, open_queries, project_queries
+from retrac_scale.cli.report import add_sources, open_queries, project_queries, still_there
 from retrac_scale.cli.verb import Answer, Verb
 
 if TYPE_CHECKING:
@@ -67,6 +67,8 @@ def _run(arguments: argparse.Namespace) -> Answer:
 
     def load(indexes: dict[str, Index]) -> Library:
         queries = open_queries(arguments.queries or _queries_of_project(project), indexes)
+        if not arguments.queries:
+            queries = {name: still_there(project, one)[0] for name, one in queries.items()}
         ids = next(iter(queries.values())).ids if queries else None
         places, first = (project.folder, project.background), next(iter(indexes.values()))
         shown = [] if ids is None else read_images(arguments.query_images, ids, *places)

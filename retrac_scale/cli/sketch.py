@@ -87,13 +87,19 @@ def _run(arguments: argparse.Namespace) -> Answer:
         measured |= {"client": client, **until}
         store = sketch(task, dataset, project.store, progress="training images", **common, **measured)
     made = {"store": store}
+    gone: list[str] = []
     if asked is not None:
+        gone = _forgotten(project.queries, asked)
         made["queries"] = _queries(project, task, asked, store, **common)
     lines = [*filter(None, prompts), *(f"{name}: {_told(one)}" for name, one in made.items())]
     data: dict[str, Any] = {"store": project.store, "samples": store.shape[0]}
     if new:
         lines[-len(made)] += f"; {len(new)} of them, such as {new[0]}, came since"
         data["added"] = len(new)
+    if gone:
+        lines[-1] += (
+            f"; anew, for {len(gone)} that were asked about are not in {project.query_images}, such as {gone[0]}"
+        )
     if asked is not None:
         data |= {"queries": project.queries, "query_samples": made["queries"].shape[0]}
     if until:
@@ -160,7 +166,6 @@ def _queries(
     plan = None
     if project.timesteps == RECORDED:  # at the paper's, or as many as a short schedule has
         plan = replace(QUERY_PLAN, count=min(QUERY_PLAN.count, task.num_train_timesteps - 1))
-    _added(project.queries, asked, project.query_images)
     where: dict[str, Any] = {"timesteps": plan, "like": store, "grow": _has_grown(project.queries, asked)}
     return sketch(task, asked, project.queries, progress="queries", **where, **common)
 
@@ -181,6 +186,24 @@ def _added(url: str, images: ImageFiles, folder: str) -> list[str]:
             "another store with another out (--out)."
         )
     return sorted(now - known)
+
+
+def _forgotten(url: str, images: ImageFiles) -> list[str]:
+    """Images to ask about that are gone from their folder; where some are, so is their store then, which is soon made.
+
+    Raises:
+        ValueError: it is not of files, so that no command made it.
+    """
+    import fsspec
+
+    there = _there(url)
+    gone = [] if there is None else sorted({*map(str, there.ids.tolist())} - {*map(str, images.ids.tolist())})
+    if there is not None and gone:
+        if there.ids.dtype.kind in "iu":
+            raise ValueError(f"{url} holds queries that are no files, such as {gone[0]}; put it elsewhere.")
+        filesystem, place = fsspec.core.url_to_fs(url)
+        filesystem.rm(place, recursive=True)
+    return gone
 
 
 def _has_grown(url: str, images: ImageFiles) -> bool:

@@ -169,3 +169,27 @@ def test_one_folder_by_any_spelling_holds_the_same_images(
         new = str(folder / "train" / "1.png") if held.startswith("/") else "train/1.png"
         assert names_of(*given, str(tmp_path / "s.zarr")) == [held, new]
         shutil.rmtree(tmp_path / "s.zarr")
+
+
+def test_queries_whose_pictures_are_gone_are_left_out_and_forgotten(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "gen" / "q0.png").rename("away.png")
+    left_out = "note: 1 of 3 pictures that were asked about are gone, such as gen/q0.png, and left out"
+    assert main(["query", "-k", "1"]) == 0
+    told = capsys.readouterr().out
+    assert left_out in told
+    assert "query gen/q1.png" in told
+    assert "query gen/q0.png" not in told
+    assert main(["report", "-k", "1"]) == 0
+    assert left_out in capsys.readouterr().out
+    assert "q0.png" not in Path("attribution/report.html").read_text()
+    before = rs.open_store("attribution/sketches.zarr").revision
+    shutil.copytree("gen", "other")
+    for option, kept, missing in (([], "gen", "gen/q0.png"), (["--query-images", "other"], "other", "gen/q1.png")):
+        assert main(["sketch", *option]) == 0
+        assert f"that were asked about are not in {kept}, such as {missing}" in capsys.readouterr().out
+        assert rs.open_store("attribution/queries.zarr").ids.tolist() == [f"{kept}/q1.png", f"{kept}/q2.png"]
+    assert rs.open_store("attribution/sketches.zarr").revision == before
+    Path("away.png").rename("gen/q0.png")
+    assert main(["sketch"]) == 0
