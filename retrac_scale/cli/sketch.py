@@ -107,7 +107,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
         reached = told.overlap.value >= arguments.until
         lines.append(f"{told}: {'as asked' if reached else f'not {arguments.until:g}; raise --at-most to go on'}")
         data |= {"repeatability": as_json(told), "reached": reached}
-    check.ask(project, task, training, store, **again)
+    check.ask(project, task, training, store, check_all=arguments.check_all)
     found = check.find_each(project)
     lines += [line for name, one in found.items() for line in check.lines_of(name, one)]
     data["check"] = {name: check.as_json(one) for name, one in found.items()}

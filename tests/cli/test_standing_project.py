@@ -193,3 +193,42 @@ def test_queries_whose_pictures_are_gone_are_left_out_and_forgotten(
     assert rs.open_store("attribution/sketches.zarr").revision == before
     Path("away.png").rename("gen/q0.png")
     assert main(["sketch"]) == 0
+
+
+def test_check_asks_about_the_images_and_the_weights_that_are_there_now(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def checked() -> str:
+        capsys.readouterr()
+        assert main(["check"]) in (0, 1)  # of nine random pictures nobody knows
+        said = capsys.readouterr()
+        return said.out + said.err
+
+    assert "note" not in checked()
+    written = rs.open_store("attribution/check.zarr").revision
+    assert "note" not in checked()
+    assert rs.open_store("attribution/check.zarr").revision == written  # nothing was sketched again
+    shutil.copy("train/4.png", "was.png")
+    draw(folder / "train" / "4.png", 99)
+    told = checked()
+    assert "plain 8 of 9" in told
+    assert "note: 1 of them are others than when they were sketched, such as train/4.png: asked as they are" in told
+    shutil.copy("was.png", "train/4.png")
+    assert main(["sketch"]) == 0  # of the store's own images nothing changed
+    assert "plain 9 of 9" in checked()
+    weights = Path("model/unet/diffusion_pytorch_model.safetensors")
+    kept = weights.read_bytes()
+    tiny_unet(seed=1).save_pretrained("model/unet")  # type: ignore[operator]
+    assert "model/unet holds other weights than those that checkpoint final of attribution/sketches.zarr" in checked()
+    Path("train").rename("gone")
+    assert "model/unet holds other weights" in checked()
+    weights.write_bytes(kept)
+    gone = "note: the sketches of before were asked, for what they were made of is not there: there is no "
+    assert f"{gone}file or folder train" in checked()
+    shutil.copytree("gone", "train", ignore=lambda *_: ["4.png"])
+    assert f"{gone}'train/4.png' among the images" in checked()
+    shutil.rmtree("train")
+    Path("model").rename("away")
+    assert f"{gone}folder model" in checked()
+    for here, place in (("gone", "train"), ("away", "model")):
+        Path(here).rename(place)
