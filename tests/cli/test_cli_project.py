@@ -125,7 +125,7 @@ def test_ids_and_pictures_do_not_depend_on_where_a_command_is_run(
 def test_training_images_are_sketched_by_workers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*INIT, *SMALL]) == 0
     assert main(["sketch", "--out", "alone"]) == 0
-    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0") as cluster:
         assert main(["sketch", "--workers", cluster.scheduler_address]) == 0
     assert "check of ReTracRidge: originals that come first: plain 9 of 9" in capsys.readouterr().out
     for name in ("sketches", "queries"):
