@@ -305,11 +305,12 @@ WHEN = """- **What would retraining without these images do?** `ReTracRidge` ove
   worse, most of them other functions under the same noise with such a ridge. Its sign is that of the influence.
   For sums over sets of images, as those here, squares with the sign of the score, `scores * abs(scores)`, foretell
   losses better than the scores themselves; no list changes its order by them.
-- **Pictures that the model made?** On emoji D-TRAK's function under the same noise, `DTRAK(pairing="matched")`, is
-  clearly better than the loss, and on digits not clearly worse. Both together, `ReTracRidge` over the loss and the
-  mean squared output ([how](methods.md#d-trak)), come near the better of the two there or above, and are ahead of
-  either on pictures that were held out: see the rows *loss and output*, and beside them *eight timesteps*, with as
-  many gradients and bytes.
+- **May more be measured?** Take the gradients of the model's output beside those of the loss,
+  `measure=["mse", "mean_squared_output"]`, whose scores `ReTracRidge` adds up ([how](methods.md#d-trak)): rows
+  *loss and output*. In all settings below their signed squares are clearly ahead of the loss's for every kind of
+  picture, and so are the scores as they are but for pictures that were trained on. *Eight timesteps*, with as many
+  gradients and bytes, bring less for pictures that the model made. Where combinations are asked for that training
+  never had (shapes16), the output alone finds one of their two parents.
 - **Common noise and a ridge decide more than what is differentiated.** The loss, D-TRAK's and DAS's functions,
   and on digits plain activations, come out close together under the same noise with a ridge whose damping suits
   them: see the rows of fitted dampings. A comparison in which one method has its noise in common, or its
