@@ -212,7 +212,7 @@ def journey_trak(lab: Lab) -> Found:
     store, _, seconds = replace(lab, queries={}).sketched(measurement, measurements()[measurement])
     started = time.process_time()
     scores: Mapping[str, Any] = {}
-    if "generated" in lab.queries:
+    if "generated" in lab.queries and hasattr(lab.scheduler, "scale_model_input"):  # a flow's samplers tell no journey
         task, drawn = lab.task(), replace(lab.queries["generated"], word="journey")
         task.load("last", next(iter(lab.last.values())))
         noise, random = beginning(len(drawn), task.model)

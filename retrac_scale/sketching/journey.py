@@ -71,13 +71,14 @@ def sample_journey(
     images, predicted = noise.to(task.device) * getattr(sampler, "init_noise_sigma", 1.0), []
     options = {} if generator is None else {"generator": generator}
     for step in sampler.timesteps:
-        scaled = sampler.scale_model_input(images, step)
+        scaled = sampler.scale_model_input(images, step) if hasattr(sampler, "scale_model_input") else images
         output = task.model(scaled, step.to(task.device).expand(len(images)), **given, return_dict=False)[0]
         result = sampler.step(output, step, images, **options)
         clean = getattr(result, "pred_original_sample", None)
         if clean is None:
             raise ValueError(
-                f"a {type(sampler).__name__} does not tell the clean image that it predicts; sample with DDIMScheduler."
+                f"a {type(sampler).__name__} does not tell the clean image that it predicts; sample with DDIMScheduler, "
+                "if the model is no flow, for which there is no journey yet."
             )
         images = result.prev_sample
         predicted.append(clean.cpu())

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 import retrac_scale as rs
 from tests import oracle
@@ -63,6 +63,6 @@ def test_journey_sketches_are_gradients_at_the_predicted_clean_image_of_each_ste
 
 def test_a_sampler_that_hides_the_predicted_clean_image_is_refused() -> None:
     task = rs.DiffusionTask(MODELS["unet"](0), SCHEDULER)
-    sampler = DPMSolverMultistepScheduler.from_config(SCHEDULER.config)
-    with pytest.raises(ValueError, match="DPMSolverMultistepScheduler does not tell the clean image"):
-        rs.sample_journey(task, sampler, random_images(1), 2)
+    for sampler in (DPMSolverMultistepScheduler.from_config(SCHEDULER.config), FlowMatchEulerDiscreteScheduler()):
+        with pytest.raises(ValueError, match=f"{type(sampler).__name__} does not tell the clean image"):
+            rs.sample_journey(task, sampler, random_images(1), 2)
