@@ -77,8 +77,8 @@ def sample_journey(
         clean = getattr(result, "pred_original_sample", None)
         if clean is None:
             raise ValueError(
-                f"a {type(sampler).__name__} does not tell the clean image that it predicts; sample with DDIMScheduler, "
-                "if the model is no flow, for which there is no journey yet."
+                f"a {type(sampler).__name__} does not tell the clean image that it predicts; sample with "
+                "DDIMScheduler, if the model is no flow, for which there is no journey yet."
             )
         images = result.prev_sample
         predicted.append(clean.cpu())
