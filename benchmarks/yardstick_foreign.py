@@ -22,6 +22,7 @@ from benchmarks.yardstick_methods import DAMPINGS, EVERY, SQUARED, Found, Method
 from retrac_scale.estimators.ridge import AUTO
 from retrac_scale.evaluate.settings import Images
 from retrac_scale.projections import TrakProjector
+from retrac_scale.task.noising import noising_of
 
 TIMESTEPS = range(0, 1000, 100)
 """Of both scripts at their smaller setting, K = 10."""
@@ -144,12 +145,12 @@ def mean_loss(
     model: Any, scheduler: Any, weights: Any, image: Tensor, steps: Tensor, noise: Tensor, *given: Tensor
 ) -> Tensor:
     """Of one sample, for `vmap`."""
-    level = scheduler.alphas_cumprod[steps].reshape(-1, *[1] * image.ndim)
-    noisy = level.sqrt() * image + (1 - level).sqrt() * noise
+    noising, images = noising_of(scheduler, model), image.expand(len(steps), *image.shape)
+    noisy, target = noising.noisy(images, noise, steps), noising.target(images, noise, steps)
     told = [value.expand(len(steps), *value.shape) for value in given]
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernel knows no vmap
-        predicted = torch.func.functional_call(model, weights, (noisy, steps, *told)).sample
-    loss: Tensor = (predicted - noise).square().mean()
+        predicted = torch.func.functional_call(model, weights, (noisy, noising.times(steps), *told)).sample
+    loss: Tensor = (predicted - target).square().mean()
     return loss
 
 
