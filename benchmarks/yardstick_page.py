@@ -309,8 +309,8 @@ WHEN = """- **What would retraining without these images do?** `ReTracRidge` ove
   `measure=["mse", "mean_squared_output"]`, whose scores `ReTracRidge` adds up ([how](methods.md#d-trak)): rows
   *loss and output*. In all settings below their signed squares are clearly ahead of the loss's for every kind of
   picture, and so are the scores as they are but for pictures that were trained on. *Eight timesteps*, with as many
-  gradients and bytes, bring less for pictures that the model made. Where combinations are asked for that training
-  never had (shapes16), the output alone finds one of their two parents.
+  gradients and bytes, bring less on emoji16 and flow16 for pictures that the model made, and more on digits8. Where
+  combinations are asked for that training never had (shapes16), the output alone finds one of their two parents.
 - **Common noise and a ridge decide more than what is differentiated.** The loss, D-TRAK's and DAS's functions,
   and on digits plain activations, come out close together under the same noise with a ridge whose damping suits
   them: see the rows of fitted dampings. A comparison in which one method has its noise in common, or its
