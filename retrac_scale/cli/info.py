@@ -55,15 +55,17 @@ def _run(arguments: argparse.Namespace) -> Answer:
 def _of_index(url: str, root: zarr.Group, meta: dict[str, Any], repeatability: bool) -> Answer:
     """Read from its description alone: opening it for queries would take the libraries that answer them."""
     from retrac_scale.index.segments import segments_of
+    from retrac_scale.store.part import measures_in
 
-    segments = segments_of(root, meta)
+    segments, measures = segments_of(root, meta), measures_in(meta)
     c, n, k = segments[0].shape[0], sum(one.shape[1] for one in segments), segments[0].shape[2]
-    kept = {name: meta[name] for name in ("estimator", "dtype", "store")}
+    kept = {name: meta.get(name) for name in ("estimator", "measure", "dtype", "store")}
+    measured = f", measured by {' and '.join(measures)}" if any(measures) else ""
     lines = [
         f"index of {in_words(kept['estimator'])}",
         f"{n:,} samples, {c} checkpoint{'s' if c > 1 else ''}, {k:,} entries of {meta['dtype']} each: "
         f"{in_bytes(c * n * k * BYTES[meta['dtype']])}",
-        f"made from {meta['store']}",
+        f"made from {meta['store']}{measured}",
     ]
     if meta.get("slots", 1) > 1:  # of matched pairing
         line, kept["repeatability"] = told(lambda: _opened(url), repeatability)

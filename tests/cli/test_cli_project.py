@@ -365,6 +365,8 @@ def test_the_loss_and_the_output_are_added_up_where_the_file_says_so(
     planned = json.loads(capsys.readouterr().out.splitlines()[-1])
     sizes = ("store_bytes", "index_bytes")
     assert [planned[name] for name in sizes] == [2 * alone["store_bytes"], planner.index_bytes(9, 1, 64, 4, ridge=True)]
+    assert main(["info", "attribution/retracridge-mse-mean_squared_output.zarr"]) == 0
+    assert "sketches.zarr, measured by mse and mean_squared_output" in capsys.readouterr().out
     assert main(["plan", "--repeatability", "0.01", "--json"]) == 0
     again = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (again["timesteps"], again["store_bytes"]) == (2, planned["store_bytes"])
