@@ -181,11 +181,8 @@ def table(lab: Lab, truths: list[evaluate.Truth], again: list[str], kept: bool) 
         scores, cost = asked(method, lab, method.name in again, kept)
         for row in rows_of(method, scores, truths) if scores else ():
             line: dict[str, Any] = {"method": row.method.name, "noise": method.noise, "group": method.group}
-            line |= (
-                {"form": row.form}
-                | cost
-                | {"half": row.half, "figures": {truth.name: judged(row, truth) for truth in truths}}
-            )
+            line |= {"form": row.form, **cost, "half": row.half}
+            line["figures"] = {truth.name: judged(row, truth) for truth in truths}
             among = (bool(row.form), row.half)
             if among not in leaders:  # the recipe is the first of ours
                 leaders[among] = row.scores

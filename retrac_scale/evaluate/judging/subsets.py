@@ -41,7 +41,7 @@ class Subsets(Truth):
         the same counts as 0: the method says nothing of it.
         """
         for kind, rows in self.rows.items():
-            told = scores[rows] * (np.ptp(scores[rows], axis=1, keepdims=True) > 0)  # equal ones add up to rounding
+            told = scores[rows] * (np.ptp(scores[rows], axis=1, keepdims=True) > 0)  # equal ones tell a subset's size
             a, b = map(Columns.of, sums_and_outcomes(told, self.members, self.losses[:, rows]))
             values, table = np.nan_to_num(correlation(a, b)), np.nan_to_num(pseudo_values(a, b))
             value = two_way(values.mean(), table, draws.level)
