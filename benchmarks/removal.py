@@ -26,13 +26,13 @@ from benchmarks.measurement_page import cpu_name
 from benchmarks.truths import hours
 from benchmarks.yardstick import asked, lab_of, write_pages
 from benchmarks.yardstick_baselines import baselines
-from benchmarks.yardstick_methods import RECIPE, ours
+from benchmarks.yardstick_methods import LOSS, ours
 from retrac_scale import evaluate
 from retrac_scale.evaluate.settings import SETTINGS, Setting
 from retrac_scale.evaluate.settings.removal import Removal, removal
 
 HERE = Path(__file__).parent
-METHODS = ((RECIPE, "common"), ("TRAK", "own"), ("pixel ridge", "-"))
+METHODS = ((LOSS, "common"), ("TRAK", "own"), ("pixel ridge", "-"))
 SHARE, RANDOM = 0.1, 4
 """How much is removed, and how many models are trained without random samples."""
 

@@ -3,6 +3,7 @@
     python -m benchmarks.yardstick --setting digits8
     python -m benchmarks.yardstick --setting emoji16 --folder FOLDER         # of the emoji tarballs
     python -m benchmarks.yardstick --setting digits8 --again "random"        # methods whose scores are computed anew
+    python -m benchmarks.yardstick --setting digits8 --only "random"         # those alone; of others what is kept
     python -m benchmarks.yardstick --setting digits8 --kept                  # judges again, by truths that have grown
     python -m benchmarks.yardstick --page                                    # the pages alone, from the results
 
@@ -100,11 +101,17 @@ def asked(method: Method, lab: Lab, again: bool = False, kept: bool = False) -> 
         for kind in missing:  # a kind that the method has no scores for is an empty file
             np.save(files[kind], np.asarray(found.scores.get(kind, []), np.float32))
         if again or not told.exists():
-            told.write_text(json.dumps({"pairs": found.pairs, "bytes": found.bytes, "seconds": found.seconds}))
+            cost = {"pairs": found.pairs, "bytes": found.bytes, "seconds": found.seconds, "machine": machine()}
+            told.write_text(json.dumps(cost))
     if not told.exists():
         return {}, {}
     scores = {kind: np.load(file).astype(np.float64) for kind, file in files.items() if file.exists()}
     return {kind: values for kind, values in scores.items() if values.size}, json.loads(told.read_text())
+
+
+def machine() -> str:
+    """What the seconds are of."""
+    return f"{cpu_name()}, {os.cpu_count()} cores, one thread; torch {torch.__version__}"
 
 
 def rows_of(method: Method, scores: Scores, truths: list[evaluate.Truth]) -> Iterator[Row]:
@@ -168,16 +175,22 @@ def ahead(leader: Scores, other: Scores, truth: evaluate.Subsets) -> dict[str, A
     return found
 
 
+def every_method() -> tuple[Method, ...]:
+    """All that there are."""
+    return (*ours(), *foreign(), *baselines(), *sanity())
+
+
 def when(method: Method) -> tuple[bool, int]:
     """What is computed first: a run that is stopped leaves a table of what it has."""
     return method.late, {"common": 0, "-": 0, "by place in the batch": 1}.get(method.noise, 2)
 
 
-def table(lab: Lab, truths: list[evaluate.Truth], again: list[str], kept: bool) -> Iterator[dict[str, Any]]:
-    """A line for each row."""
+def table(lab: Lab, truths: list[evaluate.Truth], again: list[str], only: list[str] | None) -> Iterator[dict[str, Any]]:
+    """A line for each row; with `only`, scores of other methods are taken where they are, and not computed."""
     leaders: dict[tuple[bool, bool], Scores] = {}
     known = next((truth for truth in truths if isinstance(truth, evaluate.Subsets)), None)
-    for method in sorted((*ours(), *foreign(), *baselines(), *sanity()), key=when):
+    for method in sorted(every_method(), key=when):
+        kept = only is not None and method.name not in only
         scores, cost = asked(method, lab, method.name in again, kept)
         for row in rows_of(method, scores, truths) if scores else ():
             line: dict[str, Any] = {"method": row.method.name, "noise": method.noise, "group": method.group}
@@ -192,15 +205,14 @@ def table(lab: Lab, truths: list[evaluate.Truth], again: list[str], kept: bool) 
             yield line
 
 
-def run(setting: evaluate.Setting, names: list[str], again: list[str], kept: bool, file: Path) -> None:
+def run(setting: evaluate.Setting, names: list[str], again: list[str], only: list[str] | None, file: Path) -> None:
     """Write the report of a setting, judged by some truths, row by row; rows of an earlier run stay until then.
 
-    With `kept` those without scores stay afterwards too, unless a truth that they were judged by has changed.
+    With `only` those without scores stay afterwards too, unless a truth that they were judged by has changed.
     """
     truths = [evaluate.truth(name) for name in names]
     report: dict[str, Any] = {
         "command": f"python -m benchmarks.yardstick --setting {setting.name}",
-        "machine": f"{cpu_name()}, {os.cpu_count()} cores, one thread; torch {torch.__version__}",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "setting": setting.name,
         "samples": len(setting.train),
@@ -211,14 +223,15 @@ def run(setting: evaluate.Setting, names: list[str], again: list[str], kept: boo
     old = json.loads(file.read_text()) if file.exists() else report
     same = all(old["truths"].get(name, said) == said for name, said in report["truths"].items())
     before = old["rows"] if same else []
+    machines = {key(row): row["machine"] for row in old["rows"]}
     done: list[dict[str, Any]] = []
-    for line in table(lab_of(setting, truths), truths, again, kept):
-        done.append(line)
+    for line in table(lab_of(setting, truths), truths, again, only):
+        done.append({"machine": machines.get(key(line), machine())} | line)
         report["rows"] = done + [row for row in before if not any(key(row) == key(one) for one in done)]
         file.write_text(json.dumps(report, indent=1) + "\n")
         shown = [f"{f['queries']} {f['metric']} {f['value']['value']:.3f}" for x in line["figures"].values() for f in x]
         print(line["method"], line["noise"], line["form"], *shown, sep=" | ", flush=True)
-    file.write_text(json.dumps(report if kept else report | {"rows": done}, indent=1) + "\n")
+    file.write_text(json.dumps(report if only is not None else report | {"rows": done}, indent=1) + "\n")
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -248,17 +261,21 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=HERE / ".cache" / "truths", help="folder for models and scores")
     parser.add_argument("--truths", nargs="+", metavar="TRUTH", help="to judge by (default: all of the setting)")
     parser.add_argument("--again", nargs="+", default=[], metavar="METHOD", help="whose scores are computed anew")
+    parser.add_argument("--only", nargs="+", metavar="METHOD", help="compute these alone, and judge what else is there")
     parser.add_argument("--kept", action="store_true", help="judge the scores that are there, compute none")
     parser.add_argument("--page", action="store_true", help="write the pages from the results")
     options = parser.parse_args()
     if not options.page and options.setting is None:
         parser.error("say which --setting, or --page")
+    if unknown := {*(options.only or ()), *options.again} - {one.name for one in every_method()}:
+        parser.error(f"there is no method {', '.join(sorted(unknown))}")
     torch.set_num_threads(1)
     results = HERE / "results"
     if options.setting is not None:
         setting = evaluate.setting(options.setting, folder=options.folder, work=options.work)
         known = [name for name in evaluate.truths() if name.split("-")[0] == setting.name]
-        run(setting, options.truths or known, options.again, options.kept, results / f"yardstick-{setting.name}.json")
+        only = [] if options.kept else options.only
+        run(setting, options.truths or known, options.again, only, results / f"yardstick-{setting.name}.json")
     write_pages()
 
 

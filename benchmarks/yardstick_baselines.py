@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import retrac_scale as rs
 from benchmarks.yardstick_lab import Lab, Scores, damped, forward_features, scored
-from benchmarks.yardstick_methods import BOTH, DAMPINGS, EVERY, RECIPE, Found, Method, estimated
+from benchmarks.yardstick_methods import BOTH, DAMPINGS, EVERY, LOSS, Found, Method, estimated
 from retrac_scale.estimators import Estimator
 
 Features = Mapping[str, Any]
@@ -41,13 +41,13 @@ def baselines() -> list[Method]:
 
 
 def sanity() -> list[Method]:
-    """The recipe of wrong models, and its scores of wrong samples and queries."""
+    """The loss of wrong models, and its scores of wrong samples and queries."""
     return [
-        Method(f"{RECIPE}, the model before training", "common", partial(untrained, 0), "sanity", BOTH),
-        Method(f"{RECIPE}, an untrained model of another seed", "common", partial(untrained, 1), "sanity"),
-        Method(f"{RECIPE}, another seed's model", "common", other_seed, "sanity", late=True),
-        Method(f"{RECIPE}, samples shuffled", "common", partial(shuffled, 1), "sanity"),
-        Method(f"{RECIPE}, queries shuffled", "common", partial(shuffled, 0), "sanity"),
+        Method(f"{LOSS}, the model before training", "common", partial(untrained, 0), "sanity", BOTH),
+        Method(f"{LOSS}, an untrained model of another seed", "common", partial(untrained, 1), "sanity"),
+        Method(f"{LOSS}, another seed's model", "common", other_seed, "sanity", late=True),
+        Method(f"{LOSS}, samples shuffled", "common", partial(shuffled, 1), "sanity"),
+        Method(f"{LOSS}, queries shuffled", "common", partial(shuffled, 0), "sanity"),
     ]
 
 
@@ -180,23 +180,23 @@ def simclr(images: Tensor, epochs: int = 60, batch: int = 128, temperature: floa
 def untrained(seed: int, lab: Lab) -> Found:
     """Of random weights; 0 is the seed from which the model that is asked about, and those of the truth, began."""
     weights = {name: value.detach().clone() for name, value in lab.untrained(seed).state_dict().items()}
-    return recipe(lab.at(f"untrained {seed}", weights))
+    return of_loss(lab.at(f"untrained {seed}", weights))
 
 
 def other_seed(lab: Lab) -> Found:
     """Of a model trained on the same images from another seed: what is left belongs to the data, not to the model."""
     if lab.trainer is None:
         raise ValueError("this setting has no trainer.")
-    return recipe(lab.at("seed 1", lab.trainer(np.arange(len(lab.train)), 1)))
+    return of_loss(lab.at("seed 1", lab.trainer(np.arange(len(lab.train)), 1)))
 
 
 def shuffled(axis: int, lab: Lab) -> Found:
-    """The recipe's scores, their queries (0) or samples (1) in random order."""
-    found = recipe(lab)
+    """The loss's scores, their queries (0) or samples (1) in random order."""
+    found = of_loss(lab)
     rng = np.random.default_rng(0)
     return replace(found, scores={kind: rng.permutation(x, axis=axis) for kind, x in found.scores.items()})
 
 
-def recipe(lab: Lab) -> Found:
-    """The recommended way."""
+def of_loss(lab: Lab) -> Found:
+    """The recommended way, of the loss alone."""
     return estimated("common 4 x 512", rs.ReTracRidge(), lab)

@@ -19,14 +19,20 @@ def setting_page(report: Report) -> str:
     said = "; ".join(f"`{name}`: {sentence}" for name, sentence in report["truths"].items())
     text = [
         f"# The yardstick: {report['setting']}",
-        f"`{report['command']}`, {report['date']}, {report['machine']}. Written by that command.",
+        f"`{report['command']}`, {report['date']}, {machines([report])}. Written by that command.",
         f"{report['samples']} training images. {said}. Brackets: 95 % intervals, of LDS over queries and subsets, "
         "of the rest over queries. Pairs and bytes: of a training sample; seconds: CPU time from images and weights to "
         "the scores of all queries.",
     ]
+    several = len({row["machine"] for row in report["rows"]}) > 1
     for name in report["truths"]:
         for squared, title in ((False, name), (True, f"{name}, squares")):
-            lines = [line for row in report["rows"] if bool(row["form"]) == squared for line in _figures(row, name)]
+            lines = [
+                line | ({"machine": row["machine"].split(",")[0]} if several else {})
+                for row in report["rows"]
+                if bool(row["form"]) == squared
+                for line in _figures(row, name)
+            ]
             if lines:
                 text += [f"## {title}", table([ceilings(report, name), *ranked(lines)])]
     compared = [{**head(row), **row["ahead"]} for row in report["rows"] if row.get("ahead") and row["group"] != SANITY]
@@ -34,10 +40,16 @@ def setting_page(report: Report) -> str:
         text += [
             "## How far the recipe is ahead",
             f"LDS of {report['recipe']} under common noise minus that of the row; of its signed squares, where the row "
-            "is of squares. Intervals are of the differences.",
+            "is of squares; where half of the subsets judge, of the first row that they do. Intervals are of the "
+            "differences.",
             table(compared),
         ]
     return "\n\n".join(text) + "\n"
+
+
+def machines(reports: list[Report]) -> str:
+    """Those that rows were computed on."""
+    return " and ".join(dict.fromkeys(row["machine"] for report in reports for row in report["rows"]))
 
 
 def head(row: dict[str, Any]) -> dict[str, Any]:
@@ -84,7 +96,7 @@ def lds_of(report: Report, row: dict[str, Any]) -> dict[str, Any]:
 
 def leaderboard(reports: list[Report], removals: list[Report]) -> str:
     """The page that compares settings, and what removing top samples did."""
-    text = [INTRODUCTION.format(date=max(report["date"] for report in reports), machine=reports[0]["machine"])]
+    text = [INTRODUCTION.format(date=max(report["date"] for report in reports), machine=machines(reports))]
     text += ["## What to use when", WHEN, table([line for report in reports for line in advice(report)])]
     text += ["## Baselines, and what must fall", *filter(None, map(baselines, reports))]
     text += [SANE, table([line for report in reports for line in falls(report)])]
@@ -159,15 +171,15 @@ def by_held_out(line: dict[str, Any]) -> float:
 
 
 def advice(report: Report) -> list[dict[str, Any]]:
-    """Which rows the recipe is not clear of, a line for each kind of scores and of queries."""
+    """Which rows the recipe, or the first of its kind, is not clear of: a line for each kind of scores and queries."""
     lines = []
     for half in (False, True):
         for squared in (False, True):
             same = [row for row in report["rows"] if (bool(row["form"]), row["half"]) == (squared, half)]
-            recipe = next(
-                (row for row in same if row["method"].startswith(report["recipe"]) and "ahead" not in row), None
-            )
-            for kind, figure in lds_of(report, recipe).items() if recipe else ():
+            leader = next((row for row in same if "ahead" not in row and row["group"] == "ours"), None)
+            if leader is None:
+                continue
+            for kind, figure in lds_of(report, leader).items():
                 rivals = [row for row in same if row["group"] != SANITY and kind in row.get("ahead", {})]
                 better = [named(row) for row in rivals if row["ahead"][kind]["high"] < 0]
                 level = [named(row) for row in rivals if row["ahead"][kind]["low"] <= 0 <= row["ahead"][kind]["high"]]
@@ -176,7 +188,8 @@ def advice(report: Report) -> list[dict[str, Any]]:
                         "setting": report["setting"],
                         "scores": ("signed squares" if squared else "as they are") + ", dampings fitted" * half,
                         "queries": kind,
-                        f"LDS of {report['recipe']}, common": figure["value"],
+                        "of": str(leader["method"]).removesuffix(", damping fitted"),
+                        "LDS": figure["value"],
                         "clearly better": "; ".join(better) or "none",
                         "not clearly worse": "; ".join(level) or "none",
                     }
@@ -205,17 +218,18 @@ def baselines(report: Report) -> str:
 
 
 def falls(report: Report) -> list[dict[str, Any]]:
-    """One figure of each truth, of the recipe and of each sanity row."""
+    """One figure of each truth, of the trained model and of each sanity row."""
     lines = []
     rows = [row for row in report["rows"] if not row["form"] and not row["half"]]
-    recipe = next(row for row in rows if row["method"] == report["recipe"])
+    bases = {row["method"].split(", ")[0] for row in rows if row["group"] == SANITY} or {report["recipe"]}
+    trained = next(row for row in rows if row["method"] in bases)
     for truth in report["truths"]:
-        every = reversed(recipe["figures"].get(truth, []))  # of the first kind of query, the first grouping
+        every = reversed(trained["figures"].get(truth, []))  # of the first kind of query, the first grouping
         told = {one["metric"].split(" of ")[0]: one for one in every}
         figure = next((told[metric] for metric in TELLING if metric in told), None)
         if figure is None:
             continue
-        line = {"truth": truth, "figure": column(figure), "the recipe": figure["value"]}
+        line = {"truth": truth, "figure": column(figure), "the trained model": figure["value"]}
         for row in rows:
             if row["group"] == SANITY:
                 same = [one for one in row["figures"].get(truth, []) if column(one) == column(figure)]
@@ -245,10 +259,10 @@ BASELINES = "pixel ridge", "middle activations, same ridge"
 TELLING = ("LDS", "in top 10", "first")
 """Metrics by which truths are compared."""
 COMPARED = (
-    ("ReTracRidge", "common", ""),
-    ("ReTracRidge", "common", "signed squares"),
     ("ReTracRidge, loss and output", "common", ""),
     ("ReTracRidge, loss and output", "common", "signed squares"),
+    ("ReTracRidge", "common", ""),
+    ("ReTracRidge", "common", "signed squares"),
     ("D-TRAK, its authors' script", None, ""),
     ("DAS, its authors' script", None, "squared"),
     ("TRAK's package, 4096 entries, our damping", None, ""),
@@ -299,18 +313,20 @@ batch, so that a query shares its noise with the samples at its own place in the
 `evaluate.judge` gives such a row for any array `[queries, samples]`, whatever made it: see
 [the yardstick](yardstick.md)."""
 
-WHEN = """- **What would retraining without these images do?** `ReTracRidge` over four timesteps under common noise, the
-  default. It is at the head of the tables for pictures that were trained on and such as were held out, and does
-  not stand there alone: the table below names the rows that are clearly better, and those that are not clearly
-  worse, most of them other functions under the same noise with such a ridge. Its sign is that of the influence.
-  For sums over sets of images, as those here, squares with the sign of the score, `scores * abs(scores)`, foretell
-  losses better than the scores themselves; no list changes its order by them.
-- **May more be measured?** Take the gradients of the model's output beside those of the loss,
-  `measure=["mse", "mean_squared_output"]`, whose scores `ReTracRidge` adds up ([how](methods.md#d-trak)): rows
-  *loss and output*. In all settings below their signed squares are clearly ahead of the loss's for every kind of
-  picture, and so are the scores as they are but for pictures that were trained on. *Eight timesteps*, with as many
-  gradients and bytes, bring less on emoji16 and flow16 for pictures that the model made, and more on digits8. Where
-  combinations are asked for that training never had (shapes16), the output alone finds one of their two parents.
+WHEN = """- **What would retraining without these images do?** The gradients of the loss and of the model's output over
+  four timesteps under common noise, whose scores `ReTracRidge` adds up ([how](methods.md#d-trak)): what `init` writes,
+  and `measure=("mse", "mean_squared_output")` in Python. In all three settings with retrained models their
+  signed squares are clearly ahead of those of the loss alone, for every kind of picture, and so are the scores
+  as they are but for pictures that were trained on. They do not stand there alone: the table below names the
+  rows that are clearly better, and those that are not clearly worse, most of them other functions under the
+  same noise with such a ridge. The sign is that of the influence. For sums over sets of images, as those here,
+  squares with the sign of the score, `scores * abs(scores)`, foretell losses better than the scores themselves;
+  no list changes its order by them.
+- **Half of the bytes?** The loss alone, rows *ReTracRidge* (`measure = "mse"`), or both in *256 entries each*, whose
+  sums of signed squares are as good as those of 512, and whose other figures fall behind. *Eight timesteps* of the
+  loss, as many bytes as the default and more time, bring less on emoji16 and flow16 for pictures that the model made,
+  and more on digits8. Where combinations are asked for that training never had (shapes16), the loss's lists hold both
+  parents more often.
 - **Common noise and a ridge decide more than what is differentiated.** The loss, D-TRAK's and DAS's functions,
   and on digits plain activations, come out close together under the same noise with a ridge whose damping suits
   them: see the rows of fitted dampings. A comparison in which one method has its noise in common, or its
@@ -327,7 +343,8 @@ WHEN = """- **What would retraining without these images do?** `ReTracRidge` ove
   below under a rule that gives too little: that, and not what is normalised, is why it was once found near zero
   here. Fit it on retrained models that do not judge it.
 
-What follows is computed: rows for which the interval of the difference to the recipe lies above zero, or holds it."""
+What follows is computed: rows for which the interval of the difference to the row under "of" lies above zero, or holds
+it."""
 
 REMOVED = """`{command}`, {date}, {machine}; {hours} hours of training on a machine that others used too. Written by
 that command.
@@ -339,8 +356,8 @@ others: than the other generated images of the same model. Brackets: 95 % interv
 that differ in any tenth of their samples make other images of the same noise: the difference counts, not the
 distance."""
 
-SANE = """Shuffled samples must leave nothing, shuffled queries what is the same for every query. A model before
-training, or of another seed, is not the model that was asked: what its gradients keep is owed to the
+SANE = """Of the loss alone. Shuffled samples must leave nothing, shuffled queries what is the same for every query.
+A model before training, or of another seed, is not the model that was asked: what its gradients keep is owed to the
 pictures, the architecture and the common noise, not to what this model learnt. Where they keep nearly
 all, a figure shows that a method knows which pictures are alike to a network of this kind, and does not
 show that it explains this network; where they fall, it is about the model."""

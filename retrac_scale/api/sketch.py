@@ -59,7 +59,7 @@ def sketch(
         task: what is differentiated.
         dataset: map-style; an item is a tensor, (tensor, label or dict of conditioning), or a dict with the image under
             "image", "pixel_values", ... Sample ids come from `dataset.ids`, default 0 .. n-1.
-        out: path, fsspec URL, or None for memory, which holds one measure, that of `like` if the task has several.
+        out: path, fsspec URL, or None for memory, where of a task's measures that of `like` alone is taken.
         checkpoints: {name: state dict, path, or callable returning a state dict}.
         timesteps: `EvenlySpaced(count)`, `Explicit([...])`, `Recorded(path)`, or several of them. None takes those of
             the store at `out`, or of `like`, which makes queries see the noise that the training samples saw; where
@@ -89,7 +89,8 @@ def sketch(
         progress: show a bar with the rate in pairs per second, under this name if it is one.
 
     Returns:
-        the complete store, of the task's first measure; `open_store(out, measure=...)` opens the others.
+        the complete store, of the task's first measure, or of all of `like`; `store.under(*task.measures)` has them
+        all side by side.
 
     Raises:
         ValueError: a bad item, id, timestep, checkpoint or projection, named, with what to do.

@@ -85,9 +85,22 @@ def measures_of(project: Project) -> tuple[str, ...]:
     Raises:
         ValueError: there is no estimator of a name.
     """
-    kinds = [make_estimator(name).measures for name in project.estimators]
-    further = [own[0] for own in kinds if own and not set(project.measures) & set(own)]
-    return tuple(dict.fromkeys([*project.measures, *further]))
+    kinds, own = [make_estimator(name).measures for name in project.estimators], own_measures(project)
+    further = [kind[0] for kind in kinds if kind and not set(own) & set(kind)]
+    return tuple(dict.fromkeys([*own, *further]))
+
+
+def own_measures(project: Project) -> tuple[str, ...]:
+    """What the project compares pictures by: what the file says, else what its store has of that, else its first."""
+    from retrac_scale.store import open_store
+
+    if "measure" in project.stated:
+        return project.measures
+    try:
+        held = open_store(project.store).measurements
+    except (FileNotFoundError, ValueError):  # whatever else is there, sketch names it
+        return project.measures
+    return tuple(one for one in project.measures if one in held) or (held[0],)
 
 
 def of_measure(name: str, store: SketchStore) -> tuple[SketchStore, Estimator]:
@@ -140,31 +153,42 @@ def open_sketches(project: Project, measures: Sequence[str] | None = None) -> Sk
         store = open_store(project.store, measure=measures)
     except FileNotFoundError:
         raise FileNotFoundError(project.missing(project.store)) from None
-    if measures is not None or len(project.measures) == 1:
+    own = own_measures(project)
+    if measures is not None or len(own) == 1:
         return store
-    missing = [one for one in project.measures if one not in store.measurements]
+    missing = [one for one in own if one not in store.measurements]
     if missing:
         raise ValueError(
             f"{project.store} was not measured by {' and '.join(missing)} yet, as {FILE} says; run `retrac-scale "
             "sketch`, which adds what is missing."
         )
-    return store.under(*project.measures)
+    return store.under(*own)
 
 
 def place_of(project: Project, estimator: Estimator, store: SketchStore) -> str:
-    """Where a project's index of an estimator stands; with the names of measures that are not what it is of by itself.
+    """Where a project's index of an estimator stands; with the names of measures that are not those it takes by itself.
 
     Args:
         project: whose output folder it is in.
         estimator: of the index.
         store: under the measures of the index.
     """
+    from retrac_scale.query.index import open_index
     from retrac_scale.store.part import measures_in
 
     measures, every = measures_in(store.fingerprint), store.measurements
-    own = next((one for one in every if one in estimator.measures), every[0])
-    further = measures if measures not in ([own], [None]) else []  # a store of arrays names none
-    return project.place("-".join([type(estimator).__name__.lower(), *further]) + ".zarr")
+    own = [next((one for one in every if one in estimator.measures), every[0])]
+    if not estimator.measures and type(estimator)().pairing == "matched":
+        own = list(own_measures(project))
+    name = type(estimator).__name__.lower()
+    place = project.place(f"{name}.zarr")
+    if measures in (own, [None]):  # a store of arrays names none
+        try:
+            if measures_in(open_index(place).meta) == measures:
+                return place
+        except (FileNotFoundError, ValueError):  # whatever else is there, building names it
+            return place
+    return project.place("-".join([name, *measures]) + ".zarr")
 
 
 def picture_names(index: Index) -> Column:

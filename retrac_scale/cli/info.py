@@ -48,8 +48,10 @@ def _run(arguments: argparse.Namespace) -> Answer:
     how = f"to query it: retrac-scale index {url} index.zarr, then retrac-scale query index.zarr QUERIES"
     if not arguments.url:
         how = "to query it: retrac-scale query, or retrac-scale report"
-    every = [_describe(store, how, arguments.repeatability) for store in stores]
-    return Answer("\n".join(text for text, _ in every), {"what": "store", "measurements": [data for _, data in every]})
+    (first, data), *others = [_describe(store, arguments.repeatability) for store in stores]
+    lines = first + [line for more, _ in others for line in more if line not in first]
+    lines += [how] if all(store.is_complete for store in stores) else []
+    return Answer("\n".join(lines), {"what": "store", "measurements": [data, *(more for _, more in others)]})
 
 
 def _of_index(url: str, root: zarr.Group, meta: dict[str, Any], repeatability: bool) -> Answer:
@@ -79,7 +81,7 @@ def _opened(url: str) -> Any:
     return open_index(url)
 
 
-def _describe(store: SketchStore, how: str, repeatability: bool) -> tuple[str, dict[str, Any]]:
+def _describe(store: SketchStore, repeatability: bool) -> tuple[list[str], dict[str, Any]]:
     import numpy as np
 
     n, t, k = store.shape
@@ -120,10 +122,10 @@ def _describe(store: SketchStore, how: str, repeatability: bool) -> tuple[str, d
     data |= {"checkpoints": checkpoints, "pairs": pairs, "pairs_written": written, "norms": curve}
     if store.is_complete:
         line, data["repeatability"] = told(lambda: store, repeatability)
-        lines += [line, how]
+        lines.append(line)
     else:
         lines.append("not complete: run `retrac-scale sketch` again, it computes only what is missing")
-    return "\n".join(lines), data | {"complete": store.is_complete}
+    return lines, data | {"complete": store.is_complete}
 
 
 def in_words(about: Any) -> str:

@@ -72,7 +72,8 @@ def _look(project: Project) -> tuple[Project, dict[str, str], list[str]]:
         line += "; in the file as comments: the model's own weights alone are measured, which is the recommended recipe"
     told += [line] if line else []
     if recorded or project.noise == "own":  # products at the same timestep would be the luck of two draws
-        project = replace(project, noise="own", estimators=("TracIn", "ReTrac"))
+        measure = project.measure if "measure" in project.stated else "mse"  # they average timesteps, of one function
+        project = replace(project, noise="own", measure=measure, estimators=("TracIn", "ReTrac"))
     return project, beside, told
 
 

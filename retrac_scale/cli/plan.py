@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from retrac_scale.cli.indexes import make_estimator, measures_of, open_sketches, with_options
+from retrac_scale.cli.indexes import make_estimator, measures_of, open_sketches, own_measures, with_options
 from retrac_scale.cli.info import in_words
 from retrac_scale.cli.measured import load_adapted, refuse_no_device
 from retrac_scale.cli.project import RECORDED, Project, find, projection_of, told_entries
@@ -30,6 +30,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="int8", choices=("int8", "float16", "bfloat16", "float32"))
     parser.add_argument("--model", help="diffusers folder or hub name, or 'demo': times sketching it here")
     parser.add_argument("--rank", type=int, help=f"{told_entries()['rank']} (default: {Project.rank})")
+    parser.add_argument("--measure", help=f"{told_entries()['measure']} (default: {Project.measure})")
     parser.add_argument("--device", default="cpu", help="where to time (default: cpu)")
     parser.add_argument("--hours", type=float, help="deadline: says how many such workers meet it")
     parser.add_argument(
@@ -56,7 +57,7 @@ class _Run:
     known: Mapping[str, Any]
     measured: int = 0
     """Pairs of it that are there already."""
-    measures: int = 1
+    measures: Sequence[str] = ("mse",)
     """Functions that are differentiated."""
     together: int = 1
     """Those of them that a training loss's index holds side by side."""
@@ -64,6 +65,8 @@ class _Run:
 
 def _run(arguments: argparse.Namespace) -> Answer:
     project = find(arguments.config)
+    if arguments.measure is not None:
+        project = replace(project, measure=arguments.measure, stated=project.stated | {"measure"})
     if arguments.repeatability is None:
         planned, told = _described(arguments, project), Answer("", {})
     else:
@@ -73,7 +76,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
     model = arguments.model or (project.path(project.model) if project.model else None)
     if model is None:
         return Answer("\n".join([*lines, "time:  give --model to have it measured"]), data)
-    task = _example_task(model, {} if arguments.model else project.weights, arguments.device)
+    task = _example_task(model, {} if arguments.model else project.weights, arguments.device, planned.measures)
     return _timed(planned, task, model, arguments, lines, data)
 
 
@@ -92,7 +95,7 @@ def _described(arguments: argparse.Namespace, project: Project) -> _Run:
     elif arguments.model == "demo" and arguments.samples is None:
         dataset = demo.load_scans()
         usual = {"timesteps": 1, "checkpoints": len(demo.KEPT_EPOCHS), "dim": demo.DIM}
-        estimators, rank = ("TracIn", "ReTrac"), 0
+        project, estimators, rank = replace(project, measure="mse"), ("TracIn", "ReTrac"), 0
     given = {"samples": None if dataset is None else len(dataset), **usual}
     sizes = {name: given[name] if (said := getattr(arguments, name)) is None else said for name in given}
     if min(size or 0 for size in sizes.values()) < 1:
@@ -103,7 +106,7 @@ def _described(arguments: argparse.Namespace, project: Project) -> _Run:
     made = [make_estimator(name) for name in estimators]
     if project.noise == "common":  # as `of_measure` has them
         made = [with_options(one, {"pairing": "matched"}) if one.measures else one for one in made]
-    told: dict[str, Any] = {"measures": len(measures_of(project)), "together": len(project.measures)}
+    told: dict[str, Any] = {"measures": measures_of(project), "together": len(own_measures(project))}
     return _Run(**sizes, projection=projection, estimators=made, known=known, **told)
 
 
@@ -129,13 +132,15 @@ def _repeated(arguments: argparse.Namespace, project: Project) -> tuple[_Run, An
             f"how many measurements it takes is told from a complete store, and {url} is none; `retrac-scale sketch` "
             "first, or sketch a sample of the images and give it by --store."
         )
-    if given := [name for name in ("timesteps", "checkpoints", "dim", "rank") if getattr(arguments, name) is not None]:
+    fixed = ("timesteps", "checkpoints", "dim", "rank", "measure")
+    if given := [name for name in fixed if getattr(arguments, name) is not None]:
         raise ValueError(f"--{given[0]} is what the store has; leave it out with --repeatability.")
     found, share = repeatability(store), arguments.repeatability
     needed = found.needed(share)
     if needed >= NEVER:
         raise ValueError(f"{found}; no number of measurements is foretold to reach {share:g}.")
-    functions = len(measures_in(store.fingerprint))
+    names = [one or "mse" for one in measures_in(store.fingerprint)]  # a store of arrays names none
+    functions = len(names)
     held, t, k = store.shape[0], store.shape[1] // functions, store.shape[2]
     c, n, each = len(store.checkpoints), arguments.samples or held, store.parts[0].shape[1]
     lines = [f"repeatability: {found}"]
@@ -158,7 +163,7 @@ def _repeated(arguments: argparse.Namespace, project: Project) -> tuple[_Run, An
         [recommended(store)],
         {"ids": store.ids, "columns": store.columns} if alike else {},
         measured=held * t * c if alike else 0,
-        measures=functions,
+        measures=names,
         together=functions,
     )
     data = {"repeatability": as_json(found), "target": share, "needed": needed, what: total, "foretold": asdict(there)}
@@ -172,7 +177,8 @@ def _sizes(planned: _Run, dtype: Dtype) -> tuple[list[str], dict[str, Any]]:
     n, t, c, k = planned.samples, planned.timesteps, planned.checkpoints, planned.dim
     size = planner.store_size(n, t, c, k, dtype=dtype, **planned.known)
     named = "ids and columns as in the data" if planned.known else "integer ids, no columns"
-    stored = planned.measures * size.array_bytes
+    functions = len(planned.measures)
+    stored = functions * size.array_bytes
     side_by_side = [1 if one.measures else planned.together for one in planned.estimators]
     parts = [t * m if one.pairing == "matched" else 1 for one, m in zip(planned.estimators, side_by_side, strict=True)]
     index = sum(
@@ -184,15 +190,15 @@ def _sizes(planned: _Run, dtype: Dtype) -> tuple[list[str], dict[str, Any]]:
     speed = planner.measure_scanning(width)
     kinds = ", ".join(f"{type(one).__name__} with {one.pairing} pairing" for one in planned.estimators)
     lines = [
-        f"store: {in_bytes(stored)} in {planned.measures * size.files:,} chunk files, {size.blocks:,} blocks"
-        f"{f', of {planned.measures} measures' if planned.measures > 1 else ''}",
+        f"store: {in_bytes(stored)} in {functions * size.files:,} chunk files, {size.blocks:,} blocks"
+        f"{f', of {functions} measures' if functions > 1 else ''}",
         f"       and about {in_bytes(size.metadata_bytes)} of metadata ({named}, unsharded)",
         f"index: {in_bytes(index)} (int8, {kinds})",
         f"scan:  {in_time(n * c * width / speed)} per query ({speed / 1e9:.2f} GB/s measured here, index in memory)",
     ]
     data = {
         "store_bytes": stored,
-        "store_files": planned.measures * size.files,
+        "store_files": functions * size.files,
         "metadata_bytes": size.metadata_bytes,
         "index_bytes": index,
         "scan_seconds": n * c * width / speed,
@@ -200,19 +206,21 @@ def _sizes(planned: _Run, dtype: Dtype) -> tuple[list[str], dict[str, Any]]:
     return lines, data
 
 
-def _example_task(model: str, checkpoints: Mapping[str, str], device: str) -> DiffusionTask:
+def _example_task(model: str, checkpoints: Mapping[str, str], device: str, measures: Sequence[str]) -> DiffusionTask:
     """The task of a model that a run is planned for, or of the demo; it is timed alike under any scheduler."""
     from diffusers import DDPMScheduler
 
     from retrac_scale.task.diffusion import DiffusionTask
+    from retrac_scale.task.measures import measure_named
 
     refuse_no_device(device)
+    told: dict[str, Any] = {"device": device, "measure": [measure_named(one)["measure"] for one in measures]}
     if model == "demo":
         from retrac_scale.demo import build_model
 
-        return DiffusionTask(build_model(), DDPMScheduler(num_train_timesteps=1000), device=device)
+        return DiffusionTask(build_model(), DDPMScheduler(num_train_timesteps=1000), **told)
     denoiser, encoder = load_adapted(model, checkpoints)
-    return DiffusionTask(denoiser, DDPMScheduler(num_train_timesteps=1000), encoder=encoder, device=device)
+    return DiffusionTask(denoiser, DDPMScheduler(num_train_timesteps=1000), encoder=encoder, **told)
 
 
 def _timed(
@@ -235,9 +243,9 @@ def _timed(
     print(f"measuring how fast {model} is sketched here ...", file=sys.stderr)
     pairs = planned.samples * planned.timesteps * planned.checkpoints - planned.measured
     rate = planner.measure_sketching(task, item, projection, max(1, pairs))
-    seconds = rate.seconds(planned.measures * pairs)
+    seconds = rate.seconds(pairs)
     missing = ", what is there already left out" if planned.measured else ""
-    missing += f", {planned.measures} measures, which share some work" if planned.measures > 1 else ""
+    missing += f", {len(planned.measures)} measures" if len(planned.measures) > 1 else ""
     lines.append(
         f"time:  {in_time(seconds)} on one worker like this ({1 / rate.pair_s:.1f} pairs/s, 1 noise draw, "
         f"{in_words(planned.projection)}{missing})"

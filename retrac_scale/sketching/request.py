@@ -80,7 +80,8 @@ def settle(
     if like is not None and request.parameters is None:
         changes["parameters"] = list(like.fingerprint["parameters"]).__contains__
     if request.out is None:
-        changes |= {"task": _of_one_measure(request), "out": MemoryStore() if len(plans) > 1 else None}
+        task = _as_measured(request)
+        changes |= {"task": task, "out": MemoryStore() if len(plans) > 1 or len(task.measures) > 1 else None}
     return replace(request, **changes), plans
 
 
@@ -128,11 +129,8 @@ def existing(out: Url) -> SketchStore | None:
         return None
 
 
-def _of_one_measure(request: Request) -> DiffusionTask:
-    """The task with the measure of `like`, if it has several: memory holds one."""
+def _as_measured(request: Request) -> DiffusionTask:
+    """The task with the measure of `like` alone, if it has that among several."""
     task, like = request.task, request.like
-    if like is not None and like.fingerprint.get("measure") in task.measures:
-        return task.only(like.fingerprint["measure"])
-    if len(task.measures) > 1:
-        raise ValueError(f"memory holds one measure, the task has {len(task.measures)}; give out= a path.")
-    return task
+    measure = None if like is None else like.fingerprint.get("measure")
+    return task.only(measure) if measure in task.measures else task

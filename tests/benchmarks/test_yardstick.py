@@ -275,7 +275,7 @@ def test_scores_are_kept_and_only_new_kinds_of_queries_are_computed(lab: Lab) ->
 
     method = Method("some", "own", ask)
     scores, cost = yardstick.asked(method, lab.some(["held out"]))
-    assert cost == {"pairs": 1, "bytes": 2, "seconds": 3.0}
+    assert cost == {"pairs": 1, "bytes": 2, "seconds": 3.0, "machine": yardstick.machine()}
     again, _ = yardstick.asked(method, lab)
     assert calls == [["held out"], ["generated"]]
     assert list(again) == list(scores) == ["held out"]  # the method has none for generated ones
@@ -311,13 +311,13 @@ def report() -> dict[str, Any]:
         keys = ("value", "low", "high")
         compared = {} if lead is None else {"ahead": {"held out": dict(zip(keys, lead, strict=True))}}
         return {
-            **{"method": method, "noise": "common", "group": "ours", "form": "", "half": False},
+            **{"machine": "some", "method": method, "noise": "common", "group": "ours", "form": "", "half": False},
             **{"pairs": 4, "bytes": 2048, "seconds": 1.5, "figures": {"tiny-lds": [figure]}, **compared},
         }
 
     rows = [row("ReTracRidge", 0.6, None), row("TRAK", 0.3, (0.3, 0.2, 0.4)), row("DAS", 0.59, (0.01, -0.05, 0.07))]
     return {
-        **{"command": "python", "machine": "some", "date": "2026-01-01", "setting": "tiny", "samples": N},
+        **{"command": "python", "date": "2026-01-01", "setting": "tiny", "samples": N},
         **{"recipe": "ReTracRidge", "truths": {"tiny-lds": "12 models"}, "rows": rows},
     }
 

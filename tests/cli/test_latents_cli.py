@@ -93,9 +93,11 @@ def test_a_latent_model_or_its_lora_is_sketched_and_asked_as_in_python(
     assert f"images: captions are in {'.txt files' if lora else 'column text'}; 2 of 5 are cut to 8 tokens" in told.out
     assert "truncated" not in told.err
     assert "encoding 5 images into attribution/encoded.zarr, up to " in told.err
-    task = rs.DiffusionTask.from_pretrained("sd", lora=lora or None)
+    both = ("mse", "mean_squared_output")
+    task = rs.DiffusionTask.from_pretrained("sd", lora=lora or None, measure=both)
     dataset = ImageFiles("images", given={"prompt": ".txt" if lora else "text"}, size=size)
-    store, expected = rs.open_store("attribution/sketches.zarr"), in_python(task, dataset, {name: weights})
+    expected = in_python(task, dataset, {name: weights}).under(*both)
+    store = rs.open_store("attribution/sketches.zarr", measure=both)
     assert store.ids.tolist() == [f"images/{number}.png" for number in range(5)]
     np.testing.assert_array_equal(store.sketches(name), expected.sketches(name))
     assert store.fingerprint["checkpoints"] == expected.fingerprint["checkpoints"]

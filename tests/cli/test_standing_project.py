@@ -39,8 +39,12 @@ def sketched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         given = ["--model", "model", "--images", "train", "--query-images", "gen", "--background", "white"]
-        assert main(["init", *given, "--timesteps", "2", "--dim", "64", "--rank", "0", "--size", "8"]) == 0
-        assert main(["sketch", "--measure", BOTH]) == 0
+        assert (
+            main(["init", *given, "--timesteps", "2", "--dim", "64", "--rank", "0", "--size", "8", "--measure", "mse"])
+            == 0
+        )
+        for measure in ("mse", BOTH):
+            assert main(["sketch", "--measure", measure]) == 0
         assert main(["index"]) == 0
     return folder
 

@@ -293,8 +293,13 @@ def test_queries_are_measured_like_a_store_in_one_or_all_of_its_measures(tmp_pat
         stored = index.query(rs.open_store(tmp_path / "q", measure=of.fingerprint["measure"]), 3)
         sketched = index.query(rs.Samples(images[:2], task, state, both["timesteps"]), 3)
         np.testing.assert_array_equal(stored.ids, sketched.ids)
-    with pytest.raises(ValueError, match="memory holds one measure, the task has 2"):
-        run(model, images, **both)
+    held = run(model, images, projection=rs.CountSketch(64), **both)  # in memory
+    for measure in both["measure"]:
+        assert_same(held.under(measure), rs.open_store(tmp_path / "s", measure=measure))
+    side_by_side = held.under(*both["measure"])
+    assert side_by_side.shape == (4, 4, 64)
+    assert run(model, images[:2], like=side_by_side, projection=rs.CountSketch(64), **both).shape == (2, 4, 64)
+    assert run(model, images[:2], like=norms, projection=rs.CountSketch(64), **both).measurements == ["output_l2"]
     with pytest.raises(ValueError, match="measure is 'mse' there and 'l1' here"):
         run(model, images, like=store, projection=rs.CountSketch(64), out=tmp_path / "r", **{**both, "measure": "l1"})
 
