@@ -19,7 +19,7 @@ from PIL import Image
 
 import retrac_scale as rs
 from retrac_scale import planner
-from retrac_scale.cli import main
+from retrac_scale.cli import check, main
 from retrac_scale.cli.indexes import open_indexes
 from retrac_scale.cli.measured import measured_like
 from retrac_scale.cli.project import FILE, Project, find
@@ -56,17 +56,20 @@ def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(planner, "CALIBRATION_SECONDS", 0.1)
+    monkeypatch.setattr(check, "OFTEN", 4)
     return tmp_path
 
 
 INIT = ["init", "--model", "model", "--images", "training-images", "--query-images", "generated-images"]
-SMALL = ["--timesteps", "2", "--dim", "64", "--rank", "0"]
+BRIEF = ["--timesteps", "2", "--dim", "64", "--rank", "0"]
+SMALL = [*BRIEF, "--measure", "mse"]
 BOTH = ["mse", "mean_squared_output"]
 """What is measured unless somebody says otherwise."""
 
 
 def test_three_commands_lead_from_folders_to_a_report(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*INIT, *SMALL]) == 0
+    assert main([*INIT, *BRIEF]) == 0
     told = capsys.readouterr().out
     assert "training-images: 9 images of 8 x 8" in told
     assert main(["sketch", "--json"]) == 0
@@ -261,7 +264,7 @@ def test_a_store_that_was_given_its_sketches_is_no_commands(folder: Path, capsys
 
 
 def test_until_measures_again_and_queries_with_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*INIT, *SMALL]) == 0
+    assert main([*INIT, *BRIEF]) == 0
     assert main(["sketch"]) == 0
     assert main(["report", "-k", "2"]) == 0
     capsys.readouterr()
@@ -306,7 +309,7 @@ def test_new_training_images_are_added_and_those_that_are_gone_are_named(
 def test_what_d_trak_and_das_differentiate_is_measured_when_the_file_names_them(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*INIT, *SMALL, "--measure", "mse"]) == 0
+    assert main([*INIT, *SMALL]) == 0
     assert main(["sketch"]) == 0
     commits = {file: file.stat().st_mtime_ns for file in Path("attribution/sketches.zarr/final/commit").rglob("*")}
     assert main(["index", "--estimator", "dtrak"]) == 1
@@ -346,7 +349,7 @@ def test_what_d_trak_and_das_differentiate_is_measured_when_the_file_names_them(
 def test_the_loss_and_the_output_are_added_up_once_the_file_says_so(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*INIT, *SMALL, "--measure", "mse"]) == 0
+    assert main([*INIT, *SMALL]) == 0
     assert main(["sketch"]) == 0
     assert main(["plan", "--json"]) == 0
     alone = json.loads(capsys.readouterr().out.splitlines()[-1])
