@@ -82,7 +82,8 @@ def sketch(
         check_all: compare all items with those that were sketched. It is done anyway for up to 10,000 samples and with
             `replace`; of more, an even sample is compared, and those whose file has another size or time.
         until: measure all samples again at further timesteps, until the overlap of the top-10 lists of two such runs is
-            foretold to be so much (`repeatability`, of the recommended estimator), or `at_most` is spent.
+            foretold to be so much (`repeatability`, of the recommended estimator, which under common noise adds up all
+            measures), or `at_most` is spent.
         at_most: timesteps of a sample in all, with `until`.
         layout: how samples are cut into blocks; None chooses.
         client: a `distributed.Client` to spread the blocks over; `out` must be reachable from its workers.
@@ -126,4 +127,4 @@ def sketch(
     store = sketched_by_plans(request, plans)
     again = partial(further, first, num_train_timesteps=task.num_train_timesteps)
     more = partial(sketched_by, changed(request, grow=True, replace=False))
-    return grown_until(store, until, at_most, again, more)
+    return grown_until(store, until, at_most, again, more, task.measures)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
+from retrac_scale.estimators import recommended
 from retrac_scale.measurement.repeatability import repeatability
 from retrac_scale.store import SketchStore
 from retrac_scale.store.part import plans_of
@@ -38,8 +39,12 @@ def grown_until(
     at_most: int,
     again: Callable[[int], Grid],
     measured: Callable[[TimestepPlan], SketchStore],
+    measures: Sequence[str],
 ) -> SketchStore:
-    """Measure a store again and again until its answers repeat; warns where the budget ends before."""
+    """Measure a store again and again until its answers, of all measures added up, repeat.
+
+    Warns where the budget ends before.
+    """
     stored = plans_of(store.fingerprint)
     if not store.is_complete:  # a call that was interrupted
         for begun in map(grid_from_spec, stored[1:]):
@@ -47,7 +52,7 @@ def grown_until(
     each, number = store.parts[0].shape[1], 1
     while True:
         times, room = len(stored), (at_most - store.shape[1]) // each
-        told = None if store.shape[1] == 1 else repeatability(store)
+        told = None if store.shape[1] == 1 else repeatability(_added_up(store, measures))
         wanted = 2 if told is None else told.needed(until)
         # no more than double: what is foretold is measured on the way
         more = min(room, max(0, -(-(wanted - store.shape[1]) // each)), times)
@@ -60,3 +65,9 @@ def grown_until(
             if (another := again(number)).spec() not in stored:
                 store = measured(another)
                 stored = plans_of(store.fingerprint)
+
+
+def _added_up(store: SketchStore, measures: Sequence[str]) -> SketchStore:
+    """The store under all measures, where the recommended estimator adds up their scores, else under its own."""
+    together = store.under(*measures)
+    return together if recommended(together).pairing == "matched" else store

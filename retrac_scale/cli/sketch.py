@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from retrac_scale.cli import check
-from retrac_scale.cli.indexes import open_sketches
+from retrac_scale.cli.indexes import open_sketches, own_measures
 from retrac_scale.cli.info import BYTES
 from retrac_scale.cli.measured import project_images, project_task
 from retrac_scale.cli.project import FILE, RECORDED, Project, add_options, find, need, overruled, projection_of
@@ -84,8 +84,12 @@ def _run(arguments: argparse.Namespace) -> Answer:
     measured["grow"] = _has_grown(project.store, training)
     dataset = _encoded(project, task, training, **again)
     with at_work as client:
-        measured |= {"client": client, **until}
-        store = sketch(task, dataset, project.store, progress="training images", **common, **measured)
+        measured |= {"client": client, "progress": "training images"}
+        if until:  # lists are of the project's own measures, whatever else its estimators take
+            own = task.only(*task.measures[: len(own_measures(project))])
+            sketch(own, dataset, project.store, **common, **measured, **until)
+            measured = {"client": client, "progress": "training images", "grow": True}
+        store = sketch(task, dataset, project.store, **common, **measured)
     made = {"store": store}
     gone: list[str] = []
     if asked is not None:

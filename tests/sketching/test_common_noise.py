@@ -300,6 +300,18 @@ def test_until_ends_at_the_share_or_at_the_budget(tmp_path: Path, caplog: pytest
     np.testing.assert_array_equal(rs.open_store(tmp_path / "s").sketches("c"), whole.sketches("c"))
 
 
+def test_until_asks_how_far_the_sums_of_all_measures_repeat(tmp_path: Path) -> None:
+    task = rs.DiffusionTask(TASK.model, TASK.scheduler, measure=("mse", "mean_squared_output"))
+    given: dict[str, Any] = {"checkpoints": {"c": STATES["late"]}, "timesteps": rs.EvenlySpaced(4), **WHOLE}
+    first = rs.sketch(task, images(40), tmp_path / "s", **given)
+    alone, added_up = (rs.repeatability(one).overlap.value for one in (first, first.under(*task.measures)))
+    assert added_up > alone + 0.01
+    between = (alone + added_up) / 2
+    assert rs.sketch(task, images(40), tmp_path / "s", until=between, at_most=8, **given).shape[1] == 4
+    alone_enough = rs.sketch(task.only("mse"), images(40), tmp_path / "t", until=between, at_most=8, **given)
+    assert alone_enough.shape[1] > 4
+
+
 def test_until_measures_a_store_once_more_that_was_measured_once(tmp_path: Path) -> None:
     assert until(tmp_path / "s", 0.99999, 2, timesteps=rs.EvenlySpaced(1)).shape[1] == 2
 
