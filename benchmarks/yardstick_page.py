@@ -278,8 +278,11 @@ COMPARED = (
 
 
 def comparison(reports: list[Report]) -> str:
-    """LDS on held-out queries, a column for each setting."""
-    lines = []
+    """LDS on held-out queries and its ceiling, a column for each setting."""
+    top = {
+        report["setting"]: ceiling(lds_of(report, report["rows"][0])["held out"]) for report in reports if _has(report)
+    }
+    lines: list[dict[str, Any]] = [{"method": "*ceiling*", "noise": "", **top}]
     for method, noise, form in COMPARED:
         line: dict[str, Any] = {}
         for report in reports:
@@ -291,6 +294,10 @@ def comparison(reports: list[Report]) -> str:
         if line:
             lines.append(line)
     return table(lines)
+
+
+def _has(report: Report) -> bool:
+    return "held out" in lds_of(report, report["rows"][0])
 
 
 INTRODUCTION = """# Leaderboard
