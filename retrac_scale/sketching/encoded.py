@@ -33,6 +33,8 @@ BLOCK = 64
 """Samples that are encoded, written and counted at a time."""
 WORDS = "item words"
 """The array of what was encoded, beside those named like arguments; groups of earlier releases have none."""
+TYPE = "type"
+"""The attribute of an array that tells what it holds, where its own type does not."""
 
 
 class EncodedDataset:
@@ -49,6 +51,7 @@ class EncodedDataset:
         names: Any = group.attrs["names"]
         self.frozen: Any = group.attrs["encoder"]
         self._arrays: dict[str, Any] = {name: group[name] for name in names}
+        self._types = {name: _type_of(array) for name, array in self._arrays.items()}
         self._block: tuple[int, dict[str, Any]] = (-1, {})
 
     def __len__(self) -> int:
@@ -60,7 +63,7 @@ class EncodedDataset:
         if number != row // BLOCK:
             values = {name: self._read(name, row // BLOCK) for name in self._arrays}
             self._block = row // BLOCK, values
-        return {name: torch.as_tensor(np.array(value[row % BLOCK])) for name, value in values.items()}
+        return {name: torch.as_tensor(np.array(x[row % BLOCK])).to(self._types[name]) for name, x in values.items()}
 
     def _read(self, name: str, block: int) -> npt.NDArray[Any]:
         array, values = self._arrays[name], None
@@ -99,8 +102,8 @@ def encode(
 
     Raises:
         ChangedItemsError: images or prompts are others than those that were encoded under the same ids.
-        ValueError: a bad item, or one that is encoded to NaN, or `out` holds samples that the dataset lacks, or what
-            another pipeline encoded.
+        ValueError: a bad item, or one that is encoded to NaN, or to other arguments, shapes or types than the first;
+            or `out` holds samples that the dataset lacks, or what another pipeline encoded.
     """
     if brought(dataset, "region") or brought(dataset, "concept"):
         raise ValueError(
@@ -112,8 +115,7 @@ def encode(
         dataset, ids = Subset(dataset, order), ids[order]
     names: Any = group.attrs["names"]
     arrays: dict[str, Any] = {name: group[name] for name in (*names, WORDS) if name in group}
-    done = arrays[LATENTS].attrs  # whose file is small: the group's holds all ids
-    count: Any = done.get("rows", group.attrs.get("rows_done", 0))
+    done, count = arrays[LATENTS].attrs, _count(group)
     seen = np.zeros((len(ids), CONTENT_WORDS), np.uint64)
     seen[:, STAMP] = stamps_of(dataset)
     todo = {*range(count // BLOCK, -(-len(ids) // BLOCK))} if count < len(ids) else set[int]()
@@ -131,7 +133,7 @@ def encode(
     for block in tqdm(sorted(todo), desc="encode", unit="block", disable=not progress):
         rows = range(block * BLOCK, min((block + 1) * BLOCK, len(ids)))
         read = [read_again(task, ids[row], dataset[row], seen[row]) for row in rows]
-        values = _stacked(arrays, ids[rows.start :], [task.encoded(item) for item, _ in read])
+        values = _stacked(arrays, ids, rows, [task.encoded(item) for item, _ in read])
         _write(group, arrays, block, values, np.stack([words for _, words in read]))
         count = done["rows"] = max(count, rows.stop)
     return EncodedDataset(out, group, ids, brought(dataset, "columns"))
@@ -158,11 +160,11 @@ def _opened(task: DiffusionTask, dataset: Any, out: Url, ids: Ids) -> tuple[zarr
     if gone := [sample for sample in there if sample not in row_of]:
         raise ValueError(f"{out} was encoded from other samples, such as {gone[0]!r}; give another path.")
     order = [row_of.pop(sample) for sample in there] + list(row_of.values())
-    if "names" not in group.attrs:
-        first, conditioning = task.check_item(ids[0], dataset[0])
+    if _count(group) == 0:  # where nothing stands, the first item may have been repaired since
+        first, conditioning = task.check_item(ids[order[0]], dataset[order[0]])
         example = {LATENTS: first, **conditioning}
         for name, value in example.items():
-            _new(group, name, len(ids), value.numpy())
+            _new(group, name, len(ids), _plain(value), str(value.dtype).removeprefix("torch."))
         _new(group, WORDS, len(ids), np.zeros(CONTENT_WORDS, np.uint64))
         group.attrs.update({"names": list(example)})
     if len(order) > len(there):
@@ -172,10 +174,33 @@ def _opened(task: DiffusionTask, dataset: Any, out: Url, ids: Ids) -> tuple[zarr
     return group, order
 
 
-def _new(group: zarr.Group, name: str, n: int, example: npt.NDArray[Any]) -> None:
+def _count(group: zarr.Group) -> int:
+    """How many samples are encoded."""
+    if "names" not in group.attrs:
+        return 0
+    latents: Any = group[LATENTS]  # whose file is small: the group's holds all ids
+    count: Any = latents.attrs.get("rows", group.attrs.get("rows_done", 0))
+    return int(count)
+
+
+def _new(group: zarr.Group, name: str, n: int, example: npt.NDArray[Any], kind: str = "") -> None:
+    """Make an array of samples like one, whose type in torch is told where NumPy has none such."""
     shape, fill = example.shape, np.nan if example.dtype.kind == "f" else 0
     dims = ["sample", *(f"axis {axis}" for axis in range(1, 1 + len(shape)))]
-    new_array(group, name, shape=(n, *shape), chunks=(BLOCK, *shape), dtype=example.dtype, dims=dims, fill_value=fill)
+    told = {"attributes": {TYPE: kind}} if kind == "bfloat16" else {}
+    options: dict[str, Any] = {"dtype": example.dtype, "dims": dims, "fill_value": fill, **told}
+    new_array(group, name, shape=(n, *shape), chunks=(BLOCK, *shape), **options)
+
+
+def _plain(value: Tensor) -> npt.NDArray[Any]:
+    """A tensor as NumPy has it; bfloat16, which NumPy lacks, as float32, which holds all of its numbers."""
+    return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+
+
+def _type_of(array: zarr.Array[Any]) -> torch.dtype:
+    """The type of what an array holds, as the model takes it."""
+    kind: Any = array.attrs.get(TYPE)
+    return getattr(torch, kind) if kind else torch.from_numpy(np.empty(0, array.dtype)).dtype
 
 
 def _place(array: zarr.Array[Any], block: int) -> tuple[int, ...]:
@@ -199,21 +224,46 @@ def _absent(group: zarr.Group, arrays: Mapping[str, zarr.Array[Any]], count: int
 
 
 def _stacked(
-    arrays: Mapping[str, zarr.Array[Any]], ids: Ids, items: Sequence[tuple[Tensor, Mapping[str, Tensor]]]
+    arrays: Mapping[str, zarr.Array[Any]],
+    ids: Ids,
+    rows: range,
+    items: Sequence[tuple[Tensor, Mapping[str, Tensor]]],
 ) -> dict[str, npt.NDArray[Any]]:
-    """What some items were encoded to, by array; ValueError where one is NaN, or shaped unlike the first of all."""
-    each = [{LATENTS: latents, **conditioning} for latents, conditioning in items]
-    values = {name: torch.stack([item[name] for item in each]).numpy() for name in arrays if name != WORDS}
-    for name, rows in values.items():
-        if rows.shape[1:] != arrays[name].shape[1:]:
+    """What the items of some rows were encoded to, by array.
+
+    Raises:
+        ValueError: one is NaN, or brings other arguments than the first of all, or of another shape or type.
+    """
+    names = arrays.keys() - {LATENTS, WORDS}
+    values: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in (LATENTS, *names)}
+    for sample, (latents, conditioning) in zip(ids[rows.start : rows.stop], items, strict=True):
+        if conditioning.keys() != names:
             raise ValueError(
-                f"dataset item {ids[0]} is encoded to {name} of shape {rows.shape[1:]}, the first one to "
-                f"{arrays[name].shape[1:]}; give items of one shape."
+                f"sample {sample} brings {sorted(conditioning)} and sample {ids[0]} {sorted(names)}; give all samples "
+                "the same conditioning."
             )
-        bad = np.isnan(rows).reshape(len(rows), -1).any(1)
-        if bad.any():
-            raise ValueError(f"dataset item {ids[np.argmax(bad)]} is encoded to NaN ({name}); leave it out.")
-    return values
+        for name, value in {LATENTS: latents, **conditioning}.items():
+            values[name].append(_fitting(arrays[name], sample, value, ids[0]))
+    return {name: np.stack(several) for name, several in values.items()}
+
+
+def _fitting(array: zarr.Array[Any], sample: Any, value: Tensor, first: Any) -> npt.NDArray[Any]:
+    """What a sample was encoded to, in the type of the array, which the first sample's is; ValueError if not so."""
+    name, kind, held = array.basename, value.dtype, _type_of(array)
+    if tuple(value.shape) != array.shape[1:]:
+        raise ValueError(
+            f"dataset item {sample} is encoded to {name} of shape {tuple(value.shape)}, the first one to "
+            f"{array.shape[1:]}; give items of one shape."
+        )
+    if np.isnan(_plain(value)).any():
+        raise ValueError(f"dataset item {sample} is encoded to NaN ({name}); leave it out.")
+    fitting = value.to(held)
+    if kind != held and not (torch.can_cast(kind, held) and torch.equal(fitting.to(kind), value)):
+        raise ValueError(
+            f"sample {sample} brings {name!r} as {kind}, and sample {first} brought it as {held}, which does not hold "
+            "it; give all samples the same type, and another path where some are encoded already."
+        )
+    return _plain(fitting)
 
 
 def _write(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from torch import Tensor
 
 import retrac_scale as rs
 from retrac_scale.sketching import encoded as encoding
 from retrac_scale.sketching.encoded import BLOCK, WORDS, EncodedDataset
 from tests.sketching.test_content import MODEL, Items
-from tests.small_denoiser import SCHEDULER
+from tests.small_denoiser import SCHEDULER, SmallDenoiser
 
 N = BLOCK + 6
 ARRAYS = ("latents", "encoder_hidden_states", "class_labels")
@@ -121,3 +123,81 @@ def test_an_item_that_is_encoded_to_nan_is_named(tmp_path: Path) -> None:
     dataset.words[3, 1] = np.nan
     with pytest.raises(ValueError, match=r"dataset item 3 is encoded to NaN \(encoder_hidden_states\)"):
         encode(dataset, tmp_path)
+
+
+class Extra(SmallDenoiser):
+    """A denoiser that may be told three numbers."""
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, return_dict: bool = True, extra: Tensor | None = None) -> Any:
+        told = 0 if extra is None else extra.to(noisy.dtype).sum(1)[:, None, None, None]
+        return super().forward(noisy + told, timesteps)
+
+
+class Telling:
+    """Images, and what is told of each."""
+
+    def __init__(self, told: list[dict[str, Tensor]], kind: torch.dtype = torch.float32) -> None:
+        self.told, self.kind = told, kind
+
+    def __len__(self) -> int:
+        return len(self.told)
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        return {"image": torch.full((1, 6, 6), row / 7).to(self.kind), **self.told[row]}
+
+
+def extra(*values: Sequence[float]) -> list[dict[str, Tensor]]:
+    return [{"extra": torch.tensor(value)} for value in values]
+
+
+def sketched(task: rs.DiffusionTask, dataset: Any) -> Any:
+    plan: dict[str, Any] = {"timesteps": rs.Explicit([5]), "projection": rs.CountSketch(32), "progress": False}
+    return rs.sketch(task, dataset, None, checkpoints={"last": task.model.state_dict()}, **plan).sketches("last")
+
+
+def assert_sketched_alike(dataset: Telling, out: Path) -> EncodedDataset:
+    task = rs.DiffusionTask(Extra().to(dataset.kind), SCHEDULER)
+    encoded = rs.encode(task, dataset, out, progress=False)
+    np.testing.assert_array_equal(sketched(task, dataset), sketched(task, encoded))
+    return encoded
+
+
+WHOLE, BROKEN = [1, 0, 0], [0.5, 0.25, 0.75]
+
+
+def test_numbers_of_another_type_are_held_where_none_is_lost_and_refused_otherwise(tmp_path: Path) -> None:
+    encoded = assert_sketched_alike(Telling(extra(BROKEN, WHOLE)), tmp_path / "a")
+    assert encoded[1]["extra"].tolist() == WHOLE
+    task, why = rs.DiffusionTask(Extra(), SCHEDULER), "brings 'extra' as torch.{}, and sample 0 brought it as torch.{},"
+    with pytest.raises(ValueError, match=f"sample 1 {why.format('float32', 'int64')}.* give all samples the same type"):
+        rs.encode(task, Telling(extra(WHOLE, BROKEN)), tmp_path / "b", progress=False)
+    with pytest.raises(ValueError, match=f"sample 1 {why.format('int64', 'float32')}"):
+        rs.encode(task, Telling(extra(BROKEN, [2**24 + 1, 0, 0])), tmp_path / "c", progress=False)
+    repaired = assert_sketched_alike(Telling(extra([1.0, 0, 0], BROKEN)), tmp_path / "b")
+    assert repaired[1]["extra"].tolist() == BROKEN
+
+
+def test_samples_that_are_told_other_things_than_the_first_are_refused_as_without_encode(tmp_path: Path) -> None:
+    task = rs.DiffusionTask(Extra(), SCHEDULER)
+    for told, why in (
+        ([{}, *extra(BROKEN)], r"sample 1 brings \['extra'\] and sample 0 \[\]"),
+        ([*extra(BROKEN), {}], r"sample 1 brings \[\] and sample 0 \['extra'\]"),
+    ):
+        why += "; give all samples the same conditioning"
+        with pytest.raises(ValueError, match=why):
+            rs.encode(task, Telling(told), tmp_path, progress=False)
+        with pytest.raises(rs.FailedTasksError, match=why):
+            sketched(task, Telling(told))
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_a_model_in_half_precision_is_given_the_numbers_of_its_type(kind: torch.dtype, tmp_path: Path) -> None:
+    encoded = assert_sketched_alike(Telling(extra(BROKEN, [0.1, 0.2, 0.3]), kind), tmp_path)
+    assert {value.dtype for value in encoded[1].values()} == {kind}
+
+
+def test_numbers_that_the_type_of_what_is_encoded_already_would_round_are_refused(tmp_path: Path) -> None:
+    half, told = Telling(extra(BROKEN), torch.bfloat16), extra(BROKEN, [0.1, 0.2, 0.3])
+    rs.encode(rs.DiffusionTask(Extra().to(half.kind), SCHEDULER), half, tmp_path, progress=False)
+    with pytest.raises(ValueError, match=r"sample 1 brings .* as torch.float32, and sample 0 brought it as torch.bflo"):
+        rs.encode(rs.DiffusionTask(Extra(), SCHEDULER), Telling(told), tmp_path, progress=False)
