@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Subset
+from torch.utils.data import ConcatDataset, Subset
 
 from retrac_scale.columns import as_column
 
@@ -54,15 +54,53 @@ def dataset_ids(dataset: Any) -> Any:
 
 
 def brought(dataset: Any, name: str) -> Any:
-    """The `ids`, `columns`, ... of a dataset, those of its own samples if it is a torch `Subset`; else None."""
+    """The `ids`, `columns`, ... of a dataset, None where it brings none; of a torch `Subset` those of its samples.
+
+    A torch `ConcatDataset` that brings none itself has those of its parts, one after the other, where all bring them;
+    what some bring in vain is warned of.
+
+    Raises:
+        ValueError: parts of a `ConcatDataset` bring different things of which all samples have one; names it.
+    """
     if not isinstance(dataset, Subset):
-        return getattr(dataset, name, None)
+        own = getattr(dataset, name, None)
+        return _together(name, dataset.datasets) if own is None and isinstance(dataset, ConcatDataset) else own
     whole, rows = brought(dataset.dataset, name), list(dataset.indices)
     if whole is None or name in OF_ALL:
         return whole
     if name == "columns":
         return {key: as_column(values)[rows] for key, values in whole.items()}
     return np.asarray(whole)[rows]
+
+
+def _together(name: str, parts: Sequence[Any]) -> Any:
+    """What the parts of a `ConcatDataset` bring for it; see `brought`."""
+    each = [brought(part, name) for part in parts]
+    given = [one for one in each if one is not None]
+    if name in OF_ALL:
+        if any(one != given[0] for one in given):
+            raise ValueError(f"the parts of the ConcatDataset differ in their {name}; sketch them one by one.")
+        return given[0] if given else None
+    if name == "columns":
+        names = dict.fromkeys(column for one in given for column in one)
+        of_all = [column for column in names if all(one and column in one for one in each)]
+        if lost := [column for column in names if column not in of_all]:
+            _warn_of_lacking(f"columns {lost}")
+        return {column: np.concatenate([as_column(one[column]) for one in each]) for column in of_all}
+    if name == "stamps":  # 0 where none is known
+        given = [np.zeros(len(part), np.uint64) if one is None else one for one, part in zip(each, parts, strict=True)]
+    if given and len(given) < len(each):
+        _warn_of_lacking(name)
+    return np.concatenate([np.asarray(one) for one in given]) if len(given) == len(each) else None
+
+
+def _warn_of_lacking(what: str) -> None:
+    """Warn that some parts of a `ConcatDataset` have what others lack; Python says it once."""
+    warnings.warn(
+        f"some parts of the ConcatDataset bring no {what}, so that those of the others are left out; give all parts "
+        "such, or set them on the whole.",
+        stacklevel=2,
+    )
 
 
 @dataclass(frozen=True)
