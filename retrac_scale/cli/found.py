@@ -120,8 +120,7 @@ def look_at_images(project: Project, folder: str, model: Model) -> list[str]:
         lines[0] += f", cut to {f'{project.size} x {project.size}' if project.size else 'what the VAE takes'}"
     lines[0] += f"; columns {', '.join(dataset.columns)}" if folder == project.images else ""
     if model.prompted:
-        own = folder == project.images
-        lines.append(f"  {prompts(dataset, project.captions if own else '', needed=own)}")
+        lines.append(f"  {prompts(dataset, project.captions, needed=folder == project.images)}")
     if transparent:
         how = f"they are put onto {project.background}"
         if not project.background:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from retrac_scale.store import SketchStore
     from retrac_scale.task.diffusion import DiffusionTask
 
-MEASURING = ("model", "checkpoint", "timesteps", "device", "size", "background")
+MEASURING = ("model", "checkpoint", "timesteps", "device", "size", "background", "captions")
 """Options that say how images are measured."""
 
 
@@ -38,14 +38,16 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", action="append", default=[], help="for images: NAME=weights, for each")
     parser.add_argument("--timesteps", type=int, help="for images: evenly spaced (default: those of the store)")
     parser.add_argument("--device", help="for images: where to sketch (default: the project's, or cpu)")
-    told = {name: f"for images: {told_entries()[name]} (default: the project's)" for name in ("size", "background")}
+    entries = ("size", "background", "captions")
+    told = {name: f"for images: {told_entries()[name]} (default: the project's)" for name in entries}
     parser.add_argument("--size", type=int, metavar="PIXELS", help=told["size"])
     parser.add_argument("--background", type=colour, help=told["background"])
+    parser.add_argument("--captions", help=told["captions"])
     parser.add_argument(
         "--prompt",
         metavar="WORDS",
-        help="of images: what the model is told of all of them (default: their captions, as `sketch` finds them; else "
-        "the empty prompt)",
+        help="of images: what the model is told of all of them (default: their captions, as `sketch` finds those of "
+        "the project; else the empty prompt)",
     )
     parser.add_argument("--region", metavar="X0,Y0,X1,Y1", help="of images: ask about this box of pixels alone")
     parser.add_argument("--mask", help="of images: ask about what is white in this picture, of the images' size, alone")
@@ -191,7 +193,7 @@ def _pictures(index: Index, arguments: argparse.Namespace, project: Project, reg
     size = (0 if latent else project.size) if arguments.size is None else arguments.size
     files = image_files(arguments.queries, task, size, shape)
     files.background = project.background if arguments.background is None else arguments.background
-    notes += filter(None, [_prompted(files, task, arguments), _dropped(files)])
+    notes += filter(None, [_prompted(files, task, arguments, project), _dropped(files)])
     return replace(measured, dataset=files, region=region, concept=concept, views=arguments.views)
 
 
@@ -214,15 +216,18 @@ def _dropped(files: ImageFiles) -> str:
     return f"{which} transparent, which is dropped; --background puts it onto a colour"
 
 
-def _prompted(files: ImageFiles, task: DiffusionTask, arguments: argparse.Namespace) -> str:
+def _prompted(files: ImageFiles, task: DiffusionTask, arguments: argparse.Namespace, project: Project) -> str:
     """What is to be said of the prompts under which images are asked about, which are handed on with them."""
+    given = [name for name in ("prompt", "captions") if getattr(arguments, name) is not None]
+    if given and not task.told.prompts:
+        raise ValueError(f"the model is told no prompts; leave --{given[0]} out.")
+    if len(given) > 1:
+        raise ValueError("--prompt is told of all images, whatever their captions; leave --captions out.")
     if arguments.prompt is None:
-        told = tell(files, task, needed=False)
-    elif task.told.prompts:
+        told = tell(files, task, project.captions if arguments.captions is None else arguments.captions, needed=False)
+    else:
         files.give("prompt", [arguments.prompt] * len(files))
         told = f"the model is told {arguments.prompt!r} of all images"
-    else:
-        raise ValueError("the model is told no prompts; leave --prompt out.")
     return "" if arguments.concept is not None else told
 
 

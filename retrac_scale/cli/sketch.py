@@ -76,7 +76,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
     if project.query_images:
         asked = project_images(project, project.query_images, task, project.queries)
     if asked is not None:
-        prompts.append(tell(asked, task, needed=False))
+        prompts.append(tell(asked, task, project.captions, needed=False))
     new = _added(project.store, training, project.images)
     if asked is not None:
         _look_at_queries(asked, training, task)

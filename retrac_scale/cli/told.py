@@ -31,13 +31,13 @@ def tell(images: ImageFiles, task: DiffusionTask, captions: str = "", *, needed:
         images: that a task takes.
         task: whose model is told.
         captions: as the project says it: a column, a suffix, none; "" looks for them.
-        needed: whether images without captions are refused; else the model is told the empty prompt of them.
+        needed: whether images without captions are refused; else the model is told the empty prompt of those.
 
     Returns:
         a line on the prompts; empty where the model is told none.
 
     Raises:
-        ValueError: there are no captions or classes where they are needed, or some are missing; says what to do.
+        ValueError: captions or classes are missing where they are needed, or cannot be read; says what to do.
     """
     from retrac_scale.task.items import LABEL_KEYS
 
@@ -53,7 +53,7 @@ def tell(images: ImageFiles, task: DiffusionTask, captions: str = "", *, needed:
     if told.prompts:
         assert task.encoder is not None
         return prompts(images, captions, needed=needed, encoder=task.encoder)
-    if captions not in ("", NO_CAPTIONS):
+    if captions not in ("", NO_CAPTIONS) and needed:
         raise ValueError(f"the model is told no prompts, so that captions ({captions}) are of no use; leave them out.")
     if told.embeddings and needed:
         raise ValueError(
@@ -79,14 +79,15 @@ def prompts(images: ImageFiles, captions: str = "", *, needed: bool = True, enco
     origin = captions or found(images)
     if not origin and needed:
         raise ValueError(f"the model is told prompts, and the images of {images.source} have no captions: {ADVICE}.")
-    if not origin or captions == NO_CAPTIONS:
-        images.give("prompt", [""] * len(images))
-        return f"{images.source}: the model is told the empty prompt of all"
-    texts = [str(text) for text in images.told(origin)]
+    given = [None] * len(images) if origin in ("", NO_CAPTIONS) else _captions(images, origin, needed)
+    texts = ["" if text is None else str(text) for text in given]
     images.give("prompt", texts)
+    if all(text is None for text in given):
+        return f"{images.source}: the model is told the empty prompt of all"
     what = f"{origin} files" if origin.startswith(".") else f"column {origin}"
     empty = [place for place, text in enumerate(texts) if not text.strip()]
-    some = f"; {len(empty)} of {len(texts)} are empty, such as that of {images.ids[empty[0]]}" if empty else ""
+    lacking = "are empty or missing" if None in given else "are empty"
+    some = f"; {len(empty)} of {len(texts)} {lacking}, such as that of {images.ids[empty[0]]}" if empty else ""
     if encoder is not None:
         from diffusers.utils import logging
 
@@ -94,6 +95,17 @@ def prompts(images: ImageFiles, captions: str = "", *, needed: bool = True, enco
         longer, most = encoder.cut(texts)
         some += f"; {longer} of {len(texts)} are cut to {most} tokens, as the text encoder takes them" if longer else ""
     return f"{images.source}: captions are in {what}{some}"
+
+
+def _captions(images: ImageFiles, origin: str, needed: bool) -> list[Any]:
+    """The captions in a column, or in files of a suffix, `[n]`; where they are not needed, None where there is none."""
+    from retrac_scale.datasets.metadata import texts_beside
+
+    if needed:
+        return images.told(origin)
+    if origin.startswith("."):
+        return [*texts_beside(origin, [Path(file) for file in images.files()])]
+    return images.described.get(origin, [None] * len(images))
 
 
 def found(images: ImageFiles) -> str:

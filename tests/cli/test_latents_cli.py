@@ -223,6 +223,60 @@ def test_the_empty_prompt_is_said_where_it_stands_for_captions(
     }
 
 
+def ask(*given: str) -> int:
+    return main(["query", "attribution/retracridge.zarr", *given, "-k", "1"])
+
+
+def test_images_to_ask_about_are_told_what_the_entry_of_captions_says(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    captions_in_text_files(folder)
+    for file in Path("images").glob("*.txt"):
+        file.rename(file.with_suffix(".caption"))
+    shutil.copytree("images", "asked")
+    (folder / "asked/0.txt").write_text("no cat")
+    init = ["init", "--model", "sd", "--images", "images", "--query-images", "asked", *MEASURED]
+    assert main([*init, "--captions", ".caption"]) == 0
+    assert "asked: captions are in .caption files" in capsys.readouterr().out
+    assert main(["sketch"]) == 0
+    assert "asked: captions are in .caption files" in capsys.readouterr().out
+    queries, store = (rs.open_store(f"attribution/{name}.zarr").sketches("final") for name in ("queries", "sketches"))
+    np.testing.assert_allclose(np.asarray(queries), np.asarray(store), rtol=1e-5)
+    assert ask("asked/1.png") == 0
+    assert "note: asked/1.png: captions are in .caption files" in capsys.readouterr().out
+    for captions, note in (("none", "the model is told the empty prompt of all"), (".txt", "captions are in .txt")):
+        assert ask("asked/0.png", "--captions", captions) == 0
+        assert f"note: asked/0.png: {note}" in capsys.readouterr().out
+    toml = Path("retrac-scale.toml")
+    toml.write_text(toml.read_text().replace('captions = ".caption"', 'captions = "none"'))
+    assert ask("asked/0.png") == 0
+    assert "asked/0.png: the model is told the empty prompt of all" in capsys.readouterr().out
+    assert ask("asked/0.png", "--captions", ".txt", "--prompt", "a cat") == 1
+    assert "--prompt is told of all images, whatever their captions" in capsys.readouterr().err
+
+
+def test_of_images_to_ask_about_some_may_lack_a_caption(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "asked").mkdir()
+    for name in "ab":
+        shutil.copy("images/0.png", f"asked/{name}.png")
+    (folder / "asked/a.txt").write_text(PROMPTS[0])
+    assert main([*SD, "--query-images", "asked"]) == 0
+    some = "1 of 2 are empty or missing, such as that of asked/b.png"
+    assert f"asked: captions are in .txt files; {some}" in capsys.readouterr().out
+    asked = np.asarray(rs.open_store("attribution/queries.zarr").sketches("final"))
+    same = np.asarray(rs.open_store("attribution/sketches.zarr").sketches("final"))[0]
+    np.testing.assert_allclose(asked[0], same, rtol=1e-5)
+    assert not np.allclose(asked[1], same)
+    assert main(["index"]) == 0
+    model = ["--model", "sd", "--checkpoint", "final=sd/unet"]
+    assert ask("asked/a.png", "asked/b.png", *model) == 0
+    assert some in capsys.readouterr().out
+    (folder / "asked/a.txt").unlink()
+    (folder / "asked/metadata.jsonl").write_text('{"file_name": "a.png", "text": "a cat"}')
+    assert ask("asked/a.png", "asked/b.png", *model) == 0
+    assert f"captions are in column text; {some}" in capsys.readouterr().out
+
+
 def test_a_model_of_classes_is_told_those_of_the_metadata(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     options: dict[str, Any] = {"in_channels": 4, "out_channels": 8, "sample_size": 8, "patch_size": 2}
