@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,13 +64,35 @@ def tell(images: ImageFiles, task: DiffusionTask, captions: str = "", *, needed:
 
 
 def look_beside(images: ImageFiles, paths: Sequence[str]) -> None:
-    """Describe files that are named one by one as the metadata of their folders does, where it speaks of them."""
+    """Describe files that are named one by one as the nearest metadata in a folder above does, if it speaks of them."""
+    place = {sample: row for row, sample in enumerate(images.ids.tolist())}
+    beside: dict[Path, list[Path]] = {}
+    for path in (path for one in paths if (path := Path(one).expanduser()).is_file()):
+        beside.setdefault(path.parent, []).append(path)
+    for below, files in beside.items():
+        folder = _described(below)
+        for file, name, value in [] if folder is None else _values(folder, files):
+            images.described.setdefault(name, [None] * len(images))[place[str(file)]] = value
+
+
+def _described(folder: Path) -> Path | None:
+    """The nearest of a folder and those above it that has metadata, as `imagefolder` looks for it."""
+    from retrac_scale.datasets.metadata import FILES
+
+    above = (folder, *folder.parents)
+    return next((one for one in above if any((one / name).is_file() for name in FILES)), None)
+
+
+def _values(folder: Path, files: Sequence[Path]) -> Iterator[tuple[Path, str, Any]]:
+    """(file, column, value) of files that a folder's metadata describe."""
     from retrac_scale.datasets.metadata import columns_beside
 
-    for path in (path for one in paths if (path := Path(one).expanduser()).is_file()):
-        with contextlib.suppress(ValueError):
-            for name, (value,) in columns_beside(path.parent, [path]).items():
-                images.described.setdefault(name, [None] * len(images))[images.ids.tolist().index(str(path))] = value
+    try:
+        for name, values in columns_beside(folder, files).items():
+            yield from ((file, name, value) for file, value in zip(files, values, strict=True))
+    except ValueError:  # it says nothing of one of them
+        for file in files if len(files) > 1 else ():
+            yield from _values(folder, [file])
 
 
 def prompts(images: ImageFiles, captions: str = "", *, needed: bool = True, encoder: Encoder | None = None) -> str:

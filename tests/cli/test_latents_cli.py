@@ -26,6 +26,7 @@ from torch import nn
 import retrac_scale as rs
 from retrac_scale import planner
 from retrac_scale.cli import main
+from retrac_scale.cli.told import look_beside
 from retrac_scale.datasets import ImageFiles
 from tests.task.test_pipelines import BETAS, PROMPTS, stable_diffusion, vae
 
@@ -275,6 +276,23 @@ def test_of_images_to_ask_about_some_may_lack_a_caption(folder: Path, capsys: py
     (folder / "asked/metadata.jsonl").write_text('{"file_name": "a.png", "text": "a cat"}')
     assert ask("asked/a.png", "asked/b.png", *model) == 0
     assert f"captions are in column text; {some}" in capsys.readouterr().out
+
+
+def test_a_file_that_is_named_by_itself_is_described_by_the_nearest_metadata_above_it(folder: Path) -> None:
+    (folder / "asked/cats/far").mkdir(parents=True)
+    files = ["asked/cats/a.png", "asked/cats/b.png", "asked/cats/far/c.png"]
+    for file in files:
+        shutil.copy("images/0.png", file)
+    (folder / "asked/metadata.jsonl").write_text('{"file_name": "cats/a.png", "text": "a cat"}')
+    (folder / "metadata.jsonl").write_text('{"file_name": "asked/cats/b.png", "text": "too far away"}')
+    images = ImageFiles(files)
+    look_beside(images, files)
+    assert images.described == {"text": ["a cat", None, None]}
+    (folder / "asked/cats/far/metadata.jsonl").write_text('{"file_name": "c.png", "title": "it"}')
+    for named in (files, [str(folder / file) for file in files]):
+        images = ImageFiles(named)
+        look_beside(images, named)
+        assert images.described == {"text": ["a cat", None, None], "title": [None, None, "it"]}
 
 
 def test_a_model_of_classes_is_told_those_of_the_metadata(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
