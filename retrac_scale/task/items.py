@@ -89,6 +89,8 @@ def _together(name: str, parts: Sequence[Any]) -> Any:
         return {column: np.concatenate([as_column(one[column]) for one in each]) for column in of_all}
     if name == "stamps":  # 0 where none is known
         given = [np.zeros(len(part), np.uint64) if one is None else one for one, part in zip(each, parts, strict=True)]
+    if name == "ids" and all(np.array_equal(one, np.arange(len(one))) for one in given):
+        return None  # numbered by themselves, so that the whole is numbered through
     if given and len(given) < len(each):
         _warn_of_lacking(name)
     return np.concatenate([np.asarray(one) for one in given]) if len(given) == len(each) else None

@@ -44,6 +44,13 @@ def test_parts_that_give_an_id_twice_are_refused() -> None:
         sketch(joined(arrays("a", "b"), arrays("a")))
 
 
+def test_parts_that_are_numbered_by_themselves_are_numbered_through() -> None:
+    numbered = [rs.datasets.Arrays(images(n).numpy(), columns={"shows": ["cat"] * n}) for n in (2, 3)]
+    store = sketch(joined(*numbered))
+    assert store.ids.tolist() == [0, 1, 2, 3, 4]
+    assert store.columns["shows"].tolist() == ["cat"] * 5
+
+
 def test_what_some_parts_lack_is_warned_of() -> None:
     with pytest.warns(UserWarning, match="some parts of the ConcatDataset bring no ids"):
         assert brought(joined(arrays("a"), TensorDataset(images(2))), "ids") is None
