@@ -81,25 +81,35 @@ def write_store(
     )
     if store.is_complete:
         raise ValueError(f"{out} already holds a store; choose another path.")
-    for name in arrays:
-        for block, samples in enumerate(store.blocks):
-            rows = rows_of(arrays, planes, name, samples)
-            if store.committed(name)[block]:
-                check_same(store, name, samples, rows)
-                continue
+    every = [(name, block) for name in arrays for block in range(len(store.blocks))]
+    done = {name: store.committed(name) for name in arrays}
+    for name, block in sorted(every, key=lambda one: not done[one[0]][one[1]]):  # all are compared before one is added
+        samples = store.blocks[block]
+        rows = rows_of(arrays, planes, name, samples)
+        if done[name][block]:
+            check_same(store, name, samples, rows)
+        else:
             write_block(store, name, block, rows.sketches, rows.norms, losses=rows.losses, timesteps=rows.timesteps)
     return store
 
 
 def check_same(store: SketchStore, name: str, samples: slice, rows: Rows) -> None:
-    """Raise ValueError unless samples that are there hold these sketches and norms."""
-    there = decode(*encode(rows.sketches, store.meta["dtype"]))
+    """Raise ValueError unless samples that are there hold these sketches, norms, losses and timesteps."""
     sketches, norms = store.sketches_and_norms(name, samples)
-    if not (np.array_equal(there, sketches) and np.array_equal(rows.norms, norms)):
-        raise ValueError(
-            f"{store.url} was begun with other arrays: samples {samples.start} .. {samples.stop - 1} of checkpoint "
-            f"{name!r} differ; choose another path."
-        )
+    compared = {
+        "sketches": (decode(*encode(rows.sketches, store.meta["dtype"])), sketches),
+        "norms": (rows.norms, norms),
+    }
+    if rows.losses is not None:
+        compared["losses"] = (rows.losses, store.losses(name, samples))
+    if rows.timesteps is not None:
+        compared["timesteps"] = (rows.timesteps, store.timesteps(name, samples))
+    for what, (given, there) in compared.items():
+        if not np.array_equal(given, there):
+            raise ValueError(
+                f"{store.url} was begun with other arrays: samples {samples.start} .. {samples.stop - 1} of checkpoint "
+                f"{name!r} differ in their {what}; choose another path."
+            )
 
 
 def given_fingerprint(k: int) -> dict[str, Any]:
@@ -127,7 +137,8 @@ def rows_of(arrays: Mapping[str, Any], planes: Mapping[str, Planes], name: str, 
     sketches = np.asarray(arrays[name][samples], np.float32)
     own = {what: plane[name][samples] for what, plane in planes.items()}
     norms = own["norms"].astype(np.float32) if "norms" in own else _lengths(sketches).astype(np.float32)
-    return Rows(sketches, norms, own.get("losses"), own.get("timesteps"))
+    losses = own["losses"].astype(np.float32) if "losses" in own else None
+    return Rows(sketches, norms, losses, own.get("timesteps"))
 
 
 def given_weights(weights: Mapping[str, float] | Sequence[float] | None, arrays: Mapping[str, Any]) -> dict[str, float]:

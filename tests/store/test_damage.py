@@ -162,6 +162,27 @@ def test_a_store_of_arrays_is_written_on_after_an_interruption_or_a_repair(tmp_p
         )
 
 
+@pytest.mark.parametrize("what", ["sketches", "norms", "losses", "timesteps"])
+def test_a_store_of_arrays_that_was_begun_takes_none_of_other_arrays(what: str, tmp_path: Path) -> None:
+    store = build(tmp_path / "s")
+    given: dict[str, Any] = {
+        what: {name: getattr(store, what)(name) for name in "ab"}
+        for what in ("sketches", "norms", "losses", "timesteps")
+    }
+    options: dict[str, Any] = {"layout": Layout(4), "columns": store.columns, "dtype": "float32"}
+    rs.write_store(tmp_path / "t", **given, **options)
+    for name in "ab":
+        chunk(tmp_path / "t", name, "norm", 0).unlink()
+    repair_store(tmp_path / "t")
+    other = {**given, what: {name: values + 1 for name, values in given[what].items()}}
+    with pytest.raises(ValueError, match=rf"samples 4 \.\. 7 of checkpoint 'a' differ in their {what}; choose another"):
+        rs.write_store(tmp_path / "t", **other, **options)
+    assert not rs.open_store(tmp_path / "t").committed("a")[0]
+    again = rs.write_store(tmp_path / "t", **given, **options)
+    for one, expected in given.items():
+        np.testing.assert_array_equal(getattr(again, one)("b"), expected["b"])
+
+
 def test_what_only_a_backup_can_restore_is_told_and_nothing_is_dropped(tmp_path: Path) -> None:
     build(tmp_path / "s")
     flip(tmp_path / "s" / "id" / "c" / "0", np.random.default_rng(0))
