@@ -47,7 +47,7 @@ class StoreWriter:
     Rows are in the store once `flush` or the end of the `with` has passed, or 2^20 samples (2^33 entries of a
     checkpoint) have come; each of these makes a part of the store. Rows whose ids are in the store already are compared
     with what is there and passed over, so that a stream that was interrupted is repeated from its beginning, or from
-    `samples` on. One process at a time may stream into a store.
+    `samples` on; a sample that was deleted is refused. One process at a time may stream into a store.
 
     Args:
         out: path or fsspec URL.
@@ -105,8 +105,9 @@ class StoreWriter:
         """Take in some samples; arguments as for `write_store`, the same ones at every call.
 
         Raises:
-            ValueError: they do not fit each other or those that came before, a sample is in the store with other
-                sketches, or it came already since the last flush. None of them is taken in then.
+            ValueError: they do not fit each other or those that came before, a value is NaN or infinite, a sample is in
+                the store with other values, or was deleted from it, or it came already since the last flush. None of
+                them is taken in then.
         """
         arrays, shape = given_arrays(sketches, "append")
         n = shape[0]
@@ -121,7 +122,7 @@ class StoreWriter:
             _check_like(self._store, meta)
             places = self._store.places.find(named)
             new = places < 0
-            _check_there(self._store, places, rows)
+            _check_there(self._store, places, named, rows, own)
         if not new.any():
             return
         if self._part is None:
@@ -339,10 +340,35 @@ def _check_like(store: SketchStore, meta: Mapping[str, Any]) -> None:
         raise ValueError(f"these samples are unlike those of {store.url}: {'; '.join(found)}; choose another path.")
 
 
-def _check_there(store: SketchStore, places: npt.NDArray[np.int64], rows: Mapping[str, Rows]) -> None:
+def _check_there(
+    store: SketchStore,
+    places: npt.NDArray[np.int64],
+    ids: npt.NDArray[Any],
+    rows: Mapping[str, Rows],
+    columns: Mapping[str, npt.NDArray[Any]],
+) -> None:
     """Raise ValueError unless samples that are in a store already, at places `[n]` of it, are the same there."""
     found = np.flatnonzero(places >= 0)
-    for run in np.split(found, np.flatnonzero(np.diff(places[found]) != 1) + 1) if len(found) else ():
+    if not len(found):
+        return
+    there = places[found]
+    gone = store.deleted[there]
+    if gone.any():
+        raise ValueError(
+            f"sample {ids[found][gone].tolist()[0]!r} was deleted from {store.url}, and a deleted sample does not come "
+            "back; leave it out, or give it another id."
+        )
+    for name, stored in store.columns_of(there).items():
+        given = columns[name][found]
+        differ = stored != given
+        if stored.dtype.kind == "f":
+            differ &= ~(np.isnan(stored) & np.isnan(given))
+        if differ.any():
+            raise ValueError(
+                f"{store.url} has another value in column {name!r} of sample {ids[found][differ].tolist()[0]!r}; give "
+                "the same, or choose another path."
+            )
+    for run in np.split(found, np.flatnonzero(np.diff(there) != 1) + 1):
         samples = slice(int(places[run[0]]), int(places[run[-1]]) + 1)
         for name, some in rows.items():
             check_same(store, name, samples, some.each(itemgetter(run)))

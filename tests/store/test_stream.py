@@ -152,6 +152,9 @@ def test_the_description_comes_last_and_all_that_it_vouches_for_is_on_the_disk_b
     ("change", "message"),
     [
         ({"rows": {"a": ROWS["a"][:9] + 1, "b": ROWS["b"][:9]}}, "begun with other arrays: samples 0 .. 8"),
+        ({"losses": {name: x[:9] + 1 for name, x in LOSSES.items()}}, "samples 0 .. 8 of checkpoint 'a' .* losses"),
+        ({"timesteps": [3, 10]}, "samples 0 .. 8 of checkpoint 'a' differ in their timesteps"),
+        ({"columns": {"year": np.arange(9) // 8 * 8}}, f"another value in column 'year' of sample '{IDS[1]}'"),
         ({"rows": {"a": ROWS["a"][:9]}}, "weights are given for|unlike those of"),
         ({"rows": {name: x[:9, :, :5] for name, x in ROWS.items()}}, r"fingerprint.projection.dim is 8 there and 5"),
         ({"timesteps": None}, "quantities is"),
@@ -174,6 +177,31 @@ def test_rows_that_do_not_belong_to_the_store_are_refused(change: dict[str, Any]
         writer.append(given.pop("ids"), given.pop("rows"), **given)
     assert rs.open_store(tmp_path / "s").shape[0] == 100
     assert rs.verify_store(tmp_path / "s").findings == []
+
+
+@pytest.mark.parametrize("year", [np.array([1990, np.nan]), np.array(["1990", "a year\0"], object)])
+def test_columns_of_numbers_that_are_missing_and_of_texts_are_compared(year: Any, tmp_path: Path) -> None:
+    def append(values: Any) -> None:
+        with rs.StoreWriter(tmp_path / "s") as writer:
+            writer.append([7, 8], {"c": np.ones((2, 1, 4))}, columns={"year": values})
+
+    append(year)
+    append(year)
+    with pytest.raises(ValueError, match="another value in column 'year' of sample 7; give the same"):
+        append(year[::-1])
+    assert rs.open_store(tmp_path / "s").shape[0] == 2
+
+
+def test_a_sample_that_was_deleted_is_refused_by_name_and_not_passed_over(tmp_path: Path) -> None:
+    stream(tmp_path / "s", [slice(0, 100)])
+    with rs.StoreWriter(tmp_path / "s") as writer:
+        rs.open_store(tmp_path / "s").delete(IDS[[5]])
+        add(writer, slice(0, 5))
+        with pytest.raises(ValueError, match=f"sample '{IDS[5]}' was deleted from .* leave it out, or give it another"):
+            add(writer, slice(0, 200))
+        add(writer, slice(100, 200))
+    assert rs.open_store(tmp_path / "s").ids[rs.open_store(tmp_path / "s").deleted].tolist() == [IDS[5]]
+    assert_holds(rs.open_store(tmp_path / "s"), slice(200))
 
 
 def test_an_id_that_came_before_is_refused_at_once_and_the_others_stand(tmp_path: Path) -> None:
