@@ -134,10 +134,11 @@ def given_arrays(sketches: Mapping[str, Any], who: str) -> tuple[dict[str, Any],
 
 def rows_of(arrays: Mapping[str, Any], planes: Mapping[str, Planes], name: str, samples: slice) -> Rows:
     """Some samples at a checkpoint, in memory; without norms of their own, they have the sketches'."""
-    sketches = np.asarray(arrays[name][samples], np.float32)
     own = {what: plane[name][samples] for what, plane in planes.items()}
-    norms = own["norms"].astype(np.float32) if "norms" in own else _lengths(sketches).astype(np.float32)
-    losses = own["losses"].astype(np.float32) if "losses" in own else None
+    with np.errstate(over="ignore"):  # what no float32 holds is infinite then, which is told with its sample
+        sketches = np.asarray(arrays[name][samples], np.float32)
+        norms = own["norms"].astype(np.float32) if "norms" in own else _lengths(sketches).astype(np.float32)
+        losses = own["losses"].astype(np.float32) if "losses" in own else None
     return Rows(sketches, norms, losses, own.get("timesteps"))
 
 

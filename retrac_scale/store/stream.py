@@ -33,7 +33,7 @@ from retrac_scale.store.opening import PARTS, WHAT, begun_parts, open_root
 from retrac_scale.store.part import ROOT, Part, check_root, group_json, lay_out
 from retrac_scale.store.reader import SketchStore, open_store
 from retrac_scale.store.schema import ATTRIBUTE, LIST_CHUNK, Layout, Url, choose_layout, differences, zarr_location
-from retrac_scale.store.writer import Rows, chunks_of, describe, told_of_block, unfinished
+from retrac_scale.store.writer import Rows, check_rows, chunks_of, describe, told_of_block, unfinished
 
 PART_ENTRIES = 2**33
 """Of the sketches of a checkpoint in a part: what a stream that is interrupted has to repeat at most."""
@@ -117,6 +117,8 @@ class StoreWriter:
         )
         meta = self._description(named, arrays, shape, planes, own)
         rows = {name: rows_of(arrays, planes, name, slice(None)) for name in arrays}
+        for name, some in rows.items():
+            check_rows(some, name, named)
         new = np.ones(n, bool)
         if self._store is not None:
             _check_like(self._store, meta)

@@ -257,7 +257,7 @@ def chunks_of(
         ValueError: shapes that do not fit, a loss or a norm that is not finite; a sketch is told when it is written.
     """
     count, sketches = len(ids), rows.sketches
-    steps = rows.timesteps if rows.timesteps is not None else np.tile(np.arange(sketches.shape[1]), (count, 1))
+    steps = _steps(rows)
     for what, plane in (("loss", rows.losses), ("gradient norm", rows.norms)):
         if plane is not None:
             _check_finite(plane, what, checkpoint, ids, steps)
@@ -297,12 +297,27 @@ def chunks_of(
     return chunks
 
 
+def check_rows(rows: Rows, checkpoint: str, ids: npt.NDArray[Any]) -> None:
+    """Raise ValueError, naming the first sample, where rows have a value that is NaN or infinite."""
+    steps = _steps(rows)
+    for what, values in (("gradient", rows.sketches), ("loss", rows.losses), ("gradient norm", rows.norms)):
+        if values is not None:
+            _check_finite(values, what, checkpoint, ids, steps)
+
+
+def _steps(rows: Rows) -> npt.NDArray[np.int64]:
+    """The timesteps `[n, t]` of rows, or their numbers."""
+    n, t, _ = rows.sketches.shape
+    return rows.timesteps if rows.timesteps is not None else np.tile(np.arange(t), (n, 1))
+
+
 def _check_finite(
     values: npt.NDArray[Any], what: str, checkpoint: str, ids: npt.NDArray[Any], steps: npt.NDArray[Any]
 ) -> None:
     flat = values.reshape(-1)
-    if np.isfinite(np.dot(flat, flat)):  # one pass without a temporary; an overflow is looked into below
-        return
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(np.dot(flat, flat)):  # one pass without a temporary; an overflow is looked into below
+            return
     finite = np.isfinite(values)
     if not finite.all():
         sample, timestep = np.argwhere(~finite)[0][:2]

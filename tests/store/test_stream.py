@@ -213,6 +213,34 @@ def test_an_id_that_came_before_is_refused_at_once_and_the_others_stand(tmp_path
     assert_holds(rs.open_store(tmp_path / "s"), slice(200))
 
 
+@pytest.mark.parametrize("what", ["gradient", "gradient norm", "loss"])
+@pytest.mark.parametrize("value", [np.nan, 1e300])  # of which float32 makes infinity
+def test_a_value_that_is_not_finite_is_refused_at_once_and_the_others_stand(
+    what: str, value: float, tmp_path: Path
+) -> None:
+    def append(first: int, one: float = 1) -> None:
+        planes = {name: np.ones((4, 2)) for name in ("gradient", "gradient norm", "loss")}
+        planes[what][2, 1] = one
+        sketches = {"c": np.repeat(planes["gradient"][:, :, None], 4, 2)}
+        norms, losses = ({"c": planes[name]} for name in ("gradient norm", "loss"))
+        writer.append(np.arange(first, first + 4), sketches, norms=norms, losses=losses, timesteps=[3, 9])
+
+    with rs.StoreWriter(tmp_path / "s", layout=rs.Layout(4)) as writer:
+        append(0)
+        with pytest.raises(ValueError, match=f"the {what} is NaN or infinite at checkpoint 'c', sample 6, timestep 9"):
+            append(4, value)
+        append(8)
+    assert rs.open_store(tmp_path / "s").ids.tolist() == [0, 1, 2, 3, 8, 9, 10, 11]
+    assert rs.verify_store(tmp_path / "s").is_whole
+
+
+def test_rows_whose_squares_overflow_are_taken_in_without_a_warning(tmp_path: Path) -> None:
+    rows = {"c": np.full((4, 1, 8), 1e30, np.float32)}
+    with rs.StoreWriter(tmp_path / "s") as writer:
+        writer.append(range(4), rows)
+    np.testing.assert_allclose(rs.open_store(tmp_path / "s").sketches("c"), rows["c"], rtol=1e-6)
+
+
 def test_one_writer_at_a_time_and_no_other_kind_of_store(tmp_path: Path) -> None:
     with rs.StoreWriter(tmp_path / "s") as writer:
         with pytest.raises(ValueError, match="somebody else is writing to"):
