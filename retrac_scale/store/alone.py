@@ -32,8 +32,10 @@ def alone(place: StorePath, out: Url, *, wait: bool = True) -> Iterator[None]:
     folder = Path(place.store.root)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
+    except FileExistsError:
         raise ValueError(f"{out} is a file; choose another path.") from None
+    except NotADirectoryError:
+        raise ValueError(f"{out} is below a file; choose another path.") from None
     try:
         import fcntl
     except ImportError:

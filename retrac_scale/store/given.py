@@ -41,7 +41,7 @@ def write_store(
     Args:
         out: path, fsspec URL, or None for memory.
         sketches: {checkpoint: raw sketches `[n, t, k]`}, unnormalised, scaled so that inner products estimate those of
-            the gradients; NumPy's, or anything that has a shape and gives slices.
+            the gradients; NumPy's, torch's, or anything that has a shape and gives slices.
         norms: {checkpoint: L2 norms of the full gradients `[n, t]`}; None: the sketches' own norms.
         losses: {checkpoint: `[n, t]`}.
         timesteps: {checkpoint: `[n, t]`}, or one list `[t]` for all samples.
@@ -96,7 +96,7 @@ def write_store(
 def check_same(store: SketchStore, name: str, samples: slice, rows: Rows) -> None:
     """Raise ValueError unless samples that are there hold these sketches, norms, losses and timesteps."""
     sketches, norms = store.sketches_and_norms(name, samples)
-    compared = {
+    compared: dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]] = {
         "sketches": (decode(*encode(rows.sketches, store.meta["dtype"])), sketches),
         "norms": (rows.norms, norms),
     }
@@ -136,10 +136,18 @@ def rows_of(arrays: Mapping[str, Any], planes: Mapping[str, Planes], name: str, 
     """Some samples at a checkpoint, in memory; without norms of their own, they have the sketches'."""
     own = {what: plane[name][samples] for what, plane in planes.items()}
     with np.errstate(over="ignore"):  # what no float32 holds is infinite then, which is told with its sample
-        sketches = np.asarray(arrays[name][samples], np.float32)
+        sketches = _numpy(arrays[name][samples]).astype(np.float32, copy=False)
         norms = own["norms"].astype(np.float32) if "norms" in own else _lengths(sketches).astype(np.float32)
         losses = own["losses"].astype(np.float32) if "losses" in own else None
     return Rows(sketches, norms, losses, own.get("timesteps"))
+
+
+def _numpy(values: Any) -> npt.NDArray[Any]:
+    """Values in memory; of torch's those, too, that NumPy refuses: bfloat16, on a device, part of a graph."""
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+        values = values.float() if values.is_floating_point() else values
+    return np.asarray(values)
 
 
 def given_weights(weights: Mapping[str, float] | Sequence[float] | None, arrays: Mapping[str, Any]) -> dict[str, float]:
@@ -158,7 +166,7 @@ def timestep_tables(timesteps: Any, arrays: Mapping[str, Any], n: int) -> Planes
     """Timesteps `[n, t]` by checkpoint, from such, from one table, or from one list `[t]`."""
     if timesteps is None or isinstance(timesteps, Mapping):
         return timesteps
-    table = np.asarray(timesteps)
+    table = _numpy(timesteps)
     return {name: np.tile(table, (n, 1)) if table.ndim == 1 else table for name in arrays}
 
 
@@ -176,7 +184,7 @@ def given_planes(arrays: Mapping[str, Any], shape: tuple[int, ...], **given: Pla
             continue
         if set(planes) != set(arrays):
             raise ValueError(f"{what} are given for {sorted(planes)}, sketches for {sorted(arrays)}; give the same.")
-        own = checked[what] = {name: np.asarray(planes[name]) for name in arrays}
+        own = checked[what] = {name: _numpy(planes[name]) for name in arrays}
         for name, plane in own.items():
             if plane.shape != shape[:2]:
                 raise ValueError(

@@ -28,6 +28,8 @@ def open_root(url: Url, what: str, mode: Literal["r", "r+"] = "r") -> zarr.Group
     """
     try:
         root = zarr.open_group(zarr_location(url), mode=mode)
+    except FileExistsError:
+        raise FileNotFoundError(f"{url} is a file and no {what}; choose another path.") from None
     except (FileNotFoundError, NotADirectoryError, GroupNotFoundError) as error:
         raise FileNotFoundError(f"there is no {what} at {url}.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:

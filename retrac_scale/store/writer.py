@@ -71,16 +71,7 @@ def create_store(
     """
     checked = check_columns(columns, shape[0])
     meta = describe(out, shape, weights, fingerprint, dtype, quantities, column_types(ids, checked), plan, layout)
-    location = zarr_location(out)
-    try:
-        root = zarr.open_group(location, mode="r+")
-    except FileNotFoundError:
-        objects.write_new(objects.place_of(location), ROOT, group_json(unfinished(meta)))
-        root = zarr.open_group(location, mode="r+")
-    except FileExistsError:
-        raise ValueError(f"{out} is a file; choose another path.") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedStoreError(f"{out}/{ROOT} is damaged: {error}; run `retrac-scale verify` on it.") from error
+    root = _root_at(out, meta)
     stored = root.attrs.get(ATTRIBUTE)
     if not isinstance(stored, dict) or stored.get("what") != WHAT:
         raise ValueError(f"{out} holds something that is no sketch store; choose another path.")
@@ -94,6 +85,22 @@ def create_store(
             "choose another path, or repeat the call that began it."
         )
     return store
+
+
+def _root_at(out: Url, meta: Mapping[str, Any]) -> zarr.Group:
+    """The zarr group at `out`, begun where there is none."""
+    location = zarr_location(out)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            return zarr.open_group(location, mode="r+")
+        objects.write_new(objects.place_of(location), ROOT, group_json(unfinished(meta)))
+        return zarr.open_group(location, mode="r+")
+    except FileExistsError:
+        raise ValueError(f"{out} is a file; choose another path.") from None
+    except NotADirectoryError:
+        raise ValueError(f"{out} is below a file; choose another path.") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedStoreError(f"{out}/{ROOT} is damaged: {error}; run `retrac-scale verify` on it.") from error
 
 
 def mismatch(
@@ -143,6 +150,8 @@ def describe(
     n, t, k = shape
     check_dtype(dtype)
     for name in weights:
+        if not isinstance(name, str):
+            raise ValueError(f"a checkpoint is called {name!r}, which is no string; give it a string as its name.")
         if not name or {"/", "\\"} & {*name} or name.startswith(".") or name in (*RESERVED, *columns):
             raise ValueError(f"a checkpoint cannot be called {name!r} in a store; give it another name.")
         if not np.isfinite(weights[name]):

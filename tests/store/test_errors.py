@@ -126,8 +126,17 @@ def test_a_file_and_an_empty_folder_are_no_store(tmp_path: Path, verb: Callable[
     for path in ("file", "folder"):
         with pytest.raises((FileNotFoundError, NotADirectoryError)):
             verb(tmp_path / path)
-    with pytest.raises(ValueError, match="is a file; choose another path"):
-        begin(tmp_path / "file")
+
+
+@pytest.mark.parametrize("verb", [begin, rs.StoreWriter])
+def test_no_store_is_begun_on_a_file_or_below_one(tmp_path: Path, verb: Callable[[Path], Any]) -> None:
+    (tmp_path / "file").write_text("not a store")
+    with pytest.raises(ValueError, match="file is a file; choose another path"):
+        verb(tmp_path / "file")
+    with pytest.raises(ValueError, match="file/s is below a file; choose another path"):
+        verb(tmp_path / "file" / "s")
+    with pytest.raises(FileNotFoundError, match="file is a file and no sketch store; choose another path"):
+        open_store(tmp_path / "file", mode="r+")
 
 
 def test_processes_that_race_for_the_same_blocks_leave_the_same_store(tmp_path: Path) -> None:
@@ -176,9 +185,12 @@ def test_the_command_line_tells_damage_by_its_exit_status(tmp_path: Path, capsys
     assert "280 of 280 pairs" in capsys.readouterr().out
 
 
-def test_a_checkpoint_whose_name_zarr_would_change_is_refused() -> None:
+def test_a_checkpoint_whose_name_zarr_would_change_is_refused_and_one_that_is_no_string() -> None:
     with pytest.raises(ValueError, match="a checkpoint cannot be called"):
         rs.write_store(None, {"runs\\last": np.ones((1, 1, 4))})
+    names: Any = {1: np.ones((1, 1, 4))}
+    with pytest.raises(ValueError, match="a checkpoint is called 1, which is no string"):
+        rs.write_store(None, names)
 
 
 def test_a_column_may_have_missing_numbers_and_still_be_the_same(tmp_path: Path) -> None:

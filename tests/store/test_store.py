@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import xarray
 import zarr
 from hypothesis import given
@@ -148,6 +149,20 @@ def test_weights_ids_and_timesteps_are_kept(tmp_path: Path) -> None:
 def test_arrays_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         random_store(**change)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_tensors_of_any_type_are_taken_as_they_are_and_without_their_graph(dtype: torch.dtype) -> None:
+    sketches = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    norms: Any = sketches.norm(dim=2)
+    steps: Any = torch.tensor([3, 9])
+    store = rs.write_store(
+        None, {"c": sketches}, norms={"c": norms}, losses={"c": norms}, timesteps=steps, dtype="float32"
+    )
+    np.testing.assert_array_equal(store.sketches("c"), sketches.detach().float())
+    np.testing.assert_array_equal(store.norms("c"), norms.detach().float())
+    np.testing.assert_array_equal(store.losses("c"), norms.detach().float())
+    assert store.timesteps("c").tolist() == [[3, 9]] * 3
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float16", "bfloat16", "float32"])
