@@ -55,6 +55,40 @@ def test_adam_divisors_are_the_corrected_root_of_the_second_moment() -> None:
         torch.testing.assert_close(before[name] - value, 1e-2 * value.grad / divisors[name], rtol=1e-4, atol=1e-7)
 
 
+def test_in_groups_of_another_order_each_parameter_has_its_own_divisors() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+
+    def build() -> torch.optim.Optimizer:
+        return torch.optim.AdamW([{"params": model[i].parameters(), "eps": 1 + i} for i in (1, 0)])
+
+    optimizer, loaded = build(), build()
+    for value in model.parameters():
+        value.grad = torch.randn(value.shape)
+    optimizer.step()
+    expected = {n: value.grad.abs() + 1 + int(n[0]) for n, value in model.named_parameters() if value.grad is not None}
+    torch.testing.assert_close(rs.adam_divisors(model, optimizer), expected)
+    state = optimizer.state_dict()
+    with pytest.raises(ValueError, match=r"2 groups of parameters without names, .*; give the optimizer itself"):
+        rs.adam_divisors(model, state)
+    loaded.load_state_dict(state)
+    torch.testing.assert_close(rs.adam_divisors(model, loaded), expected)
+    for i, group in zip((1, 0), state["param_groups"], strict=True):  # as of an optimizer over named_parameters()
+        group["param_names"] = [f"{i}.weight", f"{i}.bias"]
+    torch.testing.assert_close(rs.adam_divisors(model, state), expected)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.NAdam, torch.optim.RAdam, torch.optim.SGD])
+def test_what_is_no_adam_is_refused(kind: Any) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = kind(model.parameters())
+    for value in model.parameters():
+        value.grad = torch.ones_like(value)
+    optimizer.step()
+    for given in (optimizer, optimizer.state_dict()):
+        with pytest.raises(ValueError, match="parameter 'weight' was not trained by Adam or AdamW of torch"):
+            rs.adam_divisors(model, given)
+
+
 @pytest.mark.usefixtures("small_layers_mixed")
 @pytest.mark.parametrize(
     "projection", [rs.Identity(), rs.CountSketch(64), rs.Dense(64), rs.LowRank(4, 64, norm="exact")]
@@ -124,6 +158,8 @@ def test_divisors_that_do_not_fit_are_named_before_any_work() -> None:
         rs.adam_divisors(model, optimizer.state_dict())
     with pytest.raises(ValueError, match="the optimizer's state holds 2 parameters"):
         rs.adam_divisors(model, torch.optim.Adam(nn.Linear(2, 2).parameters()).state_dict())
+    with pytest.raises(ValueError, match=f"parameter '{first}' of the model is not in the optimizer"):
+        rs.adam_divisors(model, torch.optim.Adam(nn.Linear(2, 2).parameters()))
 
 
 def test_curvature_is_the_empirical_fisher_diagonal_as_it_is_and_in_eigenbases() -> None:
