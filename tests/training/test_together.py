@@ -80,4 +80,4 @@ def test_a_store_that_cannot_be_written_is_told_to_all_of_them(tmp_path: Path) -
 
     one, other = refusals(train, tmp_path)
     assert one == other
-    assert "File exists" in one
+    assert "is a file; choose another path" in one
