@@ -164,7 +164,8 @@ def read_upload(content: bytes, shape: tuple[int, int, int], limits: Limits, bac
                 raise ValueError(f"{has}; one side may be {MOST_ASPECT} times the other.")
             check_depth(image)
             transparent = is_transparent(image)
-            upright = ImageOps.exif_transpose(opaque(image, background).convert("L" if channels == 1 else "RGB"))
+            upright = ImageOps.exif_transpose(image)  # before it is put onto a ground, which has no orientation
+            upright = opaque(upright, background).convert("L" if channels == 1 else "RGB")
             size = upright.size
             square = height == width  # as the datasets do it; they know no other shape
             fitted = middle_square(upright, width) if square else ImageOps.fit(upright, (width, height))
