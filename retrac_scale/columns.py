@@ -7,6 +7,7 @@ import itertools
 import keyword
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import date, time, timedelta
 from typing import Any
 
 import numpy as np
@@ -172,21 +173,62 @@ def as_column(values: Any, what: str = "value") -> npt.NDArray[Any]:
     """Values as an array; texts, and numbers among them, as `is_text` has them.
 
     Raises:
-        ValueError: a text has no UTF-8, as a file's name in Latin-1; names it.
+        ValueError: a text has no UTF-8, as a file's name in Latin-1, NaN stands among texts, an array of pandas lacks a
+            value, or integers do not fit into 64 bits; names it.
     """
     if isinstance(values, Sequence) and not isinstance(values, str):
         values = list(values)
+    if isinstance(values, list) or _is_of_pandas(values):
+        row = lacking(values)
+        if row is not None and not (isinstance(values, list) and values[row] is None):
+            raise ValueError(f"{what} in row {row} is missing; fill it in, or leave the row or the column out.")
     if isinstance(values, list) and _become_texts(values):  # NumPy would make them texts of one length
         array = np.array(list(map(str, values)), object)
     else:
         array = np.asarray(values)
         array = array.astype(object) if array.dtype.kind in "UT" else array
+    if isinstance(values, list) and array.dtype.kind in "fO" and _are_integers(values):
+        array = _unsigned(values, what)
     for text in array.flat if is_text(array) else ():
         try:
             text.encode()
         except UnicodeEncodeError:
             raise ValueError(f"{what} {text!r} has no UTF-8; give it another name.") from None
     return array
+
+
+def lacking(values: Any) -> int | None:
+    """The first row without a value, if any: it has None, NA or NaT of pandas, or NaN unless it is among numbers."""
+    if _is_of_pandas(values):
+        return next(iter(np.flatnonzero(np.asarray(values.isna())).tolist()), None)
+    kinds = set(map(type, values))
+    none = {kind for kind in kinds if kind.__name__ in ("NoneType", "NAType", "NaTType")}
+    numbers = all(issubclass(kind, int | float | np.number) and kind is not bool for kind in kinds)
+    floats = () if numbers else tuple(kind for kind in kinds if issubclass(kind, float | np.floating))
+    if not none and not floats:
+        return None
+    every = enumerate(values)
+    return next((row for row, one in every if type(one) in none or (isinstance(one, floats) and one != one)), None)
+
+
+def _is_of_pandas(values: Any) -> bool:
+    """Whether values are in an array of a type that pandas has beside NumPy's, of which NumPy hides what is missing."""
+    return hasattr(getattr(values, "dtype", None), "na_value")
+
+
+def _are_integers(values: list[Any]) -> bool:
+    return bool(values) and all(
+        issubclass(kind, int | np.integer) and kind is not bool for kind in set(map(type, values))
+    )
+
+
+def _unsigned(values: list[Any], what: str) -> npt.NDArray[np.uint64]:
+    """Integers of which some are from 2**63 on, where NumPy rounds them to floats beside smaller ones."""
+    try:
+        return np.array(values, np.uint64)
+    except OverflowError:
+        beyond = next(one for one in values if not -(2**63) <= one < 2**63)
+        raise ValueError(f"{what} {beyond} is beyond int64; give such {what.split()[-1]}s as strings.") from None
 
 
 def _become_texts(values: Sequence[Any]) -> bool:
@@ -249,22 +291,31 @@ def check_columns(columns: Mapping[str, Any] | None, n_samples: int) -> dict[str
         raise ValueError(f"columns must map names to values, got a {type(columns).__name__}.")
     checked = {}
     for name, values in (columns or {}).items():
-        array = as_column(values, f"column {name!r}: value")
         if not name.isidentifier() or keyword.iskeyword(name) or name in RESERVED:
             raise ValueError(
                 f"a column cannot be called {name!r}; use letters, digits and '_', and neither one of {RESERVED} nor a "
                 "word that has a meaning in where=, such as 'in' and all of Python's keywords."
             )
+        array = as_column(values, f"column {name!r}: value")
         if array.shape != (n_samples,):
             raise ValueError(
                 f"column {name!r} has shape {array.shape} for {n_samples} samples; give one value for each."
             )
         if array.dtype.kind not in "biuf" and not is_text(array):
-            dates = "write dates and times as strings, values.astype(str)"
-            advice = dates if array.dtype.kind in "mM" else "give booleans, numbers or strings"
-            raise ValueError(f"column {name!r} has dtype {array.dtype}; {advice}.")
+            raise ValueError(f"column {name!r} has dtype {array.dtype}{_advice(array)}.")
         checked[name] = array
     return checked
+
+
+def _advice(array: npt.NDArray[Any]) -> str:
+    """What to make of values that no column holds; of objects, which one is such a value."""
+    if array.dtype.kind in "mM":
+        return "; write dates and times as strings, values.astype(str)"
+    row, odd = next(((row, one) for row, one in enumerate(array.tolist()) if not isinstance(one, str)), (0, None))
+    found = f", {odd!r:.60} in row {row}" if array.dtype == object else ""
+    if isinstance(odd, date | time | timedelta):
+        return f"{found}; write dates and times as strings"
+    return f"{found}; give booleans, numbers or strings"
 
 
 def column_types(ids: npt.NDArray[Any], columns: Mapping[str, npt.NDArray[Any]]) -> dict[str, str]:

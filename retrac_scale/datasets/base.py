@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageColor, ImageOps
 
-from retrac_scale.columns import check_columns, check_ids
+from retrac_scale.columns import check_columns, check_ids, lacking
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,22 +130,24 @@ class ImageDataset(ABC):
         """The local file that holds each row, before any is left out; None where there is none."""
         return None
 
-    def give(self, name: str, values: Sequence[Any], count: int | None = None) -> None:
+    def give(self, name: str, values: Any, count: int | None = None) -> None:
         """Hand values on with the images under a name, as `given` does.
 
         Args:
             name: in the items.
-            values: `[n]`, of all images, those that were left out too.
+            values: `[n]`, of all images, those that were left out too; by their places, whatever index they have.
             count: n where it is not known yet.
 
         Raises:
-            ValueError: they are of another number, or one is missing; names its row.
+            ValueError: they are of another number, one is missing, whose row is named, or the name is the image's.
         """
+        if name == "image":
+            raise ValueError(f"{self.source} has its pictures under {name!r}; hand values on under another name.")
         count = len(self._rows) + len(self.skipped) if count is None else count
         if len(values) != count:
             raise ValueError(f"{self.source} gives {len(values)} values of {name!r} for {count} images.")
         _refuse_odd(self.source, name, values, lists=True)
-        self._given[name] = values
+        self._given[name] = values.to_numpy() if hasattr(values, "iloc") else values  # a Series goes by its labels
 
     @property
     def stamps(self) -> npt.NDArray[np.uint64] | None:
@@ -158,7 +160,8 @@ class ImageDataset(ABC):
         stamps = [stamp_of[file] for file in files]
         if self._given:  # a caption changes without its image
             told = zip(*self._given.values(), strict=True)
-            stamps = [stamp and _word(f"{stamp} {one!r}") for stamp, one in zip(stamps, told, strict=True)]
+            words = (tuple(map(_told, one)) for one in told)
+            stamps = [stamp and _word(f"{stamp} {one!r}") for stamp, one in zip(stamps, words, strict=True)]
         return np.array(stamps, np.uint64)[self._rows]
 
     def read(self, row: int) -> Tensor:
@@ -210,15 +213,30 @@ def _word(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") or 1
 
 
+def _told(value: Any) -> Any:
+    """What tells a value from others by its repr: it itself, or a digest of an array, whose repr leaves out much."""
+    if isinstance(value, np.generic) or not hasattr(value, "__array__"):
+        return value
+    if hasattr(value, "detach"):  # a tensor, perhaps of a type or on a device that NumPy does not know
+        value = value.detach().cpu()
+        value = value.double() if value.is_floating_point() else value
+    array = np.asarray(value)
+    content = repr(array.tolist()).encode() if array.dtype.kind in "OT" else array.tobytes()
+    return array.shape, hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
 def _refuse_odd(source: str, name: str, values: Any, *, lists: bool) -> None:
     """ValueError where a value is missing or, unless they are taken, a list; lists of texts never are."""
-    if isinstance(values, np.ndarray) and values.dtype != object:
+    if isinstance(values, np.ndarray) and values.dtype.kind not in "OT":
+        return
+    row = lacking(values)
+    if row is not None:
+        raise ValueError(
+            f"{source} has no value of {name!r} in row {row}; fill it in, or leave the row or the column out."
+        )
+    if not any(issubclass(kind, list | tuple) for kind in set(map(type, values))):
         return
     for row, value in enumerate(values):
-        if value is None:
-            raise ValueError(
-                f"{source} has no value of {name!r} in row {row}; fill it in, or leave the row or the column out."
-            )
         if isinstance(value, (list, tuple)) and (not lists or any(isinstance(one, str) for one in value)):
             raise ValueError(
                 f"{source} has a list as {name!r} in row {row}, {value!r:.60}; give one value for each image."
