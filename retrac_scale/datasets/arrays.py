@@ -19,10 +19,11 @@ class Arrays(ImageDataset):
     """Images `[n, h, w]`, `[n, h, w, channels]` or `[n, channels, h, w]` in uint8, scaled to -1 .. 1; or floats as is.
 
     Args:
-        images: an array, NumPy or Zarr, or the path of a .npy file or a Zarr array, which is read row by row.
+        images: an array, NumPy or Zarr, a tensor, or the path of a .npy file or a Zarr array, which is read row by row.
         ids: `[n]`; None numbers the rows.
         columns: {name: `[n]`}.
         given: {name in the item: `[n]`}.
+        channels: of uint8 images, see `ImageDataset`; None for as many as they have.
         size: of uint8 images, see `ImageDataset`.
         corrupt: see `ImageDataset`; floats that are NaN or infinite count as corrupt.
 
@@ -37,6 +38,7 @@ class Arrays(ImageDataset):
         ids: Sequence[Any] | npt.NDArray[Any] | None = None,
         columns: Mapping[str, Any] | None = None,
         given: Mapping[str, Sequence[Any]] | None = None,
+        channels: int | None = None,
         size: int | None = None,
         corrupt: Corrupt = "raise",
     ) -> None:
@@ -44,6 +46,8 @@ class Arrays(ImageDataset):
         if isinstance(images, (str, os.PathLike)):
             source, place = os.fspath(images), local(images)
             images = np.load(place, mmap_mode="r") if place.endswith(".npy") else zarr.open_array(place, mode="r")
+        if isinstance(images, Tensor):  # bfloat16 is none of NumPy's
+            images = (images.float() if images.is_floating_point() else images).numpy(force=True)
         self._images, self._scaled = images, images.dtype == np.uint8
         if not self._scaled and images.dtype.kind != "f":
             raise ValueError(f"{source} has dtype {images.dtype}; give uint8, or floats in the model's range.")
@@ -51,13 +55,13 @@ class Arrays(ImageDataset):
             raise ValueError(
                 f"{source} has shape {images.shape}; give images [n, h, w(, 1 or 3)] or [n, 1 or 3, h, w]."
             )
-        channels = images.shape[self._channel_axis()] if self._scaled and images.ndim == 4 else 1
+        own = images.shape[self._channel_axis()] if self._scaled and images.ndim == 4 else 1
         super().__init__(
             source,
             ids=ids,
             columns=columns,
             given=given,
-            channels=channels,
+            channels=own if channels is None else channels,
             size=size,
             corrupt=corrupt,
             n=images.shape[0],

@@ -7,7 +7,8 @@ import logging
 import os
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -56,6 +57,12 @@ def listed(paths: Paths, what: str) -> list[str]:
         if not isinstance(path, (str, os.PathLike)):
             raise ValueError(f"a path must be a string or a Path, got {path!r}.")
     return [os.path.expanduser(os.fspath(path)) for path in given]
+
+
+def suffixes() -> tuple[str, ...]:
+    """Those of the files that Pillow opens, with their dots."""
+    Image.init()
+    return tuple(suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN)
 
 
 def origins(columns: Columns | None) -> dict[str, str]:
@@ -284,6 +291,15 @@ def is_transparent(image: Image.Image) -> bool:
     return bool(lowest < 255)  # type: ignore[operator]
 
 
+@contextmanager
+def decoding() -> Iterator[None]:
+    """Raises as OSError what some of Pillow's decoders, AVIF's and DDS's, say of a damaged image in a RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
+
+
 def pixels(image: Any, channels: int, size: int | None, background: str = "") -> Tensor:
     """An image as float32 `[channels, h, w]` in -1 .. 1.
 
@@ -294,9 +310,9 @@ def pixels(image: Any, channels: int, size: int | None, background: str = "") ->
         background: see `opaque`.
     """
     if isinstance(image, bytes):
-        with Image.open(BytesIO(image)) as opened:
+        with decoding(), Image.open(BytesIO(image)) as opened:
             upright = ImageOps.exif_transpose(opened)  # as diffusers' examples have it
-            return pixels(upright, channels, size, background)
+        return pixels(upright, channels, size, background)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8:
             raise ValueError(f"an image array has dtype {image.dtype}; give uint8.")
@@ -305,6 +321,8 @@ def pixels(image: Any, channels: int, size: int | None, background: str = "") ->
         image = Image.fromarray(image.squeeze(2) if image.ndim == 3 and image.shape[2] == 1 else image)
     if not isinstance(image, Image.Image):
         raise ValueError(f"there is a {type(image).__name__} where an image should be")
+    with decoding():
+        image.load()
     check_depth(image)
     image = opaque(image, background).convert("L" if channels == 1 else "RGB")
     if size is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from retrac_scale.datasets.base import Columns, Corrupt, ImageDataset, local, origins
+from retrac_scale.datasets.base import Columns, Corrupt, ImageDataset, decoding, local, origins
 
 
 class HuggingFace(ImageDataset):
@@ -74,4 +74,5 @@ class HuggingFace(ImageDataset):
             return np.asarray(value, dtype=np.uint8) if self._whole else value
         if value["bytes"] is None and value["path"] is not None:
             value = {**value, "path": local(value["path"], self._folder)}
-        return self._feature.decode_example(value)
+        with decoding():
+            return self._feature.decode_example(value)
