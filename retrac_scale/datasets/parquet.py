@@ -49,7 +49,7 @@ class Parquet(ImageDataset):
         self._groups: list[tuple[str, int]] = []
         sizes: list[int] = []
         names = list(dict.fromkeys([*([id] if id else []), *kept.values(), *(given or {}).values()]))
-        tables = []
+        rest: dict[str, list[Any]] = {name: [] for name in names}
         for path in map(local, places):
             try:
                 file = pq.ParquetFile(path)
@@ -61,15 +61,16 @@ class Parquet(ImageDataset):
             groups = range(file.num_row_groups)
             self._groups += [(path, group) for group in groups]
             sizes += [file.metadata.row_group(group).num_rows for group in groups]
-            tables.append(file.read(columns=names))
+            table = file.read(columns=names)
+            for name, values in rest.items():  # whose type may be another in each file
+                values += table[name].to_pylist()
         self._ends = list(accumulate(sizes))
         self._held: tuple[int, Any] = (-1, None)
-        rest = pa.concat_tables(tables)
         super().__init__(
             ", ".join(places),
-            ids=None if id is None else rest[id].to_pylist(),
-            columns={name: rest[column].to_pylist() for name, column in kept.items()},
-            given={name: rest[column].to_pylist() for name, column in (given or {}).items()},
+            ids=None if id is None else rest[id],
+            columns={name: rest[column] for name, column in kept.items()},
+            given={name: rest[column] for name, column in (given or {}).items()},
             channels=channels,
             size=size,
             corrupt=corrupt,

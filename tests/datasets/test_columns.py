@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
 from retrac_scale.columns import check_columns
-from retrac_scale.datasets import Arrays, ImageFiles
+from retrac_scale.datasets import Arrays, ImageFiles, Parquet
 
 NAN = float("nan")
 PICTURES = np.zeros((3, 4, 4), np.uint8)
@@ -89,3 +91,14 @@ def test_a_sample_whose_embedding_changed_has_another_stamp(kind: Any, tmp_path:
     before: Any = dataset.stamps
     embeddings[1, 1000] = 1e-5
     assert (dataset.stamps == before).tolist() == [True, False]
+
+
+def test_parquet_files_may_hold_a_column_in_several_types(tmp_path: Path) -> None:
+    columns = [pa.array([1], pa.int32()), pa.array([2**62 + 1], pa.int64()), pa.array([2**63], pa.uint64())]
+    for row, column in enumerate(columns):
+        pq.write_table(pa.table({"image": [b""], "x": column}), tmp_path / f"{row}.parquet")
+    paths: list[Any] = [tmp_path / f"{row}.parquet" for row in range(3)]
+    assert Parquet(paths, columns="x").columns["x"].tolist() == [1, 2**62 + 1, 2**63]
+    pq.write_table(pa.table({"image": [b""], "x": pa.nulls(1)}), tmp_path / "3.parquet")
+    with pytest.raises(ValueError, match=r"has no value of 'x' in row 3; fill it in"):
+        Parquet([*paths, tmp_path / "3.parquet"], columns="x")
