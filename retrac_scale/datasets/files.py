@@ -8,10 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from retrac_scale.datasets.base import Corrupt, ImageDataset, Paths, check_channels, listed, local
-from retrac_scale.datasets.metadata import KINDS, columns_beside, texts_beside
+from retrac_scale.columns import check_columns
+from retrac_scale.datasets.base import Corrupt, ImageDataset, Paths, check_channels, listed, local, suffixes
+from retrac_scale.datasets.metadata import CAPTIONS, KINDS, columns_beside, texts_beside
 
 logger = logging.getLogger(__name__)
 
@@ -19,8 +18,8 @@ logger = logging.getLogger(__name__)
 class ImageFiles(ImageDataset):
     """Image files, and all those in folders; their ids are their paths, column "folder" is the folder's name.
 
-    Further columns are those of metadata.jsonl, .csv or .parquet in the folders that have one text, number or boolean
-    for every file; which others there are is warned of.
+    Further columns are those of metadata.jsonl, .csv or .parquet in the folders, and in those below them, that have one
+    text, number or boolean for every file; which others there are is warned of.
 
     Of a folder count the files that Hugging Face's `imagefolder` takes: whatever Pillow opens, by its suffix, in no
     folder and under no name that begins with a dot, as copies of editors and of macOS do.
@@ -50,20 +49,20 @@ class ImageFiles(ImageDataset):
         corrupt: Corrupt = "raise",
     ) -> None:
         check_channels(channels)
-        Image.init()
-        suffixes = tuple(suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN)
+        texts = {origin for name, origin in (given or {}).items() if name in CAPTIONS}.union(CAPTIONS)
+        opened = suffixes()
         files: list[Path] = []
         columns: dict[str, list[Any]] = {}
         for path in map(Path, listed(paths, "ImageFiles got no paths")):
             if not path.exists():
                 raise ValueError(f"there is no file or folder {path}.")
             found = sorted(_inside(path)) if path.is_dir() else [path]
-            images = [file for file in found if file.suffix.lower() in suffixes]
+            images = [file for file in found if file.suffix.lower() in opened]
             if not images:
                 raise ValueError(f"{path} is no image and holds none; images end in .png, .jpg and what Pillow opens.")
             before = len(files)
             files += images
-            for name, values in (columns_beside(path, images) if path.is_dir() else {}).items():
+            for name, values in (columns_beside(path, images, texts) if path.is_dir() else {}).items():
                 columns.setdefault(name, [None] * before).extend(values)
             for values in columns.values():
                 values += [None] * (len(files) - len(values))
@@ -111,33 +110,43 @@ class ImageFiles(ImageDataset):
         return Path(self._files[row]).read_bytes()
 
 
-def _whole(source: str, files: list[Path], columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """The columns that have a value for every file; warns of the others, which nobody could filter by."""
-    whole = {}
+def _whole(source: str, files: list[Path], columns: dict[str, list[Any]]) -> dict[str, Any]:
+    """The columns that have a value for every file and can be kept; warns of the others, which none can filter by."""
+    whole: dict[str, Any] = {}
     for name, values in columns.items():
         lacking = [file for file, value in zip(files, values, strict=True) if not isinstance(value, KINDS)]
-        if not lacking:
-            whole[name] = values
-            continue
-        logger.warning(
-            "%s: the metadata's column %r is left out, as %d of %d images have no text, number or boolean in it, such "
-            "as %s; fill it in to filter or group by it.",
-            source,
-            name,
-            len(lacking),
-            len(files),
-            lacking[0],
-        )
+        reason = "the folder's name is called so; rename it to filter or group by it" if name == "folder" else ""
+        if lacking:
+            reason = (
+                f"{len(lacking)} of {len(files)} images have no text, number or boolean in it, such as {lacking[0]}; "
+                "fill it in to filter or group by it"
+            )
+        try:
+            kept = {} if reason else check_columns({name: values}, len(files))
+        except ValueError as error:
+            kept, reason = {}, str(error).removesuffix(".")
+        whole |= kept
+        if reason:
+            logger.warning("%s: the metadata's column %r is left out, as %s.", source, name, reason)
     return whole
 
 
 def _inside(folder: Path) -> Iterator[Path]:
-    """The files in a folder and those below, links to folders followed, but for hidden ones."""
+    """The files in a folder and those below, links to folders followed, but for hidden ones.
+
+    Each has one path: that without links, where there is one, so that no link that is added renames it.
+    """
     seen = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(place)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
-        yield from (Path(place, name) for name in files if not name.startswith("."))
+    ahead = [str(folder)]
+    while ahead:
+        links: list[str] = []
+        for start in sorted(ahead):
+            for place, folders, files in os.walk(start):
+                if (real := os.path.realpath(place)) in seen:
+                    folders.clear()
+                    continue
+                seen.add(real)
+                folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+                links += filter(os.path.islink, (os.path.join(place, name) for name in folders))
+                yield from (Path(place, name) for name in files if not name.startswith("."))
+        ahead = links
