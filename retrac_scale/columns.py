@@ -201,6 +201,8 @@ def lacking(values: Any) -> int | None:
     """The first row without a value, if any: it has None, NA or NaT of pandas, or NaN unless it is among numbers."""
     if _is_of_pandas(values):
         return next(iter(np.flatnonzero(np.asarray(values.isna())).tolist()), None)
+    if getattr(getattr(values, "dtype", np.dtype(object)), "kind", "f") not in "OT":  # torch's types have no kind
+        return None
     kinds = set(map(type, values))
     none = {kind for kind in kinds if kind.__name__ in ("NoneType", "NAType", "NaTType")}
     numbers = all(issubclass(kind, int | float | np.number) and kind is not bool for kind in kinds)

@@ -234,13 +234,13 @@ def _told(value: Any) -> Any:
 
 def _refuse_odd(source: str, name: str, values: Any, *, lists: bool) -> None:
     """ValueError where a value is missing or, unless they are taken, a list; lists of texts never are."""
-    if isinstance(values, np.ndarray) and values.dtype.kind not in "OT":
-        return
     row = lacking(values)
     if row is not None:
         raise ValueError(
             f"{source} has no value of {name!r} in row {row}; fill it in, or leave the row or the column out."
         )
+    if getattr(values, "dtype", np.dtype(object)) != np.dtype(object):  # which holds no lists
+        return
     if not any(issubclass(kind, list | tuple) for kind in set(map(type, values))):
         return
     for row, value in enumerate(values):
