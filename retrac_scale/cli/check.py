@@ -74,7 +74,7 @@ def _asked(project: Project) -> SketchStore | None:
 
     try:
         return open_store(project.checked)
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # none, or begun and not laid out: whatever else is there, sketch names it
         return None
 
 

@@ -11,6 +11,7 @@ from retrac_scale.cli.indexes import (
     of_measure,
     open_sketches,
     place_of,
+    recommended_of,
     refresh_beside,
     with_options,
 )
@@ -76,7 +77,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
         measures = arguments.measure
         store = open_store(arguments.store, measure=measures) if given_store else open_sketches(project, measures)
         if arguments.estimator is None:
-            plain = recommended(store)
+            store, plain = recommended_of(store)
         elif measures is None:
             store, plain = of_measure(arguments.estimator, store)
         else:

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retrac_scale.cli.project import FILE, Project
+from retrac_scale.cli.project import FILE, RECORDED, Project
 
 if TYPE_CHECKING:
     from retrac_scale.columns import Column
@@ -36,12 +36,11 @@ def open_indexes(urls: Sequence[str], project: Project) -> dict[str, Index]:
 def build_indexes(project: Project) -> dict[str, Index]:
     """The project's indexes; what stands already is kept. Of a store alone, that of the recommended estimator."""
     from retrac_scale.api.index import build_index
-    from retrac_scale.estimators import recommended
 
     store = open_sketches(project)
     wanted = [of_measure(name, store) for name in project.estimators]
     if "estimators" not in project.stated:
-        wanted = [(store, recommended(store))]
+        wanted = [recommended_of(store)]
     named = {type(estimator).__name__: (own, estimator) for own, estimator in wanted}
     return {
         name: build_index(own, one, place_of(project, one, own), progress=f"index of {name}")
@@ -69,8 +68,12 @@ def refresh_beside(project: Project, built: Mapping[str, Index]) -> tuple[dict[s
         if url in known or index.meta["store"] != whereabouts(project.store):
             continue
         name, measure = type(index.estimator).__name__, index.meta["measure"]
-        store = open_store(project.store, measure=measure)
-        if store.is_complete:
+        try:
+            store = open_store(project.store, measure=measure)
+            complete = store.is_complete
+        except ValueError:  # one measure has timesteps that another lacks
+            complete = False
+        if complete:
             shown: dict[str, Any] = {"dtype": index.meta["dtype"], "progress": f"index of {name}"}
             found[f"{name} ({url})"] = build_index(store, index.estimator, url, **shown)
         else:  # it grew under the measures of the file alone
@@ -80,27 +83,36 @@ def refresh_beside(project: Project, built: Mapping[str, Index]) -> tuple[dict[s
 
 
 def measures_of(project: Project) -> tuple[str, ...]:
-    """What `sketch` differentiates: what the file says, and the functions that its estimators are of.
+    """What `sketch` differentiates: what the file says and what its estimators are of, the store's own before others.
 
     Raises:
         ValueError: there is no estimator of a name.
     """
     kinds, own = [make_estimator(name).measures for name in project.estimators], own_measures(project)
     further = [kind[0] for kind in kinds if kind and not set(own) & set(kind)]
-    return tuple(dict.fromkeys([*own, *further]))
+    held, every = held_measures(project), dict.fromkeys([*own, *further])
+    return tuple([one for one in held if one in every] + [one for one in every if one not in held])
 
 
 def own_measures(project: Project) -> tuple[str, ...]:
     """What the project compares pictures by: what the file says, else what its store has of that, else its first."""
-    from retrac_scale.store import open_store
-
     if "measure" in project.stated:
         return project.measures
+    if held := held_measures(project):
+        return tuple(one for one in project.measures if one in held) or (held[0],)
+    common = project.noise == "common" and project.timesteps != RECORDED
+    return project.measures if common else project.measures[:1]  # else timesteps are averaged, of one function
+
+
+def held_measures(project: Project) -> list[str]:
+    """Those of the project's store; none where nothing was measured yet, for then it may not be laid out for all."""
+    from retrac_scale.store import open_store
+
     try:
-        held = open_store(project.store).measurements
+        store = open_store(project.store)
     except (FileNotFoundError, ValueError):  # whatever else is there, sketch names it
-        return project.measures
-    return tuple(one for one in project.measures if one in held) or (held[0],)
+        return []
+    return store.measurements if any(store.committed(name).any() for name in store.checkpoints) else []
 
 
 def of_measure(name: str, store: SketchStore) -> tuple[SketchStore, Estimator]:
@@ -130,6 +142,15 @@ def of_measure(name: str, store: SketchStore) -> tuple[SketchStore, Estimator]:
     return own, recommended(own)
 
 
+def recommended_of(store: SketchStore) -> tuple[SketchStore, Estimator]:
+    """The recommended estimator, and the store under all of its measures if it adds up their scores, else the first."""
+    from retrac_scale.estimators import recommended
+    from retrac_scale.store.part import measures_in
+
+    estimator, (first, *others) = recommended(store), measures_in(store.fingerprint)
+    return store.under(first) if others and estimator.pairing != "matched" else store, estimator
+
+
 def open_asked(url: str, index: Index) -> SketchStore:
     """A store of queries, under what an index is of, where it was measured by several."""
     from retrac_scale.store import open_store
@@ -154,7 +175,7 @@ def open_sketches(project: Project, measures: Sequence[str] | None = None) -> Sk
     except FileNotFoundError:
         raise FileNotFoundError(project.missing(project.store)) from None
     own = own_measures(project)
-    if measures is not None or len(own) == 1:
+    if measures is not None or store.measurements == ["given"]:  # arrays, which may be of anything
         return store
     missing = [one for one in own if one not in store.measurements]
     if missing:
@@ -162,7 +183,11 @@ def open_sketches(project: Project, measures: Sequence[str] | None = None) -> Sk
             f"{project.store} was not measured by {' and '.join(missing)} yet, as {FILE} says; run `retrac-scale "
             "sketch`, which adds what is missing."
         )
-    return store.under(*own)
+    try:
+        return store.under(*own)
+    except ValueError as error:
+        why = str(error).rstrip(".")
+        raise ValueError(f"{why}; run `retrac-scale sketch`, which measures each at the timesteps of all.") from None
 
 
 def place_of(project: Project, estimator: Estimator, store: SketchStore) -> str:

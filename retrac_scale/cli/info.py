@@ -6,7 +6,8 @@ import argparse
 import itertools
 from typing import TYPE_CHECKING, Any
 
-from retrac_scale.cli.project import find
+from retrac_scale.cli.indexes import open_sketches
+from retrac_scale.cli.project import Project, find
 from retrac_scale.cli.repeated import told
 from retrac_scale.cli.sizes import in_bytes
 from retrac_scale.cli.verb import Answer, Verb
@@ -47,11 +48,21 @@ def _run(arguments: argparse.Namespace) -> Answer:
     stores = [open_store(url, measure=measure) for measure in open_store(url).measurements]
     how = f"to query it: retrac-scale index {url} index.zarr, then retrac-scale query index.zarr QUERIES"
     if not arguments.url:
-        how = "to query it: retrac-scale query, or retrac-scale report"
+        how = _what_next(project)
     (first, data), *others = [_describe(store, arguments.repeatability) for store in stores]
     lines = first + [line for more, _ in others for line in more if line not in first]
     lines += [how] if all(store.is_complete for store in stores) else []
     return Answer("\n".join(lines), {"what": "store", "measurements": [data, *(more for _, more in others)]})
+
+
+def _what_next(project: Project) -> str:
+    """How a project whose measures are all complete is queried, or why they do not go together yet."""
+    try:
+        if open_sketches(project).is_complete:
+            return "to query it: retrac-scale query, or retrac-scale report"
+    except ValueError as error:
+        return str(error)
+    return "measures hold different samples: run `retrac-scale sketch`, which computes only what is missing"
 
 
 def _of_index(url: str, root: zarr.Group, meta: dict[str, Any], repeatability: bool) -> Answer:

@@ -51,9 +51,12 @@ def _look(project: Project) -> tuple[Project, dict[str, str], list[str]]:
     """The project with what lies beside its model, checkpoints that are found and not used, and what to tell of it all.
 
     Raises:
-        ValueError: a place lacks what it should hold, or images do not fit the model; says which.
+        ValueError: a place lacks what it should hold, images do not fit the model, or a measure is none; says which.
     """
+    from retrac_scale.task.measures import checked
+
     model = found.look_at_model(project)
+    checked(project.measures)
     told = [model.line]
     for folder in filter(None, (project.images, project.query_images)):
         told += found.look_at_images(project, folder, model)

@@ -362,10 +362,10 @@ def measured_like(
     scheduler = getattr(diffusers, config.pop("class"))(**config)
     forward = store.fingerprint.get("forward") or store.fingerprint  # as earlier releases told it
     names = dict.fromkeys([*measures_in(store.fingerprint), *store.measurements])
-    first, *others = map(measure_named, names)
-    alike = [one for one in others if one["measure"] in OUTPUTS or one["weighting"] == first["weighting"]]
-    every = [one["measure"] for one in (first, *alike)]
-    measured = {**first, "measure": every, "autocast": forward.get("autocast")}
+    told = list(map(measure_named, names))
+    loss = next((one for one in told if one["measure"] not in OUTPUTS), told[0])  # outputs know no weighting
+    every = [one["measure"] for one in told if one["measure"] in OUTPUTS or one["weighting"] == loss["weighting"]]
+    measured = {**loss, "measure": every, "autocast": forward.get("autocast")}
     denoiser, encoder = load_adapted(model, checkpoints)
     task = DiffusionTask(denoiser, scheduler, device=device, encoder=encoder, **measured)
     common = any(plan.get("noise") == "common" for plan in plans_of(store.fingerprint))

@@ -8,10 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from retrac_scale.cli.indexes import make_estimator, measures_of, open_sketches, own_measures, with_options
+from retrac_scale.cli.indexes import (
+    make_estimator,
+    measures_of,
+    open_sketches,
+    own_measures,
+    recommended_of,
+    with_options,
+)
 from retrac_scale.cli.info import in_words
 from retrac_scale.cli.measured import load_adapted, refuse_no_device
-from retrac_scale.cli.project import RECORDED, Project, find, projection_of, told_entries
+from retrac_scale.cli.project import RECORDED, Project, find, named, projection_of, told_entries
 from retrac_scale.cli.repeated import as_json
 from retrac_scale.cli.sizes import in_bytes, in_time
 from retrac_scale.cli.verb import Answer, Verb
@@ -30,7 +37,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="int8", choices=("int8", "float16", "bfloat16", "float32"))
     parser.add_argument("--model", help="diffusers folder or hub name, or 'demo': times sketching it here")
     parser.add_argument("--rank", type=int, help=f"{told_entries()['rank']} (default: {Project.rank})")
-    parser.add_argument("--measure", help=f"{told_entries()['measure']} (default: {Project.measure})")
+    parser.add_argument("--measure", type=named, help=f"{told_entries()['measure']} (default: {Project.measure})")
     parser.add_argument("--device", default="cpu", help="where to time (default: cpu)")
     parser.add_argument("--hours", type=float, help="deadline: says how many such workers meet it")
     parser.add_argument(
@@ -95,7 +102,8 @@ def _described(arguments: argparse.Namespace, project: Project) -> _Run:
     elif arguments.model == "demo" and arguments.samples is None:
         dataset = demo.load_scans()
         usual = {"timesteps": 1, "checkpoints": len(demo.KEPT_EPOCHS), "dim": demo.DIM}
-        project, estimators, rank = replace(project, measure="mse"), ("TracIn", "ReTrac"), 0
+        estimators, rank = ("TracIn", "ReTrac"), 0
+        project = project if "measure" in project.stated else replace(project, measure="mse")
     given = {"samples": None if dataset is None else len(dataset), **usual}
     sizes = {name: given[name] if (said := getattr(arguments, name)) is None else said for name in given}
     if min(size or 0 for size in sizes.values()) < 1:
@@ -116,7 +124,6 @@ def _repeated(arguments: argparse.Namespace, project: Project) -> tuple[_Run, An
     Raises:
         ValueError: there is no complete store, or it was measured once.
     """
-    from retrac_scale.estimators import recommended
     from retrac_scale.measurement.halves import NEVER
     from retrac_scale.measurement.repeatability import repeatability
     from retrac_scale.store import open_store
@@ -135,6 +142,7 @@ def _repeated(arguments: argparse.Namespace, project: Project) -> tuple[_Run, An
     fixed = ("timesteps", "checkpoints", "dim", "rank", "measure")
     if given := [name for name in fixed if getattr(arguments, name) is not None]:
         raise ValueError(f"--{given[0]} is what the store has; leave it out with --repeatability.")
+    store, estimator = recommended_of(store)
     found, share = repeatability(store), arguments.repeatability
     needed = found.needed(share)
     if needed >= NEVER:
@@ -160,7 +168,7 @@ def _repeated(arguments: argparse.Namespace, project: Project) -> tuple[_Run, An
         total if what == "checkpoints" else c,
         k,
         store.fingerprint["projection"],
-        [recommended(store)],
+        [estimator],
         {"ids": store.ids, "columns": store.columns} if alike else {},
         measured=held * t * c if alike else 0,
         measures=names,

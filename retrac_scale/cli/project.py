@@ -48,6 +48,13 @@ def colour(given: str) -> str:
     return given
 
 
+def named(given: str) -> str:
+    """What --measure says."""
+    if "" in (each := parted(given)) or len(set(each)) < len(each):
+        raise argparse.ArgumentTypeError(f"give each measure once, with commas between them, not {given!r}")
+    return given
+
+
 def parted(told: str) -> tuple[str, ...]:
     """Names of measures with commas between them; a comma within parentheses parts none."""
     return tuple(one.strip() for one in re.split(r",(?![^(]*\))", told))
@@ -83,6 +90,7 @@ class Project:
         "what is differentiated: the training loss, mse or l1, and the mean square of the model's output beside it, "
         "which estimators that compare the same timesteps, such as ReTracRidge, add up; mse alone is half of the bytes "
         "and two thirds of the time, and further from what retraining says",
+        type=named,
         metavar="MEASURE[,MEASURE]",
     )
     record: str = _entry(
@@ -302,10 +310,11 @@ def _check(found: Mapping[str, Any], file: Path) -> None:
         inner = value if isinstance(value, list) else value.values() if isinstance(value, dict) else ()
         if type(value) is not kind or not all(isinstance(one, str) for one in inner):
             raise ValueError(f"{file}: {name} must be like {getattr(default, name)!r}, got {value!r}.")
-    try:
-        colour(found.get("background", ""))
-    except argparse.ArgumentTypeError as error:
-        raise ValueError(f"{file}: background: {error}.") from None
+    for name, told in (("background", colour), ("measure", named)):
+        try:
+            told(found.get(name, getattr(default, name)))
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"{file}: {name}: {error}.") from None
 
 
 def _toml(value: str | int | list[str]) -> str:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from retrac_scale.cli import check
-from retrac_scale.cli.indexes import open_sketches, own_measures
+from retrac_scale.cli.indexes import open_sketches, own_measures, recommended_of
 from retrac_scale.cli.info import BYTES
 from retrac_scale.cli.measured import project_images, project_task
 from retrac_scale.cli.project import FILE, RECORDED, Project, add_options, find, need, overruled, projection_of
@@ -55,7 +55,6 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> Answer:
-    from retrac_scale.api.sketch import sketch
     from retrac_scale.measurement.repeatability import repeatability
 
     project = overruled(find(arguments.config), arguments)
@@ -84,12 +83,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
     measured["grow"] = _has_grown(project.store, training)
     dataset = _encoded(project, task, training, **again)
     with at_work as client:
-        measured |= {"client": client, "progress": "training images"}
-        if until:  # lists are of the project's own measures, whatever else its estimators take
-            own = task.only(*task.measures[: len(own_measures(project))])
-            sketch(own, dataset, project.store, **common, **measured, **until)
-            measured = {"client": client, "progress": "training images", "grow": True}
-        store = sketch(task, dataset, project.store, **common, **measured)
+        store = _sketched(project, task, dataset, until, client=client, **common, **measured)
     made = {"store": store}
     gone: list[str] = []
     if asked is not None:
@@ -107,7 +101,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
     if asked is not None:
         data |= {"queries": project.queries, "query_samples": made["queries"].shape[0]}
     if until:
-        told = repeatability(open_sketches(project))
+        told = repeatability(recommended_of(open_sketches(project))[0])
         reached = told.overlap.value >= arguments.until
         lines.append(f"{told}: {'as asked' if reached else f'not {arguments.until:g}; raise --at-most to go on'}")
         data |= {"repeatability": as_json(told), "reached": reached}
@@ -116,6 +110,20 @@ def _run(arguments: argparse.Namespace) -> Answer:
     lines += [line for name, one in found.items() for line in check.lines_of(name, one)]
     data["check"] = {name: check.as_json(one) for name, one in found.items()}
     return Answer("\n".join(lines), data)
+
+
+def _sketched(
+    project: Project, task: DiffusionTask, dataset: Any, until: dict[str, Any], **options: Any
+) -> SketchStore:
+    """The training images' store; measured again until lists of the project's own measures repeat, if that is asked."""
+    from retrac_scale.api.sketch import sketch
+
+    options["progress"] = "training images"
+    if until:
+        own = task.only(*(one for one in task.measures if one in own_measures(project)))
+        sketch(own, dataset, project.store, **options, **until)
+        options |= {"grow": True, "timesteps": None, "projection": None}  # as the store is now
+    return sketch(task, dataset, project.store, **options)
 
 
 def _workers(told: str | None, device: str) -> contextlib.AbstractContextManager[Client | None]:
@@ -228,7 +236,7 @@ def _there(url: str) -> SketchStore | None:
 def _told(store: SketchStore) -> str:
     n, t, k = store.shape
     c, m = len(store.checkpoints), len(store.measurements)
-    size = c * n * t * k * m * BYTES[store.meta["dtype"]]
+    size = sum(c * n * store.under(one).shape[1] * k * BYTES[store.meta["dtype"]] for one in store.measurements)
     more = (f", {c} checkpoints" if c > 1 else "") + (f", {m} measures" if m > 1 else "")
     return f"{n:,} images at {t} timesteps{more} in {store.url}, {in_bytes(size)}"
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 SPOKEN = {
-    r"(run (its|the same)|repeat the) sketch\(\.\.\.\)( again| that began it)?": "run `retrac-scale sketch` again",
+    r"(run (its|the same)|repeat (the|its)) sketch\(\.\.\.\)( or write_store\(\.\.\.\))?( again| that began it"
+    r"| before building an index)?": "run `retrac-scale sketch` again",
     r"by the next sketch\(\.\.\.\)": "by the next `retrac-scale sketch`",
     r"run its build_index\(\.\.\.\) again": "run `retrac-scale index` again",
     r"build the index again at another path": "build the index at another path by `retrac-scale index STORE OUT`",

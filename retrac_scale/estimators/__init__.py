@@ -2,7 +2,7 @@
 
 from retrac_scale.estimators.base import Estimator, Pairing, common_timesteps, estimator_from_spec
 from retrac_scale.estimators.inner import GradCos, GradDot, ReTrac, TracIn
-from retrac_scale.estimators.regression import DAS, DTRAK, TRAK, RelatIF, RenormIF, ReTracRidge, recommended
+from retrac_scale.estimators.regression import DAS, DTRAK, TRAK, RelatIF, RenormIF, ReTracRidge, of_losses, recommended
 
 __all__ = [
     "DAS",
@@ -19,5 +19,6 @@ __all__ = [
     "TracIn",
     "common_timesteps",
     "estimator_from_spec",
+    "of_losses",
     "recommended",
 ]

@@ -198,6 +198,16 @@ def _divided(rows: Floats, lengths: Floats) -> Floats:
     return divided
 
 
+def of_losses(rows: Float32, measures: Sequence[str]) -> Float32:
+    """Rows `[c, n, k]` of several measures side by side with zeros for functions of the output; of one as they are.
+
+    A concept's score says what training did for it, and training lowers the loss alone.
+    """
+    of_output = {*DTRAK.measures, *DAS.measures}
+    kept = np.array([len(measures) == 1 or one not in of_output for one in measures])
+    return rows * kept.astype(np.float32).repeat(rows.shape[2] // len(kept))
+
+
 def recommended(store: SketchStore) -> Estimator:
     """What to ask a store by: `ReTracRidge` under common noise, else `ReTrac`; `DTRAK` or `DAS` by its measure."""
     measure = store.fingerprint.get("measure")

@@ -15,7 +15,7 @@ from zarr.storage import LocalStore, MemoryStore
 
 from retrac_scale.arrays import Bools, Float32, Int64, Samples
 from retrac_scale.columns import Column, Places, Texts, as_ids
-from retrac_scale.estimators import Estimator, common_timesteps, estimator_from_spec
+from retrac_scale.estimators import Estimator, common_timesteps, estimator_from_spec, of_losses
 from retrac_scale.estimators.ridge import Ridge
 from retrac_scale.index import seals
 from retrac_scale.index.chunk import Chunk
@@ -364,7 +364,7 @@ class IndexReader:
             gains = np.array([self.meta["gains"][name] for name in self.checkpoints], np.float32)
             c, n, _ = found.shape
             found = (found.reshape(c, n, gains.shape[1], -1) / gains[:, None, :, None]).reshape(c, n, -1)
-        return found
+        return of_losses(found, measures_in(self.meta)) if "concept" in side.fingerprint else found
 
     def __repr__(self) -> str:
         c, n, k = self.shape

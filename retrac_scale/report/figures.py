@@ -12,6 +12,7 @@ from retrac_scale.query.topk import TopK
 from retrac_scale.report.content import list_length
 from retrac_scale.report.pictures import Pictures, is_tiny
 from retrac_scale.store import SketchStore
+from retrac_scale.store.part import measures_in
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,11 +33,14 @@ QUIET = "#5c5852"
 def norm_curve(store: SketchStore) -> tuple[Any, Any, Any]:
     """Gradient norm by timestep, pooled over checkpoints, the samples that are not deleted and the visits made.
 
-    Of a store of more than 2^17 samples it is that of about so many, of whole blocks from all over.
+    Of a store of more than 2^17 samples it is that of about so many, of whole blocks from all over; under several
+    measures that of the first, for norms of different functions have no mean.
 
     Returns:
         centres of 25 timestep bins, and the mean and the standard deviation of the norms in each; empty bins left out.
     """
+    first, *others = measures_in(store.fingerprint)
+    store = store.under(first) if others else store
     alive = store.alive
     some = store.blocks[:: max(1, len(alive) // CURVE_SAMPLES)]
     read = [(name, block) for name in store.checkpoints for block in some]

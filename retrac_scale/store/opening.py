@@ -11,7 +11,7 @@ from zarr.errors import GroupNotFoundError
 
 from retrac_scale.store import objects
 from retrac_scale.store.errors import DamagedStoreError
-from retrac_scale.store.part import ROOT, Part, check_root, plans_of
+from retrac_scale.store.part import ROOT, Part, check_root, measures_in, plans_of
 from retrac_scale.store.schema import ATTRIBUTE, FORMAT_VERSION, Url, get_group, zarr_location
 
 WHAT = "sketch store"
@@ -98,6 +98,13 @@ def of_measures(parts: Sequence[Part], measures: Sequence[str], url: Url) -> lis
     """
     if not measures:
         raise ValueError(f"name the measures to open {url} under, one or more.")
+    if parts and len(taken := measures_in(parts[0].meta["fingerprint"])) > 1:
+        if taken == list(measures):
+            return list(parts)
+        raise ValueError(
+            f"these samples were taken under {' and '.join(taken)} side by side, which are not told apart any more; "
+            "take them from the store under the measures that are wanted."
+        )
     own = {measure: [part for part in parts if measure_of(part) == measure] for measure in measures}
     for measure, some in own.items():
         if not some:

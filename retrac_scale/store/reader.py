@@ -15,7 +15,7 @@ from retrac_scale.columns import Places, as_ids
 from retrac_scale.store import commits, objects
 from retrac_scale.store.grid import Grid
 from retrac_scale.store.opening import WHAT, measure_of, of_measures, open_parts, open_root
-from retrac_scale.store.part import Part, plans_of
+from retrac_scale.store.part import Part, measures_in, plans_of
 from retrac_scale.store.schema import CONTENT, Url, digest_of
 
 ALL = slice(None)
@@ -68,7 +68,7 @@ class SketchStore:
             digests = {name: value for one in every for name, value in one.get("checkpoints", {}).items()}
             plans = {part.same_pairs: plans_of(part.meta["fingerprint"]) for part in self._parts}
             each = [plan for some in plans.values() for plan in some]
-            measures = self._measures
+            measures = _measures_of(self._parts)
             told = {
                 "checkpoints": digests,
                 "timesteps": each[0] if len(each) == 1 else each,
@@ -161,7 +161,7 @@ class SketchStore:
     @property
     def measurements(self) -> list[str]:
         """The measures that were sketched here; `open_store(url, measure=...)` opens each."""
-        return list(dict.fromkeys(measure_of(part) for part in open_parts(self._whole, self.url)))
+        return _measures_of(open_parts(self._whole, self.url))
 
     @property
     def revision(self) -> str:
@@ -178,15 +178,11 @@ class SketchStore:
 
     def refresh(self) -> SketchStore:
         """The store as it is now, with the parts that were added since it was opened."""
-        return self.under(*self._measures)
+        return self.under(*_measures_of(self._parts))
 
     def under(self, *measures: str) -> SketchStore:
         """What stands in the same place under some measures, side by side, as `open_store` gives it."""
         return SketchStore(of_measures(open_parts(self._whole, self.url), measures, self.url), self.url, self._whole)
-
-    @property
-    def _measures(self) -> list[str]:
-        return list(dict.fromkeys(map(measure_of, self._parts)))
 
     def committed(self, checkpoint: str) -> npt.NDArray[np.bool_]:
         """Which blocks of a checkpoint are written, bool `[blocks]`."""
@@ -331,6 +327,11 @@ def _records(part: Part) -> list[bytes]:
 
 def _digest_of_all(items: Sequence[bytes]) -> str:
     return digest_of(b"".join(len(item).to_bytes(8, "little") + item for item in items))
+
+
+def _measures_of(parts: Sequence[Part]) -> list[str]:
+    """The measures of some parts, each once; those of samples that were taken from several stand in one part."""
+    return list(dict.fromkeys(one or "given" for part in parts for one in measures_in(part.meta["fingerprint"])))
 
 
 def open_store(

@@ -104,7 +104,10 @@ def measure_named(name: str) -> dict[str, Any]:
 
 def _described(text: str) -> Any:
     """`Huber(delta=0.5)` from its text; the plain name of a measure is left as it is."""
-    call = ast.parse(text, mode="eval").body
+    try:
+        call = ast.parse(text, mode="eval").body
+    except SyntaxError:
+        return text
     if not isinstance(call, ast.Call):
         return text
     kinds = {kind.__name__: kind for kind in (Huber, PseudoHuber, MinSNR, SD3Weighting)}

@@ -186,3 +186,21 @@ def test_a_concept_must_say_what_it_is_and_against_what() -> None:
         rs.Concept(None)
     with pytest.raises(ValueError, match=r'such as rs.Concept\("red", against=""\), got 3'):
         rs.Concepts(random_images(2), 3)  # type: ignore[arg-type]
+
+
+def test_of_several_functions_a_concept_is_asked_of_the_loss_alone() -> None:
+    task = rs.DiffusionTask(tiny_dit(), DDPM, measure=("mse", "mean_squared_output"))
+    given: dict[str, Any] = {"checkpoints": {"c": task.model.state_dict()}, "timesteps": rs.EvenlySpaced(2)}
+    training, asked = Labelled(random_images(12)), Labelled(random_images(3, seed=5))
+    store = rs.sketch(task, training, None, projection=rs.LowRank(dim=64), progress=False, **given)
+    scores = []
+    for side in (store.under(*task.measures), store):
+        concept = rs.Samples(asked, task, given["checkpoints"], concept=rs.Concept(3, against=7))
+        index = rs.build_index(side, rs.ReTracRidge(), dtype="float32", progress=False)
+        answer = index.query(concept, k=12, side="both")
+        scores.append(
+            [dict(zip(ids, row, strict=True)) for ids, row in zip(answer.ids.tolist(), answer.scores, strict=True)]
+        )
+    for both, alone in zip(*scores, strict=True):
+        assert both.keys() == alone.keys()
+        np.testing.assert_allclose([both[one] for one in alone], list(alone.values()), rtol=1e-4, atol=1e-7)

@@ -14,6 +14,7 @@ from diffusers import DDPMScheduler
 import retrac_scale as rs
 from retrac_scale.cli import main
 from retrac_scale.measurement.halves import _alone
+from retrac_scale.report import norm_curve
 from retrac_scale.serve.library import Library
 from tests.conftest import random_images, tiny_unet
 
@@ -207,3 +208,17 @@ def test_the_service_asks_each_index_for_its_own_store(folder: Path, tmp_path: P
     }
     shapes = Library._by_store(type("Of", (), {"indexes": indexes})(), lambda store: store.shape)
     assert shapes == {"one": (SAMPLES, 4, 64), "both": (SAMPLES, 8, 64)}
+
+
+def test_samples_that_were_taken_stay_under_all_measures(folder: Path) -> None:
+    store, _ = opened(folder)
+    some = rs.take(store, store.ids[[1, 2]])
+    assert some.measurements == list(BOTH)
+    np.testing.assert_array_equal(some.under(*BOTH).sketches("last"), store.sketches("last")[[1, 2]])
+    with pytest.raises(ValueError, match="mse and mean_squared_output side by side, which are not told apart any more"):
+        some.under("mse")
+
+
+def test_the_curve_of_norms_is_of_the_first_measure(folder: Path) -> None:
+    for one, other in zip(norm_curve(opened(folder)[0]), norm_curve(opened(folder, "mse")[0]), strict=True):
+        np.testing.assert_array_equal(one, other)
