@@ -1,4 +1,4 @@
-"""Squared norms of long rows, as exact as their entries."""
+"""Gradients as rows, and squared norms of long ones, as exact as their entries."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ BLOCK = 1024
 FAINT = 2.0**-76
 """Below it, squares of entries may have fallen below float32's least normal number, and entries are raised first."""
 RAISE = 2.0**100
+
+
+def rows_of(gradient: Tensor) -> Tensor:
+    """`[n, *shape]` -> `[n, p]`, where a parameter without axes has p = 1."""
+    return gradient.flatten(1) if gradient.ndim > 1 else gradient[:, None]
 
 
 def squared_norm(rows: Tensor) -> Tensor:

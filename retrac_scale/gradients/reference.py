@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from retrac_scale.gradients.errors import GradientMismatchError, used_elsewhere
 from retrac_scale.gradients.factored import FactoredGradients
 from retrac_scale.gradients.mixing import mix
-from retrac_scale.gradients.norms import squared_norm
+from retrac_scale.gradients.norms import rows_of, squared_norm
 
 TOLERANCE, TENSOR_FLOAT_TOLERANCE, HALF_TOLERANCE = 1e-4, 1e-3, 2e-2
 """Relative, in L2 norm, of a parameter's gradient against plain autograd's in the same batch: on a CPU in 32 bits or
@@ -97,7 +97,7 @@ class Reference:
         return add
 
     def _add(self, name: str, gradient: Tensor, samples: slice) -> None:
-        rows = gradient.flatten(1)
+        rows = rows_of(gradient)
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         factors, squares = self.factors[samples], squared_norm(rows)
         self.squares[samples] += squares

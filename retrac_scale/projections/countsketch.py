@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from retrac_scale.gradients.factored import FactoredGradients
-from retrac_scale.gradients.norms import squared_norm
+from retrac_scale.gradients.norms import rows_of, squared_norm
 from retrac_scale.projections import random
 from retrac_scale.projections.base import Projection, Projector, Shapes, bias_beside, check_dim, inputs_last
 from retrac_scale.projections.folding import fold, fold_by_block
@@ -61,7 +61,7 @@ class SignedFold(Projector):
             of_bias = self._signs(bias_beside(name), gradient.left.shape[2]) if gradient.with_bias else None
             squares = fold(accumulator, gradient, self._signs(name, size), scale, of_bias)
             return squares if self.exact_norm else None
-        entries = inputs_last(gradient).flatten(1)
+        entries = rows_of(inputs_last(gradient))
         if accumulator.device.type == "cpu":
             squares = fold(accumulator, entries, self._signs(name, size), scale)
             return squares if self.exact_norm else None

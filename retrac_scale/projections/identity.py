@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from retrac_scale.gradients.norms import squared_norm
+from retrac_scale.gradients.norms import rows_of, squared_norm
 from retrac_scale.projections.base import Projection, Projector, Shapes
 
 
@@ -26,7 +26,7 @@ class _Concatenation(Projector):
         return torch.zeros(n, self.dim, device=self.device)
 
     def add(self, accumulator: Tensor, name: str, gradient: Tensor) -> Tensor:
-        accumulator[:, self._places[name]] = gradient.flatten(1)
+        accumulator[:, self._places[name]] = rows_of(gradient)
         return squared_norm(accumulator[:, self._places[name]])
 
     def finish(self, accumulator: Tensor) -> Tensor:

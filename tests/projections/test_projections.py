@@ -15,7 +15,7 @@ import retrac_scale as rs
 from retrac_scale.gradients.mixing import SETS, mix
 from retrac_scale.gradients.norms import squared_norm
 from retrac_scale.native import threads as passes
-from retrac_scale.projections import Projection, from_spec, random
+from retrac_scale.projections import Projection, TrakProjector, from_spec, random
 from retrac_scale.projections.folding import fold, fold_by_block
 
 SHAPES = {"a.weight": (7, 5), "a.bias": (7,), "b.weight": (3, 40)}
@@ -393,3 +393,36 @@ def test_norms_of_equal_entries_do_not_drift(p: int) -> None:
 def test_norms_of_gradients_whose_squares_float32_cannot_hold() -> None:
     rows = torch.randn(3, 5000) * torch.tensor([1e-21, 1e-30, 1.0])[:, None]
     torch.testing.assert_close(squared_norm(rows).sqrt(), rows.double().norm(dim=1), rtol=1e-6, atol=0)
+
+
+class Scaled(nn.Module):
+    """A linear layer times a learned number of some shape, as ReZero has it."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.scale = nn.Linear(6, 3), nn.Parameter(torch.full(shape, 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * self.scale  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "projection",
+    [rs.Identity(), rs.CountSketch(16), rs.LowRank(4, 16), rs.Dense(8)],
+    ids=lambda one: type(one).__name__,
+)
+def test_a_parameter_without_axes_is_sketched_as_one_of_a_single_entry(projection: Projection) -> None:
+    found = []
+    for shape in ((), (1,)):
+        model, x = Scaled(*shape), torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+        divisors = {name: torch.full_like(value, 2.0).detach() for name, value in model.named_parameters()}
+        exact = not isinstance(projection, rs.LowRank)
+        with rs.GradientSketcher(model, projection, precondition=divisors if exact else None) as sketcher:
+            for _ in range(2):
+                sketch, norm = sketcher(model(x).sin().square().mean(1))
+        found.append((sketch, norm))
+        shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+        given = {name: torch.ones(2, *size) for name, size in shapes.items()}
+        assert TrakProjector(projection, shapes).project(given, 0).shape == (2, sketcher.dim)
+    torch.testing.assert_close(*found)
