@@ -61,9 +61,7 @@ class Backward:
 
     def finish(self, layer: Layer) -> None:
         """Form the gradients of a layer from all its calls and deliver them, some samples at a time."""
-        calls = [call for call in layer.calls if call.grads]
-        if not self.retain_graph:
-            layer.calls.clear()
+        calls = [call for call in layer.calls.values() if call.grads] if layer.calls else []
         if not calls:
             return
         for call in calls:
@@ -82,6 +80,8 @@ class Backward:
                 self._deliver(layer, form_sum(layer, given, self.n, samples, mixer), samples)
         for call in calls:
             call.grads.clear()
+            if not self.retain_graph:
+                layer.calls.pop(id(call), None)
 
     def flush(self) -> None:
         """Deliver the parameters that several layers share."""

@@ -98,7 +98,6 @@ class GradientCapture:
         self._selected.clear()
         for layer in self._watched.layers:  # what hooks have computed holds the last forward pass
             vars(layer.module).update({own: value.detach() for own, value in computed(layer.module).items()})
-        self._watched.forget()
         if isinstance(error := exc[1], NotImplementedError):
             names = list(self.shapes)
             raise UncapturableError(
@@ -171,7 +170,7 @@ class GradientCapture:
                 reference.expect((losses * reference.factors.to(losses.dtype)).sum())
             except RuntimeError:
                 for layer in self._watched.layers:
-                    for call in layer.calls:
+                    for call in layer.calls.values():
                         check_unchanged(layer, call)
                 raise
         return reference if reference.finite else None
@@ -193,11 +192,12 @@ class GradientCapture:
                 for layer in watched.layers:
                     backward.finish(layer)
                 backward.flush()
+        except BaseException:
+            watched.forget()
+            raise
         finally:
             watched.recording = True
             watched.backward = None
-            if not retain_graph:
-                watched.forget()
 
     def _going_on(self) -> Backward:
         if self._watched.backward is None:

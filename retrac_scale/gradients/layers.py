@@ -6,6 +6,7 @@ import fnmatch
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +25,15 @@ NARROW = 128
 
 @dataclass
 class Layer:
-    """A module, the parameters captured at it by the names they go by, and its calls in the current forward pass."""
+    """A module, the parameters captured at it by the names they go by, and its calls that can still be differentiated."""
 
     name: str
     module: nn.Module
     parameters: dict[str, str]  # own name -> full name
     rule: LayerRule | None
     numel: int
-    calls: list[Call] = field(default_factory=list)
+    calls: WeakValueDictionary[int, Call] = field(default_factory=WeakValueDictionary)
+    """By their ids; the hooks on its outputs keep a call, so that a graph which is freed takes its calls along."""
     given: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
     """To a layer without a rule, in its last call, before hooks of its own changed it."""
 

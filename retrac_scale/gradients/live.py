@@ -135,7 +135,8 @@ class LiveCapture:
             if self._outputs and self._checkable:
                 self._against = Reference(self._samples, watched.parameters)
                 sink = self._against.beside(sink)
-            watched.backward = Backward(self._samples, sink, self._mixers, watched.traits, self._factored)
+            given = self._samples, sink, self._mixers, watched.traits, self._factored
+            watched.backward = Backward(*given, retain_graph=True)  # for all that is known of it here
             Variable._execution_engine.queue_callback(self._finish)
         return watched.backward
 

@@ -97,7 +97,7 @@ class WatchedModel:
         for layer in self.layers:
             note, first = partial(self._note, layer, going_on), layer.rule is not None
             if not first:  # it will be called again, and its hooks with it
-                keep = Hook(layer.module, partial(_keep_given, layer))
+                keep = Hook(layer.module, partial(self._keep_given, layer))
                 self._handles.append(layer.module.register_forward_pre_hook(keep, prepend=True, with_kwargs=True))
             hook = Hook(layer.module, note)
             self._handles.append(layer.module.register_forward_hook(hook, prepend=first, with_kwargs=True))
@@ -109,10 +109,10 @@ class WatchedModel:
         self._handles.clear()
 
     def forget(self) -> None:
-        """Drop what was noted of the last forward pass."""
+        """Drop the gradients of a backward pass that failed."""
         for layer in self.layers:
-            layer.calls.clear()
-            layer.given = (), {}
+            for call in layer.calls.values():
+                call.grads.clear()
 
     def check_samples(self, n: int) -> None:
         """Raise UncapturableError when the model cannot tell n samples of a forward pass apart."""
@@ -123,6 +123,14 @@ class WatchedModel:
                 self.shapes,
             )
 
+    @property
+    def _notes(self) -> bool:
+        return self.recording and not self.differentiating and torch.is_grad_enabled()
+
+    def _keep_given(self, layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._notes:
+            layer.given = args, kwargs
+
     def _note(
         self,
         layer: Layer,
@@ -132,16 +140,16 @@ class WatchedModel:
         kwargs: dict[str, Any],
         output: Any,
     ) -> Any:
-        if not self.recording or self.differentiating or not torch.is_grad_enabled():
+        if not self._notes:
             return None
         precision = _precision(output)
         self.coarse |= precision[2]
         if layer.rule is None:
-            args, kwargs = layer.given
+            (args, kwargs), layer.given = layer.given, ((), {})
         own_args, own_kwargs = detached(args), detached(kwargs)
         versions = [(tensor, tensor._version) for tensor in tensors((own_args, own_kwargs))]
         call = Call(own_args, own_kwargs, versions)
-        layer.calls.append(call)
+        layer.calls[id(call)] = call
         if layer.rule is None:
             call.outputs.extend((tensor, tensor._version) for tensor in detached(list(tensors(output))))
             call.precision = precision
@@ -180,7 +188,3 @@ def _precision(output: Any) -> Precision:
 
 
 _NO_TENSOR = torch.empty(0)
-
-
-def _keep_given(layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    layer.given = args, kwargs
