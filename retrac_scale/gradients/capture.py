@@ -187,8 +187,7 @@ class GradientCapture:
                 for name, (parameter, _) in self._selected.items():
                     if parameter.grad is not None:
                         raise used_elsewhere(name)
-            watched.recording = False
-            with torch.no_grad():
+            with torch.no_grad(), watched.unseen():
                 for layer in watched.layers:
                     backward.finish(layer)
                 backward.flush()
@@ -196,7 +195,6 @@ class GradientCapture:
             watched.forget()
             raise
         finally:
-            watched.recording = True
             watched.backward = None
 
     def _going_on(self) -> Backward:

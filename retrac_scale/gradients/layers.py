@@ -25,7 +25,7 @@ NARROW = 128
 
 @dataclass
 class Layer:
-    """A module, the parameters captured at it by the names they go by, and its calls that can still be differentiated."""
+    """A module, the parameters captured at it by the names they go by, and its calls whose graphs are there."""
 
     name: str
     module: nn.Module

@@ -14,7 +14,7 @@ from retrac_scale.gradients.backward import Backward, Sink
 from retrac_scale.gradients.layers import ParameterFilter
 from retrac_scale.gradients.nested import mapped, tensors
 from retrac_scale.gradients.reference import Reference
-from retrac_scale.gradients.seams import Hook, seam
+from retrac_scale.gradients.seams import Hook, seam, within_backward
 from retrac_scale.gradients.watched import WatchedModel
 
 Begin = Callable[[int], tuple[Sink, Callable[[], None]]]
@@ -93,13 +93,16 @@ class LiveCapture:
             handle.remove()
         self._handles.clear()
         self._forget()
+        for layer in self._watched.layers:  # their graphs may still be differentiated
+            layer.calls.clear()
 
     def _count(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.recording and torch.is_grad_enabled():
-            if self._watched.backward is not None:  # a backward pass that failed half way
-                self._watched.backward = None
-                self._forget()
-            self._samples = 1 if self._watched.why_alone else len(next(tensors((args, kwargs))))
+        if not self.recording or not torch.is_grad_enabled() or within_backward():  # there, it is run once more
+            return
+        if self._watched.backward is not None:  # a backward pass that failed half way
+            self._watched.backward = None
+            self._forget()
+        self._samples = 1 if self._watched.why_alone else len(next(tensors((args, kwargs))))
 
     def _watch_outputs(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         noted = self.recording and not self._watched.differentiating and torch.is_grad_enabled()
@@ -120,7 +123,7 @@ class LiveCapture:
 
     def _expect(self, place: int, grad: Tensor) -> None:
         """Ask plain autograd for the weights' gradient through one output of the model."""
-        if self._watched.by_autograd_alone:
+        if self._watched.by_autograd_alone or not self._handles:
             return
         self._begun()
         if self._against is not None:
@@ -144,8 +147,8 @@ class LiveCapture:
         """Run by the autograd engine when a backward pass is through."""
         backward = self._watched.backward
         assert backward is not None
-        try:  # still going on for the hooks, which layers that are recomputed would call
-            with torch.no_grad():
+        try:
+            with torch.no_grad(), self._watched.unseen():
                 for layer in self._watched.layers:
                     backward.finish(layer)
                 backward.flush()

@@ -88,6 +88,15 @@ class WatchedModel:
         finally:
             self.by_autograd_alone = False
 
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """Layers called inside are run once more for their own gradients."""
+        recording, self.recording = self.recording, False
+        try:
+            yield
+        finally:
+            self.recording = recording
+
     def watch(self, going_on: Callable[[], Backward]) -> None:
         """Have every layer's calls noted: what its rule is for, before hooks of the model's own change it.
 
@@ -171,7 +180,7 @@ class WatchedModel:
 
     def _on_gradient(self, layer: Layer, call: Call, place: int, going_on: Callable[[], Backward]) -> Seen:
         def on_gradient(grad: Tensor, *kept: Tensor) -> None:
-            if self.by_autograd_alone:
+            if self.by_autograd_alone or id(call) not in layer.calls:  # left alone by now
                 return
             backward = going_on()
             call.grads[place], call.kept = grad, kept

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import retrac_scale as rs
 from retrac_scale.projections.live import LiveSketcher
@@ -376,3 +377,68 @@ def test_a_watched_model_can_be_copied_and_its_copy_is_not_watched() -> None:
     assert not sketcher.passes
     torch.autograd.backward(values.sum())
     assert len(sketcher.passes) == 1
+
+
+class Owner(SmallDenoiser):
+    """Has a parameter of its own beside those of its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((1,), 1.5))
+
+    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, return_dict: bool = True) -> Any:
+        return (super().forward(noisy, timesteps)[0] * self.scale,)
+
+
+def test_a_parameter_of_the_model_itself_is_sketched_while_training(tmp_path: Path) -> None:
+    model = Owner()
+    options: dict[str, Any] = {"sketch": rs.Identity(), "store": tmp_path / "s.zarr", "model": model}
+    recorder = rs.TrainingRecorder(tmp_path / "recorded", N, SCHEDULER, dtype="float32", **options)
+    before = train(model, recorder, 0, 4)
+    recorder.checkpoint("last")
+    store = rs.open_store(tmp_path / "s.zarr")
+    for weights, ids, steps, seed, _ in before[2:]:
+        model.load_state_dict(weights)
+        for place, sample in enumerate(ids):
+            loss = loss_of(model, [sample], steps[place : place + 1], seed).sum()
+            expected = gradient(model, loss).numpy()
+            assert np.linalg.norm(store.sketches("last")[sample, 0] - expected) <= 1e-4 * np.linalg.norm(expected)
+
+
+def test_a_model_that_is_checkpointed_as_a_whole_is_sketched_while_training() -> None:
+    model, x = Rows(), torch.randn(4, 6)
+    sketches = []
+    runs: Any = model, lambda x: checkpoint(model, x, use_reentrant=False)
+    for run in runs:
+        sketcher = LiveSketcher(model, rs.Identity())
+        sketcher.recording = True
+        torch.autograd.backward(run(x).sin().square().mean(1).sum())
+        sketches.append(sketcher.passes[0][0])
+        sketcher.detach()
+    torch.testing.assert_close(*sketches)
+
+
+def test_a_backward_pass_that_failed_is_forgotten_at_the_next_forward_pass() -> None:
+    model, x = Rows(), torch.randn(4, 6)
+    sketcher = LiveSketcher(model, rs.Identity())
+    sketcher.recording = True
+
+    def fail(grad: torch.Tensor) -> None:
+        raise KeyError("stopped")
+
+    given = x.clone().requires_grad_()
+    given.register_hook(fail)  # type: ignore[no-untyped-call]
+    with pytest.raises(KeyError, match="stopped"):
+        torch.autograd.backward(model(given).sum())
+    torch.autograd.backward(model(x).sin().square().mean(1).sum())
+    assert len(sketcher.passes) == 1
+
+
+def test_a_graph_made_before_the_model_was_left_alone_is_not_sketched() -> None:
+    model = Rows()
+    sketcher = LiveSketcher(model, rs.Identity())
+    sketcher.recording = True
+    loss = model(torch.randn(4, 6)).sum()
+    sketcher.detach()
+    torch.autograd.backward(loss)
+    assert not sketcher.passes
