@@ -149,8 +149,9 @@ class WatchedModel:
         kwargs: dict[str, Any],
         output: Any,
     ) -> Any:
-        if not self._notes:
-            return None
+        if not self._notes:  # what was noted before and is run once more, by a checkpoint, has to save as many tensors
+            again = self.recording and torch.is_grad_enabled()
+            return mapped(output, _differentiable) if again else None
         precision = _precision(output)
         self.coarse |= precision[2]
         if layer.rule is None:
@@ -169,8 +170,7 @@ class WatchedModel:
             if not (tensor.is_floating_point() or tensor.is_complex()):
                 return tensor
             place = next(places)
-            if not tensor.requires_grad:
-                tensor = tensor.detach().requires_grad_().clone()  # never a leaf: the model may change it in place
+            tensor = _differentiable(tensor)
             seen = self._on_gradient(layer, call, place, going_on)
             if layer.rule is not None and layer.rule.watch is not None:
                 return layer.rule.watch(module, first_of(args, kwargs), tensor, seen)
@@ -188,6 +188,13 @@ class WatchedModel:
                 backward.finish(layer)
 
         return on_gradient
+
+
+def _differentiable(tensor: Tensor) -> Tensor:
+    """The same, requiring a gradient if it can; never a leaf, since the model may change it in place."""
+    if tensor.requires_grad or not (tensor.is_floating_point() or tensor.is_complex()):
+        return tensor
+    return tensor.detach().requires_grad_().clone()
 
 
 def _precision(output: Any) -> Precision:

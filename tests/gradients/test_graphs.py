@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import copy
 import gc
+from typing import Any
 
+import peft
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import retrac_scale as rs
 from retrac_scale.gradients.layers import Call
 from retrac_scale.projections.live import LiveSketcher
+from tests.conftest import CONDITIONAL, random_images, tiny_dit, tiny_unet
 from tests.oracle import gradient
 
 
@@ -85,3 +90,65 @@ def test_a_validation_with_gradients_is_freed_while_training_is_sketched() -> No
     model(rows())
     assert calls_in_memory() == before
     sketcher.detach()
+
+
+class Checkpointed(nn.Module):
+    """Computes once more what lies between a frozen layer, or nothing, and the last one."""
+
+    def __init__(self, first: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = first.requires_grad_(False), nn.Linear(6, 3)
+        self.middle = nn.Sequential(nn.Conv1d(6, 6, 1), nn.GroupNorm(2, 6), nn.SiLU(), nn.PReLU(6), nn.Conv1d(6, 6, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = checkpoint(self.middle, self.first(x), use_reentrant=False)
+        return self.last(hidden.mT)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("first", [nn.Identity(), nn.Conv1d(6, 6, 1)], ids=["input", "frozen layer"])
+@pytest.mark.parametrize("check", [True, False])
+def test_activation_checkpointing_below_what_needs_no_gradient_equals_autograd(first: nn.Module, check: bool) -> None:
+    model, x = Checkpointed(first), torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(0))
+    expected = by_autograd(model, x)
+    with rs.GradientSketcher(model, rs.Identity(), check=check) as sketcher:
+        for _ in range(3):
+            losses = losses_of(model(x))
+            close(sketcher(2 * losses, retain_graph=True)[0], 2 * expected)
+            close(sketcher(losses)[0], expected)
+
+
+def conditional_unet() -> nn.Module:
+    torch.manual_seed(0)
+    model: nn.Module = UNet2DConditionModel(**CONDITIONAL).eval()
+    return model
+
+
+def with_lora() -> nn.Module:
+    model: Any = conditional_unet().requires_grad_(False)
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False))
+    return model  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("build", "parameters"),
+    [(tiny_dit, None), (tiny_unet, None), (conditional_unet, ["*attn2*"]), (with_lora, None)],
+)
+def test_checkpointing_of_diffusers_models_changes_no_sketch(build: Any, parameters: Any) -> None:
+    steps, given = torch.tensor([3, 50, 7, 9]), {}
+    if build in (conditional_unet, with_lora):
+        given["encoder_hidden_states"] = torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(0))
+    elif build is tiny_dit:
+        given["class_labels"] = steps % 10
+    found = []
+    for checkpointing in (False, True):
+        model = build().train()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        with rs.GradientSketcher(model, rs.CountSketch(256), parameters=parameters) as sketcher:
+            for _ in range(2):
+                torch.manual_seed(0)
+                sketch, _norm = sketcher(losses_of(model(random_images(4), steps, **given).sample))
+        found.append(sketch)
+    assert float(found[0].norm()) > 0
+    close(*found)
