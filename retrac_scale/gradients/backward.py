@@ -57,11 +57,13 @@ class Backward:
     traits: Traits
     factored: bool = False
     retain_graph: bool = False
+    trained: set[str] = field(default_factory=set, init=False)
+    """Parameters of layers that ran with weights that require a gradient."""
     _waiting: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     def finish(self, layer: Layer) -> None:
         """Form the gradients of a layer from all its calls and deliver them, some samples at a time."""
-        calls = [call for call in layer.calls.values() if call.grads] if layer.calls else []
+        calls = [call for call in layer.calls if call.grads] if layer.noted else []
         if not calls:
             return
         for call in calls:
@@ -81,7 +83,7 @@ class Backward:
         for call in calls:
             call.grads.clear()
             if not self.retain_graph:
-                layer.calls.pop(id(call), None)
+                layer.noted.pop(id(call), None)
 
     def flush(self) -> None:
         """Deliver the parameters that several layers share."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from retrac_scale.gradients.backward import Backward, Sink
 from retrac_scale.gradients.errors import UncapturableError, used_elsewhere
+from retrac_scale.gradients.graphs import leaves_of
 from retrac_scale.gradients.layers import Layer, ParameterFilter, check_unchanged
 from retrac_scale.gradients.reference import Reference
 from retrac_scale.gradients.registry import LayerRule, computed
@@ -37,10 +38,9 @@ class GradientCapture:
         self.shapes = self._watched.shapes
         self._to_compare = (1 if self._watched.why_alone else 2) if check else 0
         self._compared = 0
-        self._thawed = False  # whether forward passes leave the weights trainable
         self._handles: list[Any] = []
         self._frozen: list[nn.Parameter] = []
-        self._selected: dict[str, tuple[nn.Parameter, Tensor | None]] = {}  # inside, with the gradients they came with
+        self._names: dict[int, str] = {}  # inside, of the selected parameters by their ids
 
     @property
     def users(self) -> dict[str, tuple[nn.Module, LayerRule | None]]:
@@ -71,16 +71,18 @@ class GradientCapture:
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 self._frozen.append(parameter)
-            if name in self.shapes:  # frozen when its layer is called: a gradient that reaches it went around the layer
-                self._selected[name] = parameter, parameter.grad
-                parameter.grad = None
-            else:
+            if name not in self.shapes:
                 parameter.requires_grad_(False)
         for layer in self._watched.layers:
-            self._handles.append(layer.module.register_forward_pre_hook(self._freeze(layer), prepend=True))
-        self._watched.traits.half |= {name for name, (own, _) in self._selected.items() if own.itemsize < 4}
+            freeze, thaw = self._switch(layer, trainable=False), self._switch(layer, trainable=True)
+            self._handles.append(layer.module.register_forward_pre_hook(freeze, prepend=True))
+            # after hooks that count as part of the layer, before others
+            self._handles.append(layer.module.register_forward_hook(thaw, prepend=layer.rule is not None))
+        parameters = self._watched.parameters
+        self._names = {id(parameter): name for name, parameter in parameters.items()}
+        self._watched.traits.half |= {name for name, own in parameters.items() if own.itemsize < 4}
         self._watched.watch(self._going_on)
-        self._thawed = self._compared < self._to_compare
+        self._watched.trainable = self._compared < self._to_compare
         self._watched.recording = True
         return self
 
@@ -93,9 +95,6 @@ class GradientCapture:
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self._frozen.clear()
-        for parameter, grad in self._selected.values():
-            parameter.grad = grad
-        self._selected.clear()
         for layer in self._watched.layers:  # what hooks have computed holds the last forward pass
             vars(layer.module).update({own: value.detach() for own, value in computed(layer.module).items()})
         if isinstance(error := exc[1], NotImplementedError):
@@ -145,15 +144,12 @@ class GradientCapture:
         reference = self._reference(losses)
         if reference is not None:
             sink = reference.beside(sink)
-        called = {name for layer in watched.layers if layer.calls for name in layer.parameters.values()}
         self._differentiate(losses, Backward(len(losses), sink, mixers, watched.traits, factored, retain_graph))
         if reference is not None:
             reference.compare(watched.traits.mixed(mixers), self.half, type(self.model).__name__)
             self._compared = len(losses)
-        if self._thawed and not retain_graph and self._compared >= self._to_compare:
-            self._thawed = False  # and as frozen as the forward pass would have left them
-            for name in called:
-                self.model.get_parameter(name).requires_grad_(False)
+        if not retain_graph and self._compared >= self._to_compare:
+            watched.trainable = False
         return reference
 
     def check_samples(self, n: int) -> None:
@@ -162,7 +158,7 @@ class GradientCapture:
 
     def _reference(self, losses: Tensor) -> Reference | None:
         """Plain autograd's word on a batch, if it is to be checked and there is one."""
-        if not self._thawed or self._compared >= min(len(losses), self._to_compare):
+        if not self._watched.trainable or self._compared >= min(len(losses), self._to_compare):
             return None
         reference = Reference(len(losses), self._watched.parameters)
         with self._watched.autograd_alone():
@@ -170,7 +166,7 @@ class GradientCapture:
                 reference.expect((losses * reference.factors.to(losses.dtype)).sum())
             except RuntimeError:
                 for layer in self._watched.layers:
-                    for call in layer.calls.values():
+                    for call in layer.calls:
                         check_unchanged(layer, call)
                 raise
         return reference if reference.finite else None
@@ -179,14 +175,14 @@ class GradientCapture:
         watched, retain_graph = self._watched, backward.retain_graph
         watched.backward = backward
         try:
-            if self._thawed:  # their gradients would be added up in the parameters
-                weights = list(watched.parameters.values())
-                torch.autograd.grad(losses.sum(), weights, retain_graph=retain_graph, allow_unused=True)
-            else:
-                torch.autograd.backward(losses.sum(), retain_graph=retain_graph)
-                for name, (parameter, _) in self._selected.items():
-                    if parameter.grad is not None:
-                        raise used_elsewhere(name)
+            total = losses.sum()
+            # by all that the graph begins with: it is gone through as a whole, and nothing is added up in `grad`
+            given = list(watched.parameters.values()) if watched.trainable else leaves_of(total)
+            found = torch.autograd.grad(total, given, retain_graph=retain_graph, allow_unused=True)
+            for leaf, grad in zip(given, found, strict=True):
+                name = self._names.get(id(leaf), "")
+                if name and grad is not None and name not in backward.trained:
+                    raise used_elsewhere(name)
             with torch.no_grad(), watched.unseen():
                 for layer in watched.layers:
                     backward.finish(layer)
@@ -202,10 +198,14 @@ class GradientCapture:
             raise RuntimeError("differentiate with the sketcher, not with losses.backward(), inside its context.")
         return self._watched.backward
 
-    def _freeze(self, layer: Layer) -> Hook:
-        def freeze(module: nn.Module, args: Any) -> None:
-            if self._watched.recording and not self._thawed:
-                for own in layer.parameters:
-                    module.get_parameter(own).requires_grad_(False)
+    def _switch(self, layer: Layer, *, trainable: bool) -> Hook:
+        """Frozen while their layer runs, weights get a gradient only by what goes around it, before it or after."""
 
-        return Hook(layer.module, freeze)
+        weights = [layer.module.get_parameter(own) for own in layer.parameters]
+
+        def switch(module: nn.Module, *given: Any) -> None:
+            if self._watched.recording and not self._watched.trainable:
+                for weight in weights:
+                    weight.requires_grad_(trainable)
+
+        return Hook(layer.module, switch)

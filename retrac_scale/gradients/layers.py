@@ -6,7 +6,7 @@ import fnmatch
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +32,20 @@ class Layer:
     parameters: dict[str, str]  # own name -> full name
     rule: LayerRule | None
     numel: int
-    calls: WeakValueDictionary[int, Call] = field(default_factory=WeakValueDictionary)
-    """By their ids; the hooks on its outputs keep a call, so that a graph which is freed takes its calls along."""
+    noted: dict[int, ref[Call]] = field(default_factory=dict)
+    """Its calls, by their ids; hooks on their outputs keep them, so that a graph which is freed takes them along."""
     given: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
     """To a layer without a rule, in its last call, before hooks of its own changed it."""
+
+    def note(self, call: Call) -> None:
+        """Take note of a call for as long as it lives."""
+        key, noted = id(call), self.noted
+        noted[key] = ref(call, lambda _: noted.pop(key, None))
+
+    @property
+    def calls(self) -> list[Call]:
+        """Those that live."""
+        return [call for one in list(self.noted.values()) if (call := one()) is not None]
 
     @property
     def mixable(self) -> bool:
@@ -60,6 +70,7 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     versions: list[tuple[Tensor, int]]  # of the tensors among them: how often each has been changed in place
+    trainable: bool  # whether autograd would form the gradients too
     outputs: list[tuple[Tensor, int]] = field(default_factory=list)  # for layers that are recomputed, with versions
     precision: Precision | None = None  # likewise
     grads: dict[int, Tensor] = field(default_factory=dict)

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.autograd.variable import Variable
 
 from retrac_scale.gradients.backward import Backward, Sink
+from retrac_scale.gradients.graphs import within_backward
 from retrac_scale.gradients.layers import ParameterFilter
 from retrac_scale.gradients.nested import mapped, tensors
 from retrac_scale.gradients.reference import Reference
-from retrac_scale.gradients.seams import Hook, seam, within_backward
+from retrac_scale.gradients.seams import Hook, seam
 from retrac_scale.gradients.watched import WatchedModel
 
 Begin = Callable[[int], tuple[Sink, Callable[[], None]]]
@@ -94,7 +95,7 @@ class LiveCapture:
         self._handles.clear()
         self._forget()
         for layer in self._watched.layers:  # their graphs may still be differentiated
-            layer.calls.clear()
+            layer.noted.clear()
 
     def _count(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.recording or not torch.is_grad_enabled() or within_backward():  # there, it is run once more

@@ -11,11 +11,6 @@ from torch import Tensor, nn
 from retrac_scale.gradients.registry import Seen
 
 
-def within_backward() -> bool:
-    """Whether autograd is on its way back, and a module called now is one that it computes once more."""
-    return torch._C._current_graph_task_id() >= 0
-
-
 class Hook:
     """A module's hook that does not act on the module's copies: they bring it along, deep-copied or pickled.
 

@@ -48,6 +48,8 @@ class WatchedModel:
         """Whether 16 bits are anywhere on the way: in the model's weights, or by autocast in the last forward pass."""
         self.recording = False
         """Whether calls are noted."""
+        self.trainable = True
+        """Whether layers run with weights that require a gradient."""
         self.by_autograd_alone = False
         """Whether the backward pass that is going on is not for the layers' gradients to be formed."""
         self.backward: Backward | None = None
@@ -120,7 +122,7 @@ class WatchedModel:
     def forget(self) -> None:
         """Drop the gradients of a backward pass that failed."""
         for layer in self.layers:
-            for call in layer.calls.values():
+            for call in layer.calls:
                 call.grads.clear()
 
     def check_samples(self, n: int) -> None:
@@ -158,8 +160,8 @@ class WatchedModel:
             (args, kwargs), layer.given = layer.given, ((), {})
         own_args, own_kwargs = detached(args), detached(kwargs)
         versions = [(tensor, tensor._version) for tensor in tensors((own_args, own_kwargs))]
-        call = Call(own_args, own_kwargs, versions)
-        layer.calls[id(call)] = call
+        call = Call(own_args, own_kwargs, versions, self.trainable)
+        layer.note(call)
         if layer.rule is None:
             call.outputs.extend((tensor, tensor._version) for tensor in detached(list(tensors(output))))
             call.precision = precision
@@ -180,11 +182,13 @@ class WatchedModel:
 
     def _on_gradient(self, layer: Layer, call: Call, place: int, going_on: Callable[[], Backward]) -> Seen:
         def on_gradient(grad: Tensor, *kept: Tensor) -> None:
-            if self.by_autograd_alone or id(call) not in layer.calls:  # left alone by now
+            if self.by_autograd_alone or id(call) not in layer.noted:  # left alone by now
                 return
             backward = going_on()
             call.grads[place], call.kept = grad, kept
-            if layer.rule is not None and len(layer.calls) == 1:
+            if call.trainable:
+                backward.trained.update(layer.parameters.values())
+            if layer.rule is not None and len(layer.noted) == 1:
                 backward.finish(layer)
 
         return on_gradient

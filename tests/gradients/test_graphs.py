@@ -152,3 +152,59 @@ def test_checkpointing_of_diffusers_models_changes_no_sketch(build: Any, paramet
         found.append(sketch)
     assert float(found[0].norm()) > 0
     close(*found)
+
+
+class UsedAround(nn.Module):
+    """Uses the weight of its layer without calling it: before its call, or after, but not at first."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.kind = KINDS[kind](), ""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = getattr(self.layer, "weight", getattr(self.layer, "gain", None))
+        before = x * weight.mean() if self.kind == "before" else x  # type: ignore[union-attr]
+        after = self.layer(before)
+        return after * weight.mean() if self.kind == "after" else after  # type: ignore[union-attr,no-any-return]
+
+
+class Gain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gain
+
+
+KINDS: dict[str, Any] = {
+    "linear": lambda: nn.Linear(6, 6),
+    "norm": lambda: nn.GroupNorm(2, 6),
+    "no rule": Gain,
+    "whole": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)).eval(),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("check", [True, False])
+def test_a_weight_used_around_its_layer_is_named_in_whatever_batch_it_is(kind: str, when: str, check: bool) -> None:
+    model = UsedAround(kind)
+    with rs.GradientSketcher(model, rs.CountSketch(16), check=check) as sketcher:
+        for _ in range(2):
+            sketcher(losses_of(model(rows())))
+        model.kind = when
+        with pytest.raises(rs.gradients.UncapturableError, match=r"'layer\..*' is used outside its own layer's"):
+            sketcher(losses_of(model(rows())))
+    assert all(one.grad is None and one.requires_grad for one in model.parameters())
+
+
+def test_nothing_outside_the_model_gets_a_gradient() -> None:
+    model, encoder = small(), nn.Linear(6, 6)
+    expected = by_autograd(nn.Sequential(encoder, model), rows())[:, 42:]
+    x, scale = rows().requires_grad_(), torch.ones(4, requires_grad=True)
+    with rs.GradientSketcher(model, rs.Identity()) as sketcher:
+        for _ in range(3):
+            close(sketcher(scale * losses_of(model(encoder(x))))[0], expected)
+    assert all(leaf.grad is None for leaf in (x, scale, *encoder.parameters()))

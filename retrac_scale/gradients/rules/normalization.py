@@ -92,7 +92,7 @@ class _GroupNorm(torch.autograd.Function):
         x, grad = x.contiguous(), grad.contiguous()
         sums, out = x.new_zeros(2, len(x), layer.num_channels), torch.empty_like(x)
         statistics = (each.view(len(x), layer.num_groups) for each in (mean, rstd))
-        arrays = [each.numpy() for each in (x, grad, *sums, *statistics, out, layer.weight)]
+        arrays = [each.numpy() for each in (x, grad, *sums, *statistics, out, layer.weight.detach())]
         _gone_back((*arrays, last), len(x), 3 * arrays[0].nbytes)
         seen(grad_output, mean, rstd, *sums)
         return (out.mT if last else out).reshape(activation.shape), None, None, None, None, None
