@@ -178,7 +178,15 @@ class WatchedModel:
                 return layer.rule.watch(module, first_of(args, kwargs), tensor, seen)
             return seam(tensor, seen, apart=layer.rule is None)
 
-        return mapped(output, seen_outside)
+        changed = mapped(output, seen_outside)
+        if next(places) == 0 and not isinstance(output, Tensor):  # whole numbers carry no gradient
+            raise UncapturableError(
+                f"layer {layer.name!r} ({type(module).__name__}) returns an object of type {type(output).__name__}, "
+                "in which no tensor is found that could be watched; return tensors, tuples, lists or mappings of them, or "
+                "leave the layer out with parameters=.",
+                layer.parameters.values(),
+            )
+        return changed
 
     def _on_gradient(self, layer: Layer, call: Call, place: int, going_on: Callable[[], Backward]) -> Seen:
         def on_gradient(grad: Tensor, *kept: Tensor) -> None:

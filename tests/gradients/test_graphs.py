@@ -208,3 +208,28 @@ def test_nothing_outside_the_model_gets_a_gradient() -> None:
         for _ in range(3):
             close(sketcher(scale * losses_of(model(encoder(x))))[0], expected)
     assert all(leaf.grad is None for leaf in (x, scale, *encoder.parameters()))
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_a_layer_whose_output_hides_its_tensors_is_refused_by_name(check: bool) -> None:
+    class Output:
+        def __init__(self, sample: Tensor) -> None:
+            self.sample = sample
+
+    class Hiding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.gain = nn.Linear(6, 6), nn.Parameter(torch.ones(6))
+
+        def forward(self, x: Tensor) -> Output:
+            return Output(self.inner(x) * self.gain)
+
+    model = Hiding()
+    with rs.GradientSketcher(model, rs.Identity(), check=check) as sketcher:
+        with pytest.raises(
+            rs.gradients.UncapturableError, match=r"layer '' \(Hiding\) returns an object of type Output, in"
+        ):
+            model(rows())
+        assert sketcher.shapes
+    with rs.GradientSketcher(model, rs.Identity(), parameters=["inner.*"], check=check) as sketcher:
+        assert float(sketcher(losses_of(model(rows()).sample))[1].min()) > 0
