@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -68,6 +68,7 @@ class GradientCapture:
         return self._watched.coarse
 
     def __enter__(self) -> GradientCapture:
+        self._watched.enter(rests=False)
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 self._frozen.append(parameter)
@@ -155,6 +156,18 @@ class GradientCapture:
     def check_samples(self, n: int) -> None:
         """Raise UncapturableError when the model cannot tell n samples of a forward pass apart."""
         self._watched.check_samples(n)
+
+    def plain(self, losses: Callable[[], Tensor]) -> dict[str, Tensor]:
+        """Plain autograd's gradients of the sum of losses that are computed outside the context.
+
+        Args:
+            losses: runs the model forward; whoever else watches it does not see this.
+        """
+        parameters = self._watched.parameters
+        with self._watched.others_rest():
+            total, given = losses().sum(), list(parameters.values())
+            found = torch.autograd.grad(total, given, allow_unused=True, materialize_grads=True)
+        return dict(zip(parameters, found, strict=True))
 
     def _reference(self, losses: Tensor) -> Reference | None:
         """Plain autograd's word on a batch, if it is to be checked and there is one."""

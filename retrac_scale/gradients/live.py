@@ -81,6 +81,7 @@ class LiveCapture:
             mixers: see `GradientCapture.backward`.
             factored: likewise.
         """
+        self._watched.enter(rests=True)
         self._begin, self._mixers, self._factored = begin, mixers, factored
         begins, ends = Hook(self.model, self._count), Hook(self.model, self._watch_outputs)
         self._handles.append(self.model.register_forward_pre_hook(begins, with_kwargs=True))

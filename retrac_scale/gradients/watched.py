@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +47,9 @@ class WatchedModel:
         self.traits = Traits({name for name, count in users.items() if count > 1})
         self.coarse = any(parameter.itemsize < 4 for parameter in model.parameters())
         """Whether 16 bits are anywhere on the way: in the model's weights, or by autocast in the last forward pass."""
-        self.recording = False
-        """Whether calls are noted."""
+        self._recording = False
+        self._resting = 0  # contexts of others that have it rest
+        self._rested: list[WatchedModel] = []
         self.trainable = True
         """Whether layers run with weights that require a gradient."""
         self.by_autograd_alone = False
@@ -55,6 +57,15 @@ class WatchedModel:
         self.backward: Backward | None = None
         """That is going on."""
         self._handles: list[Any] = []
+
+    @property
+    def recording(self) -> bool:
+        """Whether calls are noted."""
+        return self._recording and not self._resting
+
+    @recording.setter
+    def recording(self, value: bool) -> None:
+        self._recording = value
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -93,11 +104,41 @@ class WatchedModel:
     @contextmanager
     def unseen(self) -> Iterator[None]:
         """Layers called inside are run once more for their own gradients."""
-        recording, self.recording = self.recording, False
+        recording, self._recording = self._recording, False
         try:
             yield
         finally:
-            self.recording = recording
+            self._recording = recording
+
+    @contextmanager
+    def others_rest(self) -> Iterator[None]:
+        """What the model computes inside is nobody's to note."""
+        self.enter(rests=False)
+        try:
+            yield
+        finally:
+            self.leave()
+
+    def enter(self, *, rests: bool) -> None:
+        """Begin to watch a model that nobody else watches, or who else does rests until this one leaves.
+
+        Args:
+            rests: whether this one will, when another comes.
+
+        Raises:
+            RuntimeError: another is there that cannot rest.
+        """
+        modules = {*self.model.modules()}
+        others = [one for one in _watching if not modules.isdisjoint(one.model.modules())]
+        if not all(_watching[one] for one in others):
+            raise RuntimeError(
+                f"{type(self.model).__name__} is within another GradientSketcher's context, or this one's, which has "
+                "to be left first; for several functions of a forward pass, call one with retain_graph=True."
+            )
+        self._rested = [] if rests else others
+        for one in self._rested:
+            one._resting += 1
+        _watching[self] = rests
 
     def watch(self, going_on: Callable[[], Backward]) -> None:
         """Have every layer's calls noted: what its rule is for, before hooks of the model's own change it.
@@ -118,6 +159,10 @@ class WatchedModel:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for one in self._rested:
+            one._resting -= 1
+        self._rested = []
+        _watching.pop(self, None)
 
     def forget(self) -> None:
         """Drop the gradients of a backward pass that failed."""
@@ -182,8 +227,8 @@ class WatchedModel:
         if next(places) == 0 and not isinstance(output, Tensor):  # whole numbers carry no gradient
             raise UncapturableError(
                 f"layer {layer.name!r} ({type(module).__name__}) returns an object of type {type(output).__name__}, "
-                "in which no tensor is found that could be watched; return tensors, tuples, lists or mappings of them, or "
-                "leave the layer out with parameters=.",
+                "in which no tensor is found that could be watched; return tensors, or tuples, lists or mappings of "
+                "them, or leave the layer out with parameters=.",
                 layer.parameters.values(),
             )
         return changed
@@ -200,6 +245,10 @@ class WatchedModel:
                 backward.finish(layer)
 
         return on_gradient
+
+
+_watching: WeakKeyDictionary[WatchedModel, bool] = WeakKeyDictionary()
+"""Those at work, and whether they rest when another comes."""
 
 
 def _differentiable(tensor: Tensor) -> Tensor:

@@ -36,8 +36,8 @@ class LiveSketcher:
         """Sketches `[n, k]` and norms `[n]` of the backward passes since this was last emptied."""
         self._gradients: dict[str, Tensor] = {}
         self._handles: list[Any] = []
-        self._watch()
         self._capture.attach(self._begin, self._projector.mixers_in_forming, factored=self._projector.factored)
+        self._watch()
 
     @property
     def dim(self) -> int:

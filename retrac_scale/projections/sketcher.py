@@ -198,10 +198,7 @@ class GradientSketcher:
         except GradientMismatchError as error:
             raise GradientMismatchError(f"{where}: {error}") from error
         tolerance = ALONE_HALF_TOLERANCE if self._capture.coarse else ALONE_TOLERANCE
-        names = list(self.shapes)
-        parameters = [self._capture.model.get_parameter(name) for name in names]
-        plain = torch.autograd.grad(alone().sum(), parameters, allow_unused=True, materialize_grads=True)
-        expected = dict(zip(names, plain, strict=True))
+        expected = self._capture.plain(alone)
         sketch, norm = self._sketch_of(expected)
         found = torch.cat([sketched[0][0], sketched[1][:1]])
         if _differ(found, torch.cat([sketch, norm[None]]), tolerance):

@@ -233,3 +233,19 @@ def test_a_layer_whose_output_hides_its_tensors_is_refused_by_name(check: bool) 
         assert sketcher.shapes
     with rs.GradientSketcher(model, rs.Identity(), parameters=["inner.*"], check=check) as sketcher:
         assert float(sketcher(losses_of(model(rows()).sample))[1].min()) > 0
+
+
+def test_a_model_within_a_sketchers_context_is_refused_to_others_which_come_after_it() -> None:
+    model = small()
+    one, other = (rs.GradientSketcher(model, rs.Identity()) for _ in range(2))
+    for again in (one, other, rs.GradientSketcher(model[0], rs.Identity())):
+        with one:
+            with pytest.raises(RuntimeError, match="within another GradientSketcher's context"):
+                again.__enter__()
+            with pytest.raises(RuntimeError, match="has to be left first"):
+                LiveSketcher(model, rs.Identity())
+            close(one(losses_of(model(rows())))[0], by_autograd(model, rows()))
+    with other:
+        close(other(losses_of(model(rows())))[0], by_autograd(model, rows()))
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.modules())
+    assert all(not one._backward_hooks for one in model.parameters())

@@ -442,3 +442,27 @@ def test_a_graph_made_before_the_model_was_left_alone_is_not_sketched() -> None:
     sketcher.detach()
     torch.autograd.backward(loss)
     assert not sketcher.passes
+
+
+def test_a_recorder_rests_while_its_model_is_sketched_otherwise(tmp_path: Path) -> None:
+    stores = []
+    for meanwhile in (False, True):
+        model, folder = SmallDenoiser(), tmp_path / str(meanwhile)
+        options: dict[str, Any] = {"sketch": rs.CountSketch(64), "store": folder / "s.zarr", "model": model}
+        recorder = rs.TrainingRecorder(folder, N, SCHEDULER, dtype="float32", **options)
+        for step in range(3):
+            if meanwhile:
+                sketch_otherwise(model)
+            train(model, recorder, step, step + 1)
+        recorder.checkpoint("a")
+        stores.append(rs.open_store(folder / "s.zarr").sketches("a"))
+    np.testing.assert_array_equal(stores[0], stores[1])
+
+
+def sketch_otherwise(model: nn.Module) -> None:
+    with rs.GradientSketcher(model, rs.CountSketch(16)) as sketcher:
+        for _ in range(2):
+            sketcher(loss_of(model, [0, 1], torch.tensor([5, 6]), 0))
+    task = rs.DiffusionTask(model, SCHEDULER)
+    given: dict[str, Any] = {"checkpoints": {"now": copy.deepcopy(model.state_dict())}, "timesteps": rs.EvenlySpaced(2)}
+    rs.sketch(task, images(N), None, projection=rs.CountSketch(16), progress=False, **given)
