@@ -133,8 +133,10 @@ class GradientCapture:
             UncapturableError: gradients cannot be told apart by sample, or not be formed.
             GradientMismatchError: those of the batch that is checked are not plain autograd's.
         """
-        if losses.ndim != 1:
-            raise ValueError(f"losses must hold one value per sample, shape [n]; got shape {tuple(losses.shape)}.")
+        if losses.ndim != 1 or not len(losses):
+            raise ValueError(
+                f"losses must hold one value per sample, shape [n] with n of 1 or more; got shape {tuple(losses.shape)}."
+            )
         if not losses.requires_grad:
             raise ValueError(
                 "the losses do not depend on any captured layer; run the forward pass inside the context, with "

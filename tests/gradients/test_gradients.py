@@ -483,6 +483,13 @@ def test_losses_made_outside_the_context_are_refused() -> None:
         sketcher(losses)
 
 
+@pytest.mark.parametrize("take", [lambda losses: losses[:0], lambda losses: losses.sum()], ids=["none", "a sum"])
+def test_losses_that_are_not_one_of_each_sample_are_refused(take: Callable[[Tensor], Tensor]) -> None:
+    model = nn.Linear(3, 2)
+    with rs.GradientSketcher(model, rs.Identity()) as sketcher, pytest.raises(ValueError, match="one value per sample"):
+        sketcher(take(model(torch.randn(2, 3)).sum(1)))
+
+
 @pytest.mark.parametrize("rows", [1, 2])
 def test_channels_last_activations_make_no_difference(rows: int) -> None:
     torch.manual_seed(0)
