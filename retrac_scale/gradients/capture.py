@@ -135,7 +135,7 @@ class GradientCapture:
         """
         if losses.ndim != 1 or not len(losses):
             raise ValueError(
-                f"losses must hold one value per sample, shape [n] with n of 1 or more; got shape {tuple(losses.shape)}."
+                f"losses must hold one value per sample, shape [n] for one or more; got shape {tuple(losses.shape)}."
             )
         if not losses.requires_grad:
             raise ValueError(

@@ -100,9 +100,10 @@ def batched_sizes(
         some = found if places is None else [found[place] for place in places]
         if all(_close(a, b) for a, b in zip(some, expected, strict=True)):
             return sizes
+    random = "if it drops out, call eval() or set its dropout to 0; otherwise " if module.training else ""
     raise UncapturableError(
         f"layer {name!r} ({type(module).__name__}) has no gradient rule and gives another output for one sample alone; "
-        "register a rule for it, or leave it out with parameters=.",
+        f"{random}register a rule for it, or leave it out with parameters=.",
         [f"{name}.{key}" if name else key for key in parameters],
     )
 

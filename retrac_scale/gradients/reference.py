@@ -140,8 +140,8 @@ class Reference:
                 f"{where}: gradients in a batch of {len(self.factors)} are not those of plain autograd; they differ in "
                 f"{', '.join(wrong)} (by up to {worst:.1%}). Either samples meet on the way from there to the losses, "
                 "or a layer lays them out along another axis than the first, or a parameter is used outside its own "
-                "layer's forward: leave these out with parameters=, register a rule, or call "
-                "rs.gradients.recompute_whole for the module that does it."
+                "layer's forward, or a module that is run again for each sample drops out: leave these out with "
+                "parameters=, register a rule, call rs.gradients.recompute_whole for that module, or eval()."
             )
 
 

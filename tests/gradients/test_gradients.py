@@ -264,6 +264,15 @@ def test_multihead_attention_equals_autograd_and_is_refused_where_samples_come_s
         check(Attention(False), torch.randn(2, 6, 4))
 
 
+def test_dropout_in_a_module_that_is_run_again_is_said_to_be_it() -> None:
+    model = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
+    with rs.GradientSketcher(model, rs.Identity()) as sketcher:
+        losses = model(torch.randn(4, 5, 6)).square().sum((1, 2))
+        with pytest.raises(ValueError, match=r"'self_attn' .* if it drops out, call eval\(\) or set its dropout to 0"):
+            sketcher(losses)
+    check(model, torch.randn(4, 5, 6))  # by eval()
+
+
 def test_an_input_changed_in_place_is_refused_by_layer() -> None:
     class InPlace(nn.Module):
         def __init__(self) -> None:
