@@ -154,9 +154,12 @@ class LiveCapture:
                 for layer in self._watched.layers:
                     backward.finish(layer)
                 backward.flush()
+        except BaseException:
+            self._watched.forget()
+            raise
         finally:
             self._watched.backward = None
-            self._forget()
+            self._outputs.clear()
         self._compare()
         self._end()
 
