@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,19 +69,20 @@ class GradientCapture:
 
     def __enter__(self) -> GradientCapture:
         self._watched.enter(rests=False)
-        for name, parameter in self.model.named_parameters():
+        every = dict(self.model.named_parameters())
+        for name, parameter in every.items():
             if parameter.requires_grad:
                 self._frozen.append(parameter)
             if name not in self.shapes:
                 parameter.requires_grad_(False)
         for layer in self._watched.layers:
-            freeze, thaw = self._switch(layer, trainable=False), self._switch(layer, trainable=True)
+            weights = [every[name] for name in layer.parameters.values()]
+            freeze, thaw = (self._switch(layer, weights, trainable=after) for after in (False, True))
             self._handles.append(layer.module.register_forward_pre_hook(freeze, prepend=True))
             # after hooks that count as part of the layer, before others
             self._handles.append(layer.module.register_forward_hook(thaw, prepend=layer.rule is not None))
-        parameters = self._watched.parameters
-        self._names = {id(parameter): name for name, parameter in parameters.items()}
-        self._watched.traits.half |= {name for name, own in parameters.items() if own.itemsize < 4}
+        self._names = {id(every[name]): name for name in self.shapes}
+        self._watched.traits.half |= {name for name in self.shapes if every[name].itemsize < 4}
         self._watched.watch(self._going_on)
         self._watched.trainable = self._compared < self._to_compare
         self._watched.recording = True
@@ -213,10 +214,8 @@ class GradientCapture:
             raise RuntimeError("differentiate with the sketcher, not with losses.backward(), inside its context.")
         return self._watched.backward
 
-    def _switch(self, layer: Layer, *, trainable: bool) -> Hook:
+    def _switch(self, layer: Layer, weights: Sequence[nn.Parameter], *, trainable: bool) -> Hook:
         """Frozen while their layer runs, weights get a gradient only by what goes around it, before it or after."""
-
-        weights = [layer.module.get_parameter(own) for own in layer.parameters]
 
         def switch(module: nn.Module, *given: Any) -> None:
             if self._watched.recording and not self._watched.trainable:

@@ -128,7 +128,7 @@ class WatchedModel:
         Raises:
             RuntimeError: another is there that cannot rest.
         """
-        modules = {*self.model.modules()}
+        modules = {*self.model.modules()} if _watching else set()
         others = [one for one in _watching if not modules.isdisjoint(one.model.modules())]
         if not all(_watching[one] for one in others):
             raise RuntimeError(
