@@ -12,6 +12,7 @@ from diffusers import DDPMScheduler
 from PIL import Image
 
 import retrac_scale as rs
+from retrac_scale import planner
 from retrac_scale.cli import main
 from retrac_scale.cli.indexes import own_measures
 from retrac_scale.cli.project import FILE, find
@@ -39,6 +40,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(planner, "CALIBRATION_SECONDS", 0.1)
     return tmp_path
 
 

@@ -97,10 +97,10 @@ def test_the_ceiling_is_what_a_perfect_predictor_reaches_though_few_subsets_are_
     rng = np.random.default_rng(0)
     reached, ceilings, held = [], [], []
     for seed in range(60):
-        responsible, members = rng.normal(size=(200, 64)), evaluate.random_subsets(64, 64, seed=seed)
+        responsible, members = rng.normal(size=(100, 64)), evaluate.random_subsets(64, 64, seed=seed)
         mean = -(members @ responsible.T)
         losses = mean + luck * mean.std(0) * rng.normal(size=(3, *mean.shape))
-        truth = evaluate.Subsets("tiny-lds", {"held out": 200}, 64, {}, members, losses[0], losses[1:, :8])
+        truth = evaluate.Subsets("tiny-lds", {"held out": 100}, 64, {}, members, losses[0], losses[1:, :8])
         (figure,) = evaluate.judge(responsible, truth, draws=1).figures
         assert figure.ceiling is not None
         reached.append(figure.value.value)

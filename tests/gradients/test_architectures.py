@@ -12,6 +12,8 @@ import retrac_scale as rs
 from retrac_scale.gradients import UncapturableError
 from tests.architectures import ARCHITECTURES, batch, build, largest_error
 
+LARGE = ("WanAnimate2Transformer3DModel", "AnyFlowFARTransformer3DModel")
+"""Of those that are refused, the ones whose forward pass takes seconds."""
 FIT = [name for name, architecture in ARCHITECTURES.items() if not architecture.refused]
 
 
@@ -41,7 +43,14 @@ def test_sketches_under_gradient_checkpointing_equal_autograd() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in FIT])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name
+        for name in ARCHITECTURES
+        if name not in FIT
+    ],
+)
 def test_what_cannot_be_sketched_is_refused_with_its_reason(name: str) -> None:
     architecture = ARCHITECTURES[name]
     example = batch(architecture) | architecture.shared
