@@ -84,6 +84,7 @@ class Backward:
             call.grads.clear()
             if not self.retain_graph:
                 layer.noted.pop(id(call), None)
+                call.let_go()
 
     def flush(self) -> None:
         """Deliver the parameters that several layers share."""

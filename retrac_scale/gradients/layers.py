@@ -81,6 +81,10 @@ class Call:
         """The first argument."""
         return first_of(self.args, self.kwargs)
 
+    def let_go(self) -> None:
+        """Drop its tensors, which would stay until the whole graph is gone through."""
+        self.args, self.kwargs, self.versions, self.outputs, self.kept = (), {}, [], [], ()
+
     def widened(self) -> Call:
         """The same with output gradients of 32 bits at least on a CPU, for which products are compiled."""
         grad = self.grads[0]
