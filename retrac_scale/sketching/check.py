@@ -253,15 +253,8 @@ def _errors(
     tolerance: float,
 ) -> Iterator[tuple[str, float]]:
     """Relative errors of one sample's gradients, of the parameters that have any."""
-    names = list(capture.shapes)
     with torch.enable_grad():
-        plain = torch.autograd.grad(
-            single(sample).sum(),
-            [capture.model.get_parameter(name) for name in names],
-            allow_unused=True,
-            materialize_grads=True,
-        )
-    expected = dict(zip(names, plain, strict=True))
+        expected = capture.plain(lambda: single(sample))
     missing = dict(expected)
     differences: dict[str, float] = {}
 
@@ -274,7 +267,7 @@ def _errors(
     with capture:
         capture.backward(batch(), compare)
     differences |= {name: float(gradient.norm()) for name, gradient in missing.items()}
-    floor = NEGLIGIBLE * tolerance * float(torch.stack([gradient.norm() for gradient in plain]).norm())
+    floor = NEGLIGIBLE * tolerance * float(torch.stack([gradient.norm() for gradient in expected.values()]).norm())
     for name, difference in differences.items():
         norm = float(expected[name].norm())
         if max(norm, difference) > floor:

@@ -464,5 +464,6 @@ def sketch_otherwise(model: nn.Module) -> None:
         for _ in range(2):
             sketcher(loss_of(model, [0, 1], torch.tensor([5, 6]), 0))
     task = rs.DiffusionTask(model, SCHEDULER)
+    rs.check_model(task, list(images(2)))
     given: dict[str, Any] = {"checkpoints": {"now": copy.deepcopy(model.state_dict())}, "timesteps": rs.EvenlySpaced(2)}
     rs.sketch(task, images(N), None, projection=rs.CountSketch(16), progress=False, **given)
