@@ -112,7 +112,9 @@ def held_measures(project: Project) -> list[str]:
         store = open_store(project.store)
     except (FileNotFoundError, ValueError):  # whatever else is there, sketch names it
         return []
-    return store.measurements if any(store.committed(name).any() for name in store.checkpoints) else []
+    if not any(store.committed(name).any() for name in store.checkpoints):
+        return []
+    return [one for one in store.measurements if one != "given"]  # arrays, which may be of anything
 
 
 def of_measure(name: str, store: SketchStore) -> tuple[SketchStore, Estimator]:
